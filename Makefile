@@ -1,0 +1,61 @@
+# Two commands for a machine that has Python 3.11 and pip:
+#
+#   make demo   install into .venv, make a synthetic dataset, train on it, evaluate, draw
+#   make test   install into .venv, run lint and the whole test suite
+#
+# Both install once. An interrupted `make demo` resumes; a finished one trains again.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/Demo/libra_faster_rcnn_R_18_FPN.yaml
+OUTPUT ?= output/$(basename $(notdir $(CONFIG)))
+DATA ?= datasets/synthetic
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
+# pkg_resources and torch.jit announce their end each time Detectron2 is imported.
+export PYTHONWARNINGS := ignore::UserWarning:detectron2,ignore::FutureWarning:torch.jit
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json
+	@if [ -f $(OUTPUT)/.finished ]; then \
+	  echo "$(OUTPUT) holds a finished run: training again from the start."; rm -rf $(OUTPUT); fi
+	$(PY) train_net.py --config-file $(CONFIG) --resume --pictures 24 \
+	  --train-json $(DATA)/train/instances.json --train-images $(DATA)/train/images \
+	  --val-json $(DATA)/val/instances.json --val-images $(DATA)/val/images \
+	  OUTPUT_DIR $(OUTPUT)
+	@touch $(OUTPUT)/.finished
+
+$(DATA)/train/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
+	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 400 --seed 1
+
+$(DATA)/val/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
+	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 100 --seed 2
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+$(VENV)/.installed: requirements/build.txt requirements/constraints.txt \
+    tools/install_detectron2.py setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: the pinned requirements need Python 3.11 or later; try: make PYTHON=python3.11"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements/build.txt
+	$(PY) tools/install_detectron2.py
+	$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements/test.txt requirements/reference.txt
+	$(PIP) install -r requirements/test.txt
+	$(PIP) install --no-deps -r requirements/reference.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) output datasets/synthetic build *.egg-info

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_libra_config"]
+
+
+def add_libra_config(cfg: CN) -> None:
+    """
+    Add the config keys of Libra R-CNN (arXiv 1904.02701), all under ``MODEL.LIBRA``.
+
+    They take effect with ``MODEL.BACKBONE.NAME: build_libra_resnet_fpn_backbone``,
+    ``MODEL.ROI_HEADS.NAME: LibraROIHeads`` and ``MODEL.PROPOSAL_GENERATOR.NAME: LibraRPN``.
+    Section, equation and figure numbers are those of the CVPR 2019 paper.
+    """
+    cfg.MODEL.LIBRA = CN()
+
+    # Balanced feature pyramid (Section 3.2)
+    cfg.MODEL.LIBRA.BFP = CN()
+    # False gives the plain pyramid.
+    cfg.MODEL.LIBRA.BFP.ENABLED = True
+    # Index, from high to low resolution, of the level at which the features are averaged and
+    # refined: 0 to number of levels - 1. P4 is 2 in a pyramid P2..P6 (R-CNN).
+    cfg.MODEL.LIBRA.BFP.REFINE_LEVEL = 2
+    # Refinement of the averaged features: "non_local" (embedded Gaussian attention), "conv"
+    # (3x3 convolution) or "none".
+    cfg.MODEL.LIBRA.BFP.REFINE_TYPE = "non_local"
+
+    # Sampling of proposals for the second stage (Section 3.1)
+    cfg.MODEL.LIBRA.SAMPLER = CN()
+    # "iou_balanced" (equally many from each IoU bin, Equation 2) or "random".
+    cfg.MODEL.LIBRA.SAMPLER.NEGATIVES = "iou_balanced"
+    # "instance_balanced" (equally many for each ground-truth instance) or "random".
+    cfg.MODEL.LIBRA.SAMPLER.POSITIVES = "instance_balanced"
+    # Number of IoU bins (K in Equation 2), 1 or more.
+    cfg.MODEL.LIBRA.SAMPLER.NUM_BINS = 3
+    # "paper": the bins span the IoUs of negatives, [0, IOU_THRESHOLDS[0]).
+    # "reference": as in mmdetection, the bins span [0, 1) when ground truth is added to the
+    # proposals, so that the last one is empty, and negatives without overlap are drawn last.
+    # The configs of published models use it; see libra_d2.modeling.BalancedSampler.
+    cfg.MODEL.LIBRA.SAMPLER.MODE = "paper"
+
+    # Balanced L1 loss (Section 3.3), used where BBOX_REG_LOSS_TYPE is "balanced_l1"
+    cfg.MODEL.LIBRA.BALANCED_L1 = CN()
+    # Greater than 0. A smaller value raises the gradient of inliers (Figure 5).
+    cfg.MODEL.LIBRA.BALANCED_L1.ALPHA = 0.5
+    # Greater than 0. Upper bound of the gradient, that of outliers.
+    cfg.MODEL.LIBRA.BALANCED_L1.GAMMA = 1.5
+    # Error, in units of box deltas, from which on the loss is linear. Greater than 0.
+    cfg.MODEL.LIBRA.BALANCED_L1.BETA = 1.0
+    # How the loss depends on BETA; the same for 1. "scaled": the paper's shape at any BETA.
+    # "reference": mmdetection's formula, whose gradient jumps at 0 and at BETA.
+    cfg.MODEL.LIBRA.BALANCED_L1.FORM = "scaled"
+
+    # Training of the region proposal network (not in the paper; the reference's recipe)
+    cfg.MODEL.LIBRA.RPN = CN()
+    # Sampled negative anchors per sampled positive one, at most, in each image (no positive counts
+    # as one). Negative for no limit.
+    cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = 5.0
+    # What the losses are divided by: "sampled" (number of anchors really sampled) or "batch_size"
+    # (RPN.BATCH_SIZE_PER_IMAGE times the number of images, as in Detectron2).
+    cfg.MODEL.LIBRA.RPN.NORMALIZER = "sampled"

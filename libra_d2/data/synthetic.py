@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A synthetic detection dataset in COCO format, made in seconds, to try a detector on.
+
+    python -m libra_d2.data.synthetic datasets/synthetic/train --num-images 300 --seed 1
+
+writes ``images/*.jpg`` and ``instances.json`` into the given directory. Shapes of widely
+different size and any color overlap each other on textured backgrounds, between distractors:
+strokes, and shapes of no class. The same arguments give the same bytes.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+__all__ = ["CLASSES", "make_synthetic_dataset"]
+
+# Outlines in a unit circle around the origin, as (radius, angle in turns) of their corners.
+_OUTLINES = {
+    "square": [(1, (2 * i + 1) / 8) for i in range(4)],
+    "triangle": [(1, i / 3) for i in range(3)],
+    "circle": [(1, i / 48) for i in range(48)],
+    "star": [(1 if i % 2 == 0 else 0.42, i / 10) for i in range(10)],
+    "cross": [
+        (r, (i + d) / 4) for i in range(4) for r, d in ((1, -0.06), (1, 0.06), (0.52, 0.125))
+    ],
+    "arrow": [(1, 0), (0.75, 0.2), (0.3, 0.2), (0.85, 0.43), (0.85, 0.57), (0.3, 0.8), (0.75, 0.8)],
+}
+_DISTRACTORS = {
+    "crescent": [(1, i / 32) for i in range(-8, 9)] + [(0.45, -i / 32) for i in range(-8, 9)],
+    "bar": [(1, 0.02), (1, 0.48), (1, 0.52), (1, 0.98)],
+}
+CLASSES = tuple(_OUTLINES)
+
+_OVERSAMPLING = 4  # for smooth edges
+_MIN_VISIBLE = 0.4  # an object of which less is to be seen is not an object
+
+
+def _outline(corners, center, radius: float, turn: float, stretch: float) -> List[tuple]:
+    """Place an outline: rotate it, squeeze it across that direction, scale it."""
+    points = np.array(
+        [(r * math.cos(math.tau * a), r * math.sin(math.tau * a)) for r, a in corners]
+    )
+    points[:, 1] *= stretch
+    c, s = math.cos(math.tau * turn), math.sin(math.tau * turn)
+    points = radius * points @ np.array([[c, s], [-s, c]]) + center
+    return [tuple(p) for p in points]
+
+
+def _background(rng: np.random.Generator, size: int) -> Image.Image:
+    """Smooth blobs of color, with noise on top."""
+    blobs = rng.integers(30, 226, (rng.integers(3, 9),) * 2 + (3,), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(blobs).resize((size, size), Image.BICUBIC), dtype=np.float32)
+    image = image + rng.normal(0, rng.uniform(2, 14), image.shape)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def _render(rng: np.random.Generator, size: int, num_classes: int):
+    """
+    Draw one image.
+
+    Returns:
+        the image, and a list of (class index, (size, size) bool mask of the visible part).
+    """
+    image = _background(rng, size)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 6)):
+        line = [tuple(p) for p in rng.uniform(0, size, (rng.integers(2, 5), 2))]
+        draw.line(line, fill=tuple(rng.integers(0, 256, 3).tolist()), width=rng.integers(1, 4))
+
+    names = list(CLASSES[:num_classes])
+    objects = []  # (class index or None, full area, visible mask)
+    for _ in range(rng.integers(2, 10)):
+        distractor = rng.random() < 0.2
+        name = rng.choice(list(_DISTRACTORS) if distractor else names)
+        # Log-uniform: as many small objects as large ones, over a factor of 8 in size.
+        radius = size * math.exp(rng.uniform(math.log(0.04), math.log(0.32)))
+        points = _outline(
+            (_DISTRACTORS if distractor else _OUTLINES)[name],
+            rng.uniform(0.05 * size, 0.95 * size, 2),
+            radius,
+            turn=rng.random(),
+            stretch=rng.uniform(0.65, 1),
+        )
+        mask = Image.new("L", (size * _OVERSAMPLING,) * 2)
+        ImageDraw.Draw(mask).polygon(
+            [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points], fill=255
+        )
+        mask = mask.resize((size, size), Image.BOX)
+        covered = np.asarray(mask) > 127
+        visible = [seen & ~covered for _, _, seen in objects]
+        too_hidden = any(v.sum() < _MIN_VISIBLE * o[1] for v, o in zip(visible, objects))
+        if covered.sum() < 12 or too_hidden:
+            continue
+        objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
+        objects.append((None if distractor else names.index(name), covered.sum(), covered))
+        fill = Image.new("RGB", image.size, tuple(rng.integers(0, 256, 3).tolist()))
+        if rng.random() < 0.3:  # see-through
+            mask = mask.point(lambda v: v * 0.7)
+        image.paste(fill, mask=mask)
+    if rng.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))
+    return image, [(c, seen) for c, _, seen in objects if c is not None]
+
+
+def _box(mask: np.ndarray) -> List[int]:
+    """Tight box [x, y, width, height] around the True pixels of ``mask``."""
+    ys, xs = np.nonzero(mask)
+    x, y = int(xs.min()), int(ys.min())
+    return [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y]
+
+
+def make_synthetic_dataset(
+    output_dir: str,
+    *,
+    num_images: int,
+    size: int = 160,
+    seed: int = 0,
+    num_classes: int = 4,
+    image_format: str = "jpg",
+) -> Dict:
+    """
+    Make a dataset: ``output_dir/images/*`` and ``output_dir/instances.json``. Image i depends on
+    the seed and on i only. The directory appears once it is complete; an existing one is replaced.
+
+    Args:
+        output_dir: where to; its parent is created.
+        num_images: at least 1.
+        size: width and height of the images, 32 or more pixels.
+        seed: any integer of 0 or more. Draw held-out images with another one.
+        num_classes: how many of :data:`CLASSES` to use.
+        image_format: "jpg" or "png".
+
+    Returns:
+        the content of ``instances.json``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    for name, value, low, high in (
+        ("num_images", num_images, 1, math.inf),
+        ("size", size, 32, 4096),
+        ("seed", seed, 0, math.inf),
+        ("num_classes", num_classes, 1, len(CLASSES)),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    if image_format not in ("jpg", "png"):
+        raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
+
+    output = Path(output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as tmp:
+        unfinished = Path(tmp) / "dataset"
+        (unfinished / "images").mkdir(parents=True)
+        for i in tqdm(range(num_images), desc=str(output), unit="image"):
+            image, objects = _render(np.random.default_rng([seed, i]), size, num_classes)
+            file_name = f"{i:06d}.{image_format}"
+            image.save(unfinished / "images" / file_name, quality=92)
+            images.append({"id": i + 1, "file_name": file_name, "width": size, "height": size})
+            for category, mask in objects:
+                box = _box(mask)
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 1,
+                        "category_id": category + 1,
+                        "bbox": box,
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                    }
+                )
+        dataset = {
+            "info": {"description": f"libra_d2 synthetic shapes, seed {seed}"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i + 1, "name": n} for i, n in enumerate(CLASSES[:num_classes])],
+        }
+        (unfinished / "instances.json").write_text(json.dumps(dataset))
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(unfinished, output)
+    return dataset
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m libra_d2.data.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output_dir", help="directory to make; replaced if it exists")
+    parser.add_argument("--num-images", type=int, default=300)
+    parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-classes", type=int, default=4, help=f"of {', '.join(CLASSES)}")
+    parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg")
+    args = vars(parser.parse_args(argv))
+    try:
+        dataset = make_synthetic_dataset(args.pop("output_dir"), **args)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"{len(dataset['images'])} images, {len(dataset['annotations'])} objects")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+
+__all__ = ["InputError"]
+
+
+class InputError(Exception):
+    """
+    Something the user passed (a file, a config key, a value) cannot be used. The message is one
+    line that names it and says what to do; ``train_net.py`` prints it instead of a traceback.
+    """
+
+    def __str__(self) -> str:
+        """The message, also where a data loading worker's traceback was put in front of it."""
+        return re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)[
+            -1
+        ].strip()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+
+from ..errors import InputError
+
+__all__ = ["build_evaluator"]
+
+
+def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+    """
+    Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO and for
+    LVIS (as the published models were evaluated, without LVIS' federated protocol), the VOC
+    devkit's for Pascal VOC.
+
+    Args:
+        dataset_name: a registered dataset.
+        output_dir: where predictions are written to, as JSON in COCO's result format.
+
+    Raises:
+        InputError: if there is no evaluator for the dataset's type.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
+    if evaluator_type in ("coco", "lvis"):
+        return COCOEvaluator(dataset_name, output_dir=output_dir)
+    if evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    raise InputError(
+        f"dataset {dataset_name!r}: no evaluator for its type {evaluator_type!r}; "
+        "supported are coco, lvis and pascal_voc"
+    )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+from typing import Dict, List
+
+import numpy as np
+from PIL import Image
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.visualizer import Visualizer
+
+__all__ = ["PredictionPictures"]
+
+
+class PredictionPictures(DatasetEvaluator):
+    """
+    Save pictures of the first images of a dataset while it is evaluated: detections on the left,
+    ground truth on the right. It adds nothing to the results.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str,
+        *,
+        num_images: int,
+        score_thresh: float = 0.5,
+        min_size: int = 400,
+    ):
+        """
+        Args:
+            dataset_name: a registered dataset.
+            output_dir: directory for the pictures, made when needed.
+            num_images: how many images to draw (in each process).
+            score_thresh: detections with a lower score are not drawn, in [0, 1].
+            min_size: smaller images are enlarged to this width, in pixels, so that the labels
+                can be read.
+        """
+        self.output_dir = output_dir
+        self.num_images = num_images
+        self.score_thresh = score_thresh
+        self.min_size = min_size
+        self.metadata = MetadataCatalog.get(dataset_name)
+        self.ground_truth = {d["image_id"]: d for d in DatasetCatalog.get(dataset_name)}
+        self.num_drawn = 0
+
+    def reset(self) -> None:
+        """Start over with the first image."""
+        self.num_drawn = 0
+
+    def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
+        """Args: see :meth:`DatasetEvaluator.process`."""
+        for input, output in zip(inputs, outputs):
+            if self.num_drawn == self.num_images:
+                return
+            instances = output["instances"].to("cpu")
+            image = read_image(input["file_name"], format="RGB")
+            scale = max(1.0, self.min_size / image.shape[1])
+            predictions = Visualizer(image, self.metadata, scale).draw_instance_predictions(
+                instances[instances.scores >= self.score_thresh]
+            )
+            truth = Visualizer(image, self.metadata, scale).draw_dataset_dict(
+                self.ground_truth[input["image_id"]]
+            )
+            name = os.path.splitext(os.path.basename(input["file_name"]))[0]
+            os.makedirs(self.output_dir, exist_ok=True)
+            Image.fromarray(np.hstack([predictions.get_image(), truth.get_image()])).save(
+                os.path.join(self.output_dir, f"{name}.jpg"), quality=92
+            )
+            self.num_drawn += 1

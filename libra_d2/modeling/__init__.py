@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+from .backbone import add_balanced_feature_pyramid, build_libra_resnet_fpn_backbone
+from .balanced_feature_pyramid import BalancedFeaturePyramid, NonLocalBlock
+from .balanced_l1_loss import balanced_l1_loss
+from .balanced_sampling import BalancedSampler
+from .fast_rcnn import LibraFastRCNNOutputLayers
+from .roi_heads import LibraROIHeads
+from .rpn import LibraRPN
+
+__all__ = [
+    "BalancedFeaturePyramid",
+    "BalancedSampler",
+    "LibraFastRCNNOutputLayers",
+    "LibraROIHeads",
+    "LibraRPN",
+    "NonLocalBlock",
+    "add_balanced_feature_pyramid",
+    "balanced_l1_loss",
+    "build_libra_resnet_fpn_backbone",
+]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Balanced feature pyramid: the feature level balance of Libra R-CNN (paper Section 3.2).
+
+Shape shorthand in this module:
+
+    N: number of images in the batch
+    C: number of channels, the same at every pyramid level
+    L: number of pyramid levels, ordered from high to low resolution
+    Hl, Wl: height and width of the feature map of level l
+    P: number of positions, H * W, of the level at which the features are refined
+"""
+
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detectron2.layers import Conv2d
+
+__all__ = ["BalancedFeaturePyramid", "NonLocalBlock", "REFINE_TYPES"]
+
+REFINE_TYPES = ("none", "conv", "non_local")
+
+
+class NonLocalBlock(nn.Module):
+    """
+    Embedded Gaussian non-local block (arXiv 1711.07971), the refinement of the paper.
+
+    Each position receives the average of ``g`` over all positions, weighted by the softmax of the
+    dot products of ``theta`` at the position with ``phi`` at all. As in the reference the dot
+    product is not scaled by 1 / sqrt(C), and there is neither a bottleneck nor a normalization.
+    """
+
+    def __init__(self, channels: int):
+        """
+        Args:
+            channels: C, number of input and output channels.
+        """
+        super().__init__()
+        self.theta = Conv2d(channels, channels, kernel_size=1)
+        self.phi = Conv2d(channels, channels, kernel_size=1)
+        self.g = Conv2d(channels, channels, kernel_size=1)
+        self.conv_out = Conv2d(channels, channels, kernel_size=1)
+        for layer in (self.theta, self.phi, self.g):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        # The block starts as the identity, so that it can be put into a trained model.
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (N, C, H, W).
+
+        Returns:
+            (N, C, H, W), ``x`` plus the attended features.
+        """
+        # (N, C, H, W) -> (N, 1, P, C): one attention head over all positions. The fused kernels
+        # never hold the P x P weights, so that memory grows linearly with the number of pixels;
+        # they ask for the channels to be adjacent in memory.
+        query, key, value = [
+            layer(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+            for layer in (self.theta, self.phi, self.g)
+        ]
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class BalancedFeaturePyramid(nn.Module):
+    """
+    Strengthen every level of a feature pyramid with the same, balanced semantic features: resize
+    all levels to one size, average them (Equation 4), refine the result, and add it back to each.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_levels: int,
+        *,
+        refine_level: int = 2,
+        refine_type: str = "non_local",
+    ):
+        """
+        Args:
+            channels: C, number of channels of every level.
+            num_levels: L, at least 1.
+            refine_level: index, in [0, L), of the level whose size the others are resized to.
+                2 is P4 of a pyramid P2..P6.
+            refine_type: "non_local" (see :class:`NonLocalBlock`), "conv" (3x3 convolution and
+                ReLU) or "none".
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        super().__init__()
+        if not 0 <= refine_level < num_levels:
+            raise ValueError(
+                f"MODEL.LIBRA.BFP.REFINE_LEVEL is {refine_level}, but the pyramid has {num_levels} "
+                f"levels: use a value from 0 to {num_levels - 1}"
+            )
+        self.num_levels = num_levels
+        self.refine_level = refine_level
+        if refine_type == "non_local":
+            self.refine = NonLocalBlock(channels)
+        elif refine_type == "conv":
+            self.refine = Conv2d(channels, channels, kernel_size=3, padding=1, activation=F.relu)
+            nn.init.xavier_uniform_(self.refine.weight)
+            nn.init.zeros_(self.refine.bias)
+        elif refine_type == "none":
+            self.refine = nn.Identity()
+        else:
+            raise ValueError(
+                f"MODEL.LIBRA.BFP.REFINE_TYPE is {refine_type!r}: use one of {REFINE_TYPES}"
+            )
+
+    def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
+        """
+        Args:
+            features: L tensors (N, C, Hl, Wl) from high to low resolution, of any size.
+
+        Returns:
+            L tensors of the shapes of ``features``.
+        """
+        assert len(features) == self.num_levels, f"{len(features)} levels, not {self.num_levels}"
+        size = features[self.refine_level].shape[-2:]
+        # As in the reference: maxima are kept where resolution is lost, values are repeated where
+        # it is gained.
+        balanced = features[self.refine_level]
+        for level, feature in enumerate(features):
+            if level < self.refine_level:
+                balanced = balanced + F.adaptive_max_pool2d(feature, size)
+            elif level > self.refine_level:
+                balanced = balanced + F.interpolate(feature, size=size, mode="nearest")
+        balanced = self.refine(balanced / self.num_levels)
+
+        outputs = []
+        for level, feature in enumerate(features):
+            size = feature.shape[-2:]
+            if level < self.refine_level:
+                outputs.append(feature + F.interpolate(balanced, size=size, mode="nearest"))
+            elif level > self.refine_level:
+                outputs.append(feature + F.adaptive_max_pool2d(balanced, size))
+            else:
+                outputs.append(feature + balanced)
+        return outputs

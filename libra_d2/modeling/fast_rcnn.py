@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast R-CNN predictor with balanced L1 box loss."""
+
+from typing import Dict
+
+import torch
+
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec, nonzero_tuple
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+
+from .balanced_l1_loss import balanced_l1_loss, check_balanced_l1_arguments
+
+__all__ = ["LibraFastRCNNOutputLayers"]
+
+
+class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """
+    Detectron2's box predictor, which also knows the box loss type "balanced_l1"
+    (``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``). Other types are left to Detectron2.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        balanced_l1_alpha: float = 0.5,
+        balanced_l1_gamma: float = 1.5,
+        balanced_l1_beta: float = 1.0,
+        balanced_l1_form: str = "scaled",
+        **kwargs,
+    ):
+        """
+        Args:
+            input_shape: shape of the features of one proposal.
+            balanced_l1_alpha, balanced_l1_gamma, balanced_l1_beta, balanced_l1_form:
+                see :func:`balanced_l1_loss`. Used if ``box_reg_loss_type`` is "balanced_l1".
+            kwargs: arguments of :class:`FastRCNNOutputLayers`.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        super().__init__(input_shape, **kwargs)
+        self.balanced_l1 = {
+            "alpha": balanced_l1_alpha,
+            "gamma": balanced_l1_gamma,
+            "beta": balanced_l1_beta,
+            "form": balanced_l1_form,
+        }
+        check_balanced_l1_arguments(**self.balanced_l1)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> Dict:
+        loss = cfg.MODEL.LIBRA.BALANCED_L1
+        return {
+            **super().from_config(cfg, input_shape),
+            "balanced_l1_alpha": loss.ALPHA,
+            "balanced_l1_gamma": loss.GAMMA,
+            "balanced_l1_beta": loss.BETA,
+            "balanced_l1_form": loss.FORM,
+        }
+
+    def box_reg_loss(
+        self,
+        proposal_boxes: torch.Tensor,
+        gt_boxes: torch.Tensor,
+        pred_deltas: torch.Tensor,
+        gt_classes: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Args:
+            proposal_boxes, gt_boxes: (R, 4), R proposals of a batch and the boxes they are matched
+                with, absolute XYXY.
+            pred_deltas: (R, 4), or (R, num_classes * 4).
+            gt_classes: (R,) int64 in [0, num_classes], background last.
+
+        Returns:
+            scalar: sum of the loss over the foreground's deltas, divided by R. It is 0, with a
+            gradient, if there is none.
+        """
+        if self.box_reg_loss_type != "balanced_l1":
+            return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
+        box_dim = proposal_boxes.shape[1]
+        pred_deltas = pred_deltas.view(len(gt_classes), -1, box_dim)
+        # One box per class, or a single one for all of them.
+        class_idxs = gt_classes[foreground] if pred_deltas.shape[1] > 1 else 0
+        loss = balanced_l1_loss(
+            pred_deltas[foreground, class_idxs],
+            self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground]),
+            **self.balanced_l1,
+            reduction="sum",
+        )
+        # By all sampled proposals rather than the foreground, as in Detectron2 and the reference.
+        return loss / max(gt_classes.numel(), 1)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ROI heads with balanced sampling and balanced L1 box loss."""
+
+from typing import Dict, List, Tuple
+
+import torch
+
+from detectron2.config import configurable
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+
+from .balanced_sampling import BalancedSampler, iou_histogram
+from .fast_rcnn import LibraFastRCNNOutputLayers
+
+__all__ = ["LibraROIHeads"]
+
+
+class _IoURecorder:
+    """
+    A matcher that also remembers the highest IoU of each proposal.
+
+    :meth:`ROIHeads.label_and_sample_proposals` passes the IoUs to the matcher and only its result
+    to the sampler. Recording them here saves a copy of that method.
+    """
+
+    def __init__(self, matcher):
+        self.matcher = matcher
+        self._max_iou = None
+
+    def __call__(self, match_quality_matrix: torch.Tensor):
+        """Args: match_quality_matrix: (M, R) IoUs. Returns: what the matcher returns."""
+        num_instances, num_proposals = match_quality_matrix.shape
+        self._max_iou = (
+            match_quality_matrix.amax(dim=0)
+            if num_instances > 0
+            else match_quality_matrix.new_zeros(num_proposals)
+        )
+        return self.matcher(match_quality_matrix)
+
+    def pop_max_iou(self) -> torch.Tensor:
+        """Return the IoUs of the last call, (R,), once: they are those of one image."""
+        max_iou, self._max_iou = self._max_iou, None
+        assert max_iou is not None, "proposals must be matched before they are sampled"
+        return max_iou
+
+
+@ROI_HEADS_REGISTRY.register()
+class LibraROIHeads(StandardROIHeads):
+    """
+    :class:`StandardROIHeads` with the sample level and objective level balance of Libra R-CNN:
+    proposals are drawn by a :class:`BalancedSampler`, boxes may be trained with balanced L1 loss.
+
+    While training it puts, next to Detectron2's ``roi_head/num_fg_samples`` and
+    ``num_bg_samples``, into the event storage (means over the images of the batch):
+
+    * ``roi_head/num_bg_iou_bin_<k>``: negatives drawn from the k-th of K bins of equal width of
+      ``[0, IoU threshold of negatives)``, whichever sampler drew them;
+    * ``roi_head/num_fg_instances``: ground-truth instances with at least one positive drawn.
+    """
+
+    @configurable
+    def __init__(self, *, proposal_sampler: BalancedSampler, **kwargs):
+        """
+        Args:
+            proposal_sampler: draws ``batch_size_per_image`` proposals of each image.
+            kwargs: arguments of :class:`StandardROIHeads`. Pass a
+                :class:`LibraFastRCNNOutputLayers` as ``box_predictor`` for balanced L1 loss.
+        """
+        super().__init__(**kwargs)
+        self.proposal_sampler = proposal_sampler
+        self.proposal_matcher = _IoURecorder(self.proposal_matcher)
+        self._sample_statistics: List[torch.Tensor] = []
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> Dict:
+        sampler = cfg.MODEL.LIBRA.SAMPLER
+        return {
+            **super().from_config(cfg, input_shape),
+            "proposal_sampler": BalancedSampler(
+                negatives=sampler.NEGATIVES,
+                positives=sampler.POSITIVES,
+                mode=sampler.MODE,
+                num_bins=sampler.NUM_BINS,
+                negative_iou_thresh=cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
+            ),
+        }
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape) -> Dict:
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictor"] = LibraFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        return ret
+
+    def _sample_proposals(
+        self, matched_idxs: torch.Tensor, matched_labels: torch.Tensor, gt_classes: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args and returns as :meth:`ROIHeads._sample_proposals`: indices of the sampled proposals,
+        positives first, and their classes, ``num_classes`` being the background.
+        """
+        max_iou = self.proposal_matcher.pop_max_iou()
+        sampler = self.proposal_sampler
+        foreground, background = sampler(
+            matched_labels,
+            max_iou,
+            matched_idxs,
+            len(gt_classes),
+            self.batch_size_per_image,
+            self.positive_fraction,
+        )
+        covered = matched_idxs.new_zeros(max(len(gt_classes), 1))
+        covered.scatter_(0, matched_idxs[foreground], 1)
+        histogram = iou_histogram(
+            max_iou[background], sampler.num_bins, sampler.negative_iou_thresh
+        )
+        self._sample_statistics.append(torch.cat([covered.sum()[None], histogram]))
+
+        classes = torch.full_like(matched_idxs, self.num_classes)
+        classes = classes[: len(foreground) + len(background)]
+        classes[: len(foreground)] = gt_classes[matched_idxs[foreground]]
+        return torch.cat([foreground, background]), classes
+
+    @torch.no_grad()
+    def label_and_sample_proposals(
+        self, proposals: List[Instances], targets: List[Instances]
+    ) -> List[Instances]:
+        """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
+        self._sample_statistics.clear()
+        sampled = super().label_and_sample_proposals(proposals, targets)
+        covered, *histogram = torch.stack(self._sample_statistics).double().mean(dim=0).tolist()
+        storage = get_event_storage()
+        storage.put_scalar("roi_head/num_fg_instances", covered)
+        for k, num_negatives in enumerate(histogram):
+            storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
+        return sampled

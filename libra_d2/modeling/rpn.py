@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Region proposal network as Libra R-CNN's reference trains it."""
+
+from typing import Dict, List
+
+import torch
+
+from detectron2.config import configurable
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+
+__all__ = ["LibraRPN", "RPN_NORMALIZERS"]
+
+RPN_NORMALIZERS = ("sampled", "batch_size")
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class LibraRPN(RPN):
+    """
+    Detectron2's RPN with two habits of the reference: it trains on at most ``max_neg_per_pos``
+    negative anchors per positive one, and divides its losses by the number of anchors it trains on
+    rather than by the number it may train on at most. They belong together: with the cap, images
+    with few objects use far fewer anchors.
+    """
+
+    @configurable
+    def __init__(self, *, max_neg_per_pos: float = 5.0, normalizer: str = "sampled", **kwargs):
+        """
+        Args:
+            max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
+                image; an image without positives counts as having one. Negative for no limit.
+            normalizer: what the losses are divided by. "sampled": number of sampled anchors in the
+                batch, where each image counts at least one positive and one negative.
+                "batch_size": ``batch_size_per_image`` times the number of images, as in Detectron2.
+            kwargs: arguments of :class:`RPN`.
+
+        Raises:
+            ValueError: if ``normalizer`` is neither.
+        """
+        super().__init__(**kwargs)
+        if normalizer not in RPN_NORMALIZERS:
+            raise ValueError(
+                f"MODEL.LIBRA.RPN.NORMALIZER is {normalizer!r}: use one of {RPN_NORMALIZERS}"
+            )
+        self.max_neg_per_pos = max_neg_per_pos
+        self.normalizer = normalizer
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> Dict:
+        return {
+            **super().from_config(cfg, input_shape),
+            "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
+            "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
+        }
+
+    def _subsample_labels(self, label: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            label: (R,) labels 1, 0 and -1 of the anchors of one image. Modified in place.
+
+        Returns:
+            ``label``, with -1 for all anchors that were not drawn.
+        """
+        label = super()._subsample_labels(label)
+        if self.max_neg_per_pos < 0:
+            return label
+        # A random subset of the negatives drawn above is a random subset of all negatives. Those
+        # beyond the limit are found by rank, so that no count has to reach the host.
+        negative = label == 0
+        limit = ((label == 1).sum().clamp(min=1) * self.max_neg_per_pos).long()
+        key = torch.rand(label.shape, device=label.device) - negative.float()
+        key, idx = key.topk(min(self.batch_size_per_image, len(label)), largest=False)
+        surplus = (torch.arange(len(idx), device=label.device) >= limit) & (key < 0)
+        label[idx] = label[idx].masked_fill(surplus, -1)
+        return label
+
+    @torch.jit.unused
+    def losses(
+        self,
+        anchors,
+        pred_objectness_logits: List[torch.Tensor],
+        gt_labels: List[torch.Tensor],
+        pred_anchor_deltas: List[torch.Tensor],
+        gt_boxes: List[torch.Tensor],
+    ) -> Dict[str, torch.Tensor]:
+        """See :meth:`RPN.losses`."""
+        losses = super().losses(
+            anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
+        )
+        if self.normalizer == "batch_size":
+            return losses
+        labels = torch.stack(gt_labels)
+        num_sampled = sum((labels == x).sum(dim=1).clamp(min=1).sum() for x in (0, 1))
+        scale = self.batch_size_per_image * len(gt_labels) / num_sampled
+        return {name: loss * scale for name, loss in losses.items()}

@@ -1,0 +1,296 @@
+#!/usr/bin/env python
+"""
+Install Detectron2 0.6 with pip alone: no source repository, no compiler.
+
+Detectron2 itself is not on the Python package index. Its Python code is, as the source
+distribution ``pb1-detectron2==0.6`` (every Python file and model zoo YAML equals upstream's tag
+v0.6; the C++ sources are missing). This script fetches that archive through pip, verifies its
+hash, applies the fixes which upstream has made since 0.6 and without which it does not run on
+current numpy, Pillow and PyTorch, and builds and installs a wheel named ``detectron2``.
+
+Usage, in an environment that has torch, torchvision, ``setuptools<81`` and wheel::
+
+    python tools/install_detectron2.py
+
+An existing Detectron2 is left alone. Exit status: 0 installed or already there, 1 otherwise.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+NAME = "pb1-detectron2"
+VERSION = "0.6"
+SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+
+LIMITS = """\
+Detectron2 0.6 is installed WITHOUT compiled operators. Missing in this build:
+  - deformable convolution   (ResNets with MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+  - rotated boxes            (RRPN, RROIHeads, RotatedCOCOEvaluator)
+  - fast COCO evaluation     (pycocotools is used; same numbers, slower)
+Everything else, Libra R-CNN included, uses torchvision's operators and is complete.
+With a compiler and a connection, upstream's own build has all of it:
+  pip uninstall detectron2
+  pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"""
+
+
+class InstallError(Exception):
+    """The installation cannot go on; the message says why and what to do."""
+
+
+class Fix(NamedTuple):
+    """Replace ``old`` by ``new`` in ``path``, where it must occur exactly ``count`` times."""
+
+    path: str
+    old: str
+    new: str
+    count: int = 1
+
+
+_COMPILED = ("from detectron2 import _C", "from detectron2.layers.no_compiled_ops import _C")
+
+# Each is what upstream's main branch does today, up to the missing operators' error message.
+FIXES = (
+    # Operators that this build lacks: an error on use rather than on `import detectron2`.
+    Fix("detectron2/layers/deform_conv.py", *_COMPILED),
+    Fix("detectron2/layers/roi_align_rotated.py", *_COMPILED),
+    Fix("detectron2/layers/rotated_boxes.py", *_COMPILED),
+    Fix(
+        "detectron2/layers/nms.py",
+        "    return torch.ops.detectron2.nms_rotated(",
+        f"    {_COMPILED[1]}\n\n    return _C.nms_rotated(",
+    ),
+    Fix(
+        "detectron2/evaluation/coco_evaluation.py",
+        "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n",
+        "\ntry:\n    from detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
+        "except ImportError:\n    COCOeval_opt = COCOeval\n\n",
+    ),
+    # numpy removed the aliases of Python's own types in 1.24.
+    Fix("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n"),
+    Fix("detectron2/data/build.py", "dtype=np.int)", "dtype=int)"),
+    Fix("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 2),
+    Fix("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.float)", "dtype=float)", 2),
+    Fix("detectron2/evaluation/sem_seg_evaluation.py", ".astype(np.float)", ".astype(float)", 3),
+    Fix("detectron2/evaluation/pascal_voc_evaluation.py", ".astype(np.bool)", ".astype(bool)", 2),
+    Fix("detectron2/structures/masks.py", ".astype(np.bool)", ".astype(bool)", 2),
+    Fix("detectron2/structures/masks.py", "dtype=np.bool)", "dtype=bool)"),
+    Fix("detectron2/utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)"),
+    Fix("detectron2/utils/visualizer.py", ".astype(np.bool)", ".astype(bool)", 3),
+    # Pillow removed Image.LINEAR, an alias, in 10.
+    Fix("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR"),
+    # Python 3.11 samples from sequences only.
+    Fix(
+        "detectron2/data/common.py",
+        "self._rng.sample(self._fallback_candidates, k=1)",
+        "self._rng.sample(sorted(self._fallback_candidates), k=1)",
+    ),
+    # caffe2 is gone from PyTorch; tracing, scripting and FLOP counting do not need it.
+    Fix(
+        "detectron2/export/__init__.py",
+        "from .api import *\n",
+        "try:\n    from .api import *\nexcept ImportError:  # caffe2 is not installed\n    pass\n",
+    ),
+    # torch.optim schedulers derive from LRScheduler since PyTorch 2.0.
+    Fix("detectron2/engine/hooks.py", "lr_scheduler._LRScheduler)", "lr_scheduler.LRScheduler)", 2),
+    # PyTorch asks for the index order to be named, and warns in every process otherwise.
+    Fix(
+        "detectron2/modeling/anchor_generator.py",
+        "torch.meshgrid(shifts_y, shifts_x)",
+        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
+    ),
+)
+
+NO_COMPILED_OPS = """\
+class _MissingOperators:
+    def __getattr__(self, name):
+        raise ImportError(
+            f"detectron2._C.{name} is not available: this Detectron2 was installed without "
+            "compiled operators (deformable convolution, rotated boxes). Install upstream's "
+            "compiled build to use them."
+        )
+
+
+_C = _MissingOperators()
+"""
+
+# Replaces the archive's setup.py, which compiles C++ sources that are not in it, looks for the
+# model zoo's YAML files outside the package, and pins a `black` that only LazyConfig printing uses.
+PYPROJECT = f"""\
+[build-system]
+requires = ["setuptools", "wheel"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "detectron2"
+version = "{VERSION}"
+description = "Detectron2 {VERSION}, Python code only, with later upstream fixes"
+requires-python = ">=3.9"
+dependencies = [
+    "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate",
+    "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6", "iopath>=0.1.7,<0.1.10",
+    "omegaconf>=2.1", "hydra-core>=1.1", "packaging", "setuptools<81",
+]
+
+[tool.setuptools]
+package-dir = {{ "detectron2.projects.point_rend" = "projects/PointRend/point_rend", \
+"detectron2.projects.deeplab" = "projects/DeepLab/deeplab", \
+"detectron2.projects.panoptic_deeplab" = "projects/Panoptic-DeepLab/panoptic_deeplab" }}
+packages = [%s]
+
+[tool.setuptools.package-data]
+"detectron2.model_zoo" = ["configs/**/*.yaml", "configs/**/*.py"]
+"""
+
+
+def installed_version() -> "str | None":
+    """Return the version of the Detectron2 in this environment, or None if there is none."""
+    if importlib.util.find_spec("detectron2") is None:
+        return None
+    try:
+        return importlib.metadata.version("detectron2")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"  # a source checkout on PYTHONPATH
+
+
+def run_pip(*args: str) -> None:
+    """Run pip in this environment; raise InstallError with the end of its output on failure."""
+    command = [sys.executable, "-m", "pip", *args]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        tail = "\n".join(result.stdout.strip().splitlines()[-15:])
+        raise InstallError(f"`{' '.join(command)}` failed:\n{tail}")
+
+
+def check_environment() -> None:
+    """
+    Raise InstallError if a tool that the installation needs is missing or of a wrong version.
+    """
+    for module in ("torch", "torchvision", "setuptools", "wheel"):
+        if importlib.util.find_spec(module) is None:
+            raise InstallError(
+                f"{module} is not installed in {sys.prefix}. "
+                "Run `pip install -r requirements/torch.txt` first."
+            )
+    major = int(importlib.metadata.version("setuptools").split(".")[0])
+    if major >= 81:
+        raise InstallError(
+            f"setuptools {major} is too new: Detectron2 imports pkg_resources, which setuptools 81 "
+            "removed. Run `pip install 'setuptools<81'` first."
+        )
+    pip_version = importlib.metadata.version("pip")
+    if tuple(int(x) for x in pip_version.split(".")[:2]) > (26, 0):
+        raise InstallError(
+            f"pip {pip_version} refuses the archive because of a direct URL in an extra that is "
+            "not used. Run `python -m pip install 'pip<=26.0'` first."
+        )
+
+
+def fetch_source(directory: Path) -> Path:
+    """
+    Download and unpack the source archive; pip compares its hash with :data:`SHA256`.
+
+    Args:
+        directory: an existing, writable directory.
+
+    Returns:
+        the root of the unpacked source tree, inside ``directory``.
+    """
+    requirement = directory / "requirement.txt"
+    requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
+    run_pip(
+        *("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"),
+        *("--require-hashes", "--dest", str(directory), "--requirement", str(requirement)),
+    )
+    (archive,) = directory.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        # The filter exists since Python 3.11.4 and the last releases of 3.9 and 3.10. The archive
+        # is the one whose hash was just verified, so that it is a second line of defense.
+        tar.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (root,) = (path.parent for path in directory.glob("*/PKG-INFO"))
+    return root
+
+
+def apply_fixes(root: Path, fixes: "tuple[Fix, ...]" = FIXES) -> None:
+    """
+    Apply ``fixes`` below ``root`` in place.
+
+    Raises:
+        InstallError: if a file is missing or a text does not occur as often as expected, which
+            means that the source is not the one the fixes were made for. Nothing is written then.
+    """
+    texts = {}
+    for fix in fixes:
+        path = root / fix.path
+        if path not in texts:
+            if not path.is_file():
+                raise InstallError(f"Cannot fix {fix.path}: there is no such file in {root}.")
+            texts[path] = path.read_text(encoding="utf-8")
+        found = texts[path].count(fix.old)
+        if found != fix.count:
+            raise InstallError(
+                f"The fix of {fix.path} does not apply: {fix.old.strip()!r} occurs {found} times, "
+                f"expected {fix.count}."
+            )
+        texts[path] = texts[path].replace(fix.old, fix.new)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def build_wheel(root: Path, directory: Path) -> Path:
+    """Build a wheel of the fixed source tree ``root`` in ``directory`` and return its path."""
+    (root / "detectron2/layers/no_compiled_ops.py").write_text(NO_COMPILED_OPS)
+    (root / "setup.py").unlink()
+    packages = {p.parent.relative_to(root) for p in (root / "detectron2").rglob("__init__.py")}
+    packages = {".".join(p.parts) for p in packages if "configs" not in p.parts}
+    projects = ("point_rend", "deeplab", "panoptic_deeplab")
+    packages |= {f"detectron2.projects.{name}" for name in projects}
+    (root / "pyproject.toml").write_text(PYPROJECT % ", ".join(f'"{p}"' for p in sorted(packages)))
+    run_pip(
+        *("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(root))
+    )
+    (wheel,) = directory.glob("detectron2-*.whl")
+    return wheel
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    """Command line entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--wheel-dir", metavar="DIR", help="also keep the wheel here, to install it elsewhere"
+    )
+    args = parser.parse_args(argv)
+    version = installed_version()
+    if version is not None:
+        print(f"Detectron2 {version} is already installed; nothing to do.")
+        return 0
+    try:
+        check_environment()
+        with tempfile.TemporaryDirectory() as tmp:
+            print(f"[1/3] fetching Detectron2 {VERSION} ...", flush=True)
+            root = fetch_source(Path(tmp))
+            print(f"[2/3] applying {len(FIXES)} fixes and building a wheel ...", flush=True)
+            apply_fixes(root)
+            wheel_dir = Path(args.wheel_dir or os.path.join(tmp, "wheel"))
+            wheel_dir.mkdir(parents=True, exist_ok=True)
+            wheel = build_wheel(root, wheel_dir)
+            print(f"[3/3] installing {wheel.name} and what it needs ...", flush=True)
+            run_pip("install", str(wheel))
+    except (InstallError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    print(LIMITS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
