@@ -58,11 +58,19 @@ def _outline(corners, center, radius: float, turn: float, stretch: float) -> Lis
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Smooth blobs of color, with noise on top."""
-    blobs = rng.integers(30, 226, (rng.integers(3, 9),) * 2 + (3,), dtype=np.uint8)
-    image = np.asarray(Image.fromarray(blobs).resize((size, size), Image.BICUBIC), dtype=np.float32)
-    image = image + rng.normal(0, rng.uniform(2, 14), image.shape)
+    """Smooth blobs around one color, with noise on top."""
+    blobs = rng.integers(40, 216, 3) + rng.uniform(-1, 1, (rng.integers(3, 9),) * 2 + (3,)) * 45
+    blobs = Image.fromarray(blobs.clip(0, 255).astype(np.uint8))
+    image = np.asarray(blobs.resize((size, size), Image.BICUBIC), dtype=np.float32)
+    image = image + rng.normal(0, rng.uniform(2, 12), image.shape)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def _contrasting_color(rng: np.random.Generator, image: Image.Image, mask: np.ndarray) -> tuple:
+    """A random color that stands out from what is below ``mask`` by at least 60 of 255 steps."""
+    below = np.asarray(image)[mask].mean(axis=0)
+    colors = rng.integers(0, 256, (32, 3))
+    return tuple(max(colors, key=lambda c: min(np.abs(c - below).max(), 60)).tolist())
 
 
 def _render(rng: np.random.Generator, size: int, num_classes: int):
@@ -83,8 +91,8 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
     for _ in range(rng.integers(2, 10)):
         distractor = rng.random() < 0.2
         name = rng.choice(list(_DISTRACTORS) if distractor else names)
-        # Log-uniform: as many small objects as large ones, over a factor of 8 in size.
-        radius = size * math.exp(rng.uniform(math.log(0.04), math.log(0.32)))
+        # Log-uniform: as many small objects as large ones, over a factor of 7 in size.
+        radius = size * math.exp(rng.uniform(math.log(0.045), math.log(0.32)))
         points = _outline(
             (_DISTRACTORS if distractor else _OUTLINES)[name],
             rng.uniform(0.05 * size, 0.95 * size, 2),
@@ -104,9 +112,9 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
             continue
         objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
         objects.append((None if distractor else names.index(name), covered.sum(), covered))
-        fill = Image.new("RGB", image.size, tuple(rng.integers(0, 256, 3).tolist()))
-        if rng.random() < 0.3:  # see-through
-            mask = mask.point(lambda v: v * 0.7)
+        fill = Image.new("RGB", image.size, _contrasting_color(rng, image, covered))
+        if rng.random() < 0.2:  # see-through
+            mask = mask.point(lambda v: v * 0.75)
         image.paste(fill, mask=mask)
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.0)))

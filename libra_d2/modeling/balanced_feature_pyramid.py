@@ -58,15 +58,22 @@ class NonLocalBlock(nn.Module):
         Returns:
             (N, C, H, W), ``x`` plus the attended features.
         """
-        # (N, C, H, W) -> (N, 1, P, C): one attention head over all positions. The fused kernels
-        # never hold the P x P weights, so that memory grows linearly with the number of pixels;
-        # they ask for the channels to be adjacent in memory.
-        query, key, value = [
-            layer(x).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-            for layer in (self.theta, self.phi, self.g)
-        ]
+        query, key, value = (
+            _positions(self.theta(x)),
+            _positions(self.phi(x)),
+            _positions(self.g(x)),
+        )
+        # The fused kernels never hold the P x P weights: memory grows linearly with P.
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+def _positions(x: torch.Tensor) -> torch.Tensor:
+    """
+    (N, C, H, W) -> (N, 1, P, C): one attention head over all positions, whose channels are
+    adjacent in memory, as the fused kernels ask for.
+    """
+    return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 class BalancedFeaturePyramid(nn.Module):
@@ -106,7 +113,7 @@ class BalancedFeaturePyramid(nn.Module):
         if refine_type == "non_local":
             self.refine = NonLocalBlock(channels)
         elif refine_type == "conv":
-            self.refine = Conv2d(channels, channels, kernel_size=3, padding=1, activation=F.relu)
+            self.refine = Conv2d(channels, channels, kernel_size=3, padding=1, activation=nn.ReLU())
             nn.init.xavier_uniform_(self.refine.weight)
             nn.init.zeros_(self.refine.bias)
         elif refine_type == "none":

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures and small models that the test modules share."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from detectron2.config import get_cfg
+from detectron2.structures import Boxes, Instances
+
+from libra_d2 import add_libra_config
+from libra_d2.data.synthetic import make_synthetic_dataset
+
+ROOT = Path(__file__).parent.parent
+DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
+sys.path.insert(0, str(ROOT))  # for train_net and tools
+
+
+def _stand_in_for_mmcv_ext() -> None:
+    """
+    mmcv-lite has the Python side of its operators but not the compiled one. mmdetection imports
+    all of them and calls two, which torchvision has as well.
+    """
+
+    def missing(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*args, **kwargs):
+            raise NotImplementedError(f"mmcv._ext.{name}")
+
+        return operator
+
+    ext = types.ModuleType("mmcv._ext")
+    ext.__getattr__ = missing
+    ext.nms = lambda boxes, scores, iou_threshold, offset: torchvision.ops.nms(
+        boxes, scores, iou_threshold
+    )
+    sys.modules["mmcv._ext"] = ext
+
+
+@pytest.fixture(scope="session")
+def mmdet():
+    """The reference, ready to build models on the CPU."""
+    _stand_in_for_mmcv_ext()
+    import mmcv.ops  # noqa: F401
+    import mmdet
+
+    # The package re-exports a function of the module's name.
+    roi_align = sys.modules["mmcv.ops.roi_align"]
+    roi_align.RoIAlign.forward = lambda self, input, rois: torchvision.ops.roi_align(
+        input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+    )
+    return mmdet
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def demo_cfg(**overrides):
+    """The demo's config with smaller heads; ``overrides`` as MODEL__DEVICE="cpu"."""
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    cfg.merge_from_file(str(DEMO_CONFIG), allow_unsafe=False)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    for key, value in overrides.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+def random_inputs(*num_boxes, size=(96, 128)):
+    """One input of a Detectron2 model for each number of boxes given."""
+    height, width = size
+    inputs = []
+    for n in num_boxes:
+        corner = torch.rand(n, 2) * torch.tensor([0.6 * width, 0.6 * height])
+        side = 8 + torch.rand(n, 2) * 0.35 * min(size)
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + side], dim=1))
+        instances.gt_classes = torch.arange(n) % 4
+        inputs.append({"image": torch.rand(3, height, width) * 255, "instances": instances})
+    return inputs
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """Directory of a synthetic dataset of 12 images of 96 pixels."""
+    path = tmp_path_factory.mktemp("data") / "synthetic"
+    make_synthetic_dataset(str(path), num_images=12, size=96, seed=3)
+    return path

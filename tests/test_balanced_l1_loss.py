@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from fvcore.nn import smooth_l1_loss
+
+from libra_d2.modeling import balanced_l1_loss
+
+FORMS = ("scaled", "reference")
+
+
+def loss_and_grad(errors, **kwargs):
+    pred = torch.as_tensor(errors, dtype=torch.float64).requires_grad_()
+    loss = balanced_l1_loss(pred, torch.zeros_like(pred), **kwargs)
+    loss.sum().backward()
+    return loss.detach(), pred.grad
+
+
+def test_values_of_the_paper():
+    """
+    With alpha = 1 and gamma = ln 3, b = 3 - 1 = 2. By Equation 11:
+      x = 0.5: 1/2 (2 * 0.5 + 1) ln(2 * 0.5 + 1) - 0.5 = ln 2 - 0.5
+      x = 1:   1/2 * 3 * ln 3 - 1, from either side
+      x = 3:   3 ln 3 + ln(3) / 2 - 1
+    """
+    loss, grad = loss_and_grad([0.0, 0.5, -0.5, 1.0, 3.0], alpha=1.0, gamma=math.log(3))
+    ln2, ln3 = math.log(2), math.log(3)
+    expected = [0, ln2 - 0.5, ln2 - 0.5, 1.5 * ln3 - 1, 3.5 * ln3 - 1]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+    # Equation 9: alpha ln(b x + 1) below 1, gamma above.
+    assert grad.tolist() == pytest.approx([0, ln2, -ln2, ln3, ln3], rel=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("beta", [0.11, 0.5, 1.0, 3.0])
+def test_continuity_at_beta(form, beta):
+    """The value is continuous in both forms, the gradient in the scaled one and at beta = 1."""
+    eps = 1e-7
+    (below, above), (slope_below, slope_above) = loss_and_grad(
+        [beta - eps, beta + eps], beta=beta, form=form
+    )
+    assert above - below == pytest.approx(0, abs=1e-5)
+    assert slope_above == pytest.approx(1.5)
+    # The derivative of alpha / b (b x + 1) ln(b x / beta + 1) - alpha x at beta, less gamma.
+    b = math.expm1(3)
+    jump = 0 if form == "scaled" else 0.5 * ((b * beta + 1) / (beta * (b + 1)) - 1)
+    assert slope_below == pytest.approx(1.5 + jump, abs=1e-5)
+
+
+def test_slopes_of_the_reference_form():
+    """What the reference's RetinaNet is trained with: 4.05 at zero error, 1.70 below beta."""
+    _, grad = loss_and_grad([1e-9, 0.11 - 1e-9], beta=0.11, form="reference")
+    # d/dx alpha/b (bx + 1) ln(bx/beta + 1) - alpha x at 0 is alpha (1/beta - 1).
+    assert grad[0] == pytest.approx(0.5 * (1 / 0.11 - 1), rel=1e-5)
+    assert grad.tolist() == pytest.approx([4.045, 1.701], abs=1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.11, 2.0])
+def test_scaled_form_is_the_paper_scaled(beta):
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    expected = beta * balanced_l1_loss(x / beta, torch.zeros_like(x))
+    torch.testing.assert_close(balanced_l1_loss(x, torch.zeros_like(x), beta), expected)
+
+
+def test_forms_agree_at_beta_1():
+    x = torch.randn(100)
+    loss = [balanced_l1_loss(x, torch.zeros(100), form=form) for form in FORMS]
+    assert torch.equal(*loss)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alpha, gamma, beta", [(0.5, 1.5, 0.11), (0.2, 1.0, 1.0), (0.3, 2.0, 2.5)])
+def test_gradient(form, alpha, gamma, beta):
+    errors = torch.tensor([-3.0, -0.9, -0.05, 0.04, 0.3, 2.7], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: balanced_l1_loss(
+            x, torch.zeros_like(x), beta, alpha=alpha, gamma=gamma, form=form
+        ),
+        errors.requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize("beta", [0.11, 1.0])
+def test_equals_reference(mmdet, beta):
+    from mmdet.models.losses.balanced_l1_loss import balanced_l1_loss as reference
+
+    pred, target = torch.randn(2, 300, 4) * torch.tensor([0.05, 0.3, 1, 3])
+    results = []
+    for function, kwargs in ((balanced_l1_loss, {"form": "reference"}), (reference, {})):
+        x = pred.clone().requires_grad_()
+        loss = function(x, target, beta=beta, reduction="none", **kwargs)
+        loss.sum().backward()
+        results.append((loss.detach(), x.grad))
+    # float32: both evaluate the same formula in another order of operations.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("shape", [(0, 4), (5, 4)])
+def test_reduction(reduction, shape):
+    """As fvcore's losses reduce, empty input included."""
+    pred = torch.randn(shape, requires_grad=True)
+    loss = balanced_l1_loss(pred, torch.zeros(shape), reduction=reduction)
+    each = balanced_l1_loss(pred, torch.zeros(shape))
+    assert loss.shape == smooth_l1_loss(pred, torch.zeros(shape), 1.0, reduction).shape
+    count = max(each.numel(), 1) if reduction == "mean" else 1
+    torch.testing.assert_close(loss, each.sum() / count)
+    loss.backward()
+    assert torch.isfinite(pred.grad).all()
+
+
+def test_trace():
+
+    def loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return balanced_l1_loss(pred, target, 1.0, reduction="sum")
+
+    traced = torch.jit.trace(loss, (torch.randn(3, 4), torch.randn(3, 4)))
+    pred, target = torch.randn(2, 7, 4)
+    torch.testing.assert_close(traced(pred, target), loss(pred, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    x = torch.tensor([0.0, 0.01, 0.5, 1.0, 50.0])
+    loss = balanced_l1_loss(x.to(dtype), torch.zeros(5, dtype=dtype))
+    # Half precision has 11 or 8 significant bits; the loss subtracts values twice its size.
+    torch.testing.assert_close(
+        loss.float(), balanced_l1_loss(x, torch.zeros(5)), rtol=4e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
+        ({"gamma": -1.0}, "gamma must be a positive number, got -1.0"),
+        ({"beta": float("nan")}, "beta must be a positive number, got nan"),
+        ({"alpha": 0.01, "gamma": 1.0}, "gamma / alpha must be at most 80"),
+        ({"form": "paper"}, "form must be one of"),
+        ({"reduction": "max"}, "reduction must be"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_l1_loss(torch.zeros(2), torch.zeros(2), **kwargs)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="same shape"):
+        balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
