@@ -15,7 +15,6 @@ import sys
 from contextlib import contextmanager
 
 import torch
-import yaml
 from torch.multiprocessing import ProcessExitedException
 
 from detectron2.config import CfgNode, get_cfg
@@ -53,8 +52,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg):
-        with blamed_on("MODEL", (KeyError, ValueError)):
+        try:
             return super().build_model(cfg)
+        except (KeyError, ValueError) as e:  # a value out of range, or an unknown name
+            raise InputError(one_line(e)) from e
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -82,14 +83,19 @@ def pictures_dir(cfg: CfgNode, dataset_name: str) -> str:
 
 
 @contextmanager
-def blamed_on(source: str, errors=Exception):
-    """Turn ``errors`` into an InputError of one line that names ``source``."""
+def blamed_on(source: str):
+    """Turn what is raised while ``source`` is being read into an InputError that names it."""
     try:
         yield
-    except errors as e:
-        # str() of a KeyError is the repr of its message.
-        message = e.args[0] if isinstance(e, KeyError) and e.args else e
-        raise InputError(f"{source}: {' '.join(str(message).split())}") from e
+    except Exception as e:
+        raise InputError(f"{source}: {one_line(e)}") from e
+
+
+def one_line(error: Exception) -> str:
+    """The message of ``error``."""
+    # str() of a KeyError is the repr of its message.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())
 
 
 def build_argument_parser():
@@ -166,14 +172,11 @@ def setup(args) -> CfgNode:
     cfg = get_cfg()
     add_libra_config(cfg)
     if args.config_file:
-        config_errors = (AssertionError, KeyError, ValueError, TypeError, OSError, yaml.YAMLError)
-        with blamed_on(args.config_file, config_errors):
+        with blamed_on(args.config_file):
             cfg.merge_from_file(args.config_file, allow_unsafe=False)
-    with blamed_on("command line", (AssertionError, KeyError, ValueError, TypeError)):
+    with blamed_on("command line"):
         cfg.merge_from_list(args.opts)
     if not torch.cuda.is_available():
-        if args.num_gpus * args.num_machines > 1:
-            raise InputError("--num-gpus: this machine has no GPU that PyTorch can use")
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise InputError("SOLVER.AMP.ENABLED: Detectron2 trains with mixed precision on GPUs only")
@@ -244,9 +247,11 @@ def main(args) -> None:
         sys.exit(2)
 
 
-def invoke_main() -> None:
+def invoke_main(argv=None) -> None:
     """Command line entry point."""
-    args = build_argument_parser().parse_args()
+    args = build_argument_parser().parse_args(argv)
+    if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
+        sys.exit("error: --num-gpus: this machine has no GPU that PyTorch can use")
     try:
         launch(
             main,

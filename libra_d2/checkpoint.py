@@ -82,12 +82,12 @@ class LibraCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         reshaped = {key: shapes for key, *shapes in incompatible.incorrect_shapes}
         absent = {*incompatible.missing_keys, *reshaped}
-        names = self.model.state_dict().keys()
-        if absent.issuperset(name for name in names if not name.startswith("pixel_")):
+        names = [name for name, _ in self.model.named_parameters()]
+        if absent.issuperset(names):
             example = next(iter(incompatible.unexpected_keys), "none")
             raise InputError(
                 f"{self._path}: these are weights of another model: none of its names or shapes "
-                f"is one of this model's (the model has, e.g., {next(iter(names))!r}; "
+                f"is one of this model's (the model has, e.g., {names[0]!r}; "
                 f"the file has {example!r})"
             )
         absent = sorted(key for key in absent if not key.startswith("backbone.bfp."))
@@ -95,8 +95,8 @@ class LibraCheckpointer(DetectionCheckpointer):
             shapes = reshaped.get(absent[0])
             detail = f" (shape {shapes[0]}, not {shapes[1]})" if shapes else " (missing)"
             raise InputError(
-                f"{self._path}: not a complete checkpoint of this model: {len(absent)} of "
-                f"{len(names)} weights are missing or of another shape, the first {absent[0]!r}"
+                f"{self._path}: not a complete checkpoint of this model: {len(absent)} "
+                f"weights are missing or of another shape, the first {absent[0]!r}"
                 f"{detail}. Do the config and the number of classes belong to these weights?"
             )
         return incompatible

@@ -55,7 +55,7 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.RPN = CN()
     # Sampled negative anchors per sampled positive one, at most, in each image (no positive counts
     # as one). Negative for no limit.
-    cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = 5.0
+    cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = 5
     # What the losses are divided by: "sampled" (number of anchors really sampled) or "batch_size"
     # (RPN.BATCH_SIZE_PER_IMAGE times the number of images, as in Detectron2).
     cfg.MODEL.LIBRA.RPN.NORMALIZER = "sampled"

@@ -156,7 +156,7 @@ def test_autocast(refine_type):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"refine_level": 5}, "REFINE_LEVEL is 5, but the pyramid has 5 levels: use .* 0 to 4"),
         ({"refine_level": -1}, "REFINE_LEVEL is -1"),

@@ -70,7 +70,9 @@ def test_forms_agree_at_beta_1():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("alpha, gamma, beta", [(0.5, 1.5, 0.11), (0.2, 1.0, 1.0), (0.3, 2.0, 2.5)])
+@pytest.mark.parametrize(
+    ("alpha", "gamma", "beta"), [(0.5, 1.5, 0.11), (0.2, 1.0, 1.0), (0.3, 2.0, 2.5)]
+)
 def test_gradient(form, alpha, gamma, beta):
     errors = torch.tensor([-3.0, -0.9, -0.05, 0.04, 0.3, 2.7], dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -131,7 +133,7 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
         ({"gamma": -1.0}, "gamma must be a positive number, got -1.0"),

@@ -48,7 +48,7 @@ def linear(num, low=0.0, high=0.5):
 @pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
 @pytest.mark.parametrize("positives", ["instance_balanced", "random"])
 @pytest.mark.parametrize(
-    "args, num_positives, num_negatives",
+    ("args", "num_positives", "num_negatives"),
     [
         ({"negative_ious": [0.0] * 100}, 0, 64),  # no ground truth
         ({"positives_of": (0, 0), "negative_ious": linear(100)}, 0, 64),  # no foreground
@@ -184,7 +184,7 @@ def oracle(args, num_samples, sampler):
 
 
 @pytest.mark.parametrize(
-    "name, candidates",
+    ("name", "candidates"),
     [
         ("usual", ((40, 25, 9, 3), [0.0] * 300 + [0.5 * u**2 for u in linear(300, 0.02, 1)])),
         ("few positives", ((3, 2), [0.0] * 100 + linear(200, 0.01, 0.5))),
@@ -231,7 +231,7 @@ def test_reference_mode_draws_as_reference(mmdet, name, candidates):
     ours, reference = torch.stack(ours), torch.stack(reference)
     error = ((ours.var(dim=0) + reference.var(dim=0)) / 400).sqrt()
     difference = (ours.mean(dim=0) - reference.mean(dim=0)).abs()
-    assert (difference <= 4.5 * error + 1e-9).all(), (difference / error)
+    assert (difference <= 4.5 * error + 1e-9).all(), difference / error
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -253,7 +253,7 @@ def test_iou_histogram():
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"num_bins": 0}, "NUM_BINS is 0: use 1 or more"),
         ({"mode": "fast"}, "MODE is 'fast': use one of"),

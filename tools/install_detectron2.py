@@ -32,7 +32,7 @@ SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
 LIMITS = """\
 Detectron2 0.6 is installed WITHOUT compiled operators. Missing in this build:
-  - deformable convolution   (ResNets with MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+  - deformable convolution   (on GPUs; MODEL.RESNETS.DEFORM_ON_PER_STAGE)
   - rotated boxes            (RRPN, RROIHeads, RotatedCOCOEvaluator)
   - fast COCO evaluation     (pycocotools is used; same numbers, slower)
 Everything else, Libra R-CNN included, uses torchvision's operators and is complete.
@@ -177,7 +177,7 @@ def check_environment() -> None:
         if importlib.util.find_spec(module) is None:
             raise InstallError(
                 f"{module} is not installed in {sys.prefix}. "
-                "Run `pip install -r requirements/torch.txt` first."
+                "Run `pip install -r requirements/build.txt` first."
             )
     major = int(importlib.metadata.version("setuptools").split(".")[0])
     if major >= 81:

@@ -150,20 +150,24 @@ def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
     quiet = not comm.is_main_process()
     for image in tqdm(dataset["images"], desc="checking images", unit="image", disable=quiet):
         path = os.path.join(image_root, image["file_name"])
+        expected = (image["width"], image["height"])
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such image; {json_file} names it")
         try:
             with Image.open(path) as file:
                 size = file.size
-                # Detectron2 applies the orientation that cameras write.
-                if file.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSING_ORIENTATIONS:
-                    size = size[::-1]
+                # Detectron2 applies the orientation that cameras write. It may be at the end of a
+                # PNG file, which is not worth reading if the size is right.
+                if file.format != "PNG" or size != expected:
+                    orientation = file.getexif().get(_EXIF_ORIENTATION)
+                    if orientation in _TRANSPOSING_ORIENTATIONS:
+                        size = size[::-1]
         except (OSError, SyntaxError, Image.DecompressionBombError) as e:
             raise InputError(f"{path}: not a readable image ({e})") from None
-        if size != (image["width"], image["height"]):
+        if size != expected:
             raise InputError(
                 f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "
-                f"{image['width']} x {image['height']}"
+                f"{expected[0]} x {expected[1]}"
             )
 
 

@@ -83,7 +83,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
         foreground = nonzero_tuple((gt_classes >= 0) & (gt_classes < self.num_classes))[0]
         box_dim = proposal_boxes.shape[1]
-        pred_deltas = pred_deltas.view(len(gt_classes), -1, box_dim)
+        pred_deltas = pred_deltas.view(-1, pred_deltas.shape[1] // box_dim, box_dim)
         # One box per class, or a single one for all of them.
         class_idxs = gt_classes[foreground] if pred_deltas.shape[1] > 1 else 0
         loss = balanced_l1_loss(

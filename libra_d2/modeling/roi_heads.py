@@ -59,6 +59,10 @@ class LibraROIHeads(StandardROIHeads):
     * ``roi_head/num_fg_instances``: ground-truth instances with at least one positive drawn.
     """
 
+    # Detectron2 declares these for scripting on the parent, and annotations are not inherited.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
     @configurable
     def __init__(self, *, proposal_sampler: BalancedSampler, **kwargs):
         """

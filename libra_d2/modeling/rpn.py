@@ -23,7 +23,7 @@ class LibraRPN(RPN):
     """
 
     @configurable
-    def __init__(self, *, max_neg_per_pos: float = 5.0, normalizer: str = "sampled", **kwargs):
+    def __init__(self, *, max_neg_per_pos: int = 5, normalizer: str = "sampled", **kwargs):
         """
         Args:
             max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
@@ -66,7 +66,7 @@ class LibraRPN(RPN):
         # A random subset of the negatives drawn above is a random subset of all negatives. Those
         # beyond the limit are found by rank, so that no count has to reach the host.
         negative = label == 0
-        limit = ((label == 1).sum().clamp(min=1) * self.max_neg_per_pos).long()
+        limit = (label == 1).sum().clamp(min=1) * self.max_neg_per_pos
         key = torch.rand(label.shape, device=label.device) - negative.float()
         key, idx = key.topk(min(self.batch_size_per_image, len(label)), largest=False)
         surplus = (torch.arange(len(idx), device=label.device) >= limit) & (key < 0)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from conftest import demo_cfg, random_inputs
+
+from detectron2.modeling import build_backbone, build_proposal_generator
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+IMAGE_SIZE = (96, 128)
+
+
+def build(**overrides):
+    cfg = demo_cfg(**{f"MODEL__{k}": v for k, v in overrides.items()})
+    return build_proposal_generator(cfg, build_backbone(cfg).output_shape())
+
+
+def labels(num_positive, num_negative, num_ignored=50):
+    counts = {1: num_positive, 0: num_negative, -1: num_ignored}
+    label = torch.cat([torch.full((n,), v, dtype=torch.int8) for v, n in counts.items()])
+    return label[torch.randperm(len(label))]
+
+
+@pytest.mark.parametrize(
+    ("num_positive", "num_negative", "max_neg_per_pos", "sampled"),
+    [
+        (0, 1000, 5, (0, 5)),  # no positive counts as one
+        (1, 1000, 5, (1, 5)),
+        (10, 1000, 5, (10, 50)),
+        (10, 30, 5, (10, 30)),  # fewer than the limit
+        (30, 1000, 5, (30, 98)),  # the batch size of 128 is the limit
+        (100, 1000, 5, (64, 64)),  # half of it are positives
+        (10, 1000, 0, (10, 0)),
+        (10, 1000, -1, (10, 118)),  # no limit
+        (0, 0, 5, (0, 0)),
+        (3, 2, 5, (3, 2)),
+    ],
+)
+def test_cap_of_negatives(num_positive, num_negative, max_neg_per_pos, sampled):
+    rpn = build(LIBRA__RPN__MAX_NEG_PER_POS=max_neg_per_pos)
+    before = labels(num_positive, num_negative)
+    after = rpn._subsample_labels(before.clone())
+    assert ((after == 1).sum(), (after == 0).sum()) == sampled
+    kept = after >= 0
+    assert torch.equal(after[kept], before[kept])
+
+
+def test_negatives_are_drawn_uniformly():
+    """Of 40 negatives 10 are drawn: each in a quarter of 2000 draws (chi-square at level 1e-4)."""
+    rpn, label = build(), labels(2, 40, 0)
+    times = sum((rpn._subsample_labels(label.clone()) == 0).double() for _ in range(2000))
+    times = times[label == 0]
+    statistic = ((times - 500) ** 2 / (2000 * 0.25 * 0.75)).sum() * 39 / 40
+    assert statistic < 81  # 39 degrees of freedom exceed 81 with probability 1e-4
+
+
+def losses(rpn, gt_instances):
+    """Losses of fixed predictions, without sampling (batch size exceeds the number of anchors)."""
+    features = {f"p{i + 2}": torch.zeros(2, 16, 24 // 2**i, 32 // 2**i) for i in range(5)}
+    anchors = rpn.anchor_generator([features[f"p{i + 2}"] for i in range(5)])
+    torch.manual_seed(1)
+    with EventStorage():
+        gt_labels, gt_boxes = rpn.label_and_sample_anchors(anchors, gt_instances)
+        logits = [torch.randn(2, len(a)) for a in anchors]
+        deltas = [torch.randn(2, len(a), 4) * 0.1 for a in anchors]
+        return rpn.losses(anchors, logits, gt_labels, deltas, gt_boxes), torch.stack(gt_labels)
+
+
+def test_normalizer():
+    """Both losses times 128 * 2 over the number of sampled anchors, at least 1 + 1 per image."""
+    gt_instances = [x["instances"] for x in random_inputs(4, 0, size=IMAGE_SIZE)]
+    plain, _ = losses(build(LIBRA__RPN__NORMALIZER="batch_size"), gt_instances)
+    libra, gt_labels = losses(build(), gt_instances)
+    num_positive = (gt_labels == 1).sum(dim=1)
+    assert num_positive[1] == 0
+    num_sampled = 6 * num_positive[0] + 1 + 5
+    assert (gt_labels >= 0).sum() == num_sampled - 1
+    for name in ("loss_rpn_cls", "loss_rpn_loc"):
+        torch.testing.assert_close(libra[name], plain[name] * 256 / num_sampled)
+
+
+def test_all_off_is_the_parent():
+    gt_instances = [x["instances"] for x in random_inputs(4, 2, size=IMAGE_SIZE)]
+    off = build(LIBRA__RPN__NORMALIZER="batch_size", LIBRA__RPN__MAX_NEG_PER_POS=-1)
+    plain = build(PROPOSAL_GENERATOR__NAME="RPN")
+    assert losses(off, gt_instances)[0] == losses(plain, gt_instances)[0]
+
+
+@pytest.mark.parametrize("num_boxes", [(2, 0), (0, 0), (5, 3)])
+def test_train_step(num_boxes):
+    rpn = build()
+    features = {
+        f"p{i + 2}": torch.randn(2, 16, 24 // 2**i, 32 // 2**i, requires_grad=True)
+        for i in range(5)
+    }
+    inputs = random_inputs(*num_boxes, size=IMAGE_SIZE)
+    images = ImageList(torch.zeros(2, 3, *IMAGE_SIZE), [IMAGE_SIZE] * 2)
+    with EventStorage() as storage:
+        proposals, loss = rpn(images, features, [x["instances"] for x in inputs])
+        assert "rpn/num_neg_anchors" in storage.latest()
+    sum(loss.values()).backward()
+    assert len(proposals) == 2
+    assert all(torch.isfinite(x.grad).all() for x in (*features.values(), *rpn.parameters()))
+
+
+def test_bad_normalizer():
+    with pytest.raises(ValueError, match="NORMALIZER is 'images': use one of"):
+        build(LIBRA__RPN__NORMALIZER="images")
+
+
+def test_matches_reference_sampler(mmdet):
+    """The numbers of sampled anchors are those of mmdetection's sampler with neg_pos_ub = 5."""
+    from mmdet.models.task_modules.assigners import AssignResult
+    from mmdet.models.task_modules.samplers import RandomSampler
+    from mmengine.structures import InstanceData
+
+    rpn = build()
+    sampler = RandomSampler(num=128, pos_fraction=0.5, neg_pos_ub=5, add_gt_as_proposals=False)
+    for num_positive, num_negative in ((0, 900), (3, 900), (9, 20), (200, 900)):
+        label = labels(num_positive, num_negative)
+        result = sampler.sample(
+            AssignResult(1, label.long(), label.float(), label.long()),
+            InstanceData(priors=torch.zeros(len(label), 4)),
+            InstanceData(bboxes=torch.zeros(1, 4), labels=torch.zeros(1).long()),
+        )
+        ours = rpn._subsample_labels(label)
+        assert (ours == 1).sum() == len(result.pos_inds)
+        assert (ours == 0).sum() == len(result.neg_inds)
+
+
+def test_boxes_are_not_touched():
+    """The ground truth of the caller is not modified."""
+    instances = Instances(IMAGE_SIZE, gt_boxes=Boxes(torch.tensor([[1.0, 2.0, 30.0, 40.0]])))
+    instances.gt_classes = torch.zeros(1).long()
+    losses(build(), [instances, instances])
+    assert instances.gt_boxes.tensor.tolist() == [[1, 2, 30, 40]]
