@@ -5,8 +5,8 @@ A synthetic detection dataset in COCO format, made in seconds, to try a detector
     python -m libra_d2.data.synthetic datasets/synthetic/train --num-images 300 --seed 1
 
 writes ``images/*.jpg`` and ``instances.json`` into the given directory. Shapes of widely
-different size and any color overlap each other on textured backgrounds, between distractors:
-strokes, and shapes of no class. The same arguments give the same bytes.
+different size overlap each other on textured backgrounds, between distractors: strokes, and shapes
+of no class. The same arguments give the same bytes.
 """
 
 import argparse
@@ -28,9 +28,9 @@ __all__ = ["CLASSES", "make_synthetic_dataset"]
 # Outlines in a unit circle around the origin, as (radius, angle in turns) of their corners.
 _OUTLINES = {
     "square": [(1, (2 * i + 1) / 8) for i in range(4)],
-    "triangle": [(1, i / 3) for i in range(3)],
+    "triangle": [(1, i / 3 - 0.25) for i in range(3)],
     "circle": [(1, i / 48) for i in range(48)],
-    "star": [(1 if i % 2 == 0 else 0.42, i / 10) for i in range(10)],
+    "star": [(1 if i % 2 == 0 else 0.42, i / 10 - 0.25) for i in range(10)],
     "cross": [
         (r, (i + d) / 4) for i in range(4) for r, d in ((1, -0.06), (1, 0.06), (0.52, 0.125))
     ],
@@ -59,18 +59,23 @@ def _outline(corners, center, radius: float, turn: float, stretch: float) -> Lis
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
     """Smooth blobs around one color, with noise on top."""
-    blobs = rng.integers(40, 216, 3) + rng.uniform(-1, 1, (rng.integers(3, 9),) * 2 + (3,)) * 45
+    blobs = rng.integers(40, 216, 3) + rng.uniform(-1, 1, (rng.integers(3, 9),) * 2 + (3,)) * 25
     blobs = Image.fromarray(blobs.clip(0, 255).astype(np.uint8))
     image = np.asarray(blobs.resize((size, size), Image.BICUBIC), dtype=np.float32)
-    image = image + rng.normal(0, rng.uniform(2, 12), image.shape)
+    image = image + rng.normal(0, rng.uniform(1, 8), image.shape)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def _contrasting_color(rng: np.random.Generator, image: Image.Image, mask: np.ndarray) -> tuple:
-    """A random color that stands out from what is below ``mask`` by at least 60 of 255 steps."""
-    below = np.asarray(image)[mask].mean(axis=0)
-    colors = rng.integers(0, 256, (32, 3))
-    return tuple(max(colors, key=lambda c: min(np.abs(c - below).max(), 60)).tolist())
+def _color(rng: np.random.Generator, below: np.ndarray, hue: Optional[float]) -> tuple:
+    """
+    A random color that stands out from the mean color of ``below``, (num_pixels, 3), by 90 of 255
+    steps or more; around ``hue``, in turns, if that is given.
+    """
+    hues = rng.random(32) if hue is None else hue + rng.uniform(-0.05, 0.05, 32)
+    hsv = np.stack([hues % 1, rng.uniform(0.4, 1, 32), rng.uniform(0.4, 1, 32)], axis=1)
+    colors = np.asarray(Image.fromarray((hsv[None] * 255).astype(np.uint8), "HSV").convert("RGB"))
+    contrast = np.abs(colors[0] - below.mean(axis=0)).max(axis=1)
+    return tuple(colors[0][np.minimum(contrast, 90).argmax()].tolist())
 
 
 def _render(rng: np.random.Generator, size: int, num_classes: int):
@@ -82,7 +87,7 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
     """
     image = _background(rng, size)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(0, 6)):
+    for _ in range(rng.integers(0, 4)):
         line = [tuple(p) for p in rng.uniform(0, size, (rng.integers(2, 5), 2))]
         draw.line(line, fill=tuple(rng.integers(0, 256, 3).tolist()), width=rng.integers(1, 4))
 
@@ -91,14 +96,14 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
     for _ in range(rng.integers(2, 10)):
         distractor = rng.random() < 0.2
         name = rng.choice(list(_DISTRACTORS) if distractor else names)
-        # Log-uniform: as many small objects as large ones, over a factor of 7 in size.
-        radius = size * math.exp(rng.uniform(math.log(0.045), math.log(0.32)))
+        # Log-uniform: as many small objects as large ones, over a factor of 5 in size.
+        radius = size * math.exp(rng.uniform(math.log(0.06), math.log(0.32)))
         points = _outline(
             (_DISTRACTORS if distractor else _OUTLINES)[name],
             rng.uniform(0.05 * size, 0.95 * size, 2),
             radius,
-            turn=rng.random(),
-            stretch=rng.uniform(0.65, 1),
+            turn=rng.random() if distractor else rng.uniform(-0.06, 0.06),
+            stretch=rng.uniform(0.7, 1),
         )
         mask = Image.new("L", (size * _OVERSAMPLING,) * 2)
         ImageDraw.Draw(mask).polygon(
@@ -112,7 +117,10 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
             continue
         objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
         objects.append((None if distractor else names.index(name), covered.sum(), covered))
-        fill = Image.new("RGB", image.size, _contrasting_color(rng, image, covered))
+        # Classes have a typical color, but not every object has the color of its class.
+        typical = not distractor and rng.random() < 0.7
+        hue = names.index(name) / len(CLASSES) if typical else None
+        fill = Image.new("RGB", image.size, _color(rng, np.asarray(image)[covered], hue))
         if rng.random() < 0.2:  # see-through
             mask = mask.point(lambda v: v * 0.75)
         image.paste(fill, mask=mask)
