@@ -15,7 +15,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 # pkg_resources and torch.jit announce their end each time Detectron2 is imported.
-export PYTHONWARNINGS := ignore::UserWarning:detectron2,ignore::FutureWarning:torch.jit
+export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
+  ignore::FutureWarning:torch.jit._script
 
 .PHONY: demo test lint clean
 

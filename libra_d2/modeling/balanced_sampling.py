@@ -95,9 +95,9 @@ class BalancedSampler:
     Choose the proposals of one image that the second stage is trained on.
 
     * **Negatives, "iou_balanced"**: the IoU range of the negatives is split into K bins of equal
-      width and ``n / K`` of the ``n`` negatives are drawn from each (paper Equation 2), because at
-      random more than 60% of hard negatives have an IoU above 0.05 but only 30% of the drawn ones
-      do. What a bin lacks is filled at random from the other negatives.
+      width and ``n / K`` of the ``n`` negatives are drawn from each (paper Equation 2). Drawn at
+      random, 70% of them would overlap by less than 0.05, which few hard negatives do (Figure 3).
+      What a bin lacks is filled at random from the other negatives.
     * **Positives, "instance_balanced"**: the same number is drawn for every ground-truth instance,
       so that objects with many proposals do not dominate. It is ``round(n / instances) + 1``, as
       in the reference; the result is then topped up or trimmed at random to ``n``.
