@@ -23,7 +23,7 @@ export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
 demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json
 	@if [ -f $(OUTPUT)/.finished ]; then \
 	  echo "$(OUTPUT) holds a finished run: training again from the start."; rm -rf $(OUTPUT); fi
-	$(PY) train_net.py --config-file $(CONFIG) --resume --pictures 24 \
+	$(PY) train_net.py --config-file $(CONFIG) --resume \
 	  --train-json $(DATA)/train/instances.json --train-images $(DATA)/train/images \
 	  --val-json $(DATA)/val/instances.json --val-images $(DATA)/val/images \
 	  OUTPUT_DIR $(OUTPUT)

@@ -41,8 +41,6 @@ logger = logging.getLogger("libra_d2.train_net")
 class Trainer(DefaultTrainer):
     """:class:`DefaultTrainer` with the evaluators, the checkpointer and the errors of libra_d2."""
 
-    num_pictures = 0  # pictures of detections to save at each evaluation
-
     def build_hooks(self):
         # DefaultTrainer makes its checkpointer right before the hooks, which hold on to it.
         self.checkpointer = LibraCheckpointer(
@@ -69,11 +67,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         evaluator = build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
-        if cls.num_pictures == 0:
+        num_images = cfg.MODEL.LIBRA.NUM_PICTURES
+        if num_images == 0:
             return evaluator
-        pictures = PredictionPictures(
-            dataset_name, pictures_dir(cfg, dataset_name), num_images=cls.num_pictures
-        )
+        output_dir = pictures_dir(cfg, dataset_name)
+        pictures = PredictionPictures(dataset_name, output_dir, num_images=num_images)
         return DatasetEvaluators([evaluator, pictures])
 
 
@@ -107,13 +105,6 @@ def build_argument_parser():
     for split in ("train", "val"):
         data.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations to {split} on")
         data.add_argument(f"--{split}-images", metavar="DIR", help="where their images are")
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        default=0,
-        metavar="N",
-        help="save pictures of the detections in N images at each evaluation",
-    )
     return parser
 
 
@@ -181,10 +172,11 @@ def setup(args) -> CfgNode:
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise InputError("SOLVER.AMP.ENABLED: Detectron2 trains with mixed precision on GPUs only")
     weights = cfg.MODEL.WEIGHTS
-    if args.eval_only and not (weights or args.resume):
-        raise InputError("MODEL.WEIGHTS: name the weights to evaluate")
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(f"MODEL.WEIGHTS: {weights}: no such file")
+    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+        if args.eval_only and not weights:
+            raise InputError("MODEL.WEIGHTS: name the weights to evaluate")
+        if weights and "://" not in weights and not os.path.isfile(weights):
+            raise InputError(f"MODEL.WEIGHTS: {weights}: no such file")
     setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     register_own_data(cfg, args)
     check_datasets(cfg, args)
@@ -202,7 +194,7 @@ def print_summary(cfg: CfgNode, results, args) -> None:
         "log": os.path.join(cfg.OUTPUT_DIR, "log.txt"),
         "metrics": None if args.eval_only else os.path.join(cfg.OUTPUT_DIR, "metrics.json"),
     }
-    if Trainer.num_pictures:
+    if cfg.MODEL.LIBRA.NUM_PICTURES:
         for name in cfg.DATASETS.TEST:
             files["pictures"] = pictures_dir(cfg, name)
     # With several datasets the results are nested once more, by dataset.
@@ -219,7 +211,6 @@ def print_summary(cfg: CfgNode, results, args) -> None:
 def run(args):
     """Train or evaluate, in one of possibly several processes; returns the results."""
     cfg = setup(args)
-    Trainer.num_pictures = args.pictures
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = LibraCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
@@ -242,8 +233,9 @@ def main(args) -> None:
     try:
         run(args)
     except InputError as e:
-        if comm.is_main_process():
-            print(f"error: {e}", file=sys.stderr, flush=True)
+        # Only one process may have met the broken image, so that each speaks for itself.
+        process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
+        print(f"{process}error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -58,7 +58,10 @@ class LibraCheckpointer(DetectionCheckpointer):
         self._path = path
         if path and "://" not in path and not os.path.isfile(path):
             raise InputError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except OSError as e:  # an unreadable file, or a URL without a connection
+            raise InputError(f"{path}: the weights cannot be read: {e}") from e
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:

@@ -59,3 +59,7 @@ def add_libra_config(cfg: CN) -> None:
     # What the losses are divided by: "sampled" (number of anchors really sampled) or "batch_size"
     # (RPN.BATCH_SIZE_PER_IMAGE times the number of images, as in Detectron2).
     cfg.MODEL.LIBRA.RPN.NORMALIZER = "sampled"
+
+    # Number of images whose detections are drawn next to their ground truth at each evaluation,
+    # into OUTPUT_DIR/pictures. 0 for none.
+    cfg.MODEL.LIBRA.NUM_PICTURES = 0

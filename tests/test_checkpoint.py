@@ -111,6 +111,11 @@ def test_missing():
         load("nowhere.pth")
 
 
+def test_no_connection():
+    with pytest.raises(InputError, match="http://127.0.0.1:9/x.pth: the weights cannot be read: "):
+        load("http://127.0.0.1:9/x.pth")
+
+
 class Exploit:
     def __reduce__(self):
         return (pytest.fail, ("code of the checkpoint was executed",))

@@ -19,6 +19,7 @@ TINY = [
     *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "INPUT.MIN_SIZE_TRAIN"),
     *("(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS"),
     *("0", "SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "2"),
+    *("MODEL.LIBRA.NUM_PICTURES", "2"),
 ]
 
 
@@ -49,7 +50,7 @@ def trained(synthetic, tmp_path_factory):
     """A training of 4 iterations: its output directory and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     data = own_data(synthetic, "train", "val")
-    result = train_net(*data, "--pictures", 2, "OUTPUT_DIR", "out", *TINY, folder=folder)
+    result = train_net(*data, "OUTPUT_DIR", "out", *TINY, folder=folder)
     assert result.returncode == 0, result.stderr
     return folder / "out", result
 
@@ -138,6 +139,10 @@ def _loggers():
     ("args", "message"),
     [
         (["--eval-only"], "MODEL.WEIGHTS: name the weights to evaluate"),
+        (
+            ["--eval-only", "--resume", "OUTPUT_DIR", "/none"],
+            "MODEL.WEIGHTS: name the weights to evaluate",
+        ),
         (["MODEL.WEIGHTS", "none.pth"], "MODEL.WEIGHTS: none.pth: no such file"),
         (["MODEL.LIBRA.BFP.LEVEL", "1"], "command line: .*MODEL.LIBRA.BFP.LEVEL"),
         (["MODEL.LIBRA.BFP.REFINE_LEVEL", "x"], "command line: .*REFINE_LEVEL"),
