@@ -22,4 +22,5 @@ setup(
     package_data={"libra_d2.configs": ["**/*.yaml"]},
     # detectron2 is not on the package index; see "Installation" in README.md.
     install_requires=["torch>=2.6", "torchvision", "fvcore", "pycocotools", "tqdm", "Pillow"],
+    extras_require={"pictures": ["opencv-python-headless"]},  # for Detectron2's visualizer
 )

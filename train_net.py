@@ -9,6 +9,7 @@ Train and evaluate Libra R-CNN, as Detectron2's own ``tools/train_net.py`` does 
         --val-json b.json --val-images b/
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -171,6 +172,10 @@ def setup(args) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise InputError("SOLVER.AMP.ENABLED: Detectron2 trains with mixed precision on GPUs only")
+    if cfg.MODEL.LIBRA.NUM_PICTURES and importlib.util.find_spec("cv2") is None:
+        raise InputError(
+            "MODEL.LIBRA.NUM_PICTURES: drawing needs OpenCV; `pip install opencv-python-headless`"
+        )
     weights = cfg.MODEL.WEIGHTS
     if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
         if args.eval_only and not weights:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training script as its user runs it, on a model small enough for a few seconds."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -249,6 +250,16 @@ def test_weights_of_another_model(synthetic, tmp_path, capsys):
     args = ["MODEL.WEIGHTS", tmp_path / "other.pth", "OUTPUT_DIR", tmp_path, *TINY]
     for mode in (own_data(synthetic, "train"), ["--eval-only", *own_data(synthetic, "val")]):
         assert "other.pth: these are weights of another model" in fails(capsys, *mode, *args)
+
+
+def test_pictures_need_opencv(capsys, monkeypatch):
+    """Said before training, not at the evaluation after it."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "cv2" else find_spec(name)
+    )
+    error = fails(capsys, "MODEL.LIBRA.NUM_PICTURES", 1)
+    assert error.startswith("error: MODEL.LIBRA.NUM_PICTURES: drawing needs OpenCV")
 
 
 def test_error_on_the_command_line():

@@ -8,7 +8,6 @@ from PIL import Image
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils.visualizer import Visualizer
 
 __all__ = ["PredictionPictures"]
 
@@ -16,7 +15,8 @@ __all__ = ["PredictionPictures"]
 class PredictionPictures(DatasetEvaluator):
     """
     Save pictures of the first images of a dataset while it is evaluated: detections on the left,
-    ground truth on the right. It adds nothing to the results.
+    ground truth on the right. It adds nothing to the results. Detectron2's visualizer needs OpenCV
+    (``pip install opencv-python-headless``).
     """
 
     def __init__(
@@ -51,6 +51,9 @@ class PredictionPictures(DatasetEvaluator):
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
         """Args: see :meth:`DatasetEvaluator.process`."""
+        # It imports OpenCV, which nothing else here needs.
+        from detectron2.utils.visualizer import Visualizer
+
         for input, output in zip(inputs, outputs):
             if self.num_drawn == self.num_images:
                 return

@@ -12,7 +12,7 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 
@@ -23,19 +23,19 @@ POSITIVE_SAMPLERS = ("instance_balanced", "random")
 MODES = ("paper", "reference")
 
 
-def iou_bins(max_iou: torch.Tensor, num_bins: int, upper: torch.Tensor) -> torch.Tensor:
+def iou_bins(
+    max_iou: torch.Tensor, num_bins: int, upper: Union[float, torch.Tensor]
+) -> torch.Tensor:
     """
     Args:
         max_iou: (R,), in [0, 1].
         num_bins: K.
-        upper: scalar in [0, 1], upper end of the last bin, exclusive.
+        upper: scalar in (0, 1], upper end of the last bin, exclusive.
 
     Returns:
         (R,) int64: index of the bin of equal width in [0, upper) that holds the IoU; K if none.
     """
-    # Without ground truth all IoUs are 0, and so is their maximum: do not divide by it.
-    width = (upper / num_bins).clamp(min=1e-12)
-    return (max_iou / width).clamp(max=num_bins).long()
+    return (max_iou * (num_bins / upper)).clamp(max=num_bins).long()
 
 
 def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.T
     Returns:
         (K,) int64. IoUs of ``upper`` or above are not counted.
     """
-    bins = iou_bins(max_iou, num_bins, torch.full_like(max_iou[:1].sum(), upper))
+    bins = iou_bins(max_iou, num_bins, upper)
     return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
 
 
@@ -58,9 +58,9 @@ def _draw(
     candidates: torch.Tensor,
     groups: torch.Tensor,
     num_groups: int,
-    quota: "int | torch.Tensor",
+    quota: Union[int, torch.Tensor],
     num: int,
-    last_resort: "torch.Tensor | None" = None,
+    last_resort: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """
     Draw ``num`` of ``candidates``: first, at random, up to ``quota`` of each group, then at random
@@ -178,8 +178,8 @@ class BalancedSampler:
                 are positives.
 
         Returns:
-            indices in [0, R) of the positives and of the negatives drawn, each without repetition
-            and in random order. There are ``num_samples`` of them unless there are too few
+            indices in [0, R) of the positives and of the negatives drawn, without repetition, in
+            no particular order. There are ``num_samples`` of them unless there are too few
             negatives. The host waits for the device once.
         """
         if labels.numel() == 0:
@@ -204,20 +204,24 @@ class BalancedSampler:
         positive = torch.nonzero_static(is_positive, size=num_positive).squeeze(1)
         positive = _draw(positive, matched_idxs[positive], num_groups, quota, num_positives)
 
-        num_negatives = num_samples - num_positives
         negative = torch.nonzero_static(is_negative, size=num_negative).squeeze(1)
+        return positive, self._draw_negatives(negative, max_iou, num_samples - num_positives)
+
+    def _draw_negatives(
+        self, negative: torch.Tensor, max_iou: torch.Tensor, num: int
+    ) -> torch.Tensor:
+        """Draw ``num`` of ``negative``, indices into ``max_iou``; see :meth:`__call__`."""
         if self.negatives == "random":
-            return positive, _draw(negative, negative, 0, 0, num_negatives)
-        iou = max_iou[negative]
+            return _draw(negative, negative, 0, 0, num)
+        quota, iou = num // self.num_bins, max_iou[negative]
         if self.mode == "paper":
-            last_resort, upper = None, torch.full_like(max_iou[0], self.negative_iou_thresh)
-        else:
-            last_resort, upper = iou == 0, max_iou.max()
-        bins = iou_bins(iou, self.num_bins, upper)
-        if last_resort is not None:
-            bins = bins.masked_fill(last_resort, self.num_bins)
-        quota = num_negatives // self.num_bins
-        return positive, _draw(negative, bins, self.num_bins, quota, num_negatives, last_resort)
+            bins = iou_bins(iou, self.num_bins, self.negative_iou_thresh)
+            return _draw(negative, bins, self.num_bins, quota, num)
+        without_overlap = iou == 0
+        # Without ground truth the maximum is 0, too, by which nothing must be divided.
+        bins = iou_bins(iou, self.num_bins, max_iou.max().clamp(min=1e-6))
+        bins = bins.masked_fill(without_overlap, self.num_bins)
+        return _draw(negative, bins, self.num_bins, quota, num, last_resort=without_overlap)
 
     @staticmethod
     def _num_after_top_up(num_wanted: int, num_positive: int, num_in_quota: int) -> int:
