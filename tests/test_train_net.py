@@ -24,9 +24,9 @@ TINY = [
 ]
 
 
-def train_net(*args, config=DEMO_CONFIG, folder=None):
+def train_net(*args, config=DEMO_CONFIG, folder=None, datasets="/none"):
     """Run the script in a process of its own, as from the command line."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "DETECTRON2_DATASETS": "/none"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "DETECTRON2_DATASETS": str(datasets)}
     return subprocess.run(
         [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(config)]
         + [str(a) for a in args],
@@ -112,6 +112,39 @@ def test_training_without_validation(synthetic, tmp_path):
     result = train_net(*args)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "model_final.pth").exists()
+
+
+def test_pascal_voc(synthetic, tmp_path):
+    """Detectron2's builtin dataset, with its own evaluator."""
+    root = tmp_path / "VOC2007"
+    for folder in ("Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    shutil.copytree(synthetic / "images", root / "JPEGImages")
+    dataset = json.loads((synthetic / "instances.json").read_text())
+    names = ["aeroplane", "bicycle", "bird", "boat"]
+    for image in dataset["images"]:
+        objects = ""
+        for a in dataset["annotations"]:
+            if a["image_id"] == image["id"]:
+                x, y, w, h = a["bbox"]
+                objects += (
+                    f"<object><name>{names[a['category_id'] - 1]}</name><pose/><truncated>0"
+                    f"</truncated><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}"
+                    f"</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
+                )
+        stem = image["file_name"][:-4]
+        (root / f"Annotations/{stem}.xml").write_text(
+            f"<annotation><size><width>96</width><height>96</height></size>{objects}</annotation>"
+        )
+    stems = "\n".join(image["file_name"][:-4] for image in dataset["images"])
+    for split in ("train", "val"):
+        (root / f"ImageSets/Main/{split}.txt").write_text(stems)
+    sets = ["DATASETS.TRAIN", "('voc_2007_train',)", "DATASETS.TEST", "('voc_2007_val',)"]
+    args = [*sets, "MODEL.ROI_HEADS.NUM_CLASSES", "20", "OUTPUT_DIR", tmp_path / "out", *TINY]
+    result = train_net(*args, datasets=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^bbox: AP \S+, AP50 \S+, AP75 \S+$", result.stdout, re.MULTILINE)
+    assert len(list((tmp_path / "out/pictures/voc_2007_val").glob("*.jpg"))) == 2
 
 
 def fails(capsys, *args, config=DEMO_CONFIG):

@@ -74,6 +74,7 @@ FIXES = (
         "except ImportError:\n    COCOeval_opt = COCOeval\n\n",
     ),
     # numpy removed the aliases of Python's own types in 1.24.
+    Fix("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)"),
     Fix("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n"),
     Fix("detectron2/data/build.py", "dtype=np.int)", "dtype=int)"),
     Fix("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 2),
