@@ -20,7 +20,8 @@ setup(
     packages=[*find_packages(include=("libra_d2", "libra_d2.*")), "libra_d2.configs"],
     package_dir={"libra_d2.configs": "configs"},
     package_data={"libra_d2.configs": ["**/*.yaml"]},
-    # detectron2 is not on the package index; see "Installation" in README.md.
-    install_requires=["torch>=2.6", "torchvision", "fvcore", "pycocotools", "tqdm", "Pillow"],
+    # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip must
+    # not replace under a Detectron2 that was compiled with it. See "Installation" in README.md.
+    install_requires=["fvcore", "pycocotools", "tqdm", "Pillow"],
     extras_require={"pictures": ["opencv-python-headless"]},  # for Detectron2's visualizer
 )

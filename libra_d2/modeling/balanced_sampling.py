@@ -54,6 +54,12 @@ def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.T
     return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
 
 
+def _shuffled_indices(mask: torch.Tensor, num: int) -> torch.Tensor:
+    """(num,) int64: where ``mask``, (R,) bool, is True, ``num`` times, in random order."""
+    indices = torch.nonzero_static(mask, size=num).squeeze(1)
+    return indices[torch.randperm(num, device=mask.device)]
+
+
 def _draw(
     candidates: torch.Tensor,
     groups: torch.Tensor,
@@ -67,7 +73,7 @@ def _draw(
     from the rest. More than ``num`` within the quotas are trimmed at random.
 
     Args:
-        candidates: (R,) int64, what is drawn.
+        candidates: (R,) int64, what is drawn, in random order.
         groups: (R,) int64. Only values in [0, num_groups) are groups with a quota.
         num_groups: number of groups.
         quota: number of draws from each group.
@@ -77,17 +83,16 @@ def _draw(
     Returns:
         (min(num, R),) int64, without repetition.
     """
-    if candidates.numel() <= num:
+    if len(candidates) <= num:
         return candidates
-    shuffle = torch.randperm(candidates.numel(), device=candidates.device)
     # (num_groups, R). Being the n-th member of a group in random order is a random rank in it.
-    member = groups[shuffle] == torch.arange(num_groups, device=groups.device)[:, None]
+    member = groups == torch.arange(num_groups, device=groups.device)[:, None]
     in_quota = (member & (member.cumsum(dim=1) <= quota)).any(dim=0)
     # Another random order: in the first one, members of large groups exceed their quota earlier.
-    priority = torch.rand(shuffle.shape, device=shuffle.device) - in_quota.float()
+    priority = torch.rand(in_quota.shape, device=in_quota.device) - in_quota.float()
     if last_resort is not None:
-        priority += last_resort[shuffle]
-    return candidates[shuffle[priority.topk(num, largest=False, sorted=False).indices]]
+        priority += last_resort
+    return candidates[priority.topk(num, largest=False, sorted=False).indices]
 
 
 class BalancedSampler:
@@ -201,18 +206,18 @@ class BalancedSampler:
         num_positives = min(num_positive, max_positives)
         if self.mode == "reference" and num_in_quota:
             num_positives = self._num_after_top_up(num_positives, num_positive, *num_in_quota)
-        positive = torch.nonzero_static(is_positive, size=num_positive).squeeze(1)
+        positive = _shuffled_indices(is_positive, num_positive)
         positive = _draw(positive, matched_idxs[positive], num_groups, quota, num_positives)
 
-        negative = torch.nonzero_static(is_negative, size=num_negative).squeeze(1)
+        negative = _shuffled_indices(is_negative, num_negative)
         return positive, self._draw_negatives(negative, max_iou, num_samples - num_positives)
 
     def _draw_negatives(
         self, negative: torch.Tensor, max_iou: torch.Tensor, num: int
     ) -> torch.Tensor:
-        """Draw ``num`` of ``negative``, indices into ``max_iou``; see :meth:`__call__`."""
+        """Draw ``num`` of ``negative``, shuffled indices into ``max_iou``; see :meth:`__call__`."""
         if self.negatives == "random":
-            return _draw(negative, negative, 0, 0, num)
+            return negative[:num]
         quota, iou = num // self.num_bins, max_iou[negative]
         if self.mode == "paper":
             bins = iou_bins(iou, self.num_bins, self.negative_iou_thresh)
