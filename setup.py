@@ -20,8 +20,8 @@ setup(
     packages=[*find_packages(include=("libra_d2", "libra_d2.*")), "libra_d2.configs"],
     package_dir={"libra_d2.configs": "configs"},
     package_data={"libra_d2.configs": ["**/*.yaml"]},
-    # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip must
-    # not replace under a Detectron2 that was compiled with it. See "Installation" in README.md.
+    # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip
+    # must not replace under a Detectron2 that was compiled with it. README.md says how.
     install_requires=["fvcore", "pycocotools", "tqdm", "Pillow"],
     extras_require={"pictures": ["opencv-python-headless"]},  # for Detectron2's visualizer
 )
