@@ -28,13 +28,14 @@ from detectron2.data import (
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import DatasetEvaluators, verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from libra_d2 import add_libra_config
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.data import LibraDatasetMapper, register_coco_json
 from libra_d2.errors import InputError
-from libra_d2.evaluation import PredictionPictures, build_evaluator
+from libra_d2.evaluation import PredictionPictures, build_evaluator, check_evaluator_type
 
 logger = logging.getLogger("libra_d2.train_net")
 
@@ -157,6 +158,8 @@ def check_datasets(cfg: CfgNode, args) -> None:
                     f"{path}: dataset {name!r} is not there. The environment variable "
                     "DETECTRON2_DATASETS names the directory of Detectron2's builtin datasets"
                 )
+        if name in cfg.DATASETS.TEST:
+            check_evaluator_type(name)
 
 
 def setup(args) -> CfgNode:
@@ -182,6 +185,8 @@ def setup(args) -> CfgNode:
             raise InputError("MODEL.WEIGHTS: name the weights to evaluate")
         if weights and "://" not in weights and not os.path.isfile(weights):
             raise InputError(f"MODEL.WEIGHTS: {weights}: no such file")
+    with blamed_on(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}"):
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
     setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     register_own_data(cfg, args)
     check_datasets(cfg, args)

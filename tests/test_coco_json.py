@@ -130,6 +130,8 @@ def test_lvis(folder):
         (changed(("annotations", 0, "bbox", [1, 2, 3, "4"])), "must be 4 numbers"),
         (changed(("annotations", 0, "bbox", [1, 2, float("nan"), 4])), "must be 4 numbers"),
         (changed(("annotations", 0, "ignore", 1)), "annotation id 1 has 'ignore' set"),
+        (changed(("annotations", 0, "iscrowd", 1)), "there are no objects in it"),
+        ({**DATASET, "annotations": []}, "there are no objects in it"),
     ],
 )
 def test_broken_annotations(folder, dataset, message):

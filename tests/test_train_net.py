@@ -193,6 +193,14 @@ def _loggers():
             ["DATASETS.TRAIN", "('voc_2007_train',)"],
             ".*VOC2007: dataset 'voc_2007_train' is not there",
         ),
+        (
+            [
+                *("--eval-only", "MODEL.WEIGHTS", __file__),
+                *("DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"),
+            ],
+            "dataset 'cityscapes_fine_instance_seg_val': no evaluator for its type 'cityscapes_",
+        ),
+        (["OUTPUT_DIR", "/dev/null/out"], "OUTPUT_DIR: /dev/null/out: "),
         (["--train-json", "a.json"], "--train-json and --train-images go together"),
         (
             ["--train-json", "none.json", "--train-images", "."],

@@ -133,6 +133,8 @@ def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
             changes["adapted"] += 1
             annotation["area"] = clipped[2] * clipped[3]
         kept.append(annotation)
+    if not any(annotation["iscrowd"] == 0 for annotation in kept):
+        raise InputError(f"{json_file}: there are no objects in it (crowds and empty boxes aside)")
     dataset["annotations"] = kept
     return dataset, changes
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from .build import build_evaluator
+from .build import build_evaluator, check_evaluator_type
 from .prediction_pictures import PredictionPictures
 
-__all__ = ["PredictionPictures", "build_evaluator"]
+__all__ = ["PredictionPictures", "build_evaluator", "check_evaluator_type"]

@@ -4,28 +4,39 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 
 from ..errors import InputError
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "check_evaluator_type"]
+
+EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+
+
+def check_evaluator_type(dataset_name: str) -> str:
+    """
+    Return the type of a registered dataset's evaluator, one of :data:`EVALUATOR_TYPES`.
+
+    Raises:
+        InputError: if there is no evaluator for the dataset's type.
+    """
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
+    if evaluator_type not in EVALUATOR_TYPES:
+        raise InputError(
+            f"dataset {dataset_name!r}: no evaluator for its type {evaluator_type!r}; "
+            f"supported are {', '.join(EVALUATOR_TYPES)}"
+        )
+    return evaluator_type
 
 
 def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     """
     Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO and for
-    LVIS (as the published models were evaluated, without LVIS' federated protocol), the VOC
-    devkit's for Pascal VOC.
+    LVIS-style annotations (without LVIS' federated protocol), the VOC devkit's for Pascal VOC.
 
     Args:
         dataset_name: a registered dataset.
         output_dir: where predictions are written to, as JSON in COCO's result format.
 
     Raises:
-        InputError: if there is no evaluator for the dataset's type.
+        InputError: see :func:`check_evaluator_type`.
     """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
-    if evaluator_type in ("coco", "lvis"):
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
-    if evaluator_type == "pascal_voc":
+    if check_evaluator_type(dataset_name) == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    raise InputError(
-        f"dataset {dataset_name!r}: no evaluator for its type {evaluator_type!r}; "
-        "supported are coco, lvis and pascal_voc"
-    )
+    return COCOEvaluator(dataset_name, output_dir=output_dir)
