@@ -9,7 +9,8 @@ def add_libra_config(cfg: CN) -> None:
     Add the config keys of Libra R-CNN (arXiv 1904.02701), all under ``MODEL.LIBRA``.
 
     They take effect with ``MODEL.BACKBONE.NAME: build_libra_resnet_fpn_backbone``,
-    ``MODEL.ROI_HEADS.NAME: LibraROIHeads`` and ``MODEL.PROPOSAL_GENERATOR.NAME: LibraRPN``.
+    ``MODEL.ROI_HEADS.NAME: LibraROIHeads`` and ``MODEL.PROPOSAL_GENERATOR.NAME: LibraRPN``, or with
+    ``MODEL.META_ARCHITECTURE: LibraRetinaNet`` and ``build_libra_retinanet_resnet_fpn_backbone``.
     Section, equation and figure numbers are those of the CVPR 2019 paper.
     """
     cfg.MODEL.LIBRA = CN()
@@ -19,7 +20,8 @@ def add_libra_config(cfg: CN) -> None:
     # False gives the plain pyramid.
     cfg.MODEL.LIBRA.BFP.ENABLED = True
     # Index, from high to low resolution, of the level at which the features are averaged and
-    # refined: 0 to number of levels - 1. P4 is 2 in a pyramid P2..P6 (R-CNN).
+    # refined: 0 to number of levels - 1. P4 is 2 in a pyramid P2..P6 (R-CNN) and 1 in P3..P7
+    # (RetinaNet).
     cfg.MODEL.LIBRA.BFP.REFINE_LEVEL = 2
     # Refinement of the averaged features: "non_local" (embedded Gaussian attention), "conv"
     # (3x3 convolution) or "none".
@@ -59,6 +61,18 @@ def add_libra_config(cfg: CN) -> None:
     # What the losses are divided by: "sampled" (number of anchors really sampled) or "batch_size"
     # (RPN.BATCH_SIZE_PER_IMAGE times the number of images, as in Detectron2).
     cfg.MODEL.LIBRA.RPN.NORMALIZER = "sampled"
+
+    # RetinaNet as the reference has it (not in the paper)
+    cfg.MODEL.LIBRA.RETINANET = CN()
+    # What the losses are divided by: "batch" (foreground anchors in the batch, at least one for
+    # each image) or "moving_average" (Detectron2's).
+    cfg.MODEL.LIBRA.RETINANET.NORMALIZER = "batch"
+    # Whether there is a ReLU between P6 and P7, as in Detectron2. Weights of plain Detectron2
+    # models need True, those of the reference False.
+    cfg.MODEL.LIBRA.RETINANET.P7_RELU = False
+    # Whether boxes are clipped to the image, and those without area dropped, before non-maximum
+    # suppression. False, as in Detectron2, does so after it.
+    cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES = True
 
     # Number of images whose detections are drawn next to their ground truth at each evaluation,
     # into OUTPUT_DIR/pictures. 0 for none.

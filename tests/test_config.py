@@ -2,9 +2,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, demo_cfg
+import torch
+from conftest import ROOT, demo_cfg, random_inputs
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 import libra_d2
 from libra_d2 import add_libra_config
@@ -31,7 +34,7 @@ def load(path):
 def test_configs_load(path):
     cfg = load(path)
     assert cfg.VERSION == 2
-    assert cfg.MODEL.ROI_HEADS.NAME == "LibraROIHeads"
+    assert cfg.MODEL.BACKBONE.NAME.startswith("build_libra_") or "COCO" in path.stem
 
 
 def test_adds_nothing_but_libra():
@@ -53,98 +56,185 @@ def test_every_key_is_explained():
         assert source[position - 1].strip().startswith("# "), key
 
 
-def test_published_recipe(mmdet):
-    """The Libra Faster R-CNN R-50 of the reference, value by value where both have a key."""
-    from mmengine.config import Config
+def as_lists(x):
+    """Configs have tuples where others have lists."""
+    return [as_lists(y) for y in x] if isinstance(x, (list, tuple)) else x
 
-    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
-    reference = Config.fromfile(folder / "libra-faster-rcnn_r50_fpn_1x_coco.py")
-    model, cfg = (
-        reference.model,
-        load(ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"),
-    )
-    bfp, bbox_head = model.neck[1], model.roi_head.bbox_head
-    train, test, libra = model.train_cfg, model.test_cfg, cfg.MODEL.LIBRA
-    sampler = train.rcnn.sampler
-    iters_per_epoch = -(-117266 // 16)
-    steps = reference.param_scheduler
-    assert model.data_preprocessor.bgr_to_rgb
-    assert model.backbone.style == "pytorch"
-    pairs = {
-        "format": (cfg.INPUT.FORMAT, "RGB"),
+
+def common_pairs(cfg, reference):
+    """(ours, the reference's) of what all systems share."""
+    model, optimizer = reference.model, reference.optim_wrapper.optimizer
+    warmup, steps = reference.param_scheduler
+    iters_per_epoch = -(-117266 // reference.auto_scale_lr.base_batch_size)
+    libra, bfp = cfg.MODEL.LIBRA, model.neck[1]
+    (resize,) = [t for t in reference.train_pipeline if t.type == "Resize"]
+    return {
+        "format": (cfg.INPUT.FORMAT, "RGB" if model.data_preprocessor.bgr_to_rgb else "BGR"),
         "mean": (cfg.MODEL.PIXEL_MEAN, model.data_preprocessor.mean),
         "std": (cfg.MODEL.PIXEL_STD, model.data_preprocessor.std),
-        "stride": (cfg.MODEL.RESNETS.STRIDE_IN_1X1, False),
+        "train size": ((cfg.INPUT.MAX_SIZE_TRAIN, *cfg.INPUT.MIN_SIZE_TRAIN), resize.scale),
+        "test size": ((cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST), resize.scale),
+        "style": (cfg.MODEL.RESNETS.STRIDE_IN_1X1, model.backbone.style == "caffe"),
         "depth": (cfg.MODEL.RESNETS.DEPTH, model.backbone.depth),
+        "groups": (cfg.MODEL.RESNETS.NUM_GROUPS, model.backbone.get("groups", 1)),
+        "width": (cfg.MODEL.RESNETS.WIDTH_PER_GROUP, model.backbone.get("base_width", 64)),
         "frozen": (cfg.MODEL.BACKBONE.FREEZE_AT, model.backbone.frozen_stages + 1),
         "channels": (cfg.MODEL.FPN.OUT_CHANNELS, model.neck[0].out_channels),
-        "levels": (len(cfg.MODEL.RPN.IN_FEATURES), model.neck[0].num_outs),
+        "levels of the FPN": (
+            cfg.MODEL.FPN.IN_FEATURES,
+            [f"res{i}" for i in range(2 + model.neck[0].get("start_level", 0), 6)],
+        ),
         "refine level": (libra.BFP.REFINE_LEVEL, bfp.refine_level),
         "refine type": (libra.BFP.REFINE_TYPE, bfp.refine_type),
-        "anchors": (
-            cfg.MODEL.ANCHOR_GENERATOR.SIZES,
-            [[s * 8] for s in model.rpn_head.anchor_generator.strides],
-        ),
-        "ratios": (
-            cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS,
-            [model.rpn_head.anchor_generator.ratios],
-        ),
-        "rpn IoUs": (
-            cfg.MODEL.RPN.IOU_THRESHOLDS,
-            [train.rpn.assigner.neg_iou_thr, train.rpn.assigner.pos_iou_thr],
-        ),
-        "rpn batch": (cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, train.rpn.sampler.num),
-        "rpn positives": (cfg.MODEL.RPN.POSITIVE_FRACTION, train.rpn.sampler.pos_fraction),
-        "rpn cap": (libra.RPN.MAX_NEG_PER_POS, train.rpn.sampler.neg_pos_ub),
-        "rpn border": (cfg.MODEL.RPN.BOUNDARY_THRESH, train.rpn.allowed_border),
-        "rpn loss": (cfg.MODEL.RPN.SMOOTH_L1_BETA, 0.0),
-        "pre nms": (
-            (cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN, cfg.MODEL.RPN.PRE_NMS_TOPK_TEST),
-            (train.rpn_proposal.nms_pre, test.rpn.nms_pre),
-        ),
-        "post nms": (
-            (cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN, cfg.MODEL.RPN.POST_NMS_TOPK_TEST),
-            (train.rpn_proposal.max_per_img, test.rpn.max_per_img),
-        ),
-        "rpn nms": (cfg.MODEL.RPN.NMS_THRESH, test.rpn.nms.iou_threshold),
-        "roi batch": (cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, sampler.num),
-        "roi positives": (cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION, sampler.pos_fraction),
-        "add gt": (cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT, sampler.add_gt_as_proposals),
-        "bins": (libra.SAMPLER.NUM_BINS, sampler.neg_sampler.num_bins),
-        "mode": (libra.SAMPLER.MODE, "reference"),
-        "roi IoU": (cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS, [train.rcnn.assigner.pos_iou_thr]),
-        "classes": (cfg.MODEL.ROI_HEADS.NUM_CLASSES, bbox_head.num_classes),
-        "fc": (cfg.MODEL.ROI_BOX_HEAD.FC_DIM, bbox_head.fc_out_channels),
-        "resolution": (cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION, bbox_head.roi_feat_size),
-        "weights": (
-            cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
-            [pytest.approx(1 / s) for s in bbox_head.bbox_coder.target_stds],
-        ),
-        "loss": (cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE, "balanced_l1"),
-        "alpha": (libra.BALANCED_L1.ALPHA, bbox_head.loss_bbox.alpha),
-        "gamma": (libra.BALANCED_L1.GAMMA, bbox_head.loss_bbox.gamma),
-        "beta": (libra.BALANCED_L1.BETA, bbox_head.loss_bbox.beta),
-        "score": (cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST, test.rcnn.score_thr),
-        "nms": (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, test.rcnn.nms.iou_threshold),
-        "detections": (cfg.TEST.DETECTIONS_PER_IMAGE, test.rcnn.max_per_img),
-        "lr": (cfg.SOLVER.BASE_LR, reference.optim_wrapper.optimizer.lr),
-        "momentum": (cfg.SOLVER.MOMENTUM, reference.optim_wrapper.optimizer.momentum),
-        "decay": (cfg.SOLVER.WEIGHT_DECAY, reference.optim_wrapper.optimizer.weight_decay),
+        "sampler": (libra.SAMPLER.MODE if "roi_head" in model else "reference", "reference"),
+        "loss form": (libra.BALANCED_L1.FORM, "reference"),
+        "lr": (cfg.SOLVER.BASE_LR, optimizer.lr),
+        "momentum": (cfg.SOLVER.MOMENTUM, optimizer.momentum),
+        "decay": (cfg.SOLVER.WEIGHT_DECAY, optimizer.weight_decay),
         "batch": (cfg.SOLVER.IMS_PER_BATCH, reference.auto_scale_lr.base_batch_size),
         "warmup": (
             (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR),
-            (steps[0].end, steps[0].start_factor),
+            (warmup.end, warmup.start_factor),
         ),
-        "steps": (
-            cfg.SOLVER.STEPS,
-            [iters_per_epoch * epoch for epoch in steps[1].milestones],
-        ),
-        "gamma of the schedule": (cfg.SOLVER.GAMMA, steps[1].gamma),
+        "steps": (cfg.SOLVER.STEPS, [iters_per_epoch * epoch for epoch in steps.milestones]),
+        "decay of the lr": (cfg.SOLVER.GAMMA, steps.gamma),
         "iterations": (cfg.SOLVER.MAX_ITER, iters_per_epoch * reference.train_cfg.max_epochs),
     }
-    as_list = lambda x: list(x) if isinstance(x, (list, tuple)) else x  # noqa: E731
-    different = {k: (a, b) for k, (a, b) in pairs.items() if as_list(a) != as_list(b)}
-    assert not different
-    (resize,) = [t for t in reference.train_pipeline if t.type == "Resize"]
-    assert resize.scale == (cfg.INPUT.MAX_SIZE_TRAIN, *cfg.INPUT.MIN_SIZE_TRAIN)
-    assert resize.scale == (cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST)
+
+
+def balanced_l1_pairs(cfg, loss_type, loss):
+    return {
+        "box loss": (loss_type, "balanced_l1" if loss.type == "BalancedL1Loss" else loss.type),
+        "alpha": (cfg.MODEL.LIBRA.BALANCED_L1.ALPHA, loss.alpha),
+        "gamma": (cfg.MODEL.LIBRA.BALANCED_L1.GAMMA, loss.gamma),
+        "beta": (cfg.MODEL.LIBRA.BALANCED_L1.BETA, loss.beta),
+        "weight": (1.0, loss.loss_weight),
+    }
+
+
+def faster_rcnn_pairs(cfg, reference):
+    model, libra = reference.model, cfg.MODEL.LIBRA
+    rpn, heads, box_head = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    train, test, bbox_head = model.train_cfg, model.test_cfg, model.roi_head.bbox_head
+    anchors, sampler = model.rpn_head.anchor_generator, train.rcnn.sampler
+    return {
+        **balanced_l1_pairs(cfg, box_head.BBOX_REG_LOSS_TYPE, bbox_head.loss_bbox),
+        "levels": (len(rpn.IN_FEATURES), model.neck[0].num_outs),
+        "anchors": (cfg.MODEL.ANCHOR_GENERATOR.SIZES, [[s * 8] for s in anchors.strides]),
+        "ratios": (cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS, [anchors.ratios]),
+        "rpn IoUs": (
+            rpn.IOU_THRESHOLDS,
+            (train.rpn.assigner.neg_iou_thr, train.rpn.assigner.pos_iou_thr),
+        ),
+        "rpn batch": (rpn.BATCH_SIZE_PER_IMAGE, train.rpn.sampler.num),
+        "rpn positives": (rpn.POSITIVE_FRACTION, train.rpn.sampler.pos_fraction),
+        "rpn cap": (libra.RPN.MAX_NEG_PER_POS, train.rpn.sampler.neg_pos_ub),
+        "rpn border": (rpn.BOUNDARY_THRESH, train.rpn.allowed_border),
+        "rpn loss": (
+            (rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA, model.rpn_head.loss_bbox.type),
+            ("smooth_l1", 0.0, "L1Loss"),
+        ),
+        "pre nms": (
+            (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+            (train.rpn_proposal.nms_pre, test.rpn.nms_pre),
+        ),
+        "post nms": (
+            (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+            (train.rpn_proposal.max_per_img, test.rpn.max_per_img),
+        ),
+        "rpn nms": (rpn.NMS_THRESH, test.rpn.nms.iou_threshold),
+        "roi batch": (heads.BATCH_SIZE_PER_IMAGE, sampler.num),
+        "roi positives": (heads.POSITIVE_FRACTION, sampler.pos_fraction),
+        "add gt": (heads.PROPOSAL_APPEND_GT, sampler.add_gt_as_proposals),
+        "bins": (libra.SAMPLER.NUM_BINS, sampler.neg_sampler.num_bins),
+        "roi IoU": (heads.IOU_THRESHOLDS, [train.rcnn.assigner.pos_iou_thr]),
+        "classes": (heads.NUM_CLASSES, bbox_head.num_classes),
+        "fc": (box_head.FC_DIM, bbox_head.fc_out_channels),
+        "resolution": (box_head.POOLER_RESOLUTION, bbox_head.roi_feat_size),
+        "deltas": (
+            box_head.BBOX_REG_WEIGHTS,
+            [pytest.approx(1 / std) for std in bbox_head.bbox_coder.target_stds],
+        ),
+        "score": (heads.SCORE_THRESH_TEST, test.rcnn.score_thr),
+        "nms": (heads.NMS_THRESH_TEST, test.rcnn.nms.iou_threshold),
+        "detections": (cfg.TEST.DETECTIONS_PER_IMAGE, test.rcnn.max_per_img),
+    }
+
+
+def retinanet_pairs(cfg, reference):
+    model, head = reference.model, reference.model.bbox_head
+    ours, anchors = cfg.MODEL.RETINANET, head.anchor_generator
+    scales = [anchors.octave_base_scale * 2 ** (i / anchors.scales_per_octave) for i in range(3)]
+    assigner, test = model.train_cfg.assigner, model.test_cfg
+    return {
+        **balanced_l1_pairs(cfg, ours.BBOX_REG_LOSS_TYPE, head.loss_bbox),
+        "levels": (len(ours.IN_FEATURES), model.neck[0].num_outs),
+        "anchors": (
+            cfg.MODEL.ANCHOR_GENERATOR.SIZES,
+            [[pytest.approx(stride * scale) for scale in scales] for stride in anchors.strides],
+        ),
+        "ratios": (cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS, [anchors.ratios]),
+        "IoUs": (ours.IOU_THRESHOLDS, [assigner.neg_iou_thr, assigner.pos_iou_thr]),
+        "convolutions": (ours.NUM_CONVS, head.stacked_convs),
+        "classes": (ours.NUM_CLASSES, head.num_classes),
+        "focal loss": (
+            (ours.FOCAL_LOSS_ALPHA, ours.FOCAL_LOSS_GAMMA),
+            (head.loss_cls.alpha, head.loss_cls.gamma),
+        ),
+        "deltas": (ours.BBOX_REG_WEIGHTS, head.bbox_coder.target_stds),
+        "score": (ours.SCORE_THRESH_TEST, test.score_thr),
+        "candidates": (ours.TOPK_CANDIDATES_TEST, test.nms_pre),
+        "nms": (ours.NMS_THRESH_TEST, test.nms.iou_threshold),
+        "detections": (cfg.TEST.DETECTIONS_PER_IMAGE, test.max_per_img),
+        "clipping": (cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES, test.min_bbox_size == 0),
+        "normalizer": (cfg.MODEL.LIBRA.RETINANET.NORMALIZER, "batch"),
+        "P7": (
+            cfg.MODEL.LIBRA.RETINANET.P7_RELU,
+            model.neck[0].get("relu_before_extra_convs", False),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs"),
+    [
+        ("libra_faster_rcnn_R_50", "libra-faster-rcnn_r50", faster_rcnn_pairs),
+        ("libra_faster_rcnn_R_101", "libra-faster-rcnn_r101", faster_rcnn_pairs),
+        ("libra_faster_rcnn_X_101_64x4d", "libra-faster-rcnn_x101-64x4d", faster_rcnn_pairs),
+        ("libra_retinanet_R_50", "libra-retinanet_r50", retinanet_pairs),
+    ],
+)
+def test_published_recipe(mmdet, ours, theirs, pairs):
+    """What the reference's config says, value by value where both have a key."""
+    from mmengine.config import Config
+
+    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
+    reference = Config.fromfile(folder / f"{theirs}_fpn_1x_coco.py")
+    cfg = load(ROOT / f"configs/COCO-Detection/{ours}_FPN_1x.yaml")
+    pairs = {**common_pairs(cfg, reference), **pairs(cfg, reference)}
+    assert not {k: (a, b) for k, (a, b) in pairs.items() if as_lists(a) != as_lists(b)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/COCO-Detection").glob("libra_*.yaml")), ids=lambda p: p.stem
+)
+def test_train_and_detect(path):
+    """Each model at its real depth, with batch norm in place of ImageNet statistics."""
+    cfg = load(path)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.NORM = "BN"
+    model = build_model(cfg)
+    with EventStorage():
+        losses = model(random_inputs(3, size=(128, 160)))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("res3" in name for name in trained)
+    assert not any("stem" in name or "res2" in name for name in trained)
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+    with torch.no_grad():
+        (result,) = model.eval()([{"image": random_inputs(0)[0]["image"]}])
+    assert len(result["instances"]) <= 100

@@ -183,7 +183,7 @@ def _loggers():
         (["MODEL.LIBRA.BFP.REFINE_LEVEL"], "command line: .*odd length"),
         (["--num-gpus", "2"], "--num-gpus: this machine has no GPU"),
         (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED: .*on GPUs only"),
-        ([], "no dataset to train on: set DATASETS"),
+        (["DATASETS.TRAIN", "()"], "no dataset to train on: set DATASETS"),
         (["DATASETS.TRAIN", "('coco',)"], "DATASETS: 'coco' is not a registered dataset"),
         (
             ["DATASETS.TRAIN", "('coco_2017_train',)"],

@@ -4,6 +4,7 @@ from .balanced_feature_pyramid import BalancedFeaturePyramid, NonLocalBlock
 from .balanced_l1_loss import balanced_l1_loss
 from .balanced_sampling import BalancedSampler
 from .fast_rcnn import LibraFastRCNNOutputLayers
+from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
 from .roi_heads import LibraROIHeads
 from .rpn import LibraRPN
 
@@ -13,8 +14,10 @@ __all__ = [
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",
+    "LibraRetinaNet",
     "NonLocalBlock",
     "add_balanced_feature_pyramid",
     "balanced_l1_loss",
     "build_libra_resnet_fpn_backbone",
+    "build_libra_retinanet_resnet_fpn_backbone",
 ]

@@ -61,6 +61,16 @@ def add_balanced_feature_pyramid(
     return backbone
 
 
+def add_configured_balanced_feature_pyramid(cfg, backbone: Backbone) -> Backbone:
+    """:func:`add_balanced_feature_pyramid` as ``cfg.MODEL.LIBRA.BFP`` says; nothing if disabled."""
+    bfp = cfg.MODEL.LIBRA.BFP
+    if not bfp.ENABLED:
+        return backbone
+    return add_balanced_feature_pyramid(
+        backbone, refine_level=bfp.REFINE_LEVEL, refine_type=bfp.REFINE_TYPE
+    )
+
+
 @BACKBONE_REGISTRY.register()
 def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """
@@ -74,11 +84,4 @@ def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     Returns:
         the backbone; its checkpoint keys are those of ``build_resnet_fpn_backbone`` and ``bfp.*``.
     """
-    backbone = build_resnet_fpn_backbone(cfg, input_shape)
-    if not cfg.MODEL.LIBRA.BFP.ENABLED:
-        return backbone
-    return add_balanced_feature_pyramid(
-        backbone,
-        refine_level=cfg.MODEL.LIBRA.BFP.REFINE_LEVEL,
-        refine_type=cfg.MODEL.LIBRA.BFP.REFINE_TYPE,
-    )
+    return add_configured_balanced_feature_pyramid(cfg, build_resnet_fpn_backbone(cfg, input_shape))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RetinaNet with balanced L1 loss, trained and evaluated as Libra R-CNN's reference does it."""
+
+from typing import Dict, List, Tuple
+
+import torch
+
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec, cat
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, RetinaNet
+from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
+from detectron2.structures import Boxes, Instances
+
+from .backbone import add_configured_balanced_feature_pyramid
+from .balanced_l1_loss import balanced_l1_loss, check_balanced_l1_arguments
+
+__all__ = [
+    "LibraRetinaNet",
+    "LinearLastLevelP6P7",
+    "RETINANET_NORMALIZERS",
+    "build_libra_retinanet_resnet_fpn_backbone",
+]
+
+RETINANET_NORMALIZERS = ("batch", "moving_average")
+
+
+class LinearLastLevelP6P7(LastLevelP6P7):
+    """:class:`LastLevelP6P7` without ReLU between P6 and P7, as in mmdetection."""
+
+    def forward(self, c5: torch.Tensor) -> List[torch.Tensor]:
+        """Args: c5: (N, C, H, W). Returns: P6 and P7, of half and a quarter of that size."""
+        p6 = self.p6(c5)
+        return [p6, self.p7(p6)]
+
+
+@BACKBONE_REGISTRY.register()
+def build_libra_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """
+    Build Detectron2's ResNet-FPN with the levels P3 to P7, and a balanced feature pyramid over all
+    of them unless ``MODEL.LIBRA.BFP.ENABLED`` is False. ``MODEL.LIBRA.RETINANET.P7_RELU`` chooses
+    the top block.
+
+    Args:
+        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+        input_shape: shape of the input image.
+
+    Returns:
+        the backbone; its checkpoint keys are those of ``build_retinanet_resnet_fpn_backbone`` and
+        ``bfp.*``.
+    """
+    backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
+    if not cfg.MODEL.LIBRA.RETINANET.P7_RELU:
+        p6 = backbone.top_block.p6
+        backbone.top_block = LinearLastLevelP6P7(p6.in_channels, p6.out_channels)
+    return add_configured_balanced_feature_pyramid(cfg, backbone)
+
+
+@META_ARCH_REGISTRY.register()
+class LibraRetinaNet(RetinaNet):
+    """
+    Detectron2's RetinaNet, which also knows the box loss type "balanced_l1"
+    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and two habits of the reference: the loss normalizer of
+    the batch, and clipping boxes before non-maximum suppression.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        box_reg_loss_type: str = "smooth_l1",
+        balanced_l1_alpha: float = 0.5,
+        balanced_l1_gamma: float = 1.5,
+        balanced_l1_beta: float = 0.11,
+        balanced_l1_form: str = "scaled",
+        normalizer: str = "batch",
+        clip_boxes: bool = True,
+        **kwargs,
+    ):
+        """
+        Args:
+            box_reg_loss_type: "balanced_l1", or one that :class:`RetinaNet` knows.
+            balanced_l1_alpha, balanced_l1_gamma, balanced_l1_beta, balanced_l1_form:
+                see :func:`balanced_l1_loss`. Used if ``box_reg_loss_type`` is "balanced_l1".
+            normalizer: what the losses are divided by. "batch": number of foreground anchors in
+                the batch, where each image counts at least one. "moving_average": that of
+                Detectron2, with start value 100 and momentum 0.9.
+            clip_boxes: whether boxes are clipped to the image, and those without area dropped,
+                before non-maximum suppression rather than after it.
+            kwargs: arguments of :class:`RetinaNet`.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        balanced = box_reg_loss_type == "balanced_l1"
+        # The parent computes a loss of a type that it knows, which losses() replaces.
+        super().__init__(box_reg_loss_type="smooth_l1" if balanced else box_reg_loss_type, **kwargs)
+        if normalizer not in RETINANET_NORMALIZERS:
+            raise ValueError(
+                f"MODEL.LIBRA.RETINANET.NORMALIZER is {normalizer!r}: "
+                f"use one of {RETINANET_NORMALIZERS}"
+            )
+        self.balanced_l1 = None
+        if balanced:
+            self.balanced_l1 = {
+                "alpha": balanced_l1_alpha,
+                "gamma": balanced_l1_gamma,
+                "beta": balanced_l1_beta,
+                "form": balanced_l1_form,
+            }
+            check_balanced_l1_arguments(**self.balanced_l1)
+        self.normalizer = normalizer
+        self.clip_boxes = clip_boxes
+
+    @classmethod
+    def from_config(cls, cfg) -> Dict:
+        loss, libra = cfg.MODEL.LIBRA.BALANCED_L1, cfg.MODEL.LIBRA.RETINANET
+        return {
+            **super().from_config(cfg),
+            "balanced_l1_alpha": loss.ALPHA,
+            "balanced_l1_gamma": loss.GAMMA,
+            "balanced_l1_beta": loss.BETA,
+            "balanced_l1_form": loss.FORM,
+            "normalizer": libra.NORMALIZER,
+            "clip_boxes": libra.CLIP_BOXES,
+        }
+
+    def losses(
+        self,
+        anchors: List[Boxes],
+        pred_logits: List[torch.Tensor],
+        gt_labels: List[torch.Tensor],
+        pred_anchor_deltas: List[torch.Tensor],
+        gt_boxes: List[torch.Tensor],
+    ) -> Dict[str, torch.Tensor]:
+        """See :meth:`RetinaNet.losses`."""
+        labels = torch.stack(gt_labels)  # (N, R)
+        foreground = (labels >= 0) & (labels != self.num_classes)
+        self._batch_normalizer = foreground.sum(dim=1).clamp(min=1).sum()
+        losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        if self.balanced_l1 is None:
+            return losses
+        anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
+        target_deltas = self.box2box_transform.get_deltas(
+            anchor_boxes[foreground], torch.stack(gt_boxes)[foreground]
+        )
+        pred_deltas = cat(pred_anchor_deltas, dim=1)[foreground]
+        loss = balanced_l1_loss(pred_deltas, target_deltas, **self.balanced_l1, reduction="sum")
+        batch = self.normalizer == "batch"
+        normalizer = self._batch_normalizer if batch else self.loss_normalizer
+        return {**losses, "loss_box_reg": loss / normalizer}
+
+    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9):
+        """The parent asks here for what it divides its losses by."""
+        if self.normalizer == "batch":
+            return self._batch_normalizer
+        return super()._ema_update(name, value, initial_value, momentum)
+
+    def _decode_multi_level_predictions(
+        self,
+        anchors: List[Boxes],
+        pred_scores: List[torch.Tensor],
+        pred_deltas: List[torch.Tensor],
+        score_thresh: float,
+        topk_candidates: int,
+        image_size: Tuple[int, int],
+    ) -> Instances:
+        """See :meth:`RetinaNet._decode_multi_level_predictions`; super() cannot be scripted."""
+        predictions: List[Instances] = []
+        for anchors_i, scores_i, deltas_i in zip(anchors, pred_scores, pred_deltas):
+            level = self._decode_per_level_predictions(
+                anchors_i, scores_i, deltas_i, score_thresh, topk_candidates, image_size
+            )
+            if self.clip_boxes:
+                level.pred_boxes.clip(image_size)
+                level = level[level.pred_boxes.nonempty()]
+            predictions.append(level)
+        return predictions[0].cat(predictions)
