@@ -19,6 +19,10 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.BFP = CN()
     # False gives the plain pyramid.
     cfg.MODEL.LIBRA.BFP.ENABLED = True
+    # Registered backbone that "build_libra_backbone" builds and adds the balanced pyramid to: any
+    # that returns a pyramid with equal channels, a user's own included. The other backbones of
+    # libra_d2 have their base in their name.
+    cfg.MODEL.LIBRA.BFP.BASE_BACKBONE = "build_resnet_fpn_backbone"
     # Index, from high to low resolution, of the level at which the features are averaged and
     # refined: 0 to number of levels - 1. P4 is 2 in a pyramid P2..P6 (R-CNN) and 1 in P3..P7
     # (RetinaNet).

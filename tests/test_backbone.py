@@ -117,3 +117,76 @@ def test_any_backbone_with_a_pyramid():
 
 def test_registered():
     assert "build_libra_resnet_fpn_backbone" in BACKBONE_REGISTRY
+
+
+@pytest.mark.parametrize(
+    "base", ["build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"]
+)
+def test_base_backbone_by_name(base):
+    libra = build("build_libra_backbone", MODEL__LIBRA__BFP__BASE_BACKBONE=base)
+    plain = build(base)
+    assert libra.output_shape() == plain.output_shape()
+    incompatible = libra.load_state_dict(plain.state_dict(), strict=False)
+    assert not incompatible.unexpected_keys
+    assert {key.split(".")[0] for key in incompatible.missing_keys} == {"bfp"}
+
+
+def test_unknown_base_backbone():
+    with pytest.raises(KeyError, match="build_none"):
+        build("build_libra_backbone", MODEL__LIBRA__BFP__BASE_BACKBONE="build_none")
+
+
+def regnet_fpn():
+    from detectron2.modeling.backbone.fpn import FPN
+    from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+
+    regnet = RegNet(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=ResBottleneckBlock,
+        depth=6,
+        w_a=10.0,
+        w_0=8,
+        w_m=2.0,
+        group_width=8,
+        norm="BN",
+        out_features=["s1", "s2", "s3"],
+    )
+    return FPN(regnet, ["s1", "s2", "s3"], 16)
+
+
+def swin_fpn():
+    from detectron2.modeling.backbone import SwinTransformer
+    from detectron2.modeling.backbone.fpn import FPN
+
+    swin = SwinTransformer(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+    return FPN(swin, ["p0", "p1", "p2", "p3"], 16, square_pad=64)
+
+
+def vit_pyramid():
+    from detectron2.modeling.backbone import SimpleFeaturePyramid, ViT
+    from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+
+    vit = ViT(img_size=64, embed_dim=16, depth=2, num_heads=2, use_rel_pos=True)
+    return SimpleFeaturePyramid(
+        vit, "last_feat", 16, (4.0, 2.0, 1.0, 0.5), top_block=LastLevelMaxPool(), square_pad=64
+    )
+
+
+@pytest.mark.parametrize("make", [regnet_fpn, swin_fpn, vit_pyramid], ids=lambda f: f.__name__)
+def test_other_pyramids(make):
+    """What Detectron2 has besides ResNet; Swin and ViT are in its main branch only."""
+    try:
+        plain = make().eval()
+    except ImportError as e:
+        pytest.skip(f"not in this Detectron2: {e}")
+    libra = add_balanced_feature_pyramid(copy.deepcopy(plain), refine_level=1)
+    assert plain.state_dict().keys() == {k for k in libra.state_dict() if "bfp." not in k}
+    assert getattr(libra, "padding_constraints", None) == getattr(
+        plain, "padding_constraints", None
+    )
+    torch.nn.init.normal_(libra.bfp.refine.conv_out.weight, std=0.1)
+    image = torch.randn(1, 3, 64, 64)
+    features, expected = libra(image), libra.bfp(list(plain(image).values()))
+    for a, b in zip(features.values(), expected):
+        torch.testing.assert_close(a, b)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from .backbone import add_balanced_feature_pyramid, build_libra_resnet_fpn_backbone
+from .backbone import (
+    add_balanced_feature_pyramid,
+    build_libra_backbone,
+    build_libra_resnet_fpn_backbone,
+)
 from .balanced_feature_pyramid import BalancedFeaturePyramid, NonLocalBlock
 from .balanced_l1_loss import balanced_l1_loss
 from .balanced_sampling import BalancedSampler
@@ -18,6 +22,7 @@ __all__ = [
     "NonLocalBlock",
     "add_balanced_feature_pyramid",
     "balanced_l1_loss",
+    "build_libra_backbone",
     "build_libra_resnet_fpn_backbone",
     "build_libra_retinanet_resnet_fpn_backbone",
 ]

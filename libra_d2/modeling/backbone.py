@@ -11,7 +11,11 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
 from .balanced_feature_pyramid import BalancedFeaturePyramid
 
-__all__ = ["add_balanced_feature_pyramid", "build_libra_resnet_fpn_backbone"]
+__all__ = [
+    "add_balanced_feature_pyramid",
+    "build_libra_backbone",
+    "build_libra_resnet_fpn_backbone",
+]
 
 
 def _balance_outputs(
@@ -85,3 +89,24 @@ def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         the backbone; its checkpoint keys are those of ``build_resnet_fpn_backbone`` and ``bfp.*``.
     """
     return add_configured_balanced_feature_pyramid(cfg, build_resnet_fpn_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_libra_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """
+    Build the backbone that ``MODEL.LIBRA.BFP.BASE_BACKBONE`` names, any registered one with a
+    pyramid, and add a balanced feature pyramid unless ``MODEL.LIBRA.BFP.ENABLED`` is False.
+
+    Args:
+        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+        input_shape: shape of the input image.
+
+    Returns:
+        the backbone; its checkpoint keys are those of the named one and ``bfp.*``.
+
+    Raises:
+        KeyError: if there is no backbone of that name.
+        ValueError: see :func:`add_balanced_feature_pyramid`.
+    """
+    base = BACKBONE_REGISTRY.get(cfg.MODEL.LIBRA.BFP.BASE_BACKBONE)(cfg, input_shape)
+    return add_configured_balanced_feature_pyramid(cfg, base)
