@@ -5,7 +5,7 @@ import pytest
 import torch
 from fvcore.nn import smooth_l1_loss
 
-from libra_d2.modeling import balanced_l1_loss
+from libra_d2.modeling import BalancedL1Loss, balanced_l1_loss
 
 FORMS = ("scaled", "reference")
 
@@ -146,6 +146,15 @@ def test_half_precision(dtype):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         balanced_l1_loss(torch.zeros(2), torch.zeros(2), **kwargs)
+    if "reduction" not in kwargs:  # found when it is made
+        with pytest.raises(ValueError, match=message):
+            BalancedL1Loss(**kwargs)
+
+
+def test_fixed_parameters():
+    x, kwargs = torch.randn(20), {"alpha": 0.2, "gamma": 1.0, "beta": 0.3, "form": "reference"}
+    expected = balanced_l1_loss(x, torch.zeros(20), **kwargs, reduction="sum")
+    assert BalancedL1Loss(**kwargs)(x, torch.zeros(20), reduction="sum") == expected
 
 
 def test_shapes_must_agree():

@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from libra_d2.modeling import LibraFastRCNNOutputLayers
+from libra_d2.modeling import BalancedL1Loss, LibraFastRCNNOutputLayers
 
 
 def build(cls=LibraFastRCNNOutputLayers, **kwargs):
@@ -33,9 +33,8 @@ def test_hand_computed(cls_agnostic):
     With alpha = 1, gamma = ln 3, the loss is ln 2 - 0.5 at 0.5 and 3.5 ln 3 - 1 at 3 (see
     test_balanced_l1_loss). The sum is divided by the 4 proposals.
     """
-    predictor = build(
-        balanced_l1_alpha=1.0, balanced_l1_gamma=math.log(3), cls_agnostic_bbox_reg=cls_agnostic
-    )
+    loss = BalancedL1Loss(alpha=1.0, gamma=math.log(3))
+    predictor = build(balanced_l1=loss, cls_agnostic_bbox_reg=cls_agnostic)
     deltas = torch.full((4, 3, 4), 100.0)  # must not be looked at
     deltas[0, 2] = torch.tensor([0.5, -0.5, 0, 0])
     deltas[2, 0] = torch.tensor([0, 0, 3.0, 0])
@@ -47,13 +46,22 @@ def test_hand_computed(cls_agnostic):
 
 
 def test_beta_and_form():
-    arguments = {"balanced_l1_beta": 0.11, "balanced_l1_form": "reference"}
+    """Three different losses, the first being that of the paper."""
     deltas, classes = torch.full((4, 12), 0.05), torch.tensor([0, 1, 2, 3])
+    parameters = ({}, {"beta": 0.11}, {"beta": 0.11, "form": "reference"})
     losses = [
-        build(**kwargs).box_reg_loss(BOXES, BOXES, deltas, classes)
-        for kwargs in ({}, {"balanced_l1_beta": 0.11}, arguments)
+        build(balanced_l1=BalancedL1Loss(**p)).box_reg_loss(BOXES, BOXES, deltas, classes).item()
+        for p in parameters
     ]
-    assert len({round(loss.item(), 6) for loss in losses}) == 3
+    assert losses[0] == build().box_reg_loss(BOXES, BOXES, deltas, classes)
+    assert losses[1] == pytest.approx(0.11 * losses_at(0.05 / 0.11), rel=1e-5)
+    assert losses[2] > 1.5 * losses[1]
+
+
+def losses_at(error):
+    """The paper's loss of 12 errors, divided by 4 proposals."""
+    b = math.expm1(3)
+    return 3 * (0.5 / b * (b * error + 1) * math.log(b * error + 1) - 0.5 * error)
 
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
@@ -92,8 +100,3 @@ def test_losses_have_gradients(num_proposals, num_foreground):
 
 def test_state_dict_of_the_parent():
     assert build().state_dict().keys() == build(FastRCNNOutputLayers).state_dict().keys()
-
-
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="beta must be a positive number, got 0"):
-        build(balanced_l1_beta=0.0)

@@ -5,7 +5,7 @@ from .backbone import (
     build_libra_resnet_fpn_backbone,
 )
 from .balanced_feature_pyramid import BalancedFeaturePyramid, NonLocalBlock
-from .balanced_l1_loss import balanced_l1_loss
+from .balanced_l1_loss import BalancedL1Loss, balanced_l1_loss
 from .balanced_sampling import BalancedSampler
 from .fast_rcnn import LibraFastRCNNOutputLayers
 from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
@@ -14,6 +14,7 @@ from .rpn import LibraRPN
 
 __all__ = [
     "BalancedFeaturePyramid",
+    "BalancedL1Loss",
     "BalancedSampler",
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",

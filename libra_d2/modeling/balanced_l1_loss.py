@@ -10,27 +10,9 @@ import math
 
 import torch
 
-__all__ = ["balanced_l1_loss", "check_balanced_l1_arguments", "BALANCED_L1_FORMS"]
+__all__ = ["BALANCED_L1_FORMS", "BalancedL1Loss", "balanced_l1_loss"]
 
 BALANCED_L1_FORMS = ("scaled", "reference")
-
-
-def check_balanced_l1_arguments(alpha: float, gamma: float, beta: float, form: str) -> None:
-    """
-    Raise ValueError if the arguments of :func:`balanced_l1_loss` are out of range.
-
-    Modules call it once when they are built, so that a bad config fails before training starts.
-    """
-    for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"balanced L1 loss: {name} must be a positive number, got {value}")
-    if gamma / alpha > 80:
-        raise ValueError(
-            f"balanced L1 loss: gamma / alpha must be at most 80, got {gamma} / {alpha}: "
-            "b = exp(gamma / alpha) - 1 would not fit a float32"
-        )
-    if form not in BALANCED_L1_FORMS:
-        raise ValueError(f"balanced L1 loss: form must be one of {BALANCED_L1_FORMS}, got {form!r}")
 
 
 def balanced_l1_loss(
@@ -80,7 +62,7 @@ def balanced_l1_loss(
     Raises:
         ValueError: if an argument is out of range, or the shapes differ.
     """
-    check_balanced_l1_arguments(alpha, gamma, beta, form)
+    _check_arguments(alpha, gamma, beta, form)
     if input.shape != target.shape:
         raise ValueError(
             f"balanced L1 loss: input and target must have the same shape, "
@@ -102,3 +84,51 @@ def balanced_l1_loss(
     raise ValueError(
         f"balanced L1 loss: reduction must be 'none', 'sum' or 'mean', got {reduction!r}"
     )
+
+
+def _check_arguments(alpha: float, gamma: float, beta: float, form: str) -> None:
+    """Raise ValueError if an argument of :func:`balanced_l1_loss` is out of range."""
+    for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"balanced L1 loss: {name} must be a positive number, got {value}")
+    if gamma / alpha > 80:
+        raise ValueError(
+            f"balanced L1 loss: gamma / alpha must be at most 80, got {gamma} / {alpha}: "
+            "b = exp(gamma / alpha) - 1 would not fit a float32"
+        )
+    if form not in BALANCED_L1_FORMS:
+        raise ValueError(f"balanced L1 loss: form must be one of {BALANCED_L1_FORMS}, got {form!r}")
+
+
+class BalancedL1Loss:
+    """
+    :func:`balanced_l1_loss` with fixed parameters. They are checked when it is made, so that a bad
+    config fails before training starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.5,
+        gamma: float = 1.5,
+        beta: float = 1.0,
+        form: str = "scaled",
+    ):
+        """
+        Args:
+            alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
+
+        Raises:
+            ValueError: if one is out of range.
+        """
+        _check_arguments(alpha, gamma, beta, form)
+        self.arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}
+
+    @classmethod
+    def from_config(cls, cfg) -> "BalancedL1Loss":
+        """Make the loss that ``cfg.MODEL.LIBRA.BALANCED_L1`` describes."""
+        return cls(**{name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()})
+
+    def __call__(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+        """See :func:`balanced_l1_loss`."""
+        return balanced_l1_loss(input, target, **self.arguments, reduction=reduction)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast R-CNN predictor with balanced L1 box loss."""
 
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 
@@ -9,7 +9,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
-from .balanced_l1_loss import balanced_l1_loss, check_balanced_l1_arguments
+from .balanced_l1_loss import BalancedL1Loss
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
@@ -22,43 +22,23 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @configurable
     def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        balanced_l1_alpha: float = 0.5,
-        balanced_l1_gamma: float = 1.5,
-        balanced_l1_beta: float = 1.0,
-        balanced_l1_form: str = "scaled",
-        **kwargs,
+        self, input_shape: ShapeSpec, *, balanced_l1: Optional[BalancedL1Loss] = None, **kwargs
     ):
         """
         Args:
             input_shape: shape of the features of one proposal.
-            balanced_l1_alpha, balanced_l1_gamma, balanced_l1_beta, balanced_l1_form:
-                see :func:`balanced_l1_loss`. Used if ``box_reg_loss_type`` is "balanced_l1".
+            balanced_l1: the loss that is used if ``box_reg_loss_type`` is "balanced_l1". None for
+                one with the paper's parameters.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
-
-        Raises:
-            ValueError: if an argument is out of range.
         """
         super().__init__(input_shape, **kwargs)
-        self.balanced_l1 = {
-            "alpha": balanced_l1_alpha,
-            "gamma": balanced_l1_gamma,
-            "beta": balanced_l1_beta,
-            "form": balanced_l1_form,
-        }
-        check_balanced_l1_arguments(**self.balanced_l1)
+        self.balanced_l1 = balanced_l1 or BalancedL1Loss()
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
-        loss = cfg.MODEL.LIBRA.BALANCED_L1
         return {
             **super().from_config(cfg, input_shape),
-            "balanced_l1_alpha": loss.ALPHA,
-            "balanced_l1_gamma": loss.GAMMA,
-            "balanced_l1_beta": loss.BETA,
-            "balanced_l1_form": loss.FORM,
+            "balanced_l1": BalancedL1Loss.from_config(cfg),
         }
 
     def box_reg_loss(
@@ -86,10 +66,9 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         pred_deltas = pred_deltas.view(-1, pred_deltas.shape[1] // box_dim, box_dim)
         # One box per class, or a single one for all of them.
         class_idxs = gt_classes[foreground] if pred_deltas.shape[1] > 1 else 0
-        loss = balanced_l1_loss(
+        loss = self.balanced_l1(
             pred_deltas[foreground, class_idxs],
             self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground]),
-            **self.balanced_l1,
             reduction="sum",
         )
         # By all sampled proposals rather than the foreground, as in Detectron2 and the reference.

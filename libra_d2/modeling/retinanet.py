@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RetinaNet with balanced L1 loss, trained and evaluated as Libra R-CNN's reference does it."""
 
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resn
 from detectron2.structures import Boxes, Instances
 
 from .backbone import add_configured_balanced_feature_pyramid
-from .balanced_l1_loss import balanced_l1_loss, check_balanced_l1_arguments
+from .balanced_l1_loss import BalancedL1Loss
 
 __all__ = [
     "LibraRetinaNet",
@@ -68,10 +68,7 @@ class LibraRetinaNet(RetinaNet):
         self,
         *,
         box_reg_loss_type: str = "smooth_l1",
-        balanced_l1_alpha: float = 0.5,
-        balanced_l1_gamma: float = 1.5,
-        balanced_l1_beta: float = 0.11,
-        balanced_l1_form: str = "scaled",
+        balanced_l1: Optional[BalancedL1Loss] = None,
         normalizer: str = "batch",
         clip_boxes: bool = True,
         **kwargs,
@@ -79,8 +76,8 @@ class LibraRetinaNet(RetinaNet):
         """
         Args:
             box_reg_loss_type: "balanced_l1", or one that :class:`RetinaNet` knows.
-            balanced_l1_alpha, balanced_l1_gamma, balanced_l1_beta, balanced_l1_form:
-                see :func:`balanced_l1_loss`. Used if ``box_reg_loss_type`` is "balanced_l1".
+            balanced_l1: the loss that is used if ``box_reg_loss_type`` is "balanced_l1". None for
+                one with the paper's parameters and a beta of 0.11.
             normalizer: what the losses are divided by. "batch": number of foreground anchors in
                 the batch, where each image counts at least one. "moving_average": that of
                 Detectron2, with start value 100 and momentum 0.9.
@@ -89,7 +86,7 @@ class LibraRetinaNet(RetinaNet):
             kwargs: arguments of :class:`RetinaNet`.
 
         Raises:
-            ValueError: if an argument is out of range.
+            ValueError: if ``normalizer`` is neither.
         """
         balanced = box_reg_loss_type == "balanced_l1"
         # The parent computes a loss of a type that it knows, which losses() replaces.
@@ -99,29 +96,17 @@ class LibraRetinaNet(RetinaNet):
                 f"MODEL.LIBRA.RETINANET.NORMALIZER is {normalizer!r}: "
                 f"use one of {RETINANET_NORMALIZERS}"
             )
-        self.balanced_l1 = None
-        if balanced:
-            self.balanced_l1 = {
-                "alpha": balanced_l1_alpha,
-                "gamma": balanced_l1_gamma,
-                "beta": balanced_l1_beta,
-                "form": balanced_l1_form,
-            }
-            check_balanced_l1_arguments(**self.balanced_l1)
+        self.balanced_l1 = (balanced_l1 or BalancedL1Loss(beta=0.11)) if balanced else None
         self.normalizer = normalizer
         self.clip_boxes = clip_boxes
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
-        loss, libra = cfg.MODEL.LIBRA.BALANCED_L1, cfg.MODEL.LIBRA.RETINANET
         return {
             **super().from_config(cfg),
-            "balanced_l1_alpha": loss.ALPHA,
-            "balanced_l1_gamma": loss.GAMMA,
-            "balanced_l1_beta": loss.BETA,
-            "balanced_l1_form": loss.FORM,
-            "normalizer": libra.NORMALIZER,
-            "clip_boxes": libra.CLIP_BOXES,
+            "balanced_l1": BalancedL1Loss.from_config(cfg),
+            "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
+            "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,
         }
 
     def losses(
@@ -144,7 +129,7 @@ class LibraRetinaNet(RetinaNet):
             anchor_boxes[foreground], torch.stack(gt_boxes)[foreground]
         )
         pred_deltas = cat(pred_anchor_deltas, dim=1)[foreground]
-        loss = balanced_l1_loss(pred_deltas, target_deltas, **self.balanced_l1, reduction="sum")
+        loss = self.balanced_l1(pred_deltas, target_deltas, reduction="sum")
         batch = self.normalizer == "batch"
         normalizer = self._batch_normalizer if batch else self.loss_normalizer
         return {**losses, "loss_box_reg": loss / normalizer}
