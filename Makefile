@@ -30,10 +30,10 @@ demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json
 	@touch $(OUTPUT)/.finished
 
 $(DATA)/train/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
-	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 400 --seed 1
+	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 400 --num-classes 3 --seed 1
 
 $(DATA)/val/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
-	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 100 --seed 2
+	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 100 --num-classes 3 --seed 2
 
 test: lint
 	$(PY) -m pytest
