@@ -34,7 +34,7 @@ from detectron2.utils.logger import setup_logger
 from libra_d2 import add_libra_config
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.data import LibraDatasetMapper, register_coco_json
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import PredictionPictures, build_evaluator, check_evaluator_type
 
 logger = logging.getLogger("libra_d2.train_net")
@@ -89,13 +89,6 @@ def blamed_on(source: str):
         yield
     except Exception as e:
         raise InputError(f"{source}: {one_line(e)}") from e
-
-
-def one_line(error: Exception) -> str:
-    """The message of ``error``."""
-    # str() of a KeyError is the repr of its message.
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split())
 
 
 def build_argument_parser():

@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 __all__ = ["LibraCheckpointer"]
 
@@ -76,9 +76,8 @@ class LibraCheckpointer(DetectionCheckpointer):
                 f"arrays, numbers and text, or because it is cut short: {reason}"
             ) from e
         except (EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as e:
-            reason = " ".join(str(e).split())
             raise InputError(
-                f"{self._path}: not a checkpoint, or cut short ({type(e).__name__}: {reason})"
+                f"{self._path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
             ) from e
 
     def _load_model(self, checkpoint: Dict[str, Any]):

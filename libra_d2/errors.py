@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "one_line"]
 
 
 class InputError(Exception):
@@ -15,3 +15,10 @@ class InputError(Exception):
         return re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)[
             -1
         ].strip()
+
+
+def one_line(error: Exception) -> str:
+    """The message of ``error``."""
+    # str() of a KeyError is the repr of its message.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())

@@ -63,11 +63,17 @@ def _seed():
     torch.manual_seed(0)
 
 
-def demo_cfg(**overrides):
-    """The demo's config with smaller heads; ``overrides`` as MODEL__DEVICE="cpu"."""
+def load_cfg(path):
+    """The config in a file of this project."""
     cfg = get_cfg()
     add_libra_config(cfg)
-    cfg.merge_from_file(str(DEMO_CONFIG), allow_unsafe=False)
+    cfg.merge_from_file(str(path), allow_unsafe=False)
+    return cfg
+
+
+def demo_cfg(**overrides):
+    """The demo's config with smaller heads; ``overrides`` as MODEL__DEVICE="cpu"."""
+    cfg = load_cfg(DEMO_CONFIG)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
     cfg.MODEL.FPN.OUT_CHANNELS = 16

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, demo_cfg, load_cfg, random_inputs
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -23,16 +23,9 @@ def leaves(node, prefix=""):
             yield prefix + key
 
 
-def load(path):
-    cfg = get_cfg()
-    add_libra_config(cfg)
-    cfg.merge_from_file(str(path), allow_unsafe=False)
-    return cfg
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_load(path):
-    cfg = load(path)
+    cfg = load_cfg(path)
     assert cfg.VERSION == 2
     assert cfg.MODEL.BACKBONE.NAME.startswith("build_libra_") or "COCO" in path.stem
 
@@ -210,7 +203,7 @@ def test_published_recipe(mmdet, ours, theirs, pairs):
 
     folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
     reference = Config.fromfile(folder / f"{theirs}_fpn_1x_coco.py")
-    cfg = load(ROOT / f"configs/COCO-Detection/{ours}_FPN_1x.yaml")
+    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{ours}_FPN_1x.yaml")
     pairs = {**common_pairs(cfg, reference), **pairs(cfg, reference)}
     assert not {k: (a, b) for k, (a, b) in pairs.items() if as_lists(a) != as_lists(b)}
 
@@ -220,7 +213,7 @@ def test_published_recipe(mmdet, ours, theirs, pairs):
 )
 def test_train_and_detect(path):
     """Each model at its real depth, with batch norm in place of ImageNet statistics."""
-    cfg = load(path)
+    cfg = load_cfg(path)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.NORM = "BN"
     model = build_model(cfg)

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conftest import ROOT, random_inputs
+from conftest import ROOT, load_cfg, random_inputs
 
-from detectron2.config import get_cfg
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
-from libra_d2 import add_libra_config
 from libra_d2.modeling import LibraRetinaNet, balanced_l1_loss
 
 CONFIG = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml"
@@ -17,9 +15,7 @@ CONFIG = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml"
 
 def build(**overrides):
     """The published model, narrow and shallow, with batch norm that random weights need."""
-    cfg = get_cfg()
-    add_libra_config(cfg)
-    cfg.merge_from_file(str(CONFIG), allow_unsafe=False)
+    cfg = load_cfg(CONFIG)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.merge_from_list(["DEPTH", 18, "RES2_OUT_CHANNELS", 64, "NORM", "BN"])

@@ -38,11 +38,6 @@ def _index(entries: List[Dict], keys: Tuple[str, ...], what: str, json_file: str
     return index
 
 
-def _file_name(image: Dict) -> str:
-    """LVIS has no ``file_name``; its images are named as in the URL, folder included."""
-    return image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
-
-
 def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
     """
     Read and check annotations in COCO format (LVIS' variant of it included).
@@ -80,11 +75,12 @@ def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
     categories = _index(dataset["categories"], ("name",), "category", json_file)
     changes: Counter = Counter()
     for image in images.values():
-        if "file_name" not in image and "coco_url" not in image:
-            raise InputError(f"{json_file}: image id {image['id']} has no 'file_name'")
         if "file_name" not in image:
+            if "coco_url" not in image:
+                raise InputError(f"{json_file}: image id {image['id']} has no 'file_name'")
+            # LVIS' images are named as in the URL, folder included.
             changes["adapted"] += 1
-            image["file_name"] = _file_name(image)
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
         for key in ("width", "height"):
             if not (isinstance(image[key], int) and image[key] > 0):
                 raise InputError(

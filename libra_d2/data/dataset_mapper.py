@@ -2,7 +2,7 @@
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = ["LibraDatasetMapper"]
 
@@ -15,7 +15,6 @@ class LibraDatasetMapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)
         except (OSError, SyntaxError, SizeMismatchError) as e:
-            reason = " ".join(str(e).split())
             raise InputError(
-                f"{dataset_dict['file_name']}: the image cannot be used: {reason}"
+                f"{dataset_dict['file_name']}: the image cannot be used: {one_line(e)}"
             ) from e
