@@ -10,6 +10,13 @@ VENV ?= .venv
 CONFIG ?= configs/Demo/libra_faster_rcnn_R_18_FPN.yaml
 OUTPUT ?= output/$(basename $(notdir $(CONFIG)))
 DATA ?= datasets/synthetic
+# A Fast R-CNN needs the proposals of an RPN, which is trained first.
+RPN_CONFIG ?= configs/Demo/rpn_R_18_FPN.yaml
+RPN_OUTPUT ?= output/$(basename $(notdir $(RPN_CONFIG)))
+PROPOSALS := $(if $(findstring fast_rcnn,$(CONFIG)),$(RPN_OUTPUT)/proposals/own_val.pkl)
+
+DATA_ARGS := --train-json $(DATA)/train/instances.json --train-images $(DATA)/train/images \
+  --val-json $(DATA)/val/instances.json --val-images $(DATA)/val/images
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -20,14 +27,20 @@ export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json
+demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json $(PROPOSALS)
 	@if [ -f $(OUTPUT)/.finished ]; then \
 	  echo "$(OUTPUT) holds a finished run: training again from the start."; rm -rf $(OUTPUT); fi
-	$(PY) train_net.py --config-file $(CONFIG) --resume \
-	  --train-json $(DATA)/train/instances.json --train-images $(DATA)/train/images \
-	  --val-json $(DATA)/val/instances.json --val-images $(DATA)/val/images \
+	$(PY) train_net.py --config-file $(CONFIG) --resume $(DATA_ARGS) \
+	  $(if $(PROPOSALS),--train-proposals $(RPN_OUTPUT)/proposals/own_train.pkl) \
+	  $(if $(PROPOSALS),--val-proposals $(RPN_OUTPUT)/proposals/own_val.pkl) \
 	  OUTPUT_DIR $(OUTPUT)
 	@touch $(OUTPUT)/.finished
+
+$(RPN_OUTPUT)/proposals/own_val.pkl: $(VENV)/.installed \
+    $(DATA)/train/instances.json $(DATA)/val/instances.json
+	$(PY) train_net.py --config-file $(RPN_CONFIG) --resume $(DATA_ARGS) OUTPUT_DIR $(RPN_OUTPUT)
+	$(PY) tools/dump_proposals.py --config-file $(RPN_CONFIG) $(DATA_ARGS) \
+	  MODEL.WEIGHTS $(RPN_OUTPUT)/model_final.pth OUTPUT_DIR $(RPN_OUTPUT)
 
 $(DATA)/train/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
 	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 400 --num-classes 3 --seed 1

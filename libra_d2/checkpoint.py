@@ -6,30 +6,10 @@ from typing import Any, Dict
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from .arrays_pickle import load_arrays
 from .errors import InputError, one_line
 
 __all__ = ["LibraCheckpointer"]
-
-# All that a pickled dict of numpy arrays refers to.
-_ARRAY_GLOBALS = {
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, numbers and text in the containers of Python, and calls nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAY_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
-        return super().find_class(module, name)
 
 
 class LibraCheckpointer(DetectionCheckpointer):
@@ -66,8 +46,7 @@ class LibraCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
             if filename.endswith(".pkl"):
-                with open(filename, "rb") as f:
-                    _ArrayUnpickler(f, encoding="latin1").load()
+                load_arrays(filename)
             return super()._load_file(filename)
         except pickle.UnpicklingError as e:
             reason = str(e).strip().splitlines()[0]

@@ -66,17 +66,29 @@ def add_libra_config(cfg: CN) -> None:
     # (RPN.BATCH_SIZE_PER_IMAGE times the number of images, as in Detectron2).
     cfg.MODEL.LIBRA.RPN.NORMALIZER = "sampled"
 
+    # Lowest IoU at which an anchor that a ground-truth box overlaps most is matched with that box,
+    # the last one if there are several, in [0, 1]. Negative, such as -1.0, for Detectron2's rule:
+    # at any IoU, and the anchor is matched with the box that it overlaps most.
+    cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU = 0.3
+
     # RetinaNet as the reference has it (not in the paper)
     cfg.MODEL.LIBRA.RETINANET = CN()
     # What the losses are divided by: "batch" (foreground anchors in the batch, at least one for
     # each image) or "moving_average" (Detectron2's).
     cfg.MODEL.LIBRA.RETINANET.NORMALIZER = "batch"
+    # As RPN.LOW_QUALITY_IOU.
+    cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU = 0.0
     # Whether there is a ReLU between P6 and P7, as in Detectron2. Weights of plain Detectron2
     # models need True, those of the reference False.
     cfg.MODEL.LIBRA.RETINANET.P7_RELU = False
     # Whether boxes are clipped to the image, and those without area dropped, before non-maximum
     # suppression. False, as in Detectron2, does so after it.
     cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES = True
+
+    # Whether to train scale and shift of the batch norms in the backbone's trained stages while
+    # their running statistics stay fixed, as the reference does (not in the paper). It needs
+    # RESNETS.NORM "FrozenBN", which without it trains nothing.
+    cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE = False
 
     # Number of images whose detections are drawn next to their ground truth at each evaluation,
     # into OUTPUT_DIR/pictures. 0 for none.

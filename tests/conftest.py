@@ -10,7 +10,8 @@ import torch
 import torchvision
 
 from detectron2.config import get_cfg
-from detectron2.structures import Boxes, Instances
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from libra_d2 import add_libra_config
 from libra_d2.data.synthetic import make_synthetic_dataset
@@ -71,9 +72,9 @@ def load_cfg(path):
     return cfg
 
 
-def demo_cfg(**overrides):
+def demo_cfg(config=DEMO_CONFIG, **overrides):
     """The demo's config with smaller heads; ``overrides`` as MODEL__DEVICE="cpu"."""
-    cfg = load_cfg(DEMO_CONFIG)
+    cfg = load_cfg(config)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
     cfg.MODEL.FPN.OUT_CHANNELS = 16
@@ -93,8 +94,29 @@ def random_inputs(*num_boxes, size=(96, 128)):
         instances = Instances(size)
         instances.gt_boxes = Boxes(torch.cat([corner, corner + side], dim=1))
         instances.gt_classes = torch.arange(n) % 4
+        instances.gt_masks = BitMasks(torch.rand(n, height, width) > 0.5)
         inputs.append({"image": torch.rand(3, height, width) * 255, "instances": instances})
     return inputs
+
+
+@torch.no_grad()
+def calibrate_norms(backbone, images):
+    """
+    Give the frozen batch norms the statistics of ``images``, (N, 3, H, W), for what ImageNet
+    weights have: activations that neither explode nor vanish. Scale and shift are random.
+    """
+
+    def calibrate(norm, inputs):
+        norm.running_mean.copy_(inputs[0].mean(dim=(0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)) + 1e-3)
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.2, 0.2)
+
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(calibrate) for norm in norms]
+    backbone(images)
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,50 @@ def test_missing_files(folder):
         check_images(DATASET, str(folder), "x.json")
 
 
+POLYGON = [[10, 20, 40, 20, 40, 60]]
+RUN_LENGTHS = {"size": [80, 100], "counts": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "mask_format"),
+    [(POLYGON, "polygon"), (POLYGON, "bitmask"), (RUN_LENGTHS, "bitmask")],
+)
+def test_masks(folder, segmentation, mask_format):
+    """Crowds need none."""
+    path = write(folder, changed(("annotations", 0, "segmentation", segmentation)))
+    _, changes = read_coco_json(path, mask_format)
+    assert not changes
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "mask_format", "message"),
+    [
+        ([], "polygon", "has no 'segmentation'"),
+        ("x", "polygon", "a polygon must be a list of 6 or more numbers, .*; found x"),
+        ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of 6 or more numbers"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "bitmask", "a polygon must be"),
+        ([[1, 2, 3, 4, 5, "6"]], "bitmask", "a polygon must be"),
+        (RUN_LENGTHS, "polygon", "run-length mask; set INPUT.MASK_FORMAT to 'bitmask'"),
+        ({"size": [8, 8], "counts": "a"}, "bitmask", "must have 'counts' and the size \\[80, 100"),
+        ({"size": [80, 100]}, "bitmask", "must have 'counts'"),
+    ],
+)
+def test_bad_masks(folder, segmentation, mask_format, message):
+    """Found before training, if the model has masks."""
+    path = write(folder, changed(("annotations", 0, "segmentation", segmentation)))
+    with pytest.raises(InputError, match=f"instances.json: annotation id 1.*{message}"):
+        read_coco_json(path, mask_format)
+    read_coco_json(path)
+
+
+def test_masks_are_registered_if_wanted(folder):
+    path = write(folder, changed(("annotations", 0, "segmentation", POLYGON)))
+    for mask_format in ("polygon", None):
+        register_coco_json("test_masks", path, str(folder), str(folder), mask_format)
+        annotation = DatasetCatalog.get("test_masks")[0]["annotations"][0]
+        assert ("segmentation" in annotation) == (mask_format is not None)
+
+
 def test_wrong_images(folder):
     Image.new("RGB", (60, 61)).save(folder / "b.png")
     with pytest.raises(InputError, match="b.png: the image is 60 x 61 pixels, but x.json says 60"):

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, load_cfg, random_inputs
+from conftest import ROOT, calibrate_norms, demo_cfg, load_cfg, random_inputs
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 
 import libra_d2
@@ -54,13 +55,20 @@ def as_lists(x):
     return [as_lists(y) for y in x] if isinstance(x, (list, tuple)) else x
 
 
+def necks(model):
+    """The reference's FPN, and its balanced feature pyramid if there is one."""
+    return model.neck if isinstance(model.neck, list) else [model.neck]
+
+
 def common_pairs(cfg, reference):
     """(ours, the reference's) of what all systems share."""
     model, optimizer = reference.model, reference.optim_wrapper.optimizer
     warmup, steps = reference.param_scheduler
     iters_per_epoch = -(-117266 // reference.auto_scale_lr.base_batch_size)
-    libra, bfp = cfg.MODEL.LIBRA, model.neck[1]
-    (resize,) = [t for t in reference.train_pipeline if t.type == "Resize"]
+    libra, bfp = cfg.MODEL.LIBRA, ([*necks(model), None])[1]
+    # With proposals, the steps that transform them as well are nested.
+    pipeline = [t for x in reference.train_pipeline for t in x.get("transforms", [x])]
+    (resize,) = [t for t in pipeline if t.type == "Resize"]
     return {
         "format": (cfg.INPUT.FORMAT, "RGB" if model.data_preprocessor.bgr_to_rgb else "BGR"),
         "mean": (cfg.MODEL.PIXEL_MEAN, model.data_preprocessor.mean),
@@ -71,14 +79,24 @@ def common_pairs(cfg, reference):
         "depth": (cfg.MODEL.RESNETS.DEPTH, model.backbone.depth),
         "groups": (cfg.MODEL.RESNETS.NUM_GROUPS, model.backbone.get("groups", 1)),
         "width": (cfg.MODEL.RESNETS.WIDTH_PER_GROUP, model.backbone.get("base_width", 64)),
+        "frozen statistics": (
+            cfg.MODEL.RESNETS.NORM,
+            "FrozenBN" if model.backbone.norm_eval else "BN",
+        ),
+        "trained scale and shift": (
+            cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE,
+            model.backbone.norm_cfg.requires_grad,
+        ),
         "frozen": (cfg.MODEL.BACKBONE.FREEZE_AT, model.backbone.frozen_stages + 1),
-        "channels": (cfg.MODEL.FPN.OUT_CHANNELS, model.neck[0].out_channels),
+        "channels": (cfg.MODEL.FPN.OUT_CHANNELS, necks(model)[0].out_channels),
         "levels of the FPN": (
             cfg.MODEL.FPN.IN_FEATURES,
-            [f"res{i}" for i in range(2 + model.neck[0].get("start_level", 0), 6)],
+            [f"res{i}" for i in range(2 + necks(model)[0].get("start_level", 0), 6)],
         ),
-        "refine level": (libra.BFP.REFINE_LEVEL, bfp.refine_level),
-        "refine type": (libra.BFP.REFINE_TYPE, bfp.refine_type),
+        "bfp": (
+            libra.BFP.ENABLED and (libra.BFP.REFINE_LEVEL, libra.BFP.REFINE_TYPE),
+            bfp is not None and (bfp.refine_level, bfp.refine_type),
+        ),
         "sampler": (libra.SAMPLER.MODE if "roi_head" in model else "reference", "reference"),
         "loss form": (libra.BALANCED_L1.FORM, "reference"),
         "lr": (cfg.SOLVER.BASE_LR, optimizer.lr),
@@ -106,19 +124,42 @@ def balanced_l1_pairs(cfg, loss_type, loss):
 
 
 def faster_rcnn_pairs(cfg, reference):
-    model, libra = reference.model, cfg.MODEL.LIBRA
-    rpn, heads, box_head = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    train, test, bbox_head = model.train_cfg, model.test_cfg, model.roi_head.bbox_head
-    anchors, sampler = model.rpn_head.anchor_generator, train.rcnn.sampler
+    return {**rpn_pairs(cfg, reference), **box_head_pairs(cfg, reference)}
+
+
+def fast_rcnn_pairs(cfg, reference):
+    (train,) = [t for t in reference.train_pipeline if t.type == "LoadProposals"]
+    (test,) = [t for t in reference.test_pipeline if t.type == "LoadProposals"]
     return {
-        **balanced_l1_pairs(cfg, box_head.BBOX_REG_LOSS_TYPE, bbox_head.loss_bbox),
-        "levels": (len(rpn.IN_FEATURES), model.neck[0].num_outs),
+        **box_head_pairs(cfg, reference),
+        "no rpn": (cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RPN", "rpn_head" in reference.model),
+        "precomputed": (cfg.MODEL.LOAD_PROPOSALS, True),
+        "proposals, training": (
+            cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN,
+            train.num_max_proposals,
+        ),
+        "proposals, test": (
+            cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST,
+            test.num_max_proposals or 1000000,
+        ),
+    }
+
+
+def rpn_pairs(cfg, reference):
+    model, libra, rpn = reference.model, cfg.MODEL.LIBRA, cfg.MODEL.RPN
+    train, test, anchors = model.train_cfg, model.test_cfg, model.rpn_head.anchor_generator
+    # A proposal network alone needs no proposals while it is trained.
+    proposals = train.get("rpn_proposal", {"nms_pre": 2000, "max_per_img": 1000})
+    return {
+        "levels": (len(rpn.IN_FEATURES), necks(model)[0].num_outs),
         "anchors": (cfg.MODEL.ANCHOR_GENERATOR.SIZES, [[s * 8] for s in anchors.strides]),
         "ratios": (cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS, [anchors.ratios]),
         "rpn IoUs": (
             rpn.IOU_THRESHOLDS,
             (train.rpn.assigner.neg_iou_thr, train.rpn.assigner.pos_iou_thr),
         ),
+        "rpn low quality": (libra.RPN.LOW_QUALITY_IOU, train.rpn.assigner.min_pos_iou),
+        "rpn normalizer": (libra.RPN.NORMALIZER, "sampled"),
         "rpn batch": (rpn.BATCH_SIZE_PER_IMAGE, train.rpn.sampler.num),
         "rpn positives": (rpn.POSITIVE_FRACTION, train.rpn.sampler.pos_fraction),
         "rpn cap": (libra.RPN.MAX_NEG_PER_POS, train.rpn.sampler.neg_pos_ub),
@@ -127,15 +168,20 @@ def faster_rcnn_pairs(cfg, reference):
             (rpn.BBOX_REG_LOSS_TYPE, rpn.SMOOTH_L1_BETA, model.rpn_head.loss_bbox.type),
             ("smooth_l1", 0.0, "L1Loss"),
         ),
-        "pre nms": (
-            (rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
-            (train.rpn_proposal.nms_pre, test.rpn.nms_pre),
-        ),
-        "post nms": (
-            (rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
-            (train.rpn_proposal.max_per_img, test.rpn.max_per_img),
-        ),
+        "pre nms, test": (rpn.PRE_NMS_TOPK_TEST, test.rpn.nms_pre),
+        "post nms, test": (rpn.POST_NMS_TOPK_TEST, test.rpn.max_per_img),
+        "pre nms, training": (rpn.PRE_NMS_TOPK_TRAIN, proposals["nms_pre"]),
+        "post nms, training": (rpn.POST_NMS_TOPK_TRAIN, proposals["max_per_img"]),
         "rpn nms": (rpn.NMS_THRESH, test.rpn.nms.iou_threshold),
+    }
+
+
+def box_head_pairs(cfg, reference):
+    model, libra, train = reference.model, cfg.MODEL.LIBRA, reference.model.train_cfg
+    heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    test, bbox_head, sampler = model.test_cfg, model.roi_head.bbox_head, train.rcnn.sampler
+    return {
+        **balanced_l1_pairs(cfg, box_head.BBOX_REG_LOSS_TYPE, bbox_head.loss_bbox),
         "roi batch": (heads.BATCH_SIZE_PER_IMAGE, sampler.num),
         "roi positives": (heads.POSITIVE_FRACTION, sampler.pos_fraction),
         "add gt": (heads.PROPOSAL_APPEND_GT, sampler.add_gt_as_proposals),
@@ -161,7 +207,7 @@ def retinanet_pairs(cfg, reference):
     assigner, test = model.train_cfg.assigner, model.test_cfg
     return {
         **balanced_l1_pairs(cfg, ours.BBOX_REG_LOSS_TYPE, head.loss_bbox),
-        "levels": (len(ours.IN_FEATURES), model.neck[0].num_outs),
+        "levels": (len(ours.IN_FEATURES), necks(model)[0].num_outs),
         "anchors": (
             cfg.MODEL.ANCHOR_GENERATOR.SIZES,
             [[pytest.approx(stride * scale) for scale in scales] for stride in anchors.strides],
@@ -181,9 +227,10 @@ def retinanet_pairs(cfg, reference):
         "detections": (cfg.TEST.DETECTIONS_PER_IMAGE, test.max_per_img),
         "clipping": (cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES, test.min_bbox_size == 0),
         "normalizer": (cfg.MODEL.LIBRA.RETINANET.NORMALIZER, "batch"),
+        "low quality": (cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU, assigner.min_pos_iou),
         "P7": (
             cfg.MODEL.LIBRA.RETINANET.P7_RELU,
-            model.neck[0].get("relu_before_extra_convs", False),
+            necks(model)[0].get("relu_before_extra_convs", False),
         ),
     }
 
@@ -193,41 +240,70 @@ def retinanet_pairs(cfg, reference):
     [
         ("libra_faster_rcnn_R_50", "libra-faster-rcnn_r50", faster_rcnn_pairs),
         ("libra_faster_rcnn_R_101", "libra-faster-rcnn_r101", faster_rcnn_pairs),
-        ("libra_faster_rcnn_X_101_64x4d", "libra-faster-rcnn_x101-64x4d", faster_rcnn_pairs),
+        (
+            "libra_faster_rcnn_X_101_64x4d",
+            "libra-faster-rcnn_x101-64x4d",
+            faster_rcnn_pairs,
+        ),
+        ("libra_fast_rcnn_R_50", "libra-fast-rcnn_r50", fast_rcnn_pairs),
         ("libra_retinanet_R_50", "libra-retinanet_r50", retinanet_pairs),
+        ("rpn_R_50", "rpn_r50", rpn_pairs),
     ],
 )
 def test_published_recipe(mmdet, ours, theirs, pairs):
     """What the reference's config says, value by value where both have a key."""
     from mmengine.config import Config
 
-    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
-    reference = Config.fromfile(folder / f"{theirs}_fpn_1x_coco.py")
+    folder = Path(mmdet.__file__).parent / ".mim/configs"
+    (path,) = folder.glob(f"*/{theirs}_fpn_1x_coco.py")
+    reference = Config.fromfile(path)
     cfg = load_cfg(ROOT / f"configs/COCO-Detection/{ours}_FPN_1x.yaml")
     pairs = {**common_pairs(cfg, reference), **pairs(cfg, reference)}
     assert not {k: (a, b) for k, (a, b) in pairs.items() if as_lists(a) != as_lists(b)}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs/COCO-Detection").glob("libra_*.yaml")), ids=lambda p: p.stem
-)
-def test_train_and_detect(path):
-    """Each model at its real depth, with batch norm in place of ImageNet statistics."""
+def at_real_depth(path):
+    """A model of a config of COCO's, with statistics in place of weights, and its input."""
     cfg = load_cfg(path)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.NORM = "BN"
     model = build_model(cfg)
+    inputs = random_inputs(3, size=(128, 160))
+    calibrate_norms(model.backbone, inputs[0]["image"][None] / 64 - 2)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        inputs[0]["proposals"] = Instances(
+            (128, 160),
+            proposal_boxes=random_inputs(300, size=(128, 160))[0]["instances"].gt_boxes,
+            objectness_logits=torch.zeros(300),
+        )
+    return cfg, model, inputs
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in CONFIGS if p.parent.name != "Demo" and not p.name.startswith("Base")],
+    ids=lambda p: p.stem,
+)
+def test_train_and_detect(path):
+    """Each model at its real depth: one step, in which all is trained but stem and res2."""
+    cfg, model, inputs = at_real_depth(path)
     with EventStorage():
-        losses = model(random_inputs(3, size=(128, 160)))
+        losses = model(inputs)
     assert all(torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("res3" in name for name in trained)
     assert not any("stem" in name or "res2" in name for name in trained)
+    assert any("res3.0.conv1.weight" in name for name in trained)
+    norms_trained = any("res3.0.conv1.norm.weight" in name for name in trained)
+    assert norms_trained == cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE
     for name, parameter in model.named_parameters():
         if name in trained:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
+    del inputs[0]["instances"]
     with torch.no_grad():
-        (result,) = model.eval()([{"image": random_inputs(0)[0]["image"]}])
-    assert len(result["instances"]) <= 100
+        (result,) = model.eval()(inputs)
+    if "rpn" in path.stem:
+        assert 0 < len(result["proposals"]) <= 1000
+    else:
+        assert len(result["instances"]) <= 100
+        assert result["instances"].has("pred_masks") == cfg.MODEL.MASK_ON

@@ -19,6 +19,7 @@ def build(**overrides):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.merge_from_list(["DEPTH", 18, "RES2_OUT_CHANNELS", 64, "NORM", "BN"])
+    cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE = False
     cfg.MODEL.FPN.OUT_CHANNELS = 16
     cfg.MODEL.RETINANET.NUM_CLASSES = 4
     cfg.MODEL.RETINANET.NUM_CONVS = 1
@@ -34,6 +35,7 @@ PLAIN = {
 }
 ALL_OFF = {
     "RETINANET__BBOX_REG_LOSS_TYPE": "smooth_l1",
+    "LIBRA__RETINANET__LOW_QUALITY_IOU": -1.0,
     "LIBRA__BFP__ENABLED": False,
     "LIBRA__RETINANET__NORMALIZER": "moving_average",
     "LIBRA__RETINANET__P7_RELU": True,

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conftest import demo_cfg, random_inputs
+from conftest import ROOT, demo_cfg, random_inputs
 
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from libra_d2.modeling import BalancedSampler, LibraFastRCNNOutputLayers, LibraROIHeads
+from libra_d2.modeling import (
+    BalancedSampler,
+    LibraCascadeROIHeads,
+    LibraFastRCNNOutputLayers,
+    LibraROIHeads,
+)
 from libra_d2.modeling.balanced_sampling import MODES
 
 
-def build(**overrides):
-    return build_model(demo_cfg(**{f"MODEL__{k}": v for k, v in overrides.items()}))
+def build(config="faster", **overrides):
+    """The demo's model of that name, with smaller heads."""
+    path = ROOT / f"configs/Demo/libra_{config}_rcnn_R_18_FPN.yaml"
+    return build_model(demo_cfg(path, **{f"MODEL__{k}": v for k, v in overrides.items()}))
 
 
 def boxes_with_ious(*ious):
@@ -37,10 +44,11 @@ def sample(heads, proposal_ious, has_gt=True):
 IOUS = [0.01] * 200 + [0.2] * 60 + [0.4] * 30 + [0.7] * 9
 
 
+@pytest.mark.parametrize("config", ["faster", "mask", "cascade"])
 @pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
-def test_label_and_sample_proposals(negatives):
+def test_label_and_sample_proposals(config, negatives):
     """64 proposals: 9 positives and the object itself, 18 negatives from each of three bins."""
-    heads = build(LIBRA__SAMPLER__NEGATIVES=negatives).roi_heads
+    heads = build(config, LIBRA__SAMPLER__NEGATIVES=negatives).roi_heads
     sampled, scalars = sample(heads, IOUS)
     assert len(sampled) == 64
     foreground = sampled[sampled.gt_classes == 2]
@@ -88,18 +96,47 @@ def test_matcher_and_sampler_go_together():
         heads.proposal_matcher.pop_max_iou()
 
 
+BOX_LOSSES = {"loss_cls", "loss_box_reg"}
+LOSSES = {
+    "faster": BOX_LOSSES,
+    "mask": {*BOX_LOSSES, "loss_mask"},
+    "cascade": {f"{loss}_stage{k}" for loss in BOX_LOSSES for k in range(3)},
+}
+
+
+@pytest.mark.parametrize("config", LOSSES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_boxes", [(5, 2), (3, 0), (0, 0)])
-def test_train_step(mode, num_boxes):
+def test_train_step(config, mode, num_boxes):
     """Finite losses and gradients of all parameters, images without objects included."""
-    model = build(LIBRA__SAMPLER__MODE=mode)
+    model = build(config, LIBRA__SAMPLER__MODE=mode)
     with EventStorage():
         losses = model(random_inputs(*num_boxes))
-    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    assert set(losses) == {*LOSSES[config], "loss_rpn_cls", "loss_rpn_loc"}
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("name", ["StandardROIHeads", "CascadeROIHeads"])
+def test_keys_of_the_parent(name):
+    config = "cascade" if name == "CascadeROIHeads" else "mask"
+    plain_loss = {"ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE": "smooth_l1"}
+    plain = build(config, ROI_HEADS__NAME=name, **plain_loss).roi_heads
+    heads = build(config).roi_heads
+    assert type(plain).__name__ == name
+    heads.load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_balanced_l1_in_each_stage():
+    """Each of the cascade's predictors has its own deltas and the loss of the config."""
+    heads = build("cascade", LIBRA__BALANCED_L1__ALPHA=0.4).roi_heads
+    weights = [predictor.box2box_transform.weights for predictor in heads.box_predictor]
+    assert weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    for predictor in heads.box_predictor:
+        assert predictor.box_reg_loss_type == "balanced_l1"
+        assert predictor.balanced_l1.arguments["alpha"] == 0.4
 
 
 def test_built_without_config():
@@ -130,20 +167,26 @@ def test_built_without_config():
     assert heads.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_registered():
-    assert ROI_HEADS_REGISTRY.get("LibraROIHeads") is LibraROIHeads
-    assert issubclass(LibraROIHeads, StandardROIHeads)
+@pytest.mark.parametrize(
+    ("libra", "parent"),
+    [(LibraROIHeads, StandardROIHeads), (LibraCascadeROIHeads, CascadeROIHeads)],
+)
+def test_registered(libra, parent):
+    assert ROI_HEADS_REGISTRY.get(libra.__name__) is libra
+    assert issubclass(libra, parent)
 
 
-@pytest.fixture(scope="module")
-def detector():
+@pytest.fixture(scope="module", params=["faster", "cascade"])
+def detector(request):
     """A model in evaluation mode whose detections are spread over classes and positions."""
     torch.manual_seed(0)
-    model = build(ROI_HEADS__SCORE_THRESH_TEST=0.3)
+    model = build(request.param, ROI_HEADS__SCORE_THRESH_TEST=0.3)
     with EventStorage():
         for _ in range(3):  # running statistics of batch norm
             model(random_inputs(3, 3))
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.3)
+    for name, parameter in model.roi_heads.named_parameters():
+        if name.endswith("cls_score.weight"):
+            torch.nn.init.normal_(parameter, std=0.3)
     torch.nn.init.normal_(model.backbone.bfp.refine.conv_out.weight, std=0.1)
     return model.eval()
 
@@ -170,6 +213,7 @@ def test_trace(detector):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("detector", ["faster"], indirect=True)  # CascadeROIHeads cannot be
 def test_script(detector):
     fields = {
         "proposal_boxes": Boxes,

@@ -81,7 +81,11 @@ def test_normalizer():
 
 def test_all_off_is_the_parent():
     gt_instances = [x["instances"] for x in random_inputs(4, 2, size=IMAGE_SIZE)]
-    off = build(LIBRA__RPN__NORMALIZER="batch_size", LIBRA__RPN__MAX_NEG_PER_POS=-1)
+    off = build(
+        LIBRA__RPN__NORMALIZER="batch_size",
+        LIBRA__RPN__MAX_NEG_PER_POS=-1,
+        LIBRA__RPN__LOW_QUALITY_IOU=-1.0,
+    )
     plain = build(PROPOSAL_GENERATOR__NAME="RPN")
     assert losses(off, gt_instances)[0] == losses(plain, gt_instances)[0]
 

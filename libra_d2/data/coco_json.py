@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -38,7 +38,34 @@ def _index(entries: List[Dict], keys: Tuple[str, ...], what: str, json_file: str
     return index
 
 
-def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
+def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: str) -> None:
+    """Raise InputError unless the annotation has a mask that Detectron2 can read."""
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        raise InputError(f"{where} has no 'segmentation', which a model with masks is trained on")
+    if isinstance(segmentation, dict):  # run lengths
+        size = [image["height"], image["width"]]
+        if segmentation.get("size") != size or not segmentation.get("counts"):
+            raise InputError(f"{where}: its run-length mask must have 'counts' and the size {size}")
+        if mask_format == "polygon":
+            raise InputError(
+                f"{where} has a run-length mask; set INPUT.MASK_FORMAT to 'bitmask' to use it"
+            )
+        return
+    for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
+        if not (
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in polygon)
+        ):
+            raise InputError(
+                f"{where}: a polygon must be a list of 6 or more numbers, [x, y, x, y, ...]; "
+                f"found {str(polygon)[:60]}"
+            )
+
+
+def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[Dict, Counter]:
     """
     Read and check annotations in COCO format (LVIS' variant of it included).
 
@@ -48,6 +75,7 @@ def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
 
     Args:
         json_file: path of the JSON file.
+        mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask", if each object must have a mask.
 
     Returns:
         the dataset, with its boxes in order; and how many boxes were "clipped" and "dropped",
@@ -128,6 +156,8 @@ def read_coco_json(json_file: str) -> Tuple[Dict, Counter]:
         if "area" not in annotation:
             changes["adapted"] += 1
             annotation["area"] = clipped[2] * clipped[3]
+        if mask_format is not None and not annotation["iscrowd"]:
+            _check_segmentation(annotation, image, mask_format, where)
         kept.append(annotation)
     if not any(annotation["iscrowd"] == 0 for annotation in kept):
         raise InputError(f"{json_file}: there are no objects in it (crowds and empty boxes aside)")
@@ -169,7 +199,13 @@ def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
             )
 
 
-def register_coco_json(name: str, json_file: str, image_root: str, cache_dir: str) -> List[str]:
+def register_coco_json(
+    name: str,
+    json_file: str,
+    image_root: str,
+    cache_dir: str,
+    mask_format: Optional[str] = None,
+) -> List[str]:
     """
     Check a dataset and register it with Detectron2. If its annotations had to be changed (see
     :func:`read_coco_json`), a warning says how, and the changed ones are written to
@@ -179,6 +215,7 @@ def register_coco_json(name: str, json_file: str, image_root: str, cache_dir: st
         name: name to register; one that is registered already is replaced.
         json_file, image_root: annotations, and the directory that their file names start from.
         cache_dir: directory for changed annotations.
+        mask_format: see :func:`read_coco_json`. None registers boxes only.
 
     Returns:
         names of the classes, in the order of their category ids.
@@ -186,7 +223,7 @@ def register_coco_json(name: str, json_file: str, image_root: str, cache_dir: st
     Raises:
         InputError: see :func:`read_coco_json` and :func:`check_images`.
     """
-    dataset, changes = read_coco_json(json_file)
+    dataset, changes = read_coco_json(json_file, mask_format)
     check_images(dataset, image_root, json_file)
     if changes["clipped"] or changes["dropped"]:
         logger.warning(
@@ -202,10 +239,17 @@ def register_coco_json(name: str, json_file: str, image_root: str, cache_dir: st
         os.replace(unfinished, used_file)
         json_file = used_file
 
+    def load() -> List[Dict]:
+        dicts = load_coco_json(json_file, image_root, name)
+        if mask_format is None:  # pictures of the ground truth show what a model is trained on
+            for annotation in (a for d in dicts for a in d["annotations"]):
+                annotation.pop("segmentation", None)
+        return dicts
+
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    DatasetCatalog.register(name, load)
     classes = [c["name"] for c in sorted(dataset["categories"], key=lambda c: c["id"])]
     MetadataCatalog.get(name).set(
         json_file=json_file, image_root=image_root, evaluator_type="coco", thing_classes=classes

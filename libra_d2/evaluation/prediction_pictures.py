@@ -50,12 +50,15 @@ class PredictionPictures(DatasetEvaluator):
         self.num_drawn = 0
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
-        """Args: see :meth:`DatasetEvaluator.process`."""
+        """
+        Args: see :meth:`DatasetEvaluator.process`. Nothing is drawn for outputs without detections,
+        such as those of a proposal network.
+        """
         # It imports OpenCV, which nothing else here needs.
         from detectron2.utils.visualizer import Visualizer
 
         for input, output in zip(inputs, outputs):
-            if self.num_drawn == self.num_images:
+            if self.num_drawn == self.num_images or "instances" not in output:
                 return
             instances = output["instances"].to("cpu")
             image = read_image(input["file_name"], format="RGB")

@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
 from .balanced_feature_pyramid import BalancedFeaturePyramid
+from .batch_norm import train_norm_affine
 
 __all__ = [
     "add_balanced_feature_pyramid",
@@ -65,8 +66,13 @@ def add_balanced_feature_pyramid(
     return backbone
 
 
-def add_configured_balanced_feature_pyramid(cfg, backbone: Backbone) -> Backbone:
-    """:func:`add_balanced_feature_pyramid` as ``cfg.MODEL.LIBRA.BFP`` says; nothing if disabled."""
+def configure_backbone(cfg, backbone: Backbone) -> Backbone:
+    """
+    Make ``backbone`` what ``cfg.MODEL.LIBRA`` says, in place: :func:`train_norm_affine` if
+    ``TRAIN_NORM_AFFINE``, and :func:`add_balanced_feature_pyramid` unless disabled.
+    """
+    if cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE:
+        train_norm_affine(backbone)
     bfp = cfg.MODEL.LIBRA.BFP
     if not bfp.ENABLED:
         return backbone
@@ -88,7 +94,7 @@ def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     Returns:
         the backbone; its checkpoint keys are those of ``build_resnet_fpn_backbone`` and ``bfp.*``.
     """
-    return add_configured_balanced_feature_pyramid(cfg, build_resnet_fpn_backbone(cfg, input_shape))
+    return configure_backbone(cfg, build_resnet_fpn_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
@@ -109,4 +115,4 @@ def build_libra_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         ValueError: see :func:`add_balanced_feature_pyramid`.
     """
     base = BACKBONE_REGISTRY.get(cfg.MODEL.LIBRA.BFP.BASE_BACKBONE)(cfg, input_shape)
-    return add_configured_balanced_feature_pyramid(cfg, base)
+    return configure_backbone(cfg, base)

@@ -11,8 +11,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone,
 from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
 from detectron2.structures import Boxes, Instances
 
-from .backbone import add_configured_balanced_feature_pyramid
+from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
+from .low_quality_matcher import build_anchor_matcher
 
 __all__ = [
     "LibraRetinaNet",
@@ -52,15 +53,16 @@ def build_libra_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ba
     if not cfg.MODEL.LIBRA.RETINANET.P7_RELU:
         p6 = backbone.top_block.p6
         backbone.top_block = LinearLastLevelP6P7(p6.in_channels, p6.out_channels)
-    return add_configured_balanced_feature_pyramid(cfg, backbone)
+    return configure_backbone(cfg, backbone)
 
 
 @META_ARCH_REGISTRY.register()
 class LibraRetinaNet(RetinaNet):
     """
     Detectron2's RetinaNet, which also knows the box loss type "balanced_l1"
-    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and two habits of the reference: the loss normalizer of
-    the batch, and clipping boxes before non-maximum suppression.
+    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and habits of the reference: the loss normalizer of the
+    batch, and clipping boxes before non-maximum suppression. A config also sets its
+    :class:`LowQualityMatcher`.
     """
 
     @configurable
@@ -102,8 +104,11 @@ class LibraRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
+        ret = super().from_config(cfg)
+        low_quality_iou = cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU
         return {
-            **super().from_config(cfg),
+            **ret,
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
             "balanced_l1": BalancedL1Loss.from_config(cfg),
             "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
             "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,

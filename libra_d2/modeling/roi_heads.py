@@ -7,13 +7,14 @@ import torch
 
 from detectron2.config import configurable
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
 from .balanced_sampling import BalancedSampler, iou_histogram
 from .fast_rcnn import LibraFastRCNNOutputLayers
 
-__all__ = ["LibraROIHeads"]
+__all__ = ["BalancedSamplingMixin", "LibraCascadeROIHeads", "LibraROIHeads"]
 
 
 class _IoURecorder:
@@ -45,11 +46,10 @@ class _IoURecorder:
         return max_iou
 
 
-@ROI_HEADS_REGISTRY.register()
-class LibraROIHeads(StandardROIHeads):
+class BalancedSamplingMixin:
     """
-    :class:`StandardROIHeads` with the sample level and objective level balance of Libra R-CNN:
-    proposals are drawn by a :class:`BalancedSampler`, boxes may be trained with balanced L1 loss.
+    The sample level balance of Libra R-CNN for any subclass of :class:`ROIHeads`, in front of which
+    it is inherited: proposals are drawn by a :class:`BalancedSampler`.
 
     While training it puts, next to Detectron2's ``roi_head/num_fg_samples`` and
     ``num_bg_samples``, into the event storage (means over the images of the batch):
@@ -59,17 +59,11 @@ class LibraROIHeads(StandardROIHeads):
     * ``roi_head/num_fg_instances``: ground-truth instances with at least one positive drawn.
     """
 
-    # Detectron2 declares these for scripting on the parent, and annotations are not inherited.
-    mask_on: torch.jit.Final[bool]
-    keypoint_on: torch.jit.Final[bool]
-
-    @configurable
     def __init__(self, *, proposal_sampler: BalancedSampler, **kwargs):
         """
         Args:
             proposal_sampler: draws ``batch_size_per_image`` proposals of each image.
-            kwargs: arguments of :class:`StandardROIHeads`. Pass a
-                :class:`LibraFastRCNNOutputLayers` as ``box_predictor`` for balanced L1 loss.
+            kwargs: arguments of the ROI heads.
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
@@ -89,12 +83,6 @@ class LibraROIHeads(StandardROIHeads):
                 negative_iou_thresh=cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
             ),
         }
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape) -> Dict:
-        ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = LibraFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
-        return ret
 
     def _sample_proposals(
         self, matched_idxs: torch.Tensor, matched_labels: torch.Tensor, gt_classes: torch.Tensor
@@ -138,3 +126,62 @@ class LibraROIHeads(StandardROIHeads):
         for k, num_negatives in enumerate(histogram):
             storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
         return sampled
+
+
+@ROI_HEADS_REGISTRY.register()
+class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
+    """
+    :class:`StandardROIHeads` with the sample level and objective level balance of Libra R-CNN, see
+    :class:`BalancedSamplingMixin` and :class:`LibraFastRCNNOutputLayers`.
+    """
+
+    # Detectron2 declares these for scripting on the parent, and annotations are not inherited.
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: arguments of :class:`BalancedSamplingMixin` and :class:`StandardROIHeads`. Pass
+                a :class:`LibraFastRCNNOutputLayers` as ``box_predictor`` for balanced L1 loss.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape) -> Dict:
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictor"] = LibraFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
+    """
+    :class:`CascadeROIHeads` with balanced L1 loss in each stage and balanced sampling in the first.
+    The later stages train on all boxes that the stage before them returns, so that there is nothing
+    to draw from.
+    """
+
+    mask_on: torch.jit.Final[bool]
+    keypoint_on: torch.jit.Final[bool]
+
+    @configurable
+    def __init__(self, **kwargs):
+        """
+        Args:
+            kwargs: arguments of :class:`BalancedSamplingMixin` and :class:`CascadeROIHeads`. Pass
+                :class:`LibraFastRCNNOutputLayers` as ``box_predictors`` for balanced L1 loss.
+        """
+        super().__init__(**kwargs)
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape) -> Dict:
+        ret = super()._init_box_head(cfg, input_shape)
+        ret["box_predictors"] = [
+            LibraFastRCNNOutputLayers(
+                cfg, head.output_shape, box2box_transform=predictor.box2box_transform
+            )
+            for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
+        ]
+        return ret

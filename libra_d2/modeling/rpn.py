@@ -8,6 +8,8 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 
+from .low_quality_matcher import build_anchor_matcher
+
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
 
 RPN_NORMALIZERS = ("sampled", "batch_size")
@@ -16,10 +18,10 @@ RPN_NORMALIZERS = ("sampled", "batch_size")
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LibraRPN(RPN):
     """
-    Detectron2's RPN with two habits of the reference: it trains on at most ``max_neg_per_pos``
+    Detectron2's RPN with habits of the reference: it trains on at most ``max_neg_per_pos``
     negative anchors per positive one, and divides its losses by the number of anchors it trains on
     rather than by the number it may train on at most. They belong together: with the cap, images
-    with few objects use far fewer anchors.
+    with few objects use far fewer anchors. A config also sets its :class:`LowQualityMatcher`.
     """
 
     @configurable
@@ -46,8 +48,11 @@ class LibraRPN(RPN):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
+        ret = super().from_config(cfg, input_shape)
+        low_quality_iou = cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU
         return {
-            **super().from_config(cfg, input_shape),
+            **ret,
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
             "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
             "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
         }

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Files of precomputed proposals, for models without a region proposal network (Fast R-CNN).
+
+Detectron2 reads a pickled dict of "ids" (image ids), "boxes" (for each image (R, 4), absolute XYXY
+in pixels of the image file) and "objectness_logits" (for each image (R,)). mmdetection 2.x writes a
+pickled list of (R, 5) arrays, box and score, one for each image in the order of the COCO JSON.
+"""
+
+import json
+import logging
+import os
+import pickle
+from typing import Any, Iterator, List, Tuple
+
+import numpy as np
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+
+from ..arrays_pickle import load_arrays
+from ..errors import InputError, one_line
+
+__all__ = ["PartialProposals", "is_complete", "prepare_proposals", "write_proposals"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_proposals(
+    path: str,
+    ids: List,
+    boxes: List[np.ndarray],
+    objectness_logits: List[np.ndarray],
+    identity: str = "",
+) -> None:
+    """
+    Write proposals in Detectron2's format. The file appears once it is complete.
+
+    Args:
+        path: the file; its directory is created.
+        ids: image ids.
+        boxes, objectness_logits: for each image (R, 4) and (R,), see the module.
+        identity: describes how the proposals were made; Detectron2 ignores it.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    unfinished = f"{path}.{comm.get_rank()}"  # each process writes the same content
+    with open(unfinished, "wb") as f:
+        pickle.dump(
+            {
+                "ids": ids,
+                "boxes": boxes,
+                "objectness_logits": objectness_logits,
+                "bbox_mode": int(BoxMode.XYXY_ABS),
+                "identity": identity,
+            },
+            f,
+            protocol=4,
+        )
+    os.replace(unfinished, path)
+
+
+def _check_arrays(path: str, arrays: List, columns: Tuple[int, ...], what: str) -> None:
+    """Raise InputError unless all are finite floating point arrays of shape (R, *columns)."""
+    for position, array in enumerate(arrays):
+        shape = getattr(array, "shape", None)
+        if not (
+            isinstance(array, np.ndarray)
+            and array.dtype.kind == "f"
+            and array.ndim == 1 + len(columns)
+            and array.shape[1:] == columns
+            and np.isfinite(array).all()
+        ):
+            wanted = " x ".join(["R", *map(str, columns)])
+            raise InputError(
+                f"{path}: {what} of image number {position} must be a finite {wanted} array of "
+                f"floating point numbers; found {type(array).__name__} of shape {shape}"
+            )
+
+
+def _from_mmdetection(path: str, arrays: List, dataset_name: str) -> Tuple[List, List, List]:
+    """Ids, boxes and logits of the arrays in a file of mmdetection's."""
+    json_file = MetadataCatalog.get(dataset_name).get("json_file")
+    if json_file is None:
+        raise InputError(
+            f"{path}: proposals in mmdetection's format are in the order of a COCO JSON, and "
+            f"dataset {dataset_name!r} has none"
+        )
+    with open(json_file, encoding="utf-8") as f:
+        ids = [image["id"] for image in json.load(f)["images"]]
+    if len(ids) != len(arrays):
+        raise InputError(
+            f"{path}: has proposals for {len(arrays)} images, but dataset {dataset_name!r} "
+            f"({json_file}) has {len(ids)}"
+        )
+    _check_arrays(path, arrays, (5,), "proposals")
+    scores = [array[:, 4].astype(np.float64).clip(1e-12, 1 - 1e-12) for array in arrays]
+    logits = [np.log(score / (1 - score)).astype(np.float32) for score in scores]
+    return ids, [array[:, :4] for array in arrays], logits
+
+
+def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
+    """
+    Check the proposals for a dataset. Nothing in the file is executed.
+
+    Args:
+        path: a file of Detectron2's or of mmdetection's, see the module.
+        dataset_name: the registered dataset that they are for.
+        cache_dir: directory for ``<dataset_name>.pkl``, to which those of mmdetection are
+            converted.
+
+    Returns:
+        path of a file in Detectron2's format.
+
+    Raises:
+        InputError: if the file is missing, cut short, would execute code, or does not hold
+            proposals for each image of the dataset.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such proposal file; tools/dump_proposals.py writes one")
+    try:
+        content: Any = load_arrays(path)
+    except Exception as e:  # a broken file can fail in any way
+        raise InputError(
+            f"{path}: not loaded, because a proposal file must not hold anything but arrays, "
+            f"numbers and text, or because it is cut short: {one_line(e)}"
+        ) from e
+    if isinstance(content, list):
+        ids, boxes, logits = _from_mmdetection(path, content, dataset_name)
+    elif isinstance(content, dict):
+        # The older names are those of Detectron's files, which Detectron2 reads as well.
+        ids, boxes, logits = (
+            content.get(key, content.get(older))
+            for key, older in (
+                ("ids", "indexes"),
+                ("boxes", None),
+                ("objectness_logits", "scores"),
+            )
+        )
+        if not all(hasattr(x, "__len__") and len(x) == len(ids) for x in (ids, boxes, logits)):
+            raise InputError(
+                f"{path}: not proposals, which are 'ids', 'boxes' and 'objectness_logits' of equal "
+                f"length; found {', '.join(map(repr, content)) or 'nothing'}"
+            )
+        _check_arrays(path, boxes, (4,), "boxes")
+        _check_arrays(path, logits, (), "objectness_logits")
+    else:
+        raise InputError(
+            f"{path}: not proposals, neither Detectron2's dict nor mmdetection's list of arrays"
+        )
+    for id, boxes_i, logits_i in zip(ids, boxes, logits):
+        if len(boxes_i) != len(logits_i):
+            raise InputError(
+                f"{path}: image id {id} has {len(boxes_i)} boxes, but {len(logits_i)} scores"
+            )
+    # As Detectron2 compares them: ids may be numbers or text.
+    missing = {str(d["image_id"]) for d in DatasetCatalog.get(dataset_name)} - set(map(str, ids))
+    if missing:
+        raise InputError(
+            f"{path}: there are no proposals for {len(missing)} images of dataset "
+            f"{dataset_name!r}, the first of them id {min(missing)}"
+        )
+    if isinstance(content, list):
+        path = os.path.join(cache_dir, f"{dataset_name}.pkl")
+        write_proposals(path, ids, boxes, logits)
+        logger.info(f"Converted mmdetection's proposals to {path}")
+    return path
+
+
+def is_complete(path: str, identity: str) -> bool:
+    """Whether ``path`` holds the proposals that :func:`write_proposals` wrote for ``identity``."""
+    try:
+        content = load_arrays(path)
+    except Exception:  # there is no such file, or not a whole one
+        return False
+    return isinstance(content, dict) and content.get("identity") == identity
+
+
+class PartialProposals:
+    """
+    Proposals that are being computed, image after image, in a file that can be continued. It holds
+    NumPy arrays one after the other; the first identifies what is being computed.
+    """
+
+    def __init__(self, path: str, identity: str):
+        """
+        Args:
+            path: the file, which need not exist.
+            identity: describes how the proposals are made. A file with another one is not
+                continued but replaced.
+
+        It is a context manager, inside of which the file is open.
+        """
+        self.path = path
+        self.identity = identity
+        self.arrays: List[np.ndarray] = []
+
+    def __enter__(self) -> "PartialProposals":
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        end = 0
+        if os.path.isfile(self.path):
+            with open(self.path, "rb") as f:
+                for array in self._read(f):
+                    self.arrays.append(array)
+                    end = f.tell()
+        self._file = open(self.path, "r+b" if end else "wb")  # noqa: SIM115
+        self._file.truncate(end)  # what was being written when the program was stopped
+        self._file.seek(end)
+        if end == 0:
+            np.save(self._file, np.frombuffer(self.identity.encode(), dtype=np.uint8))
+            self._file.flush()
+        return self
+
+    def _read(self, f) -> Iterator[np.ndarray]:
+        """Read the whole arrays of a file; none if it is another computation's."""
+        try:
+            identity = np.load(f, allow_pickle=False).tobytes().decode(errors="replace")
+            while identity == self.identity:
+                yield np.load(f, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            return
+
+    def __exit__(self, *args) -> None:
+        self._file.close()
+
+    def append(self, boxes: np.ndarray, objectness_logits: np.ndarray) -> None:
+        """Add the proposals of the next image, (R, 4) and (R,)."""
+        array = np.column_stack([boxes, objectness_logits]).astype(np.float32)
+        np.save(self._file, array)
+        self._file.flush()
+        self.arrays.append(array)
+
+    def finish(self, path: str, ids: List) -> None:
+        """Write all of them to ``path``, see :func:`write_proposals`, and remove this file."""
+        boxes, logits = [a[:, :4] for a in self.arrays], [a[:, 4] for a in self.arrays]
+        write_proposals(path, ids, boxes, logits, self.identity)
+        self._file.close()
+        os.remove(self.path)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm with fixed statistics and trained scale and shift, as the reference fine-tunes it."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.layers import FrozenBatchNorm2d
+
+__all__ = ["AffineBatchNorm2d", "train_norm_affine"]
+
+
+class AffineBatchNorm2d(FrozenBatchNorm2d):
+    """
+    :class:`FrozenBatchNorm2d` whose scale and shift are trained; its running statistics are fixed.
+    The checkpoint keys are the same.
+
+    Its parameters are those of an affine map rather than of a normalization, so that they decay
+    with ``SOLVER.WEIGHT_DECAY``, as in the reference, and not with ``WEIGHT_DECAY_NORM``.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        """Args: see :class:`FrozenBatchNorm2d`."""
+        super().__init__(num_features, eps)
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(value))
+
+    @classmethod
+    def from_frozen(cls, frozen: FrozenBatchNorm2d) -> "AffineBatchNorm2d":
+        """Return a module with the values of ``frozen``."""
+        affine = cls(frozen.num_features, frozen.eps).to(frozen.weight.device)
+        affine.load_state_dict(frozen.state_dict())
+        return affine.train(frozen.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Args: x: (N, num_features, H, W). Returns: the same shape."""
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=False,
+            eps=self.eps,
+        )
+
+
+def train_norm_affine(module: nn.Module) -> None:
+    """
+    Replace the frozen batch norms of trained convolutions by :class:`AffineBatchNorm2d`.
+
+    Args:
+        module: modified in place. Convolutions hold their norm as Detectron2's do; those without a
+            trained parameter keep theirs.
+
+    Raises:
+        ValueError: if there is none to replace.
+    """
+    num_replaced = 0
+    for parent in list(module.modules()):
+        if not any(p.requires_grad for p in parent.parameters(recurse=False)):
+            continue
+        for name, child in parent.named_children():
+            if type(child) is FrozenBatchNorm2d:
+                setattr(parent, name, AffineBatchNorm2d.from_frozen(child))
+                num_replaced += 1
+    if num_replaced == 0:
+        raise ValueError(
+            "MODEL.LIBRA.TRAIN_NORM_AFFINE: the backbone has no frozen batch norm in a trained "
+            "stage; it needs MODEL.RESNETS.NORM 'FrozenBN' (other norms train theirs anyway)"
+        )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from conftest import ROOT, calibrate_norms, load_cfg
+from torch import nn
+
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_backbone
+from detectron2.solver import build_optimizer
+
+from libra_d2.modeling import AffineBatchNorm2d
+
+CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"
+
+
+def build(**overrides):
+    cfg = load_cfg(CONFIG)
+    cfg.MODEL.RESNETS.merge_from_list(["DEPTH", 18, "RES2_OUT_CHANNELS", 64])
+    for key, value in overrides.items():
+        cfg.merge_from_list([f"MODEL.{key.replace('__', '.')}", value])
+    return cfg, build_backbone(cfg)
+
+
+def frozen_norm():
+    frozen = FrozenBatchNorm2d(8, eps=1e-3)
+    frozen.load_state_dict({k: torch.rand(8) + 0.5 for k in frozen.state_dict()})
+    return frozen
+
+
+def test_is_batch_norm_with_fixed_statistics():
+    """Output and gradients of torch's batch norm in eval mode, whichever mode it is in."""
+    frozen = frozen_norm()
+    affine, expected = AffineBatchNorm2d.from_frozen(frozen), nn.BatchNorm2d(8, eps=1e-3)
+    expected.load_state_dict(frozen.state_dict(), strict=False)
+    affine.train()
+    expected.eval()
+    x = torch.randn(2, 8, 5, 4)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    (affine(a) * x).sum().backward()
+    (expected(b) * x).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(affine.weight.grad, expected.weight.grad)
+    torch.testing.assert_close(affine.bias.grad, expected.bias.grad)
+    torch.testing.assert_close(affine(x), frozen(x))
+    assert torch.equal(affine.running_mean, frozen.running_mean)
+    assert affine.state_dict().keys() == frozen.state_dict().keys()
+
+
+def test_trained_stages_only():
+    """Stem and res2 stay frozen; a training step changes scale and shift, not the statistics."""
+    cfg, backbone = build()
+    calibrate_norms(backbone, torch.rand(1, 3, 64, 64))
+    trained = {n for n, m in backbone.named_modules() if isinstance(m, AffineBatchNorm2d)}
+    frozen = {n for n, m in backbone.named_modules() if type(m) is FrozenBatchNorm2d}
+    assert len(trained) == 15  # of 20: the stem's, and four in res2, are not
+    assert {n.split(".")[1] for n in trained} == {"res3", "res4", "res5"}
+    assert {n.split(".")[1] for n in frozen} == {"stem", "res2"}
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    optimizer = build_optimizer(cfg, backbone)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    sum(x.square().mean() for x in backbone(torch.rand(1, 3, 64, 64)).values()).backward()
+    optimizer.step()
+    for key, value in backbone.state_dict().items():
+        if ".norm." in key:
+            changes = key.rsplit(".norm.")[0] + ".norm" in trained and "running" not in key
+            assert torch.equal(value, before[key]) != changes, key
+
+
+def test_weight_decay_is_that_of_the_weights():
+    """The reference makes no difference between weights, norms and biases."""
+    cfg, backbone = build()
+    decay = {g["weight_decay"] for g in build_optimizer(cfg, backbone).param_groups}
+    assert decay == {1e-4}
+
+
+def test_keys_of_the_plain_backbone():
+    _, affine = build()
+    _, frozen = build(LIBRA__TRAIN_NORM_AFFINE=False)
+    assert not any(isinstance(m, AffineBatchNorm2d) for m in frozen.modules())
+    affine.load_state_dict(frozen.state_dict(), strict=True)
+    x = torch.rand(1, 3, 64, 64)
+    for a, b in zip(affine(x).values(), frozen(x).values()):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match="TRAIN_NORM_AFFINE: the backbone has no"):
+        build(RESNETS__NORM="BN")
+    with pytest.raises(ValueError, match="TRAIN_NORM_AFFINE"):
+        build(BACKBONE__FREEZE_AT=5)
