@@ -5,9 +5,9 @@ Libra R-CNN (Pang et al., CVPR 2019) for Detectron2.
 Importing the package registers its components in Detectron2's registries; it changes nothing else.
 """
 
-from . import modeling
+from . import model_zoo, modeling
 from .config import add_libra_config
 
 __version__ = "0.1.0"
 
-__all__ = ["add_libra_config", "modeling"]
+__all__ = ["add_libra_config", "model_zoo", "modeling"]

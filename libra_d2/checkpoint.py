@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import pickle
-import zipfile
+from collections import Counter
 from typing import Any, Dict
+
+from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from .arrays_pickle import load_arrays
-from .errors import InputError, one_line
+from .download import fetch
+from .errors import InputError
+from .mmdetection_weights import to_detectron2_checkpoint
+from .safe_reading import load_arrays, reading_weights
+from .weights_description import describe_weights
 
 __all__ = ["LibraCheckpointer"]
 
 
 class LibraCheckpointer(DetectionCheckpointer):
     """
-    :class:`DetectionCheckpointer` that refuses, with an error that says why, files that are
-    missing, cut short, of another model, or would execute code when they are read.
+    :class:`DetectionCheckpointer` that also takes checkpoints of mmdetection 2.x and 3.x as they
+    are, ImageNet weights of torchvision and open-mmlab, and ``libra://`` names of
+    :mod:`libra_d2.model_zoo`. It refuses, with an error that says why, files that are missing, cut
+    short, of another model, or would execute code when they are read. Downloads are checked against
+    the hash in their name.
 
-    A checkpoint of the plain Detectron2 model loads; only the weights of the balanced feature
-    pyramid (``backbone.bfp.*``) are reported missing.
+    Weights that are missing, of another shape or not used are logged in one table. A checkpoint of
+    the plain Detectron2 model loads; only the weights of the balanced feature pyramid
+    (``backbone.bfp.*``) are missing.
     """
 
     def __init__(self, model, save_dir: str = "", *, complete: bool = False, **kwargs):
@@ -39,45 +47,62 @@ class LibraCheckpointer(DetectionCheckpointer):
         if path and "://" not in path and not os.path.isfile(path):
             raise InputError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
         try:
+            if path.startswith(("http://", "https://")):
+                path = fetch(path)
             return super().load(path, *args, **kwargs)
         except OSError as e:  # an unreadable file, or a URL without a connection
-            raise InputError(f"{path}: the weights cannot be read: {e}") from e
+            raise InputError(f"{self._path}: the weights cannot be read: {e}") from e
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        try:
+        with reading_weights(self._path):
             if filename.endswith(".pkl"):
                 load_arrays(filename)
-            return super()._load_file(filename)
-        except pickle.UnpicklingError as e:
-            reason = str(e).strip().splitlines()[0]
-            raise InputError(
-                f"{self._path}: not loaded, because a weights file must not hold anything but "
-                f"arrays, numbers and text, or because it is cut short: {reason}"
-            ) from e
-        except (EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as e:
-            raise InputError(
-                f"{self._path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
-            ) from e
+            return to_detectron2_checkpoint(super()._load_file(filename))
 
     def _load_model(self, checkpoint: Dict[str, Any]):
+        shapes = {key: tuple(value.shape) for key, value in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
         reshaped = {key: shapes for key, *shapes in incompatible.incorrect_shapes}
         absent = {*incompatible.missing_keys, *reshaped}
-        names = [name for name, _ in self.model.named_parameters()]
+        names = {key: tuple(value.shape) for key, value in self.model.named_parameters()}
+        found, wanted = describe_weights(shapes), describe_weights(names)
+        what = f"a {found}" if found else "another model"
         if absent.issuperset(names):
             example = next(iter(incompatible.unexpected_keys), "none")
             raise InputError(
-                f"{self._path}: these are weights of another model: none of its names or shapes "
-                f"is one of this model's (the model has, e.g., {names[0]!r}; "
+                f"{self._path}: these are weights of {what}: none of its names or shapes "
+                f"is one of this model's (the model has, e.g., {next(iter(names))!r}; "
                 f"the file has {example!r})"
             )
         absent = sorted(key for key in absent if not key.startswith("backbone.bfp."))
         if self.complete and absent:
-            shapes = reshaped.get(absent[0])
-            detail = f" (shape {shapes[0]}, not {shapes[1]})" if shapes else " (missing)"
+            self._log_incompatible_keys(incompatible)
+            detail = (
+                "shape {}, not {}".format(*reshaped[absent[0]])
+                if absent[0] in reshaped
+                else "missing"
+            )
             raise InputError(
-                f"{self._path}: not a complete checkpoint of this model: {len(absent)} "
-                f"weights are missing or of another shape, the first {absent[0]!r}"
-                f"{detail}. Do the config and the number of classes belong to these weights?"
+                f"{self._path}: these are weights of {what}, but the config's model is a {wanted}: "
+                f"{len(absent)} weights are missing or of another shape, the first "
+                f"{absent[0]!r} ({detail}). Do the config and the number of classes belong to "
+                "these weights?"
             )
         return incompatible
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        """One table in place of a message for each kind."""
+        rows = [
+            ("other shape", key, f"{found} in the file, {wanted} in the model")
+            for key, found, wanted in incompatible.incorrect_shapes
+        ]
+        for status, keys in (
+            ("missing", incompatible.missing_keys),
+            ("not used", incompatible.unexpected_keys),
+        ):
+            # By the first three parts of the name, such as backbone.bottom_up.res3.
+            groups = Counter(".".join(key.split(".")[:-1][:3]) for key in keys)
+            rows += [(status, f"{group}.*", f"{n} weights") for group, n in groups.items()]
+        if rows:
+            table = tabulate(rows, headers=("", "weights", ""), tablefmt="pipe")
+            self.logger.warning(f"Weights that were not loaded from {self._path}:\n{table}")

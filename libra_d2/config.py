@@ -70,6 +70,9 @@ def add_libra_config(cfg: CN) -> None:
     # the last one if there are several, in [0, 1]. Negative, such as -1.0, for Detectron2's rule:
     # at any IoU, and the anchor is matched with the box that it overlaps most.
     cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU = 0.3
+    # Whether anchors beyond an image, where it is padded because its batch has a larger one, are
+    # trained on as background, as in Detectron2.
+    cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS = False
 
     # RetinaNet as the reference has it (not in the paper)
     cfg.MODEL.LIBRA.RETINANET = CN()
@@ -78,6 +81,8 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.RETINANET.NORMALIZER = "batch"
     # As RPN.LOW_QUALITY_IOU.
     cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU = 0.0
+    # As RPN.PADDING_ANCHORS.
+    cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS = False
     # Whether there is a ReLU between P6 and P7, as in Detectron2. Weights of plain Detectron2
     # models need True, those of the reference False.
     cfg.MODEL.LIBRA.RETINANET.P7_RELU = False

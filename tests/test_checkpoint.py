@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import demo_cfg
+import torchvision
+from conftest import ROOT, demo_cfg, load_cfg
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.errors import InputError
+from libra_d2.mmdetection_weights import to_mmdetection
 
 
 def plain_cfg(**overrides):
@@ -89,6 +93,198 @@ def test_backbone_only(plain_file, tmp_path):
     load(path, complete=False)
     with pytest.raises(InputError, match="the first 'backbone.fpn_lateral2.* \\(missing\\)"):
         load(path)
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+SYSTEMS = ["libra_faster_rcnn_R_50", "libra_fast_rcnn_R_50", "libra_retinanet_R_50"]
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def theirs(request, mmdet, tmp_path_factory):
+    """A model of mmdetection's with random weights: our config of it, its state, its folder."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    torch.manual_seed(1)
+    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
+    name = request.param.replace("_R_50", "").replace("_", "-")
+    model = Config.fromfile(folder / f"{name}_r50_fpn_1x_coco.py").model
+    model.backbone.init_cfg = None
+    model = MODELS.build(model)
+    model.init_weights()
+    state = model.state_dict()
+    for value in state.values():
+        if value.is_floating_point():
+            value.normal_()
+        else:
+            value.fill_(7)  # batches that a norm has seen
+    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{request.param}_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg, model, tmp_path_factory.mktemp("mmdet")
+
+
+def rewrite_pickle(path, old, new):
+    """Replace text in the pickle inside of a ``.pth`` file, which must occur."""
+    with zipfile.ZipFile(path) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for name, data in content.items():
+            if name.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            file.writestr(name, data)
+
+
+def wrappings(state):
+    """Checkpoints of mmdetection as they occur; each must load as the first."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub.get_instance("test_checkpoint")
+    hub.update_scalar("train/loss", 1.0)
+    hub.update_info("iter", 3)
+    meta = {"mmdet_version": "2.25.0", "CLASSES": ("a", "b"), "time": "today"}
+    optimizer = {"state": {0: torch.zeros(1)}, "param_groups": []}
+    doubled = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in state.items()}
+    return {
+        "bare": state,
+        "version 2": {"meta": meta, "state_dict": state, "optimizer": optimizer},
+        "version 3": {
+            "meta": {"mmengine_version": "0.10.0"},
+            "state_dict": state,
+            "message_hub": hub.state_dict(),
+            "ema_state_dict": {"steps": torch.tensor(3)},
+            "optimizer": optimizer,
+        },
+        "ema": {"meta": meta, "state_dict": {**state, **doubled}},
+        "data parallel": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    }
+
+
+@pytest.mark.parametrize(
+    "wrapping", ["bare", "version 2", "version 3", "ema", "data parallel", "NumPy 1"]
+)
+def test_mmdetection(theirs, wrapping, caplog):
+    """Converted while it is loaded; nothing is missing or left."""
+    cfg, model, folder = theirs
+    contents = wrappings(model.state_dict())
+    path = save(folder / f"{wrapping}.pth", contents.get(wrapping, contents["version 3"]))
+    if wrapping == "NumPy 1":  # as if saved with it: the pickle names a module that moved
+        rewrite_pickle(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
+    ours = build_model(cfg)
+    extra = LibraCheckpointer(ours, complete=True).load(str(path))
+    assert "Weights that were not loaded" not in caplog.text
+    assert not {"optimizer", "meta", "message_hub"} & extra.keys()
+    converted = to_mmdetection(ours.state_dict())
+    assert converted.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(converted[key], value), key
+
+
+def test_mmdetection_1(theirs, tmp_path):
+    """By its names, or by what it says."""
+    cfg, model, _ = theirs
+    state = model.state_dict()
+    checkpointer = LibraCheckpointer(build_model(cfg))
+    path = save(tmp_path / "a.pth", {"meta": {"mmdet_version": "1.2.0"}, "state_dict": state})
+    with pytest.raises(InputError, match="a.pth: a checkpoint of mmdetection 1.x"):
+        checkpointer.load(str(path))
+    if any(key.startswith("roi_head.") for key in state):
+        old = {key.replace("roi_head.", ""): value for key, value in state.items()}
+        with pytest.raises(InputError, match="b.pth: a checkpoint of mmdetection 1.x"):
+            checkpointer.load(str(save(tmp_path / "b.pth", {"state_dict": old})))
+
+
+def test_another_architecture(theirs, tmp_path):
+    """The error says what the file is, and what the config's model is."""
+    cfg, model, folder = theirs
+    path = save(folder / "other.pth", {"state_dict": model.state_dict()})
+    is_retinanet = "Retina" in cfg.MODEL.META_ARCHITECTURE
+    other = SYSTEMS[0] if is_retinanet else SYSTEMS[2]
+    other = load_cfg(ROOT / f"configs/COCO-Detection/{other}_FPN_1x.yaml")
+    other.MODEL.DEVICE = "cpu"
+    kind = "RetinaNet" if is_retinanet else "Fast(er)? R-CNN"
+    wanted = "Libra Faster R-CNN" if is_retinanet else "Libra RetinaNet"
+    message = f"weights of a Libra {kind} R-50 with 80 classes, but .* is a {wanted} R-50 with 80"
+    with pytest.raises(InputError, match=message):
+        LibraCheckpointer(build_model(other), complete=True).load(str(path))
+
+
+def test_another_number_of_classes(theirs, caplog):
+    """Refused for evaluation; to start training from, all but the last layer is used."""
+    cfg, model, folder = theirs
+    path = save(folder / "other.pth", {"state_dict": model.state_dict()})
+    cfg = cfg.clone()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    ours = build_model(cfg)
+    with pytest.raises(InputError, match="with 80 classes, but the config's model .* with 3 cl"):
+        LibraCheckpointer(ours, complete=True).load(str(path))
+    LibraCheckpointer(ours).load(str(path))
+    assert "other shape" in caplog.text
+    assert "cls_score.weight" in caplog.text
+
+
+def test_table(plain_file, tmp_path, caplog):
+    """One message for all that was not loaded."""
+    state = torch.load(plain_file)["model"]
+    state["extra.layer.weight"] = torch.zeros(2)
+    del state["backbone.fpn_lateral2.weight"]
+    path = save(tmp_path / "changed.pth", {"model": state})
+    load(path, complete=False, MODEL__ROI_HEADS__NUM_CLASSES=7)
+    (table,) = [r.message for r in caplog.records if "not loaded" in r.message]
+    lines = table.splitlines()
+    assert lines[0] == f"Weights that were not loaded from {path}:"
+    assert "(5, 32) in the file, (8, 32) in the model" in table
+    status = {line.split("|")[2].strip(): line.split("|")[1].strip() for line in lines[3:]}
+    assert status["backbone.fpn_lateral2.*"] == "missing"
+    assert status["backbone.bfp.refine.*"] == "missing"
+    assert status["extra.layer.*"] == "not used"
+    assert "8 weights" in table
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(50, 6), (101, 23)])
+def test_imagenet(depth, blocks, tmp_path, caplog):
+    """torchvision's weights, classifier included, are all of the backbone."""
+    resnet = getattr(torchvision.models, f"resnet{depth}")()
+    path = save(tmp_path / "resnet.pth", resnet.state_dict())
+    cfg = load_cfg(ROOT / f"configs/COCO-Detection/libra_faster_rcnn_R_{depth}_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    LibraCheckpointer(model).load(str(path))
+    assert "bottom_up" not in caplog.text
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        expected = torch.nn.Sequential(*list(resnet.eval().children())[:-2])(x)
+        torch.testing.assert_close(model.backbone.bottom_up(x)["res5"], expected)
+
+
+def test_imagenet_resnext(tmp_path, caplog):
+    resnext = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 4, 23, 3], groups=64, width_per_group=4
+    )
+    path = save(tmp_path / "resnext.pth", {"state_dict": resnext.state_dict()})
+    cfg = load_cfg(ROOT / "configs/COCO-Detection/libra_faster_rcnn_X_101_64x4d_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    LibraCheckpointer(model).load(str(path))
+    assert "bottom_up" not in caplog.text
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        expected = torch.nn.Sequential(*list(resnext.eval().children())[:-2])(x)
+        torch.testing.assert_close(model.backbone.bottom_up(x)["res5"], expected)
+
+
+@pytest.mark.parametrize("content", [{}, [], {"state_dict": {}}, {"a": "text"}, {"model": None}])
+def test_no_weights(tmp_path, content):
+    path = save(tmp_path / "empty.pth", content)
+    with pytest.raises(InputError, match="empty.pth: not a checkpoint"):
+        load(path, complete=False)
 
 
 @pytest.mark.parametrize("size", [0, 100, 0.5, 0.99])

@@ -85,6 +85,7 @@ def test_all_off_is_the_parent():
         LIBRA__RPN__NORMALIZER="batch_size",
         LIBRA__RPN__MAX_NEG_PER_POS=-1,
         LIBRA__RPN__LOW_QUALITY_IOU=-1.0,
+        LIBRA__RPN__PADDING_ANCHORS=True,
     )
     plain = build(PROPOSAL_GENERATOR__NAME="RPN")
     assert losses(off, gt_instances)[0] == losses(plain, gt_instances)[0]

@@ -19,8 +19,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from ..arrays_pickle import load_arrays
 from ..errors import InputError, one_line
+from ..safe_reading import load_arrays
 
 __all__ = ["PartialProposals", "is_complete", "prepare_proposals", "write_proposals"]
 

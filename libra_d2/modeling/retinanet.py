@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
 from .low_quality_matcher import build_anchor_matcher
+from .padding_anchors import label_without_padding
 
 __all__ = [
     "LibraRetinaNet",
@@ -73,6 +74,7 @@ class LibraRetinaNet(RetinaNet):
         balanced_l1: Optional[BalancedL1Loss] = None,
         normalizer: str = "batch",
         clip_boxes: bool = True,
+        padding_anchors: bool = False,
         **kwargs,
     ):
         """
@@ -85,6 +87,8 @@ class LibraRetinaNet(RetinaNet):
                 Detectron2, with start value 100 and momentum 0.9.
             clip_boxes: whether boxes are clipped to the image, and those without area dropped,
                 before non-maximum suppression rather than after it.
+            padding_anchors: whether anchors beyond an image, where the batch is padded because of
+                a larger one, are trained on as in Detectron2; see :func:`label_without_padding`.
             kwargs: arguments of :class:`RetinaNet`.
 
         Raises:
@@ -101,6 +105,7 @@ class LibraRetinaNet(RetinaNet):
         self.balanced_l1 = (balanced_l1 or BalancedL1Loss(beta=0.11)) if balanced else None
         self.normalizer = normalizer
         self.clip_boxes = clip_boxes
+        self.padding_anchors = padding_anchors
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
@@ -112,7 +117,17 @@ class LibraRetinaNet(RetinaNet):
             "balanced_l1": BalancedL1Loss.from_config(cfg),
             "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
             "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,
+            "padding_anchors": cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS,
         }
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: List[Boxes], gt_instances: List[Instances]
+    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """See :meth:`RetinaNet.label_anchors`."""
+        if self.padding_anchors:
+            return super().label_anchors(anchors, gt_instances)
+        return label_without_padding(super().label_anchors, anchors, gt_instances)
 
     def losses(
         self,

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Region proposal network as Libra R-CNN's reference trains it."""
 
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 
 from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.structures import Boxes, Instances
 
 from .low_quality_matcher import build_anchor_matcher
+from .padding_anchors import label_without_padding
 
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
 
@@ -25,7 +27,14 @@ class LibraRPN(RPN):
     """
 
     @configurable
-    def __init__(self, *, max_neg_per_pos: int = 5, normalizer: str = "sampled", **kwargs):
+    def __init__(
+        self,
+        *,
+        max_neg_per_pos: int = 5,
+        normalizer: str = "sampled",
+        padding_anchors: bool = False,
+        **kwargs,
+    ):
         """
         Args:
             max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
@@ -33,6 +42,8 @@ class LibraRPN(RPN):
             normalizer: what the losses are divided by. "sampled": number of sampled anchors in the
                 batch, where each image counts at least one positive and one negative.
                 "batch_size": ``batch_size_per_image`` times the number of images, as in Detectron2.
+            padding_anchors: whether anchors beyond an image, where the batch is padded because of
+                a larger one, are trained on as in Detectron2; see :func:`label_without_padding`.
             kwargs: arguments of :class:`RPN`.
 
         Raises:
@@ -45,6 +56,7 @@ class LibraRPN(RPN):
             )
         self.max_neg_per_pos = max_neg_per_pos
         self.normalizer = normalizer
+        self.padding_anchors = padding_anchors
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -55,7 +67,19 @@ class LibraRPN(RPN):
             "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
             "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
             "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
+            "padding_anchors": cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS,
         }
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: List[Boxes], gt_instances: List[Instances]
+    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """See :meth:`RPN.label_and_sample_anchors`."""
+        label = super().label_and_sample_anchors
+        if self.padding_anchors:
+            return label(anchors, gt_instances)
+        return label_without_padding(label, anchors, gt_instances)
 
     def _subsample_labels(self, label: torch.Tensor) -> torch.Tensor:
         """

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files from the internet, checked against the hash in their name."""
+
+import hashlib
+import os
+import re
+from urllib.parse import urlparse
+
+from iopath.common.file_io import get_cache_dir
+
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["fetch"]
+
+
+def _cache_path(url: str) -> str:
+    """Where Detectron2's path manager keeps the file of ``url``."""
+    return os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+
+
+def fetch(url: str) -> str:
+    """
+    Download a file to where Detectron2 caches downloads, unless it is there. A file whose name ends
+    in a hash, as ``model-3afee3a9.pth`` does, must have it: the first digits of its SHA-256.
+
+    Args:
+        url: "http://..." or "https://...".
+
+    Returns:
+        path of the file.
+
+    Raises:
+        OSError: if there is no connection, no such file, or if its content is another one, in
+            which case it is removed. The message names the URL and where to put the file by hand.
+    """
+    try:
+        path = PathManager.get_local_path(url)
+    except OSError as e:
+        raise OSError(
+            f"{url} could not be downloaded ({e}). If you fetch it by hand, put it at "
+            f"{_cache_path(url)}"
+        ) from e
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    if match is None:
+        return path
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(match.group(1)):
+        size = os.path.getsize(path)
+        os.remove(path)
+        raise OSError(
+            f"{url}: what was downloaded ({size} bytes) is not that file: its SHA-256 is "
+            f"{digest.hexdigest()}, but must start with {match.group(1)}. It was removed from "
+            f"{path}; try again, or fetch it by hand and put it there"
+        )
+    return path

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Weights of mmdetection 2.x and 3.x under Detectron2's names, and back.
+
+Two things are more than names. mmdetection counts the batches that a batch norm has seen, which
+Detectron2 does not. And the channels of RetinaNet's last convolutions are in the order of the
+anchors at one place: ratio-major in mmdetection, scale-major in Detectron2.
+"""
+
+import re
+from typing import Any, Dict, Tuple
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+__all__ = [
+    "from_mmdetection",
+    "is_mmdetection",
+    "to_detectron2_checkpoint",
+    "to_mmdetection",
+    "unwrap_mmdetection",
+]
+
+State = Dict[str, torch.Tensor]
+
+COUNTER = "num_batches_tracked"
+# RetinaNet's anchors at one place, in the configs of either framework.
+_NUM_RATIOS, _NUM_SCALES = 3, 3
+_OLD_VERSION = (
+    "a checkpoint of mmdetection 1.x, which counts pixels and classes in another way; convert it "
+    "with tools/model_converters/upgrade_model_version.py of mmdetection 2.x"
+)
+_MAX_BLOCKS = 64  # of a ResNet's stage, and more than any has
+
+
+def _module_names(is_retinanet: bool, has_bfp: bool) -> Dict[str, str]:
+    """Names of the modules with weights: mmdetection's to Detectron2's."""
+    backbone = "backbone.bottom_up"
+    names = {
+        "backbone.conv1": f"{backbone}.stem.conv1",
+        "backbone.bn1": f"{backbone}.stem.conv1.norm",
+    }
+    for stage in range(1, 5):
+        for block in range(_MAX_BLOCKS):
+            theirs, ours = f"backbone.layer{stage}.{block}", f"{backbone}.res{stage + 1}.{block}"
+            for i in (1, 2, 3):
+                names[f"{theirs}.conv{i}"] = f"{ours}.conv{i}"
+                names[f"{theirs}.bn{i}"] = f"{ours}.conv{i}.norm"
+            names[f"{theirs}.downsample.0"] = f"{ours}.shortcut"
+            names[f"{theirs}.downsample.1"] = f"{ours}.shortcut.norm"
+
+    # With a balanced feature pyramid, the neck is a sequence of two.
+    fpn, lowest_level = "neck.0" if has_bfp else "neck", 3 if is_retinanet else 2
+    for level in range(lowest_level, 6):
+        i = level - lowest_level
+        names[f"{fpn}.lateral_convs.{i}.conv"] = f"backbone.fpn_lateral{level}"
+        names[f"{fpn}.fpn_convs.{i}.conv"] = f"backbone.fpn_output{level}"
+    names["neck.1.refine.conv"] = "backbone.bfp.refine"
+    for name in ("theta", "phi", "g", "conv_out"):
+        names[f"neck.1.refine.{name}.conv"] = f"backbone.bfp.refine.{name}"
+
+    if is_retinanet:
+        names[f"{fpn}.fpn_convs.3.conv"] = "backbone.top_block.p6"
+        names[f"{fpn}.fpn_convs.4.conv"] = "backbone.top_block.p7"
+        for i in range(_MAX_BLOCKS):  # every other module of the subnets is a ReLU
+            names[f"bbox_head.cls_convs.{i}.conv"] = f"head.cls_subnet.{2 * i}"
+            names[f"bbox_head.reg_convs.{i}.conv"] = f"head.bbox_subnet.{2 * i}"
+        names["bbox_head.retina_cls"] = "head.cls_score"
+        names["bbox_head.retina_reg"] = "head.bbox_pred"
+        return names
+    rpn, heads = "proposal_generator.rpn_head", "roi_heads"
+    names["rpn_head.rpn_conv"] = f"{rpn}.conv"
+    names["rpn_head.rpn_cls"] = f"{rpn}.objectness_logits"
+    names["rpn_head.rpn_reg"] = f"{rpn}.anchor_deltas"
+    for i in range(_MAX_BLOCKS):
+        names[f"roi_head.bbox_head.shared_fcs.{i}"] = f"{heads}.box_head.fc{i + 1}"
+    names["roi_head.bbox_head.fc_cls"] = f"{heads}.box_predictor.cls_score"
+    names["roi_head.bbox_head.fc_reg"] = f"{heads}.box_predictor.bbox_pred"
+    return names
+
+
+def _reorder_anchors(weight: torch.Tensor, num_outer: int, num_inner: int) -> torch.Tensor:
+    """Exchange two orders of the anchors in (num_outer * num_inner * C, ...) channels."""
+    channels = len(weight) // (num_outer * num_inner)
+    if channels * num_outer * num_inner != len(weight):
+        raise InputError(
+            f"a RetinaNet with {num_outer * num_inner} anchors at each place was expected, but its "
+            f"last layer has {len(weight)} channels"
+        )
+    split = weight.reshape(num_outer, num_inner, channels, *weight.shape[1:])
+    return split.transpose(0, 1).reshape(weight.shape)
+
+
+def is_mmdetection(state: Dict[str, Any]) -> bool:
+    """Whether these are weights under mmdetection's names (or of another project of OpenMMLab)."""
+    return any(key.startswith(("backbone.conv1.", "backbone.layer1.")) for key in state)
+
+
+def from_mmdetection(state: State) -> State:
+    """
+    Args:
+        state: weights of an mmdetection 2.x or 3.x detector.
+
+    Returns:
+        the same under Detectron2's names and layouts. Copies of the weights that an EMA hook keeps
+        and counters of batches are left out; what has no name in Detectron2 keeps its own.
+
+    Raises:
+        InputError: if the weights are from mmdetection 1.x.
+    """
+    if any(key.startswith(("bbox_head.fc_cls.", "bbox_head.shared_fcs.")) for key in state):
+        raise InputError(_OLD_VERSION)
+    is_retinanet = any(key.startswith("bbox_head.retina_") for key in state)
+    names = _module_names(is_retinanet, any(key.startswith("neck.0.") for key in state))
+    converted = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf == COUNTER or key.startswith("ema_"):
+            continue
+        if module in ("bbox_head.retina_cls", "bbox_head.retina_reg"):
+            value = _reorder_anchors(value, _NUM_RATIOS, _NUM_SCALES)
+        converted[f"{names.get(module, module)}.{leaf}"] = value
+    return converted
+
+
+def to_mmdetection(state: State) -> State:
+    """
+    Args:
+        state: weights of a Libra R-CNN, Libra RetinaNet or their plain forms in Detectron2, on a
+            ResNet with batch norm.
+
+    Returns:
+        the same under the names and in the layouts of mmdetection 2.x and 3.x, complete: counters
+        of batches are 0.
+
+    Raises:
+        InputError: if a weight has no name in mmdetection.
+    """
+    is_retinanet = any(key.startswith("head.cls_score.") for key in state)
+    names = _module_names(is_retinanet, any(key.startswith("backbone.bfp.") for key in state))
+    names = {ours: theirs for theirs, ours in names.items()}
+    converted = {}
+    for key, value in state.items():
+        module, _, leaf = key.rpartition(".")
+        if key in ("pixel_mean", "pixel_std") or "anchor_generator." in key:
+            continue  # older versions of Detectron2 kept what the config says
+        if module not in names:
+            raise InputError(f"{key!r} has no counterpart in mmdetection's Libra R-CNN models")
+        if module in ("head.cls_score", "head.bbox_pred"):
+            value = _reorder_anchors(value, _NUM_SCALES, _NUM_RATIOS)
+        converted[f"{names[module]}.{leaf}"] = value
+        if leaf == "running_var":
+            converted[f"{names[module]}.{COUNTER}"] = torch.zeros((), dtype=torch.int64)
+    return converted
+
+
+def _is_resnet(state: Dict[str, Any]) -> bool:
+    """Whether these are ImageNet weights under the names that torchvision gave them."""
+    return {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys()
+
+
+def unwrap_mmdetection(content: Dict[str, Any]) -> Tuple[State, Dict[str, Any]]:
+    """
+    Args:
+        content: of a checkpoint of mmdetection's, or of a file that holds weights alone.
+
+    Returns:
+        the weights, without the prefix of data parallel training; and what describes them. The
+        optimizer and the like are left out.
+    """
+    meta = {}
+    if isinstance(content.get("state_dict"), dict):
+        meta, content = content.get("meta"), content["state_dict"]
+    state = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
+    return state, meta if isinstance(meta, dict) else {}
+
+
+def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """
+    Convert a checkpoint if it is mmdetection's, or ImageNet weights of torchvision or open-mmlab.
+
+    Args:
+        checkpoint: with the key "model", as Detectron2 reads any file.
+
+    Returns:
+        the converted one, or the same without what is wrapped around its weights.
+
+    Raises:
+        InputError: if there are no weights in it, or if they are from mmdetection 1.x.
+    """
+    model = checkpoint["model"]
+    state, meta = unwrap_mmdetection(model) if isinstance(model, dict) else ({}, {})
+    if not state:
+        raise InputError("not a checkpoint: there are no weights in it")
+    for key, value in state.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
+    if _is_resnet(state):
+        state = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    if not is_mmdetection(state):
+        return {**checkpoint, "model": state}
+    if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
+        raise InputError(_OLD_VERSION)
+    return {"model": from_mmdetection(state), "__author__": "mmdetection"}

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The published models, by the names of their configs: as :mod:`detectron2.model_zoo`, over the
+configs of this project.
+
+``libra://<name>`` stands for the weights of a name wherever Detectron2 takes a path. They are
+mmdetection's files, which :class:`libra_d2.checkpoint.LibraCheckpointer` converts.
+"""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from iopath.common.file_io import PathHandler
+from torch import nn
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from .checkpoint import LibraCheckpointer
+from .config import add_libra_config
+from .download import fetch
+
+__all__ = ["PREFIX", "get", "get_checkpoint_url", "get_config", "get_config_file"]
+
+PREFIX = "libra://"
+
+_LIBRA = "https://download.openmmlab.com/mmdetection/v2.0/libra_rcnn"
+# Names of mmdetection's config files and model zoo; the last digits are the start of the SHA-256.
+_URLS = {
+    "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x": f"{_LIBRA}/libra_faster_rcnn_r50_fpn_1x_coco/"
+    "libra_faster_rcnn_r50_fpn_1x_coco_20200130-3afee3a9.pth",
+    "COCO-Detection/libra_faster_rcnn_R_101_FPN_1x": f"{_LIBRA}/libra_faster_rcnn_r101_fpn_1x_coco/"
+    "libra_faster_rcnn_r101_fpn_1x_coco_20200203-8dba6a5a.pth",
+    "COCO-Detection/libra_faster_rcnn_X_101_64x4d_FPN_1x": (
+        f"{_LIBRA}/libra_faster_rcnn_x101_64x4d_fpn_1x_coco/"
+        "libra_faster_rcnn_x101_64x4d_fpn_1x_coco_20200315-3a7d0488.pth"
+    ),
+    "COCO-Detection/libra_retinanet_R_50_FPN_1x": f"{_LIBRA}/libra_retinanet_r50_fpn_1x_coco/"
+    "libra_retinanet_r50_fpn_1x_coco_20200205-804d94ce.pth",
+    # What the published models were trained from.
+    "ImageNetPretrained/torchvision/R-50": (
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    ),
+    "ImageNetPretrained/torchvision/R-101": (
+        "https://download.pytorch.org/models/resnet101-63fe2227.pth"
+    ),
+    "ImageNetPretrained/open-mmlab/X-101-64x4d": (
+        "https://download.openmmlab.com/pretrain/third_party/resnext101_64x4d-ee2c6f71.pth"
+    ),
+}
+
+
+def get_checkpoint_url(config_path: str) -> str:
+    """
+    Args:
+        config_path: name of a config relative to ``configs/``, with or without ".yaml", or of
+            ImageNet weights: the keys of the table in this file.
+
+    Returns:
+        URL of the published weights, in mmdetection's format.
+
+    Raises:
+        RuntimeError: if none were published.
+    """
+    name = config_path[: -len(".yaml")] if config_path.endswith(".yaml") else config_path
+    if name not in _URLS:
+        raise RuntimeError(
+            f"There are no published weights for {config_path!r}; there are for {', '.join(_URLS)}"
+        )
+    return _URLS[name]
+
+
+def get_config_file(config_path: str) -> str:
+    """
+    Args:
+        config_path: name of a config relative to ``configs/``, such as
+            "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml".
+
+    Returns:
+        path of that file, in the installed package or in the checkout.
+
+    Raises:
+        RuntimeError: if there is no such config.
+    """
+    package = Path(__file__).parent
+    for root in (package / "configs", package.parent / "configs"):
+        path = root / config_path
+        if path.is_file():
+            return str(path)
+    raise RuntimeError(f"{config_path!r} is not a config of the Libra R-CNN model zoo")
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode:
+    """
+    Args:
+        config_path: see :func:`get_config_file`.
+        trained: whether ``MODEL.WEIGHTS`` names the published weights, instead of those that
+            training starts from.
+
+    Returns:
+        the config.
+
+    Raises:
+        RuntimeError: if there is no such config, or no such weights.
+    """
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
+    if trained:
+        cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
+    return cfg
+
+
+def get(config_path: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
+    """
+    Build a model and load its weights.
+
+    Args:
+        config_path, trained: see :func:`get_config`.
+        device: "cuda", "cpu", ... None for the config's, or the CPU if there is no GPU.
+
+    Returns:
+        the model, in training mode.
+
+    Raises:
+        RuntimeError: see :func:`get_config`.
+        InputError: if the weights cannot be had; see :class:`LibraCheckpointer`.
+    """
+    cfg = get_config(config_path, trained)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    model = build_model(cfg)
+    LibraCheckpointer(model, complete=trained).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+class LibraZooHandler(PathHandler):
+    """Resolves ``libra://<name>`` for Detectron2's path manager."""
+
+    def _get_supported_prefixes(self):
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        try:
+            url = get_checkpoint_url(path[len(PREFIX) :])
+        except RuntimeError as e:
+            raise FileNotFoundError(str(e)) from e
+        return fetch(url)
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
+        return open(self._get_local_path(path), mode)
+
+
+PathManager.register_handler(LibraZooHandler(), allow_override=True)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and arrays in pickle files, read without executing anything in them."""
+
+import pickle
+import re
+import zipfile
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+
+from .errors import InputError, one_line
+
+__all__ = ["load_arrays", "reading_weights"]
+
+# All that a pickled dict of numpy arrays refers to, and the enumeration in Detectron2's proposals.
+_ARRAY_GLOBALS = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("detectron2.structures.boxes", "BoxMode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers and text in the containers of Python, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ARRAY_GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
+        return super().find_class(module, name)
+
+
+def load_arrays(path: str) -> Any:
+    """
+    Read a pickle file that holds nothing but arrays, numbers and text in the containers of Python.
+
+    Raises:
+        pickle.UnpicklingError: if it refers to anything else, which is not executed.
+        EOFError, ValueError, ...: if it is cut short or no pickle file, as :func:`pickle.load`.
+    """
+    with open(path, "rb") as f:
+        return _ArrayUnpickler(f, encoding="latin1").load()
+
+
+def _stand_in(module: str, name: str) -> type:
+    """A class that is read in place of ``module.name`` and does nothing with what it is given."""
+    methods = {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None}
+    return type(name, (), {"__module__": module, **methods})
+
+
+# What checkpoints of mmdetection 3.x hold besides weights: the history of the training's losses, as
+# NumPy arrays, under the names of NumPy 1 and 2.
+_IGNORED = [
+    _stand_in(module, name)
+    for module, name in (
+        ("mmengine.logging.history_buffer", "HistoryBuffer"),
+        ("builtins", "getattr"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+    )
+]
+
+
+@contextmanager
+def reading_weights(path: str) -> Iterator[None]:
+    """
+    Let PyTorch read weights in the body, which must not say otherwise than ``weights_only``. What
+    broken or dangerous files raise becomes an InputError that names ``path``.
+    """
+    try:
+        with torch.serialization.safe_globals(_IGNORED):
+            yield
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+    except pickle.UnpicklingError as e:
+        # PyTorch puts advice in front of the reason and behind it.
+        reason = re.sub(r".*WeightsUnpickler error: | was not an allowed global.*", "", one_line(e))
+        raise InputError(
+            f"{path}: not loaded, because a weights file must not hold anything but arrays, "
+            f"numbers and text, or because it is cut short: {reason.split(' Check the doc')[0]}"
+        ) from e
+    except (
+        AssertionError,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as e:
+        raise InputError(
+            f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
+        ) from e
+    except OSError as e:
+        raise InputError(f"{path}: the weights cannot be read: {e}") from e

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from conftest import ROOT, demo_cfg, load_cfg
+
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+SIZES = [(96, 130), (160, 64)]  # padded to (160, 160) together, (96, 160) and (160, 64) alone
+
+
+def rpn(padding_anchors):
+    cfg = demo_cfg(MODEL__LIBRA__RPN__PADDING_ANCHORS=padding_anchors)
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 10**6  # all of them
+    cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = -1
+    generator = build_model(cfg).proposal_generator
+    return generator.anchor_generator, generator.label_and_sample_anchors
+
+
+def retinanet(padding_anchors):
+    cfg = load_cfg(ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS = padding_anchors
+    model = build_model(cfg)
+    return model.anchor_generator, model.label_anchors
+
+
+@pytest.mark.parametrize(("build", "lowest_level"), [(rpn, 2), (retinanet, 3)])
+def test_as_if_alone_in_the_batch(build, lowest_level):
+    """Labels and boxes are those of the image in a batch of its own, and -1 elsewhere."""
+    instances = []
+    for height, width in SIZES:
+        boxes = Boxes(torch.tensor([[8.0, 8, 40, 50], [20, 60, 60, 95]]))
+        instances.append(
+            Instances((height, width), gt_boxes=boxes, gt_classes=torch.tensor([1, 2]))
+        )
+
+    def label(padding_anchors, batch_size, instances):
+        anchor_generator, label_anchors = build(padding_anchors)
+        grids = [
+            [-(-side // 2**level) for side in batch_size]
+            for level in range(lowest_level, lowest_level + 5)
+        ]
+        anchors = anchor_generator([torch.zeros(1, 1, *grid) for grid in grids])
+        return Boxes.cat(anchors).tensor, *label_anchors(anchors, instances)
+
+    anchors, labels, boxes = label(False, (160, 160), instances)
+    _, plain_labels, _ = label(True, (160, 160), instances)
+    for i, size in enumerate([(96, 160), (160, 64)]):
+        alone, (expected_labels,), (expected_boxes,) = label(True, size, [instances[i]])
+        inside = (anchors[:, None] == alone).all(dim=2).any(dim=1)
+        assert inside.sum() == len(alone) < len(anchors)
+        assert torch.equal(labels[i][inside], expected_labels.to(labels[i].dtype))
+        assert torch.equal(boxes[i][inside], expected_boxes)
+        assert (labels[i][~inside] == -1).all()
+        # Detectron2's way: background, except for those that overlap an object.
+        assert (plain_labels[i][~inside] >= 0).double().mean() > 0.9
+        assert labels[i].dtype == plain_labels[i].dtype

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Convert a checkpoint of mmdetection 2.x or 3.x to Detectron2, or back.
+
+    python tools/convert_mmdet.py libra_faster_rcnn_r50_fpn_1x_coco_20200130-3afee3a9.pth d2.pth
+    python tools/convert_mmdet.py output/model_final.pth mmdet.pth
+
+The direction follows from what is in the file. Both ways, one after the other, give the same
+weights bit by bit. train_net.py and LibraCheckpointer take mmdetection's files as they are; this is
+for other programs.
+"""
+
+import argparse
+import os
+from typing import Any, Dict
+
+import torch
+
+from libra_d2.command_line import report_errors
+from libra_d2.errors import InputError
+from libra_d2.mmdetection_weights import (
+    COUNTER,
+    from_mmdetection,
+    is_mmdetection,
+    to_mmdetection,
+    unwrap_mmdetection,
+)
+from libra_d2.safe_reading import load_arrays, reading_weights
+from libra_d2.weights_description import describe_weights
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The arguments of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a .pth file of either framework, or Detectron2's .pkl")
+    parser.add_argument("target", help="the .pth file to write; replaced if it exists")
+    return parser
+
+
+def convert(content: Any) -> Dict[str, Any]:
+    """
+    Args:
+        content: of a checkpoint.
+
+    Returns:
+        content of the other framework's.
+
+    Raises:
+        InputError: if it is of no Libra model or one of its parents.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"not a checkpoint: it holds a {type(content).__name__}")
+    state, meta = unwrap_mmdetection(content)
+    if not state:
+        raise InputError("not a checkpoint: there are no weights in it")
+    if is_mmdetection(state):
+        model = from_mmdetection(state)
+        to_mmdetection(model)  # all of them have names
+        counters = {key: value for key, value in state.items() if key.endswith(COUNTER)}
+        return {
+            "model": model,
+            "__author__": "mmdetection",
+            "mmdetection": {"meta": meta, "counters": counters},
+        }
+    model = content.get("model", content)
+    model = {key: torch.as_tensor(value) for key, value in model.items()}
+    extra = content.get("mmdetection", {"meta": {}, "counters": {}})
+    return {"meta": extra["meta"], "state_dict": {**to_mmdetection(model), **extra["counters"]}}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert the file ``args.source`` to ``args.target``."""
+    with reading_weights(args.source):
+        if args.source.endswith(".pkl"):
+            content = load_arrays(args.source)
+        else:
+            content = torch.load(args.source, map_location="cpu", weights_only=True)
+        converted = convert(content)
+    unfinished = f"{args.target}.unfinished"
+    try:
+        torch.save(converted, unfinished)
+        os.replace(unfinished, args.target)
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{args.target}: cannot be written: {e}") from e
+    if "model" in converted:
+        framework, model = "Detectron2", converted["model"]
+    else:
+        framework, model = "mmdetection", from_mmdetection(converted["state_dict"])
+    shapes = {key: tuple(value.shape) for key, value in model.items()}
+    print(f"{args.target}: {describe_weights(shapes)}, {len(shapes)} weights, for {framework}")
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
