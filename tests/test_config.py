@@ -262,6 +262,45 @@ def test_published_recipe(mmdet, ours, theirs, pairs):
     assert not {k: (a, b) for k, (a, b) in pairs.items() if as_lists(a) != as_lists(b)}
 
 
+def ablations():
+    """The arguments in README.md's table, by what is left."""
+    section = (ROOT / "README.md").read_text().split("### Ablations")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ")]
+    return {what.strip(): arguments.strip(" `").split() for what, arguments in rows[2:]}
+
+
+@pytest.mark.parametrize(
+    ("what", "negatives", "positives", "refine", "loss"),
+    [
+        ("baseline", "random", "random", None, "smooth_l1"),
+        ("sampling", "iou_balanced", "instance_balanced", None, "smooth_l1"),
+        ("feature pyramid", "random", "random", "NonLocalBlock", "smooth_l1"),
+        ("balanced L1", "random", "random", None, "balanced_l1"),
+        ("all", "iou_balanced", "instance_balanced", "NonLocalBlock", "balanced_l1"),
+        ('refine type "none"', "iou_balanced", "instance_balanced", "Identity", "balanced_l1"),
+        ('refine type "conv"', "iou_balanced", "instance_balanced", "Conv2d", "balanced_l1"),
+        (
+            'refine type "non_local"',
+            "iou_balanced",
+            "instance_balanced",
+            "NonLocalBlock",
+            "balanced_l1",
+        ),
+    ],
+)
+def test_ablations(what, negatives, positives, refine, loss):
+    """Each row of the table in README.md leaves what it says."""
+    assert len(ablations()) == 8
+    cfg = demo_cfg()
+    cfg.merge_from_list(ablations()[what])
+    model = build_model(cfg)
+    bfp = getattr(model.backbone, "bfp", None)
+    assert (bfp and type(bfp.refine).__name__) == refine
+    sampler, predictor = model.roi_heads.proposal_sampler, model.roi_heads.box_predictor
+    assert (sampler.negatives, sampler.positives) == (negatives, positives)
+    assert predictor.box_reg_loss_type == loss
+
+
 def at_real_depth(path):
     """A model of a config of COCO's, with statistics in place of weights, and its input."""
     cfg = load_cfg(path)

@@ -202,6 +202,7 @@ def _loggers():
         ),
         (["OUTPUT_DIR", "/dev/null/out"], "OUTPUT_DIR: /dev/null/out: "),
         (["--train-json", "a.json"], "--train-json and --train-images go together"),
+        (["--val-proposals", "a.pkl"], "--val-proposals goes with --val-json"),
         (
             ["--train-json", "none.json", "--train-images", "."],
             "none.json: no such annotation file",
@@ -268,6 +269,66 @@ def broken(synthetic, tmp_path, change):
 def test_bad_data(change, message, synthetic, tmp_path, capsys):
     args = broken(synthetic, tmp_path, change)
     assert re.match(f"error: {message}", fails(capsys, *args, "OUTPUT_DIR", tmp_path))
+
+
+def test_proposals_are_needed(synthetic, tmp_path, capsys):
+    """Said before training, and what to do about it."""
+    config = ROOT / "configs/Demo/libra_fast_rcnn_R_18_FPN.yaml"
+    args = own_data(synthetic, "train", "val")
+    error = fails(capsys, *args, "OUTPUT_DIR", tmp_path, config=config)
+    assert "DATASETS.PROPOSAL_FILES_TRAIN (--train-proposals, --val-proposals) must name" in error
+    assert "tools/dump_proposals.py" in error
+    args += ["--train-proposals", "none.pkl", "OUTPUT_DIR", tmp_path]
+    error = fails(capsys, *args, config=config)
+    assert error.startswith("error: none.pkl: no such proposal file")
+
+
+def test_masks_are_needed(synthetic, tmp_path, capsys):
+    config = ROOT / "configs/Demo/libra_mask_rcnn_R_18_FPN.yaml"
+    args = broken(synthetic, tmp_path, lambda d: d["annotations"][2].pop("segmentation"))
+    error = fails(capsys, *args, "OUTPUT_DIR", tmp_path, config=config)
+    assert "broken.json: annotation id 3 has no 'segmentation'" in error
+    args = [*own_data(synthetic, "train"), "OUTPUT_DIR", tmp_path]
+    error = fails(capsys, *args, "INPUT.MASK_FORMAT", "polygon", config=config)
+    assert "set INPUT.MASK_FORMAT to 'bitmask'" in error
+
+
+@pytest.mark.parametrize("name", ["mask", "cascade"])
+def test_beyond_the_paper(synthetic, tmp_path, name):
+    """Mask and Cascade R-CNN train on the synthetic data and are evaluated."""
+    config = ROOT / f"configs/Demo/libra_{name}_rcnn_R_18_FPN.yaml"
+    args = [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", tmp_path, *TINY]
+    result = train_net(*args, config=config)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^bbox: AP \S+, AP50 \S+, AP75 \S+$", result.stdout, re.MULTILINE)
+    has_masks = re.search(r"^segm: AP \S+, AP50 \S+, AP75 \S+$", result.stdout, re.MULTILINE)
+    assert bool(has_masks) == (name == "mask")
+    metrics = (tmp_path / "metrics.json").read_text()
+    assert ("loss_mask" if name == "mask" else "loss_box_reg_stage2") in metrics
+
+
+def test_several_test_datasets(synthetic, tmp_path):
+    """The summary names each of them."""
+    code = f"""
+import sys
+from detectron2.data.datasets import register_coco_instances
+for name in ("first", "second"):
+    register_coco_instances(name, {{}}, r"{synthetic}/instances.json", r"{synthetic}/images")
+from train_net import invoke_main
+invoke_main(sys.argv[1:])
+"""
+    args = ["--config-file", DEMO_CONFIG, *TINY, "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN"]
+    args += ["('first',)", "DATASETS.TEST", "('first', 'second')", "SOLVER.MAX_ITER", 1]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *[str(a) for a in args]],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^first bbox: AP .*\nsecond bbox: AP ", result.stdout, re.MULTILINE)
+    pictures = f"{tmp_path}/pictures"
+    assert f"pictures: {pictures}/first, {pictures}/second" in result.stdout
 
 
 def test_categories_must_agree(synthetic, tmp_path, capsys):

@@ -12,8 +12,9 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
+import numpy as np
 import torch
 
 __all__ = ["BalancedSampler", "iou_histogram", "NEGATIVE_SAMPLERS", "POSITIVE_SAMPLERS", "MODES"]
@@ -54,18 +55,18 @@ def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.T
     return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
 
 
-def _shuffled_indices(mask: torch.Tensor, num: int) -> torch.Tensor:
-    """(num,) int64: where ``mask``, (R,) bool, is True, ``num`` times, in random order."""
-    indices = torch.nonzero_static(mask, size=num).squeeze(1)
-    return indices[torch.randperm(num, device=mask.device)]
+def _shuffle(x: torch.Tensor) -> torch.Tensor:
+    """(R,) in random order."""
+    return x.index_select(0, torch.randperm(len(x), device=x.device))
 
 
 def _draw(
     candidates: torch.Tensor,
     groups: torch.Tensor,
     num_groups: int,
-    quota: Union[int, torch.Tensor],
+    quota: int,
     num: int,
+    no_quota: Optional[torch.Tensor] = None,
     last_resort: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """
@@ -73,26 +74,28 @@ def _draw(
     from the rest. More than ``num`` within the quotas are trimmed at random.
 
     Args:
-        candidates: (R,) int64, what is drawn, in random order.
-        groups: (R,) int64. Only values in [0, num_groups) are groups with a quota.
+        candidates: (R,) int64, what is drawn, in random order; more than ``num``.
+        groups: (R,) int64, in [0, num_groups).
         num_groups: number of groups.
         quota: number of draws from each group.
         num: number of draws in all.
+        no_quota: (R,) bool, candidates whose group has none.
         last_resort: (R,) bool, candidates drawn only after all others.
 
     Returns:
-        (min(num, R),) int64, without repetition.
+        (num,) int64, without repetition.
     """
-    if len(candidates) <= num:
-        return candidates
     # (num_groups, R). Being the n-th member of a group in random order is a random rank in it.
     member = groups == torch.arange(num_groups, device=groups.device)[:, None]
-    in_quota = (member & (member.cumsum(dim=1) <= quota)).any(dim=0)
-    # Another random order: in the first one, members of large groups exceed their quota earlier.
-    priority = torch.rand(in_quota.shape, device=in_quota.device) - in_quota.float()
+    priority = (member.cumsum(dim=1).gather(0, groups[None])[0] > quota).float()
+    if no_quota is not None:
+        priority.masked_fill_(no_quota, 1)
     if last_resort is not None:
         priority += last_resort
-    return candidates[priority.topk(num, largest=False, sorted=False).indices]
+    # Another random order: in the first one, members of large groups exceed their quota earlier.
+    priority += torch.rand(groups.shape, device=groups.device)
+    chosen = priority.topk(num, largest=False, sorted=False).indices
+    return candidates.index_select(0, chosen)
 
 
 class BalancedSampler:
@@ -191,52 +194,58 @@ class BalancedSampler:
             return matched_idxs, matched_idxs
         max_positives = int(num_samples * positive_fraction)
         is_positive, is_negative = labels == 1, labels == 0
-        counts = [is_positive.sum(), is_negative.sum()]
-        quota, num_groups = 0, 0
-        if self.positives == "instance_balanced":
-            num_groups = num_instances
-            per_instance = matched_idxs.new_zeros(max(num_instances, 1))
-            per_instance.scatter_add_(0, matched_idxs, is_positive.long())
-            covered = (per_instance > 0).sum().clamp(min=1)
-            quota = torch.round(max_positives / covered).long() + 1
-            counts.append(per_instance.clamp(max=quota).sum())
+        counts = matched_idxs.new_zeros(num_instances + 1)  # positives of each, and none at the end
+        counts.index_add_(0, matched_idxs, is_positive.to(counts.dtype))
         # The only wait for the device.
-        num_positive, num_negative, *num_in_quota = torch.stack(counts).tolist()
+        *per_instance, _, num_negative = torch.cat(
+            [counts, torch.count_nonzero(is_negative)[None]]
+        ).tolist()
+        positive = torch.nonzero_static(is_positive, size=sum(per_instance))[:, 0]
+        positive = self._draw_positives(positive, matched_idxs, per_instance, max_positives)
+        negative = torch.nonzero_static(is_negative, size=num_negative)[:, 0]
+        return positive, self._draw_negatives(negative, max_iou, num_samples - len(positive))
 
-        num_positives = min(num_positive, max_positives)
-        if self.mode == "reference" and num_in_quota:
-            num_positives = self._num_after_top_up(num_positives, num_positive, *num_in_quota)
-        positive = _shuffled_indices(is_positive, num_positive)
-        positive = _draw(positive, matched_idxs[positive], num_groups, quota, num_positives)
-
-        negative = _shuffled_indices(is_negative, num_negative)
-        return positive, self._draw_negatives(negative, max_iou, num_samples - num_positives)
+    def _draw_positives(
+        self, positive: torch.Tensor, matched_idxs: torch.Tensor, per_instance: List[int], num: int
+    ) -> torch.Tensor:
+        """
+        Draw ``num`` of ``positive``, indices into ``matched_idxs``; see :meth:`__call__`.
+        ``per_instance`` is how many of them each instance has.
+        """
+        if len(positive) <= num:
+            return positive
+        positive = _shuffle(positive)
+        if self.positives == "random":
+            return positive[:num]
+        sizes = np.asarray(per_instance)
+        quota = round(num / np.count_nonzero(sizes)) + 1
+        if self.mode == "reference":
+            in_quota = int(np.minimum(sizes, quota).sum())
+            if in_quota < num:
+                # What is missing is drawn from all positives; those that have been drawn already
+                # are not replaced. Let the ones within the quotas come first.
+                topped_up = torch.randperm(len(positive))[: num - in_quota]
+                num = in_quota + int((topped_up >= in_quota).sum())
+        groups = matched_idxs.index_select(0, positive)
+        return _draw(positive, groups, len(sizes), quota, num)
 
     def _draw_negatives(
         self, negative: torch.Tensor, max_iou: torch.Tensor, num: int
     ) -> torch.Tensor:
-        """Draw ``num`` of ``negative``, shuffled indices into ``max_iou``; see :meth:`__call__`."""
+        """Draw ``num`` of ``negative``, indices into ``max_iou``; see :meth:`__call__`."""
+        if len(negative) <= num:
+            return negative
+        negative = _shuffle(negative)
         if self.negatives == "random":
             return negative[:num]
-        quota, iou = num // self.num_bins, max_iou[negative]
+        iou, num_bins = max_iou.index_select(0, negative), self.num_bins
+        quota = num // num_bins
         if self.mode == "paper":
-            bins = iou_bins(iou, self.num_bins, self.negative_iou_thresh)
-            return _draw(negative, bins, self.num_bins, quota, num)
+            # All of them are in a bin, if not for rounding.
+            bins = (iou * (num_bins / self.negative_iou_thresh)).long().clamp_(max=num_bins - 1)
+            return _draw(negative, bins, num_bins, quota, num)
         without_overlap = iou == 0
         # Without ground truth the maximum is 0, too, by which nothing must be divided.
-        bins = iou_bins(iou, self.num_bins, max_iou.max().clamp(min=1e-6))
-        bins = bins.masked_fill(without_overlap, self.num_bins)
-        return _draw(negative, bins, self.num_bins, quota, num, last_resort=without_overlap)
-
-    @staticmethod
-    def _num_after_top_up(num_wanted: int, num_positive: int, num_in_quota: int) -> int:
-        """
-        Number of positives in mode "reference" when ``num_wanted`` of ``num_positive`` are to be
-        drawn and the instances' quotas yield ``num_in_quota`` of them.
-        """
-        missing = num_wanted - num_in_quota
-        if missing <= 0 or num_wanted == num_positive:
-            return num_wanted
-        # What is missing is drawn from all positives. Let those within the quotas come first.
-        topped_up = torch.randperm(num_positive)[:missing]
-        return num_in_quota + int((topped_up >= num_in_quota).sum())
+        bins = iou_bins(iou, num_bins, max_iou.max().clamp(min=1e-6))
+        bins.masked_fill_(without_overlap, num_bins)
+        return _draw(negative, bins, num_bins + 1, quota, num, bins == num_bins, without_overlap)
