@@ -2,12 +2,10 @@
 """Fixtures and small models that the test modules share."""
 
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
@@ -21,42 +19,12 @@ DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
 sys.path.insert(0, str(ROOT))  # for train_net and tools
 
 
-def _stand_in_for_mmcv_ext() -> None:
-    """
-    mmcv-lite has the Python side of its operators but not the compiled one. mmdetection imports
-    all of them and calls two, which torchvision has as well.
-    """
-
-    def missing(name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def operator(*args, **kwargs):
-            raise NotImplementedError(f"mmcv._ext.{name}")
-
-        return operator
-
-    ext = types.ModuleType("mmcv._ext")
-    ext.__getattr__ = missing
-    ext.nms = lambda boxes, scores, iou_threshold, offset: torchvision.ops.nms(
-        boxes, scores, iou_threshold
-    )
-    sys.modules["mmcv._ext"] = ext
-
-
 @pytest.fixture(scope="session")
 def mmdet():
     """The reference, ready to build models on the CPU."""
-    _stand_in_for_mmcv_ext()
-    import mmcv.ops  # noqa: F401
-    import mmdet
+    from tools.uncompiled_mmcv import import_mmdet
 
-    # The package re-exports a function of the module's name.
-    roi_align = sys.modules["mmcv.ops.roi_align"]
-    roi_align.RoIAlign.forward = lambda self, input, rois: torchvision.ops.roi_align(
-        input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
-    )
-    return mmdet
+    return import_mmdet()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+mmdetection with mmcv-lite, which needs no compiler: the Python side of mmcv's operators is there,
+and the two that Libra R-CNN's models call are torchvision's.
+"""
+
+import sys
+import types
+
+import torchvision
+
+__all__ = ["import_mmdet"]
+
+
+def import_mmdet():
+    """
+    Import mmdetection, ready to build and run Libra R-CNN's models, with whichever mmcv there is.
+
+    Returns:
+        the module ``mmdet``.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        import mmcv._ext  # noqa: F401
+    except ImportError:
+        _stand_in_for_operators()
+    import mmdet
+
+    return mmdet
+
+
+def _stand_in_for_operators() -> None:
+    def missing(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*args, **kwargs):
+            raise NotImplementedError(f"mmcv._ext.{name}")
+
+        return operator
+
+    ext = types.ModuleType("mmcv._ext")
+    ext.__getattr__ = missing
+    ext.nms = lambda boxes, scores, iou_threshold, offset: torchvision.ops.nms(
+        boxes, scores, iou_threshold
+    )
+    sys.modules["mmcv._ext"] = ext
+    import mmcv.ops  # noqa: F401
+
+    # The package re-exports a function of the module's name.
+    roi_align = sys.modules["mmcv.ops.roi_align"]
+    roi_align.RoIAlign.forward = lambda self, input, rois: torchvision.ops.roi_align(
+        input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+    )
