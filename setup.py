@@ -23,5 +23,8 @@ setup(
     # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip
     # must not replace under a Detectron2 that was compiled with it. README.md says how.
     install_requires=["fvcore", "pycocotools", "tqdm", "Pillow"],
-    extras_require={"pictures": ["opencv-python-headless"]},  # for Detectron2's visualizer
+    extras_require={
+        "pictures": ["opencv-python-headless"],  # for Detectron2's visualizer
+        "evaluation": ["faster-coco-eval"],  # where Detectron2's compiled evaluator is missing
+    },
 )

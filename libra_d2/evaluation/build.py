@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 
 from ..errors import InputError
+from .fast_coco_evaluator import build_coco_evaluator
 
 __all__ = ["build_evaluator", "check_evaluator_type"]
 
@@ -39,4 +40,4 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     """
     if check_evaluator_type(dataset_name) == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    return COCOEvaluator(dataset_name, output_dir=output_dir)
+    return build_coco_evaluator(dataset_name, output_dir)
