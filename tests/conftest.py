@@ -16,13 +16,13 @@ from libra_d2.data.synthetic import make_synthetic_dataset
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
-sys.path.insert(0, str(ROOT))  # for train_net and tools
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # for train_net and tools
 
 
 @pytest.fixture(scope="session")
 def mmdet():
     """The reference, ready to build models on the CPU."""
-    from tools.uncompiled_mmcv import import_mmdet
+    from uncompiled_mmcv import import_mmdet
 
     return import_mmdet()
 

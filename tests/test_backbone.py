@@ -190,3 +190,47 @@ def test_other_pyramids(make):
     features, expected = libra(image), libra.bfp(list(plain(image).values()))
     for a, b in zip(features.values(), expected):
         torch.testing.assert_close(a, b)
+
+
+def trained_backbone():
+    """In evaluation mode, with a refinement that is not the identity."""
+    backbone = build_backbone(demo_cfg()).eval()
+    torch.nn.init.normal_(backbone.bfp.refine.conv_out.weight, std=0.1)
+    return backbone
+
+
+@pytest.mark.parametrize("size", [(96, 128), (160, 96)])
+def test_compile(size):
+    """One graph, without breaks, the hook that adds the balanced features included."""
+    backbone = trained_backbone()
+    x = torch.randn(1, 3, *size)
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for output, expected in zip(compiled(x).values(), backbone(x).values()):
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx(tmp_path):
+    """The backbone exports for one image size; onnxruntime computes the same features."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    backbone = trained_backbone()
+    names = list(backbone.output_shape())
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, image):
+            return tuple(self.backbone(image).values())
+
+    image = torch.randn(1, 3, 96, 128)
+    path = str(tmp_path / "backbone.onnx")
+    torch.onnx.export(
+        Features().eval(), (image,), path, input_names=["image"], output_names=names, dynamo=True
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = backbone(image)
+    for name, output in zip(names, session.run(names, {"image": image.numpy()})):
+        torch.testing.assert_close(torch.as_tensor(output), expected[name], rtol=1e-4, atol=1e-4)

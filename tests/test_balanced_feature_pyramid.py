@@ -166,3 +166,33 @@ def test_autocast(refine_type):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         BalancedFeaturePyramid(8, 5, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("refine_type", REFINE_TYPES)
+@pytest.mark.parametrize("magnitude", [1.0, 30.0, 20000.0])
+def test_half_precision(dtype, refine_type, magnitude):
+    """
+    Under autocast: finite, and float32's result up to the rounding of the outputs, though the sum
+    of the levels and the dot products of the attention exceed the largest float16.
+    """
+    bfp = BalancedFeaturePyramid(32, 4, refine_level=1, refine_type=refine_type)
+    for parameter in bfp.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    features = [
+        (torch.randn(1, 32, 16 // 2**i, 24 // 2**i).clamp(-3, 3) * magnitude).to(dtype)
+        for i in range(4)
+    ]
+    expected = bfp([x.float() for x in features])
+    inputs = [x.requires_grad_() for x in features]
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = bfp(inputs)
+    for output, exact in zip(outputs, expected):
+        assert output.dtype == dtype
+        representable = exact.abs() < 60000
+        assert representable.double().mean() > 0.5
+        error = (output.float() - exact).abs()[representable]
+        assert error.max() < 1e-2 * exact[representable].abs().max()
+    if magnitude < 100:
+        sum(x.float().square().mean() for x in outputs).backward()
+        assert all(torch.isfinite(x.grad).all() for x in (*inputs, *bfp.parameters()))

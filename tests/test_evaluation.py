@@ -50,10 +50,11 @@ def test_fast_evaluation(synthetic, tmp_path, config):
     for record in DatasetCatalog.get(name):
         # The ground truth, moved a little, with wrong classes and additional boxes.
         truth = Instances((96, 96))
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).repeat(3, 1).float()
+        annotations = 3 * record["annotations"]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).float().view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes += 3 * torch.randn(boxes.shape, generator=rng)
-        classes = torch.tensor([a["category_id"] for a in record["annotations"]]).repeat(3)
+        classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.long)
         wrong = torch.rand(len(boxes), generator=rng) < 0.2
         truth.pred_boxes = Boxes(boxes)
         truth.pred_classes = torch.where(wrong, (classes + 1) % 4, classes)

@@ -56,8 +56,20 @@ class NonLocalBlock(nn.Module):
             x: (N, C, H, W).
 
         Returns:
-            (N, C, H, W), ``x`` plus the attended features.
+            (N, C, H, W), ``x`` plus the attended features. They are computed in float32 under
+            autocast, too: the dot products, which are not scaled, are too large for half precision,
+            and rounded in front of an exponential.
         """
+        if not _is_autocast_enabled(x):
+            return self._attend(x)
+        return self._attend_in_float32(x)
+
+    @torch.jit.unused
+    def _attend_in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._attend(x.float())
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (
             _positions(self.theta(x)),
             _positions(self.phi(x)),
@@ -66,6 +78,14 @@ class NonLocalBlock(nn.Module):
         # The fused kernels never hold the P x P weights: memory grows linearly with P.
         attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+def _is_autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether operations on ``x`` run in mixed precision; TorchScript decides that elsewhere."""
+    if torch.jit.is_scripting():
+        return False
+    else:  # noqa: RET505 (without it the compiler would not skip the next line)
+        return torch.is_autocast_enabled(x.device.type)
 
 
 def _positions(x: torch.Tensor) -> torch.Tensor:
@@ -136,12 +156,15 @@ class BalancedFeaturePyramid(nn.Module):
         # As in the reference: maxima are kept where resolution is lost, values are repeated where
         # it is gained.
         balanced = features[self.refine_level]
+        dtype = balanced.dtype
+        if _is_autocast_enabled(balanced):
+            balanced = balanced.float()  # the sum of all levels might overflow
         for level, feature in enumerate(features):
             if level < self.refine_level:
                 balanced = balanced + F.adaptive_max_pool2d(feature, size)
             elif level > self.refine_level:
                 balanced = balanced + F.interpolate(feature, size=size, mode="nearest")
-        balanced = self.refine(balanced / self.num_levels)
+        balanced = self.refine(balanced / self.num_levels).to(dtype)
 
         outputs = []
         for level, feature in enumerate(features):
