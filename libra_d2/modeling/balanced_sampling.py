@@ -55,6 +55,13 @@ def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.T
     return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
 
 
+def _indices(mask: torch.Tensor, num: int) -> torch.Tensor:
+    """(num,) int64: where ``mask``, (R,) bool, is True, ``num`` times."""
+    # Not to wait for a GPU is worth more than the CPU's faster way.
+    static = mask.is_cuda
+    return (torch.nonzero_static(mask, size=num) if static else mask.nonzero())[:, 0]
+
+
 def _shuffle(x: torch.Tensor) -> torch.Tensor:
     """(R,) in random order."""
     return x.index_select(0, torch.randperm(len(x), device=x.device))
@@ -87,13 +94,14 @@ def _draw(
     """
     # (num_groups, R). Being the n-th member of a group in random order is a random rank in it.
     member = groups == torch.arange(num_groups, device=groups.device)[:, None]
-    priority = (member.cumsum(dim=1).gather(0, groups[None])[0] > quota).float()
+    beyond_quota = member.cumsum(dim=1).gather(0, groups[None])[0] > quota
+    # Another random order: in the first one, members of large groups exceed their quota earlier.
+    priority = torch.rand(groups.shape, device=groups.device)
     if no_quota is not None:
-        priority.masked_fill_(no_quota, 1)
+        beyond_quota |= no_quota
     if last_resort is not None:
         priority += last_resort
-    # Another random order: in the first one, members of large groups exceed their quota earlier.
-    priority += torch.rand(groups.shape, device=groups.device)
+    priority += beyond_quota
     chosen = priority.topk(num, largest=False, sorted=False).indices
     return candidates.index_select(0, chosen)
 
@@ -200,9 +208,9 @@ class BalancedSampler:
         *per_instance, _, num_negative = torch.cat(
             [counts, torch.count_nonzero(is_negative)[None]]
         ).tolist()
-        positive = torch.nonzero_static(is_positive, size=sum(per_instance))[:, 0]
+        positive = _indices(is_positive, sum(per_instance))
         positive = self._draw_positives(positive, matched_idxs, per_instance, max_positives)
-        negative = torch.nonzero_static(is_negative, size=num_negative)[:, 0]
+        negative = _indices(is_negative, num_negative)
         return positive, self._draw_negatives(negative, max_iou, num_samples - len(positive))
 
     def _draw_positives(

@@ -4,6 +4,7 @@
 from typing import Dict, List, Tuple
 
 import torch
+from torch.nn import functional as F
 
 from detectron2.config import configurable
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
@@ -31,13 +32,14 @@ class _IoURecorder:
 
     def __call__(self, match_quality_matrix: torch.Tensor):
         """Args: match_quality_matrix: (M, R) IoUs. Returns: what the matcher returns."""
+        matches, labels = self.matcher(match_quality_matrix)
         num_instances, num_proposals = match_quality_matrix.shape
         self._max_iou = (
-            match_quality_matrix.amax(dim=0)
+            match_quality_matrix.gather(0, matches[None])[0]
             if num_instances > 0
             else match_quality_matrix.new_zeros(num_proposals)
         )
-        return self.matcher(match_quality_matrix)
+        return matches, labels
 
     def pop_max_iou(self) -> torch.Tensor:
         """Return the IoUs of the last call, (R,), once: they are those of one image."""
@@ -68,7 +70,8 @@ class BalancedSamplingMixin:
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
         self.proposal_matcher = _IoURecorder(self.proposal_matcher)
-        self._sample_statistics: List[torch.Tensor] = []
+        # Of each image: instances of the positives, number of instances, IoUs of the negatives.
+        self._drawn: List[Tuple[torch.Tensor, int, torch.Tensor]] = []
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -92,8 +95,7 @@ class BalancedSamplingMixin:
         positives first, and their classes, ``num_classes`` being the background.
         """
         max_iou = self.proposal_matcher.pop_max_iou()
-        sampler = self.proposal_sampler
-        foreground, background = sampler(
+        foreground, background = self.proposal_sampler(
             matched_labels,
             max_iou,
             matched_idxs,
@@ -101,16 +103,11 @@ class BalancedSamplingMixin:
             self.batch_size_per_image,
             self.positive_fraction,
         )
-        covered = matched_idxs.new_zeros(max(len(gt_classes), 1))
-        covered.scatter_(0, matched_idxs[foreground], 1)
-        histogram = iou_histogram(
-            max_iou[background], sampler.num_bins, sampler.negative_iou_thresh
+        instances = matched_idxs.index_select(0, foreground)
+        self._drawn.append((instances, len(gt_classes), max_iou.index_select(0, background)))
+        classes = F.pad(
+            gt_classes.index_select(0, instances), (0, len(background)), value=self.num_classes
         )
-        self._sample_statistics.append(torch.cat([covered.sum()[None], histogram]))
-
-        classes = torch.full_like(matched_idxs, self.num_classes)
-        classes = classes[: len(foreground) + len(background)]
-        classes[: len(foreground)] = gt_classes[matched_idxs[foreground]]
         return torch.cat([foreground, background]), classes
 
     @torch.no_grad()
@@ -118,14 +115,27 @@ class BalancedSamplingMixin:
         self, proposals: List[Instances], targets: List[Instances]
     ) -> List[Instances]:
         """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
-        self._sample_statistics.clear()
+        self._drawn.clear()
         sampled = super().label_and_sample_proposals(proposals, targets)
-        covered, *histogram = torch.stack(self._sample_statistics).double().mean(dim=0).tolist()
-        storage = get_event_storage()
-        storage.put_scalar("roi_head/num_fg_instances", covered)
-        for k, num_negatives in enumerate(histogram):
-            storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
+        self._put_statistics()
         return sampled
+
+    def _put_statistics(self) -> None:
+        """Put the means over the images of the batch into the event storage."""
+        instances, num_instances, background_ious = zip(*self._drawn)
+        offsets = [sum(num_instances[:i]) for i in range(len(instances))]
+        covered = instances[0].new_zeros(sum(num_instances))
+        covered.index_fill_(0, torch.cat([x + i for x, i in zip(instances, offsets)]), 1)
+        sampler = self.proposal_sampler
+        histogram = iou_histogram(
+            torch.cat(background_ious), sampler.num_bins, sampler.negative_iou_thresh
+        )
+        # One wait for the device in each batch.
+        num_covered, *histogram = torch.cat([covered.sum()[None], histogram]).tolist()
+        storage = get_event_storage()
+        storage.put_scalar("roi_head/num_fg_instances", num_covered / len(instances))
+        for k, num_negatives in enumerate(histogram):
+            storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives / len(instances))
 
 
 @ROI_HEADS_REGISTRY.register()
