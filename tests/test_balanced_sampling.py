@@ -265,3 +265,19 @@ def test_iou_histogram():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         BalancedSampler(**kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_instances(mode):
+    """More than a byte can number: one positive of each is drawn, as there is room for."""
+    num_instances, num_each = 300, 4
+    matched_idxs = torch.arange(num_instances).repeat(num_each)
+    labels = torch.ones(len(matched_idxs), dtype=torch.int8)
+    sampler = BalancedSampler(mode=mode)
+    positive, negative = sampler(
+        labels, torch.full((len(labels),), 0.8), matched_idxs, num_instances, 1200, 0.25
+    )
+    assert len(positive) == 300
+    assert len(negative) == 0
+    per_instance = matched_idxs[positive].bincount(minlength=num_instances)
+    assert per_instance.max() <= 2  # round(300 / 300) + 1

@@ -16,6 +16,7 @@ import ctypes
 import gc
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -89,8 +90,9 @@ class Meter:
             once += self._time(step)
         samples: Dict[str, List[float]] = {name: [] for name in steps}
         for _ in range(min(max(int(self.seconds / once), 5), 2000)):
-            for name, step in steps.items():
-                samples[name].append(self._time(step) * 1000)
+            # In another order each time: what runs after a large step finds the caches cold.
+            for name in random.sample(list(steps), len(steps)):
+                samples[name].append(self._time(steps[name]) * 1000)
         quartiles = {name: statistics.quantiles(x, n=4) for name, x in samples.items()}
         return Result(
             what,

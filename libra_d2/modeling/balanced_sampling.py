@@ -12,7 +12,7 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import List, Optional, Tuple, Union
+from typing import Tuple, Union
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def iou_bins(
     Returns:
         (R,) int64: index of the bin of equal width in [0, upper) that holds the IoU; K if none.
     """
-    return (max_iou * (num_bins / upper)).clamp(max=num_bins).long()
+    return (max_iou * (num_bins / upper)).clamp_(max=num_bins).long()
 
 
 def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.Tensor:
@@ -55,55 +55,11 @@ def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.T
     return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
 
 
-def _indices(mask: torch.Tensor, num: int) -> torch.Tensor:
-    """(num,) int64: where ``mask``, (R,) bool, is True, ``num`` times."""
-    # Not to wait for a GPU is worth more than the CPU's faster way.
-    static = mask.is_cuda
-    return (torch.nonzero_static(mask, size=num) if static else mask.nonzero())[:, 0]
-
-
-def _shuffle(x: torch.Tensor) -> torch.Tensor:
-    """(R,) in random order."""
-    return x.index_select(0, torch.randperm(len(x), device=x.device))
-
-
-def _draw(
-    candidates: torch.Tensor,
-    groups: torch.Tensor,
-    num_groups: int,
-    quota: int,
-    num: int,
-    no_quota: Optional[torch.Tensor] = None,
-    last_resort: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """
-    Draw ``num`` of ``candidates``: first, at random, up to ``quota`` of each group, then at random
-    from the rest. More than ``num`` within the quotas are trimmed at random.
-
-    Args:
-        candidates: (R,) int64, what is drawn, in random order; more than ``num``.
-        groups: (R,) int64, in [0, num_groups).
-        num_groups: number of groups.
-        quota: number of draws from each group.
-        num: number of draws in all.
-        no_quota: (R,) bool, candidates whose group has none.
-        last_resort: (R,) bool, candidates drawn only after all others.
-
-    Returns:
-        (num,) int64, without repetition.
-    """
-    # (num_groups, R). Being the n-th member of a group in random order is a random rank in it.
-    member = groups == torch.arange(num_groups, device=groups.device)[:, None]
-    beyond_quota = member.cumsum(dim=1).gather(0, groups[None])[0] > quota
-    # Another random order: in the first one, members of large groups exceed their quota earlier.
-    priority = torch.rand(groups.shape, device=groups.device)
-    if no_quota is not None:
-        beyond_quota |= no_quota
-    if last_resort is not None:
-        priority += last_resort
-    priority += beyond_quota
-    chosen = priority.topk(num, largest=False, sorted=False).indices
-    return candidates.index_select(0, chosen)
+def _smallest(values: np.ndarray, num: int) -> np.ndarray:
+    """Indices of the ``num`` smallest of ``values``, in no particular order."""
+    if num >= len(values):
+        return np.arange(len(values))
+    return np.argpartition(values, num)[:num]
 
 
 class BalancedSampler:
@@ -200,60 +156,67 @@ class BalancedSampler:
         """
         if labels.numel() == 0:
             return matched_idxs, matched_idxs
-        max_positives = int(num_samples * positive_fraction)
-        is_positive, is_negative = labels == 1, labels == 0
-        counts = matched_idxs.new_zeros(num_instances + 1)  # positives of each, and none at the end
-        counts.index_add_(0, matched_idxs, is_positive.to(counts.dtype))
-        # The only wait for the device.
-        *per_instance, _, num_negative = torch.cat(
-            [counts, torch.count_nonzero(is_negative)[None]]
-        ).tolist()
-        positive = _indices(is_positive, sum(per_instance))
-        positive = self._draw_positives(positive, matched_idxs, per_instance, max_positives)
-        negative = _indices(is_negative, num_negative)
-        return positive, self._draw_negatives(negative, max_iou, num_samples - len(positive))
-
-    def _draw_positives(
-        self, positive: torch.Tensor, matched_idxs: torch.Tensor, per_instance: List[int], num: int
-    ) -> torch.Tensor:
-        """
-        Draw ``num`` of ``positive``, indices into ``matched_idxs``; see :meth:`__call__`.
-        ``per_instance`` is how many of them each instance has.
-        """
-        if len(positive) <= num:
-            return positive
-        positive = _shuffle(positive)
-        if self.positives == "random":
-            return positive[:num]
-        sizes = np.asarray(per_instance)
-        quota = round(num / np.count_nonzero(sizes)) + 1
+        # Groups: the instances, the bins, negatives in no bin, those drawn last, and what is not
+        # drawn.
+        first_bin, in_no_bin = num_instances, num_instances + self.num_bins
+        last_resort, ignored = in_no_bin + 1, in_no_bin + 2
+        upper = self.negative_iou_thresh
         if self.mode == "reference":
-            in_quota = int(np.minimum(sizes, quota).sum())
-            if in_quota < num:
-                # What is missing is drawn from all positives; those that have been drawn already
-                # are not replaced. Let the ones within the quotas come first.
-                topped_up = torch.randperm(len(positive))[: num - in_quota]
-                num = in_quota + int((topped_up >= in_quota).sum())
-        groups = matched_idxs.index_select(0, positive)
-        return _draw(positive, groups, len(sizes), quota, num)
+            upper = max_iou.max().clamp(min=1e-6)  # 0 without ground truth
+        groups = iou_bins(max_iou, self.num_bins, upper).add_(first_bin)
+        if self.mode == "reference":
+            groups.masked_fill_(max_iou == 0, last_resort)
+        groups = torch.where(labels == 1, matched_idxs, groups).masked_fill_(labels < 0, ignored)
+        dtype = torch.uint8 if ignored < 256 else torch.int16
+        # The only wait for the device. From here on there is less to do than a GPU takes to start.
+        groups = groups.to(dtype).cpu().numpy()
+        # Sorting a random order by group gives each proposal a random rank in its group.
+        order = torch.randperm(len(groups)).numpy()
+        order = order[np.argsort(groups[order], kind="stable")]
+        groups = groups[order]
+        counts = np.bincount(groups, minlength=ignored + 1)
+        starts = counts.cumsum() - counts
+        num_positive, end = starts[first_bin], starts[ignored]
+        max_positives = min(int(num_samples * positive_fraction), num_positive)
+        quotas = np.zeros(ignored + 1, dtype=np.int64)
+        num_positives = self._set_instance_quotas(quotas, counts[:first_bin], max_positives)
+        num_negatives = num_samples - num_positives
+        if self.negatives == "iou_balanced":
+            quotas[first_bin:in_no_bin] = num_negatives // self.num_bins
 
-    def _draw_negatives(
-        self, negative: torch.Tensor, max_iou: torch.Tensor, num: int
-    ) -> torch.Tensor:
-        """Draw ``num`` of ``negative``, indices into ``max_iou``; see :meth:`__call__`."""
-        if len(negative) <= num:
-            return negative
-        negative = _shuffle(negative)
-        if self.negatives == "random":
-            return negative[:num]
-        iou, num_bins = max_iou.index_select(0, negative), self.num_bins
-        quota = num // num_bins
-        if self.mode == "paper":
-            # All of them are in a bin, if not for rounding.
-            bins = (iou * (num_bins / self.negative_iou_thresh)).long().clamp_(max=num_bins - 1)
-            return _draw(negative, bins, num_bins, quota, num)
-        without_overlap = iou == 0
-        # Without ground truth the maximum is 0, too, by which nothing must be divided.
-        bins = iou_bins(iou, num_bins, max_iou.max().clamp(min=1e-6))
-        bins.masked_fill_(without_overlap, num_bins)
-        return _draw(negative, bins, num_bins + 1, quota, num, bins == num_bins, without_overlap)
+        # Members of a group within its quota come first, at random: the order above would prefer
+        # those of small groups.
+        priority = torch.rand(len(groups)).numpy()
+        priority += np.arange(len(groups)) - starts[groups] >= quotas[groups]
+        if self.negatives == "iou_balanced":
+            priority[starts[last_resort] : end] += 1
+        chosen = np.concatenate(
+            [
+                _smallest(priority[:num_positive], num_positives),
+                _smallest(priority[num_positive:end], num_negatives) + num_positive,
+            ]
+        )
+        chosen = torch.from_numpy(order[chosen]).to(labels.device, non_blocking=True)
+        return chosen[:num_positives], chosen[num_positives:]
+
+    def _set_instance_quotas(self, quotas: np.ndarray, counts: np.ndarray, num: int) -> int:
+        """
+        Args:
+            quotas: set to how many positives to draw of each instance, first of all.
+            counts: how many positives each instance has.
+            num: how many to draw, at most their sum.
+
+        Returns:
+            how many are really drawn.
+        """
+        if self.positives == "random" or num == counts.sum():
+            return int(num)
+        quota = round(num / np.count_nonzero(counts)) + 1
+        quotas[: len(counts)] = quota
+        in_quotas = int(np.minimum(counts, quota).sum())
+        if self.mode == "paper" or in_quotas >= num:
+            return int(num)
+        # What is missing is drawn from all positives, and those that have been drawn already are
+        # not replaced. Let the ones within the quotas come first.
+        topped_up = torch.randperm(int(counts.sum()))[: num - in_quotas]
+        return in_quotas + int((topped_up >= in_quotas).sum())
