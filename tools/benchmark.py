@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -176,7 +177,8 @@ def pyramid(meter: Meter, reference: bool, sizes) -> Iterator[Result]:
         modules[REFERENCE] = lambda *levels: bfp(levels)
     modules[OURS], ours = lambda *levels: ours(list(levels)), modules[OURS]
     for height, width in sizes:
-        levels = [grid((height * 4 // 2**i, width * 4 // 2**i), meter.device) for i in range(5)]
+        scales = [2.0 ** (2 - i) for i in range(5)]
+        levels = [grid((ceil(height * s), ceil(width * s)), meter.device) for s in scales]
         steps = {name: forward_backward(f, *levels) for name, f in modules.items()}
         what = f"balanced feature pyramid, P4 of {height} x {width}, training"
         yield meter.times(what, steps)
