@@ -38,7 +38,7 @@ SPREADS = {
     "phi": 0.7,
     "objectness_logits": 1.0,
     "anchor_deltas": 0.3,
-    "cls_score": 2.0,
+    "cls_score": 1.3,
     "bbox_pred": 0.5,
 }
 
