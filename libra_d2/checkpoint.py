@@ -47,7 +47,7 @@ class LibraCheckpointer(DetectionCheckpointer):
         if path and "://" not in path and not os.path.isfile(path):
             raise InputError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
         try:
-            if path.startswith(("http://", "https://")):
+            if path and path.startswith(("http://", "https://")):
                 path = fetch(path)
             return super().load(path, *args, **kwargs)
         except OSError as e:  # an unreadable file, or a URL without a connection
