@@ -121,7 +121,7 @@ def from_mmdetection(state: State) -> State:
             continue
         if module in ("bbox_head.retina_cls", "bbox_head.retina_reg"):
             value = _reorder_anchors(value, _NUM_RATIOS, _NUM_SCALES)
-        converted[f"{names.get(module, module)}.{leaf}"] = value
+        converted[f"{names[module]}.{leaf}" if module in names else key] = value
     return converted
 
 
@@ -161,7 +161,7 @@ def _is_resnet(state: Dict[str, Any]) -> bool:
     return {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys()
 
 
-def unwrap_mmdetection(content: Dict[str, Any]) -> Tuple[State, Dict[str, Any]]:
+def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     """
     Args:
         content: of a checkpoint of mmdetection's, or of a file that holds weights alone.
@@ -169,12 +169,25 @@ def unwrap_mmdetection(content: Dict[str, Any]) -> Tuple[State, Dict[str, Any]]:
     Returns:
         the weights, without the prefix of data parallel training; and what describes them. The
         optimizer and the like are left out.
+
+    Raises:
+        InputError: if there are no weights in it, or if they are from mmdetection 1.x.
     """
     meta = {}
-    if isinstance(content.get("state_dict"), dict):
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         meta, content = content.get("meta"), content["state_dict"]
+    if not isinstance(content, dict):
+        raise InputError(f"not a checkpoint: it holds a {type(content).__name__}")
     state = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
-    return state, meta if isinstance(meta, dict) else {}
+    if not state:
+        raise InputError("not a checkpoint: there are no weights in it")
+    for key, value in state.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
+    meta = meta if isinstance(meta, dict) else {}
+    if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
+        raise InputError(_OLD_VERSION)
+    return state, meta
 
 
 def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
@@ -188,19 +201,11 @@ def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
         the converted one, or the same without what is wrapped around its weights.
 
     Raises:
-        InputError: if there are no weights in it, or if they are from mmdetection 1.x.
+        InputError: see :func:`unwrap_mmdetection`.
     """
-    model = checkpoint["model"]
-    state, meta = unwrap_mmdetection(model) if isinstance(model, dict) else ({}, {})
-    if not state:
-        raise InputError("not a checkpoint: there are no weights in it")
-    for key, value in state.items():
-        if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
+    state, _ = unwrap_mmdetection(checkpoint["model"])
     if _is_resnet(state):
         state = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
     if not is_mmdetection(state):
         return {**checkpoint, "model": state}
-    if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
-        raise InputError(_OLD_VERSION)
     return {"model": from_mmdetection(state), "__author__": "mmdetection"}

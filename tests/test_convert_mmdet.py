@@ -75,6 +75,13 @@ class Malicious:
         ({"model": {"a.weight": torch.zeros(1)}}, "source.pth: 'a.weight' has no counterpart"),
         ({"state_dict": {}}, "source.pth: not a checkpoint"),
         ([1], "source.pth: not a checkpoint: it holds a list"),
+        (
+            {
+                "meta": {"mmdet_version": "1.2.0"},
+                "state_dict": {"backbone.conv1.weight": torch.zeros(1)},
+            },
+            "source.pth: a checkpoint of mmdetection 1.x",
+        ),
         (Malicious(), "source.pth: not loaded, .*short: Unsupported global: GLOBAL io.open$"),
         (
             {"state_dict": {"backbone.conv1.weight": torch.zeros(1), "mask": torch.zeros(1)}},

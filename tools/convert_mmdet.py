@@ -12,7 +12,6 @@ for other programs.
 """
 
 import argparse
-import os
 from typing import Any, Dict
 
 import torch
@@ -28,6 +27,7 @@ from libra_d2.mmdetection_weights import (
 )
 from libra_d2.safe_reading import load_arrays, reading_weights
 from libra_d2.weights_description import describe_weights
+from libra_d2.whole_file import write_whole
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -51,11 +51,8 @@ def convert(content: Any) -> Dict[str, Any]:
     Raises:
         InputError: if it is of no Libra model or one of its parents.
     """
-    if not isinstance(content, dict):
-        raise InputError(f"not a checkpoint: it holds a {type(content).__name__}")
-    state, meta = unwrap_mmdetection(content)
-    if not state:
-        raise InputError("not a checkpoint: there are no weights in it")
+    is_detectron2 = isinstance(content, dict) and "model" in content
+    state, meta = unwrap_mmdetection(content["model"] if is_detectron2 else content)
     if is_mmdetection(state):
         model = from_mmdetection(state)
         to_mmdetection(model)  # all of them have names
@@ -65,8 +62,7 @@ def convert(content: Any) -> Dict[str, Any]:
             "__author__": "mmdetection",
             "mmdetection": {"meta": meta, "counters": counters},
         }
-    model = content.get("model", content)
-    model = {key: torch.as_tensor(value) for key, value in model.items()}
+    model = {key: torch.as_tensor(value) for key, value in state.items()}
     extra = content.get("mmdetection", {"meta": {}, "counters": {}})
     return {"meta": extra["meta"], "state_dict": {**to_mmdetection(model), **extra["counters"]}}
 
@@ -79,10 +75,9 @@ def run(args: argparse.Namespace) -> None:
         else:
             content = torch.load(args.source, map_location="cpu", weights_only=True)
         converted = convert(content)
-    unfinished = f"{args.target}.unfinished"
     try:
-        torch.save(converted, unfinished)
-        os.replace(unfinished, args.target)
+        with write_whole(args.target) as f:
+            torch.save(converted, f)
     except (OSError, RuntimeError) as e:
         raise InputError(f"{args.target}: cannot be written: {e}") from e
     if "model" in converted:

@@ -16,6 +16,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 
 from ..errors import InputError
+from ..whole_file import write_whole
 
 __all__ = ["read_coco_json", "check_images", "register_coco_json"]
 
@@ -233,10 +234,8 @@ def register_coco_json(
     if changes:
         os.makedirs(cache_dir, exist_ok=True)
         used_file = os.path.join(cache_dir, f"{name}.json")
-        unfinished = f"{used_file}.{comm.get_rank()}"  # each process writes the same content
-        with open(unfinished, "w", encoding="utf-8") as f:
+        with write_whole(used_file, "w") as f:
             json.dump(dataset, f)
-        os.replace(unfinished, used_file)
         json_file = used_file
 
     def load() -> List[Dict]:

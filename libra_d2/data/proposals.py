@@ -17,10 +17,10 @@ import numpy as np
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils import comm
 
 from ..errors import InputError, one_line
 from ..safe_reading import load_arrays
+from ..whole_file import write_whole
 
 __all__ = ["PartialProposals", "is_complete", "prepare_proposals", "write_proposals"]
 
@@ -44,8 +44,7 @@ def write_proposals(
         identity: describes how the proposals were made; Detectron2 ignores it.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    unfinished = f"{path}.{comm.get_rank()}"  # each process writes the same content
-    with open(unfinished, "wb") as f:
+    with write_whole(path) as f:
         pickle.dump(
             {
                 "ids": ids,
@@ -57,7 +56,6 @@ def write_proposals(
             f,
             protocol=4,
         )
-    os.replace(unfinished, path)
 
 
 def _check_arrays(path: str, arrays: List, columns: Tuple[int, ...], what: str) -> None:

@@ -33,6 +33,8 @@ def label_without_padding(
         [-(-side // _SIZE_DIVISOR) * _SIZE_DIVISOR for side in x.image_size] for x in gt_instances
     ]
     largest = [max(sides) for sides in zip(*sizes)]
+    if all(size == largest for size in sizes):
+        return label_anchors(anchors, gt_instances)
     all_anchors = Boxes.cat(anchors)
     centers = all_anchors.get_centers()
     labels, boxes = [], []

@@ -61,11 +61,13 @@ class BalancedSamplingMixin:
     * ``roi_head/num_fg_instances``: ground-truth instances with at least one positive drawn.
     """
 
+    @configurable
     def __init__(self, *, proposal_sampler: BalancedSampler, **kwargs):
         """
         Args:
             proposal_sampler: draws ``batch_size_per_image`` proposals of each image.
-            kwargs: arguments of the ROI heads.
+            kwargs: arguments of the ROI heads. Pass :class:`LibraFastRCNNOutputLayers` as their box
+                predictors for balanced L1 loss.
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
@@ -149,15 +151,6 @@ class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: arguments of :class:`BalancedSamplingMixin` and :class:`StandardROIHeads`. Pass
-                a :class:`LibraFastRCNNOutputLayers` as ``box_predictor`` for balanced L1 loss.
-        """
-        super().__init__(**kwargs)
-
     @classmethod
     def _init_box_head(cls, cfg, input_shape) -> Dict:
         ret = super()._init_box_head(cfg, input_shape)
@@ -172,18 +165,6 @@ class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
     The later stages train on all boxes that the stage before them returns, so that there is nothing
     to draw from.
     """
-
-    mask_on: torch.jit.Final[bool]
-    keypoint_on: torch.jit.Final[bool]
-
-    @configurable
-    def __init__(self, **kwargs):
-        """
-        Args:
-            kwargs: arguments of :class:`BalancedSamplingMixin` and :class:`CascadeROIHeads`. Pass
-                :class:`LibraFastRCNNOutputLayers` as ``box_predictors`` for balanced L1 loss.
-        """
-        super().__init__(**kwargs)
 
     @classmethod
     def _init_box_head(cls, cfg, input_shape) -> Dict:
