@@ -45,6 +45,7 @@ from libra_d2.modeling import (
 )
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
+PARTS = ("non-local", "pyramid", "sampling", "loss", "models")
 
 
 @dataclass
@@ -379,7 +380,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
-    parser.add_argument("--only", choices=("components", "models"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument(
         "--p4-size",
         type=int,
@@ -416,20 +417,17 @@ def main(argv=None) -> int:
     height, width = args.p4_size
     sizes = [(height // 2, width // 2), (height, width), (height * 2, width * 2)]
     image_size = tuple(args.image_size or ((256, 320) if args.device == "cpu" else (800, 1344)))
-    parts: List[Iterator[Result]] = []
-    if args.only != "models":
-        parts += [
-            non_local(meter, reference, sizes),
-            pyramid(meter, reference, sizes[:2]),
-            sampling(meter, reference),
-            box_loss(meter, reference),
-        ]
-    if args.only != "components":
-        parts.append(whole_models(meter, image_size))
+    parts: Dict[str, Iterator[Result]] = {
+        "non-local": non_local(meter, reference, sizes),
+        "pyramid": pyramid(meter, reference, sizes[:2]),
+        "sampling": sampling(meter, reference),
+        "loss": box_loss(meter, reference),
+        "models": whole_models(meter, image_size),
+    }
     results = []
     with tqdm(unit="result") as progress:
-        for part in parts:
-            for result in part:
+        for name in args.only:
+            for result in parts[name]:
                 results.append(result)
                 progress.update()
                 progress.set_description(result.what)

@@ -12,54 +12,84 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import Tuple, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["BalancedSampler", "iou_histogram", "NEGATIVE_SAMPLERS", "POSITIVE_SAMPLERS", "MODES"]
+__all__ = [
+    "BalancedSampler",
+    "Draw",
+    "iou_histogram",
+    "NEGATIVE_SAMPLERS",
+    "POSITIVE_SAMPLERS",
+    "MODES",
+]
 
 NEGATIVE_SAMPLERS = ("iou_balanced", "random")
 POSITIVE_SAMPLERS = ("instance_balanced", "random")
 MODES = ("paper", "reference")
 
 
-def iou_bins(
-    max_iou: torch.Tensor, num_bins: int, upper: Union[float, torch.Tensor]
-) -> torch.Tensor:
+def iou_bins(max_iou: np.ndarray, num_bins: int, upper: float) -> np.ndarray:
     """
     Args:
-        max_iou: (R,), in [0, 1].
+        max_iou: (R,) float32, in [0, 1].
         num_bins: K.
-        upper: scalar in (0, 1], upper end of the last bin, exclusive.
+        upper: in (0, 1], upper end of the last bin, exclusive.
 
     Returns:
         (R,) int64: index of the bin of equal width in [0, upper) that holds the IoU; K if none.
     """
-    return (max_iou * (num_bins / upper)).clamp_(max=num_bins).long()
+    return np.minimum(max_iou * np.float32(num_bins / upper), num_bins).astype(np.int64)
 
 
-def iou_histogram(max_iou: torch.Tensor, num_bins: int, upper: float) -> torch.Tensor:
+def iou_histogram(max_iou: np.ndarray, num_bins: int, upper: float) -> np.ndarray:
     """
-    Count IoUs in K bins of equal width in [0, upper), without host synchronization.
+    Count IoUs in K bins of equal width in [0, upper).
 
     Args:
-        max_iou: (R,), in [0, 1].
+        max_iou: (R,) float32, in [0, 1].
         num_bins: K.
         upper: in (0, 1].
 
     Returns:
         (K,) int64. IoUs of ``upper`` or above are not counted.
     """
-    bins = iou_bins(max_iou, num_bins, upper)
-    return bins.new_zeros(num_bins + 1).scatter_add_(0, bins, torch.ones_like(bins))[:num_bins]
+    return np.bincount(iou_bins(max_iou, num_bins, upper), minlength=num_bins + 1)[:num_bins]
 
 
-def _smallest(values: np.ndarray, num: int) -> np.ndarray:
-    """Indices of the ``num`` smallest of ``values``, in no particular order."""
-    if num >= len(values):
-        return np.arange(len(values))
-    return np.argpartition(values, num)[:num]
+def _draw_counts(sizes: np.ndarray, num: int) -> np.ndarray:
+    """
+    Args:
+        sizes: (G,) int64, sizes of groups.
+        num: at least 0.
+
+    Returns:
+        (G,) int64: how many members of each group are among ``num`` (or all, if there are fewer)
+        that are drawn at random from all groups together, without replacement.
+    """
+    if num == 0:
+        return np.zeros_like(sizes)
+    ends = sizes.cumsum()
+    if num >= ends[-1]:
+        return sizes
+    drawn = torch.randperm(int(ends[-1]))[:num].numpy()
+    return np.bincount(ends.searchsorted(drawn, side="right"), minlength=len(sizes))
+
+
+class Draw(NamedTuple):
+    """What a :class:`BalancedSampler` has drawn from one image."""
+
+    #: indices in [0, R) of the positives drawn, without repetition, ordered by instance
+    positives: torch.Tensor
+    #: the same of the negatives, ordered by group
+    negatives: torch.Tensor
+    #: number of ground-truth instances with at least one positive drawn
+    num_instances: int
+    #: (K,) int64, on the host: negatives drawn from each of K bins of equal width of the
+    #: negatives' IoU range, whichever sampler drew them
+    negatives_in_bins: np.ndarray
 
 
 class BalancedSampler:
@@ -137,7 +167,7 @@ class BalancedSampler:
         num_instances: int,
         num_samples: int,
         positive_fraction: float,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> Draw:
         """
         Args:
             labels: (R,) integer, each one of 1, 0 and -1.
@@ -150,73 +180,90 @@ class BalancedSampler:
                 are positives.
 
         Returns:
-            indices in [0, R) of the positives and of the negatives drawn, without repetition, in
-            no particular order. There are ``num_samples`` of them unless there are too few
-            negatives. The host waits for the device once.
+            the proposals drawn, ``num_samples`` unless there are too few negatives. The host waits
+            for the device once.
         """
-        if labels.numel() == 0:
-            return matched_idxs, matched_idxs
-        # Groups: the instances, the bins, negatives in no bin, those drawn last, and what is not
-        # drawn.
-        first_bin, in_no_bin = num_instances, num_instances + self.num_bins
-        last_resort, ignored = in_no_bin + 1, in_no_bin + 2
+        # From here on there is less to do than a GPU takes to start.
+        host_labels, iou, instances = (
+            x.cpu().numpy() for x in (labels, max_iou.float(), matched_idxs)
+        )
+        # Groups: the M instances, the K bins, negatives in no bin, negatives that are drawn once
+        # all others are, and what is not drawn.
+        first_bin, ignored = num_instances, num_instances + self.num_bins + 2
         upper = self.negative_iou_thresh
         if self.mode == "reference":
-            upper = max_iou.max().clamp(min=1e-6)  # 0 without ground truth
-        groups = iou_bins(max_iou, self.num_bins, upper).add_(first_bin)
-        if self.mode == "reference":
-            groups.masked_fill_(max_iou == 0, last_resort)
-        groups = torch.where(labels == 1, matched_idxs, groups).masked_fill_(labels < 0, ignored)
-        dtype = torch.uint8 if ignored < 256 else torch.int16
-        # The only wait for the device. From here on there is less to do than a GPU takes to start.
-        groups = groups.to(dtype).cpu().numpy()
-        # Sorting a random order by group gives each proposal a random rank in its group.
+            upper = max(iou.max(initial=0), 1e-6)  # 0 without ground truth
+        groups = iou_bins(iou, self.num_bins, upper)
+        groups += first_bin
+        if self.mode == "reference" and self.negatives == "iou_balanced":
+            groups[iou == 0] = ignored - 1
+        np.copyto(groups, instances, where=host_labels == 1)
+        groups[host_labels < 0] = ignored
+        # Small integers are sorted in linear time.
+        groups = groups.astype(np.uint8 if ignored < 256 else np.uint16)
+
+        # A random order, sorted by group. In it the first members of a group are a random draw of
+        # them, so that all there is left to decide is how many to take of each.
         order = torch.randperm(len(groups)).numpy()
         order = order[np.argsort(groups[order], kind="stable")]
-        groups = groups[order]
-        counts = np.bincount(groups, minlength=ignored + 1)
-        starts = counts.cumsum() - counts
-        num_positive, end = starts[first_bin], starts[ignored]
-        max_positives = min(int(num_samples * positive_fraction), num_positive)
-        quotas = np.zeros(ignored + 1, dtype=np.int64)
-        num_positives = self._set_instance_quotas(quotas, counts[:first_bin], max_positives)
-        num_negatives = num_samples - num_positives
-        if self.negatives == "iou_balanced":
-            quotas[first_bin:in_no_bin] = num_negatives // self.num_bins
-
-        # Members of a group within its quota come first, at random: the order above would prefer
-        # those of small groups.
-        priority = torch.rand(len(groups)).numpy()
-        priority += np.arange(len(groups)) - starts[groups] >= quotas[groups]
-        if self.negatives == "iou_balanced":
-            priority[starts[last_resort] : end] += 1
-        chosen = np.concatenate(
-            [
-                _smallest(priority[:num_positive], num_positives),
-                _smallest(priority[num_positive:end], num_negatives) + num_positive,
-            ]
+        sizes = np.bincount(groups, minlength=ignored + 1)[:ignored]
+        max_positives = min(int(num_samples * positive_fraction), sizes[:first_bin].sum())
+        from_instances = self._draw_from_instances(sizes[:first_bin], max_positives)
+        num_positives = int(from_instances.sum())
+        from_bins = self._draw_from_bins(sizes[first_bin:], num_samples - num_positives)
+        taken = np.concatenate([from_instances, from_bins])
+        # Positions of the first taken[g] of each group g, one group after the other.
+        skipped = np.cumsum(sizes - taken) - (sizes - taken)
+        chosen = order[np.arange(taken.sum()) + np.repeat(skipped, taken)]
+        on_device = torch.from_numpy(chosen).to(labels.device, non_blocking=True)
+        return Draw(
+            positives=on_device[:num_positives],
+            negatives=on_device[num_positives:],
+            num_instances=int(np.count_nonzero(from_instances)),
+            negatives_in_bins=iou_histogram(
+                iou[chosen[num_positives:]], self.num_bins, self.negative_iou_thresh
+            ),
         )
-        chosen = torch.from_numpy(order[chosen]).to(labels.device, non_blocking=True)
-        return chosen[:num_positives], chosen[num_positives:]
 
-    def _set_instance_quotas(self, quotas: np.ndarray, counts: np.ndarray, num: int) -> int:
+    def _draw_from_instances(self, sizes: np.ndarray, num: int) -> np.ndarray:
         """
         Args:
-            quotas: set to how many positives to draw of each instance, first of all.
-            counts: how many positives each instance has.
+            sizes: (M,), how many positives each instance has.
             num: how many to draw, at most their sum.
 
         Returns:
-            how many are really drawn.
+            (M,), how many to draw of each.
         """
-        if self.positives == "random" or num == counts.sum():
-            return int(num)
-        quota = round(num / np.count_nonzero(counts)) + 1
-        quotas[: len(counts)] = quota
-        in_quotas = int(np.minimum(counts, quota).sum())
-        if self.mode == "paper" or in_quotas >= num:
-            return int(num)
-        # What is missing is drawn from all positives, and those that have been drawn already are
-        # not replaced. Let the ones within the quotas come first.
-        topped_up = torch.randperm(int(counts.sum()))[: num - in_quotas]
-        return in_quotas + int((topped_up >= in_quotas).sum())
+        if num == sizes.sum():
+            return sizes
+        if self.positives == "random":
+            return _draw_counts(sizes, num)
+        quotas = np.minimum(sizes, round(num / np.count_nonzero(sizes)) + 1)
+        missing = num - quotas.sum()
+        if missing < 0:
+            return _draw_counts(quotas, num)
+        if self.mode == "reference":
+            # What is missing is drawn from all positives, and those that have been drawn already
+            # are not replaced.
+            within, beyond = np.split(
+                _draw_counts(np.concatenate([quotas, sizes - quotas]), missing), 2
+            )
+            return quotas + beyond
+        return quotas + _draw_counts(sizes - quotas, missing)
+
+    def _draw_from_bins(self, sizes: np.ndarray, num: int) -> np.ndarray:
+        """
+        Args:
+            sizes: (K + 2,), how many negatives there are in each bin, in no bin, and of those that
+                are drawn once all others are.
+            num: how many to draw.
+
+        Returns:
+            (K + 2,), how many to draw of each.
+        """
+        taken = np.zeros_like(sizes)
+        if self.negatives == "iou_balanced":
+            taken[: self.num_bins] = np.minimum(sizes[: self.num_bins], num // self.num_bins)
+        taken[:-1] += _draw_counts((sizes - taken)[:-1], num - taken.sum())
+        taken[-1] = min(sizes[-1], num - taken.sum())
+        return taken

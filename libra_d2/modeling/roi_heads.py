@@ -3,6 +3,7 @@
 
 from typing import Dict, List, Tuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
-from .balanced_sampling import BalancedSampler, iou_histogram
+from .balanced_sampling import BalancedSampler, Draw
 from .fast_rcnn import LibraFastRCNNOutputLayers
 
 __all__ = ["BalancedSamplingMixin", "LibraCascadeROIHeads", "LibraROIHeads"]
@@ -72,8 +73,7 @@ class BalancedSamplingMixin:
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
         self.proposal_matcher = _IoURecorder(self.proposal_matcher)
-        # Of each image: instances of the positives, number of instances, IoUs of the negatives.
-        self._drawn: List[Tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._draws: List[Draw] = []  # of the images of the batch
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -97,7 +97,7 @@ class BalancedSamplingMixin:
         positives first, and their classes, ``num_classes`` being the background.
         """
         max_iou = self.proposal_matcher.pop_max_iou()
-        foreground, background = self.proposal_sampler(
+        draw = self.proposal_sampler(
             matched_labels,
             max_iou,
             matched_idxs,
@@ -105,39 +105,29 @@ class BalancedSamplingMixin:
             self.batch_size_per_image,
             self.positive_fraction,
         )
-        instances = matched_idxs.index_select(0, foreground)
-        self._drawn.append((instances, len(gt_classes), max_iou.index_select(0, background)))
-        classes = F.pad(
-            gt_classes.index_select(0, instances), (0, len(background)), value=self.num_classes
-        )
-        return torch.cat([foreground, background]), classes
+        self._draws.append(draw)
+        classes = gt_classes[matched_idxs[draw.positives]]
+        classes = F.pad(classes, (0, len(draw.negatives)), value=self.num_classes)
+        return torch.cat([draw.positives, draw.negatives]), classes
 
     @torch.no_grad()
     def label_and_sample_proposals(
         self, proposals: List[Instances], targets: List[Instances]
     ) -> List[Instances]:
         """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
-        self._drawn.clear()
+        self._draws.clear()
         sampled = super().label_and_sample_proposals(proposals, targets)
         self._put_statistics()
         return sampled
 
     def _put_statistics(self) -> None:
         """Put the means over the images of the batch into the event storage."""
-        instances, num_instances, background_ious = zip(*self._drawn)
-        offsets = [sum(num_instances[:i]) for i in range(len(instances))]
-        covered = instances[0].new_zeros(sum(num_instances))
-        covered.index_fill_(0, torch.cat([x + i for x, i in zip(instances, offsets)]), 1)
-        sampler = self.proposal_sampler
-        histogram = iou_histogram(
-            torch.cat(background_ious), sampler.num_bins, sampler.negative_iou_thresh
-        )
-        # One wait for the device in each batch.
-        num_covered, *histogram = torch.cat([covered.sum()[None], histogram]).tolist()
         storage = get_event_storage()
-        storage.put_scalar("roi_head/num_fg_instances", num_covered / len(instances))
-        for k, num_negatives in enumerate(histogram):
-            storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives / len(instances))
+        num_instances = np.mean([draw.num_instances for draw in self._draws])
+        storage.put_scalar("roi_head/num_fg_instances", num_instances)
+        in_bins = np.mean([draw.negatives_in_bins for draw in self._draws], axis=0)
+        for k, num_negatives in enumerate(in_bins):
+            storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
 
 
 @ROI_HEADS_REGISTRY.register()
