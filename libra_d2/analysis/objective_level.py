@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objective level: how much small and large box errors contribute to the gradient (Figure 5)."""
+
+from typing import Any, Callable, Dict, Tuple
+
+import numpy as np
+import torch
+from fvcore.nn import smooth_l1_loss
+
+from ..modeling import balanced_l1_loss
+
+__all__ = ["objective_statistics", "plot_gradient_shares", "plot_losses"]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _smooth_l1(beta: float) -> Loss:
+    return lambda input, target: smooth_l1_loss(input, target, beta=beta, reduction="none")
+
+
+def _balanced_l1(**arguments) -> Loss:
+    return lambda input, target: balanced_l1_loss(input, target, **arguments)
+
+
+def loss_and_gradient(loss: Loss, errors: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        loss: of predictions and targets, not reduced.
+        errors: (n,).
+
+    Returns:
+        (n,) value and (n,) absolute gradient of the loss for predictions that err by ``errors``.
+    """
+    with torch.enable_grad():
+        input = errors.clone().requires_grad_()
+        values = loss(input, torch.zeros_like(input))
+        (gradient,) = torch.autograd.grad(values.sum(), input)
+    return values.detach(), gradient.abs()
+
+
+def objective_statistics(
+    errors: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    gamma: float = 1.5,
+    beta: float = 1.0,
+    form: str = "scaled",
+    smooth_l1_beta: float = 1.0,
+) -> Dict[str, Any]:
+    """
+    Compare the gradients of smooth L1 and of balanced L1 loss for the same errors.
+
+    Args:
+        errors: (n,) absolute differences of predicted and target deltas.
+        alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
+        smooth_l1_beta: where smooth L1 loss becomes linear. 0 for L1 loss.
+
+    Returns:
+        ``beta``; ``inliers``, the share of the errors below it; ``percentiles``, 100 errors in
+        equal steps of rank; and for "smooth L1" and "balanced L1": ``inlier_gradient``, the share
+        of the absolute gradient that is the inliers', and ``cumulative``, the share of those up to
+        each percentile.
+    """
+    errors = errors.sort().values
+    ranks = (torch.linspace(0, 1, 101)[1:] * len(errors)).long().clamp(min=1) - 1
+    statistics: Dict[str, Any] = {
+        "beta": beta,
+        "num_errors": len(errors),
+        "inliers": (errors < beta).float().mean().item(),
+        "percentiles": errors[ranks].tolist(),
+    }
+    losses = {
+        "smooth L1": _smooth_l1(smooth_l1_beta),
+        "balanced L1": _balanced_l1(alpha=alpha, gamma=gamma, beta=beta, form=form),
+    }
+    for name, loss in losses.items():
+        _, gradient = loss_and_gradient(loss, errors)
+        total = gradient.double().sum().clamp(min=1e-12)
+        statistics[name] = {
+            "inlier_gradient": (gradient[errors < beta].double().sum() / total).item(),
+            "cumulative": (gradient.double().cumsum(0)[ranks] / total).tolist(),
+        }
+    return statistics
+
+
+def plot_losses(*, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0, form: str = "scaled"):
+    """
+    Draw gradient and value of balanced L1 loss, for several alpha and for several gamma, beside
+    smooth L1 loss.
+
+    Args:
+        alpha, gamma, beta, form: see :func:`balanced_l1_loss`; the parameter that is not varied
+            keeps its value.
+
+    Returns:
+        the matplotlib figure.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    errors = torch.linspace(0, 2 * beta, 401)[1:]
+    varied = {"alpha": (0.2, 0.3, 0.5, 1.0), "gamma": (0.5, 1.0, 1.5, 2.0)}
+    for column, (name, values) in zip(axes.T, varied.items()):
+        arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}
+        curves = {"smooth L1": (_smooth_l1(beta), "#555555", "--")}
+        for i, value in enumerate(values):
+            color = colormaps["viridis"](0.1 + 0.75 * i / (len(values) - 1))
+            loss = _balanced_l1(**{**arguments, name: value})
+            curves[f"{name} {value}"] = (loss, color, "-")
+        for label, (loss, color, style) in curves.items():
+            value, gradient = loss_and_gradient(loss, errors)
+            for axis, y in zip(column, (gradient, value)):
+                axis.plot(errors, y, style, color=color, label=label)
+        fixed = f"gamma {gamma}" if name == "alpha" else f"alpha {alpha}"
+        column[0].set_title(f"{name} varied, {fixed}")
+        column[1].legend(frameon=False, fontsize=9)
+    axes[0, 0].set_ylabel("gradient")
+    axes[1, 0].set_ylabel("loss")
+    for axis in axes.flat:
+        axis.axvline(beta, color="#bbbbbb", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("error of a box delta")
+    return figure
+
+
+def plot_gradient_shares(statistics: Dict[str, Any]):
+    """
+    Draw what :func:`objective_statistics` returns.
+
+    Returns:
+        the matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = {"smooth L1": "#9aa5b1", "balanced L1": "#3b6fb6"}
+    ranks = np.arange(1, 101)
+    left.plot(ranks, statistics["percentiles"], color="#e0a030")
+    left.axhline(statistics["beta"], color="#555555", linewidth=0.8, linestyle=":")
+    left.set(
+        title=f"{statistics['num_errors']} box errors, sorted",
+        xlabel="smallest errors (%)",
+        ylabel="error of a box delta",
+        yscale="log",
+    )
+    left.text(2, statistics["beta"], "beta", va="bottom", fontsize=9)
+    for name, color in colors.items():
+        numbers = statistics[name]
+        share = 100 * numbers["inlier_gradient"]
+        right.plot(
+            ranks,
+            100 * np.array(numbers["cumulative"]),
+            color=color,
+            label=f"{name}: {share:.0f}% from inliers",
+        )
+    inliers = 100 * statistics["inliers"]
+    right.axvline(inliers, color="#555555", linewidth=0.8, linestyle=":")
+    right.text(inliers, 2, f"{inliers:.0f}% inliers ", ha="right", fontsize=9)
+    right.set(
+        title="their share of the gradient",
+        xlabel="smallest errors (%)",
+        ylabel="share of the gradient (%)",
+    )
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
