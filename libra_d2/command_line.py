@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from .config import add_libra_config
 from .data import prepare_proposals, register_coco_json
 from .errors import InputError, one_line
+from .model_zoo import get_config_file
 
 __all__ = [
     "add_data_arguments",
@@ -68,17 +69,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def read_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:
     """
     Make the config of a file and of ``KEY VALUE`` pairs, on the CPU if there is no GPU.
 
+    Args:
+        config_file: a path, or a name for :func:`libra_d2.model_zoo.get_config_file`.
+        opts: the pairs.
+        output: whether to make sure that there is a directory OUTPUT_DIR.
+
     Raises:
-        InputError: if a key or value is unknown or of another type.
+        InputError: if there is no such file, or a key or value is unknown or of another type.
     """
     cfg = get_cfg()
     add_libra_config(cfg)
     if config_file:
         with blamed_on(config_file):
+            if not os.path.exists(config_file) and "://" not in config_file:
+                config_file = get_config_file(config_file)
             cfg.merge_from_file(config_file, allow_unsafe=False)
     with blamed_on("command line"):
         cfg.merge_from_list(list(opts))
@@ -90,8 +98,9 @@ def read_config(config_file: str, opts: Sequence[str]) -> CfgNode:
         raise InputError(
             "MODEL.LIBRA.NUM_PICTURES: drawing needs OpenCV; `pip install opencv-python-headless`"
         )
-    with blamed_on(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}"):
-        PathManager.mkdirs(cfg.OUTPUT_DIR)
+    if output:
+        with blamed_on(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}"):
+            PathManager.mkdirs(cfg.OUTPUT_DIR)
     return cfg
 
 

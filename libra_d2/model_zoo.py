@@ -89,7 +89,9 @@ def get_config_file(config_path: str) -> str:
         path = root / config_path
         if path.is_file():
             return str(path)
-    raise RuntimeError(f"{config_path!r} is not a config of the Libra R-CNN model zoo")
+    raise RuntimeError(
+        f"{config_path!r} is neither a file nor a config of the Libra R-CNN model zoo"
+    )
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode:

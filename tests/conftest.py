@@ -16,7 +16,7 @@ from libra_d2.data.synthetic import make_synthetic_dataset
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # for train_net and tools
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "demo")]  # for the scripts
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def test_published_urls(mmdet):
 def test_unknown_names():
     with pytest.raises(RuntimeError, match="no published weights for '.*fast_rcnn_R_50_FPN_1x"):
         model_zoo.get_checkpoint_url("COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml")
-    with pytest.raises(RuntimeError, match="'x.yaml' is not a config of"):
+    with pytest.raises(RuntimeError, match="'x.yaml' is neither a file nor a config of"):
         model_zoo.get_config_file("x.yaml")
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match="libra://x: the weights cannot be read: There are no pub"):

@@ -1,0 +1,330 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Detect objects in images, a video or a webcam and draw them, as Detectron2's demo does.
+
+    python demo/demo.py --config-file config.yaml --input a.jpg images/ 'more/*.png' \
+        --output out --opts MODEL.WEIGHTS model_final.pth
+
+--config-file is a file or the name of a config of the model zoo, such as
+COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml, which by itself means its published weights.
+With --plain-weights each picture shows a plain detector's objects next to Libra R-CNN's, and marks
+what only one of them found.
+"""
+
+import argparse
+import glob
+import json
+import logging
+import os
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.utils.logger import setup_logger
+
+from libra_d2.checkpoint import LibraCheckpointer
+from libra_d2.command_line import blamed_on, read_config, report_errors
+from libra_d2.errors import InputError, one_line
+from libra_d2.model_zoo import PREFIX
+
+logger = logging.getLogger("libra_d2.demo")
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# What the baseline of README.md's ablations changes in the model; the rest is training.
+PLAIN = ["MODEL.LIBRA.BFP.ENABLED", "False"]
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The arguments of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", help="images, folders of images, patterns")
+    source.add_argument("--video-input", metavar="FILE")
+    source.add_argument("--webcam", action="store_true")
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a folder; or a file, for one image or a video (.mp4). Default: a window",
+    )
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="in [0, 1]; default: %(default)s"
+    )
+    parser.add_argument(
+        "--categories", metavar="FILE", help="COCO JSON that names the classes of your own model"
+    )
+    plain = parser.add_argument_group("side by side with a plain detector (images only)")
+    plain.add_argument("--plain-weights", metavar="FILE", help="its weights")
+    plain.add_argument(
+        "--plain-config-file",
+        metavar="FILE",
+        help="its config. Default: --config-file without balanced feature pyramid",
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the config"
+    )
+    return parser
+
+
+def find_images(inputs: List[str]) -> List[str]:
+    """
+    The files that paths, folders and patterns name.
+
+    Raises:
+        InputError: if one of them names none.
+    """
+    files = []
+    for name in inputs:
+        name = os.path.expanduser(name)
+        if os.path.isdir(name):
+            found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
+            found = [x for x in found if x.lower().endswith(IMAGE_SUFFIXES)]
+        else:
+            found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+        if not found:
+            raise InputError(f"--input: {name}: no such image, or a folder without images")
+        files += found
+    return files
+
+
+def make_predictor(cfg: CfgNode, names: Optional[List[str]]) -> DefaultPredictor:
+    """
+    Detectron2's predictor with the weights of ``cfg``, in any format that libra_d2 reads, and as
+    many classes as there are ``names``, if any.
+    """
+    weights, cfg = cfg.MODEL.WEIGHTS, cfg.clone()
+    if names:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError("MODEL.LOAD_PROPOSALS: images alone do not do for a model without RPN")
+    if not weights:
+        raise InputError("MODEL.WEIGHTS: name the weights of a trained model, behind --opts")
+    cfg.MODEL.WEIGHTS = ""
+    with blamed_on("config"):
+        predictor = DefaultPredictor(cfg)
+    LibraCheckpointer(predictor.model, complete=True).load(weights)
+    return predictor
+
+
+def setup(args: argparse.Namespace, config_file: str, opts: List[str]) -> CfgNode:
+    """The config of one of the two detectors."""
+    name = config_file if config_file.endswith(".yaml") else f"{config_file}.yaml"
+    in_zoo = not os.path.exists(config_file)
+    cfg = read_config(name if in_zoo else config_file, opts, output=False)
+    if in_zoo and "MODEL.WEIGHTS" not in opts:
+        cfg.MODEL.WEIGHTS = f"{PREFIX}{name}"
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
+    return cfg
+
+
+def read_categories(path: str) -> List[str]:
+    """Names of the categories in a COCO JSON, in the order of a model's classes."""
+    with blamed_on(f"--categories: {path}"), open(path, encoding="utf-8") as f:
+        categories = json.load(f)["categories"]
+        return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
+
+
+def save(image: np.ndarray, path: str) -> None:
+    """Write an RGB picture."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def process_images(
+    files: List[str], output: str, draw: Callable[[np.ndarray], Tuple[np.ndarray, int]]
+) -> None:
+    """
+    Draw each image. One that cannot be read does not stop the others.
+
+    Raises:
+        InputError: at the end, if there were such images.
+    """
+    single = len(files) == 1 and output and output.lower().endswith(IMAGE_SUFFIXES)
+    if output and not single and os.path.isfile(output):
+        raise InputError(f"--output: {output} is a file; {len(files)} pictures need a folder")
+    unreadable = []
+    for path in tqdm(files, unit="image", disable=not output):
+        try:
+            image = read_image(path, format="BGR")
+        except (OSError, SyntaxError, ValueError) as e:
+            unreadable.append(f"{path}: {one_line(e)}")
+            continue
+        picture, num_detections = draw(image)
+        logger.info(f"{path}: {num_detections} objects")
+        if not output:
+            if not show(picture, path, wait=0):
+                break
+        else:
+            save(picture, output if single else os.path.join(output, os.path.basename(path)))
+    if unreadable:
+        raise InputError(
+            f"{len(unreadable)} of {len(files)} images cannot be read: {unreadable[0]}"
+        )
+
+
+def show(picture: np.ndarray, title: str, wait: int) -> bool:
+    """
+    Show a picture in a window.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        title: of the window.
+        wait: for how many milliseconds; 0 for a key.
+
+    Returns:
+        whether to go on, because Escape was not pressed.
+
+    Raises:
+        InputError: if OpenCV has no windows here.
+    """
+    import cv2
+
+    try:
+        cv2.imshow(title, picture[:, :, ::-1])
+        return cv2.waitKey(wait) != 27
+    except cv2.error as e:
+        raise InputError(
+            "there is no window to show pictures in (OpenCV is headless): use --output"
+        ) from e
+
+
+def read_frames(source) -> Iterator[np.ndarray]:
+    """Frames of an open cv2.VideoCapture, BGR, with a progress bar."""
+    import cv2
+
+    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+    with tqdm(unit="frame", total=total if total > 0 else None) as progress:
+        while True:
+            success, frame = source.read()
+            if not success:
+                return
+            yield frame
+            progress.update()
+
+
+def open_video(args: argparse.Namespace):
+    """
+    The video file or the webcam as a cv2.VideoCapture.
+
+    Raises:
+        InputError: if it cannot be opened.
+    """
+    import cv2
+
+    source = cv2.VideoCapture(0 if args.webcam else args.video_input)
+    if not source.isOpened():
+        name = "--webcam" if args.webcam else f"--video-input: {args.video_input}"
+        raise InputError(f"{name}: this is no video that OpenCV can read")
+    return source
+
+
+def process_video(
+    source, args: argparse.Namespace, predictor: DefaultPredictor, metadata: Metadata
+) -> None:
+    """
+    Draw each frame of an open cv2.VideoCapture, into a file or a window.
+
+    Raises:
+        InputError: if it has no frames, or the file cannot be written.
+    """
+    import cv2
+
+    from detectron2.utils.video_visualizer import VideoVisualizer
+
+    name = "webcam" if args.webcam else args.video_input
+    visualizer, writer, num_frames = VideoVisualizer(metadata), None, 0
+    path = args.output
+    if path and (os.path.isdir(path) or not os.path.splitext(path)[1]):
+        os.makedirs(path, exist_ok=True)
+        stem = os.path.splitext(os.path.basename(name))[0]
+        path = os.path.join(path, f"{stem}.mp4")
+    try:
+        for frame in read_frames(source):
+            instances = predictor(frame)["instances"].to("cpu")
+            picture = visualizer.draw_instance_predictions(frame[:, :, ::-1], instances).get_image()
+            num_frames += 1
+            if not path:
+                if not show(picture, name, wait=1):
+                    break
+                continue
+            if writer is None:
+                height, width = picture.shape[:2]
+                rate = source.get(cv2.CAP_PROP_FPS) or 25
+                codec = cv2.VideoWriter_fourcc(*"mp4v")
+                writer = cv2.VideoWriter(path, codec, rate, (width, height))
+                if not writer.isOpened():
+                    raise InputError(f"--output: {path}: OpenCV cannot write this; use an .mp4")
+            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+    finally:
+        source.release()
+        if writer is not None:
+            writer.release()
+    if num_frames == 0:
+        raise InputError(f"{name}: there is not a single frame in it")
+    if path:
+        print(path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Set up detectors and drawing, and go through the input."""
+    setup_logger(name="libra_d2", abbrev_name="libra_d2")
+    setup_logger(name="fvcore")
+    if not 0 <= args.confidence_threshold <= 1:
+        raise InputError(
+            f"--confidence-threshold is {args.confidence_threshold}: use a value in [0, 1]"
+        )
+    if args.plain_weights and not args.input:
+        raise InputError("--plain-weights: two detectors side by side need --input")
+    if args.plain_config_file and not args.plain_weights:
+        raise InputError("--plain-config-file goes with --plain-weights")
+    files, source = (find_images(args.input), None) if args.input else ([], open_video(args))
+    cfg = setup(args, args.config_file, args.opts)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
+    names = read_categories(args.categories) if args.categories else None
+    if names:
+        metadata = Metadata(thing_classes=names)
+    predictor = make_predictor(cfg, names)
+    if source:
+        process_video(source, args, predictor, metadata)
+        return
+    if args.plain_weights:
+        from side_by_side import draw_side_by_side
+
+        weights = ["MODEL.WEIGHTS", args.plain_weights]
+        file = args.plain_config_file or args.config_file
+        opts = [*args.opts, *([] if args.plain_config_file else PLAIN), *weights]
+        plain = make_predictor(setup(args, file, opts), names)
+
+        def draw(image):
+            found = [p(image)["instances"].to("cpu") for p in (plain, predictor)]
+            return draw_side_by_side(image[:, :, ::-1], metadata, found), len(found[1])
+
+    else:
+        from detectron2.utils.visualizer import Visualizer
+
+        def draw(image):
+            found = predictor(image)["instances"].to("cpu")
+            scale = max(1.0, 640 / image.shape[1])  # so that labels can be read
+            visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale)
+            return visualizer.draw_instance_predictions(found).get_image(), len(found)
+
+    process_images(files, args.output, draw)
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
