@@ -34,7 +34,14 @@ from libra_d2.command_line import (
 )
 from libra_d2.data import LibraDatasetMapper
 from libra_d2.errors import InputError, one_line
-from libra_d2.evaluation import PredictionPictures, build_evaluator, check_evaluator_type
+from libra_d2.evaluation import (
+    PredictionPictures,
+    build_evaluator,
+    check_evaluator_type,
+    plot_learning_curves,
+    read_metrics,
+    write_results,
+)
 
 logger = logging.getLogger("libra_d2.train_net")
 
@@ -110,25 +117,30 @@ def setup(args) -> CfgNode:
     return cfg
 
 
-def print_summary(cfg: CfgNode, results, args) -> None:
-    """Say what came out and where it is."""
-    files = {
-        "weights": None if args.eval_only else os.path.join(cfg.OUTPUT_DIR, "model_final.pth"),
-        "log": os.path.join(cfg.OUTPUT_DIR, "log.txt"),
-        "metrics": None if args.eval_only else os.path.join(cfg.OUTPUT_DIR, "metrics.json"),
-    }
-    if cfg.MODEL.LIBRA.NUM_PICTURES:
-        directories = [pictures_dir(cfg, name) for name in cfg.DATASETS.TEST]
-        files["pictures"] = ", ".join(directories) or None
+def summarize(cfg: CfgNode, results, args) -> None:
+    """Write tables and curves of what came out, and say what it is and where."""
     # With several datasets the results are nested once more, by dataset.
-    nested = results if len(cfg.DATASETS.TEST) > 1 else {"": results}
+    datasets = cfg.DATASETS.TEST
+    nested = results if len(datasets) > 1 else {datasets[0]: results} if results else {}
     for dataset, tasks in nested.items():
+        prefix = f"{dataset} " if len(datasets) > 1 else ""
         for task, metrics in (tasks or {}).items():
             numbers = [f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75") if k in metrics]
-            print(f"{dataset} {task}: {', '.join(numbers)}".strip())
-    for what, path in files.items():
-        if path is not None:
-            print(f"{what}: {path}")
+            print(f"{prefix}{task}: {', '.join(numbers)}")
+    files = {"log": "log.txt"}
+    if not args.eval_only:
+        files = {"weights": "model_final.pth", "log": "log.txt", "metrics": "metrics.json"}
+        metrics = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
+        files["curves"] = "curves.png"
+        plot_learning_curves(metrics, os.path.join(cfg.OUTPUT_DIR, files["curves"]))
+    if nested:
+        files["results"] = "results.md"
+        title = os.path.splitext(os.path.basename(args.config_file))[0] or cfg.OUTPUT_DIR
+        write_results(os.path.join(cfg.OUTPUT_DIR, files["results"]), nested, title)
+    for what, name in files.items():
+        print(f"{what}: {os.path.join(cfg.OUTPUT_DIR, name)}")
+    if cfg.MODEL.LIBRA.NUM_PICTURES and nested:
+        print(f"pictures: {', '.join(pictures_dir(cfg, name) for name in datasets)}")
 
 
 def run(args):
@@ -147,7 +159,7 @@ def run(args):
         trainer.train()
         results = getattr(trainer, "_last_eval_results", {})
     if comm.is_main_process():
-        print_summary(cfg, results, args)
+        summarize(cfg, results, args)
     return results
 
 

@@ -67,14 +67,25 @@ def test_training(trained):
     assert sum(bins) <= 64
     assert "Running on the CPU" in (out / "log.txt").read_text()
     assert len(list((out / "pictures/own_val").glob("*.jpg"))) == 2
-    summary = result.stdout.splitlines()[-5:]
+    summary = result.stdout.splitlines()[-7:]
     assert re.fullmatch(r"bbox: AP \S+, AP50 \S+, AP75 \S+", summary[0])
     assert summary[1:] == [
         "weights: out/model_final.pth",
         "log: out/log.txt",
         "metrics: out/metrics.json",
+        "curves: out/curves.png",
+        "results: out/results.md",
         "pictures: out/pictures/own_val",
     ]
+
+
+def test_tensorboard(trained):
+    """Losses, the balance of the samples, and pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0])).Reload().Tags()
+    assert {"total_loss", "bbox/AP", "roi_head/num_bg_iou_bin_2"} <= set(events["scalars"])
+    assert len([name for name in events["images"] if name.startswith("validation/")]) == 2
 
 
 def test_class_count_is_that_of_the_json(trained):
@@ -218,7 +229,7 @@ def test_bad_arguments(args, message, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "Config file '.*bad.yaml' does not exist"),
+        (None, "'.*bad.yaml' is neither a file nor a config of"),
         ("MODEL:\n  LIBRA:\n    BPF: 1\n", "Non-existent config key: MODEL.LIBRA.BPF"),
         ("MODEL: [\n", "while parsing"),
         ("MODEL: !!python/object/apply:os.system ['echo bad']\n", "could not determine a constr"),

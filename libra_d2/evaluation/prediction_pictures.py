@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+from contextlib import suppress
 from typing import Dict, List
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import get_event_storage
 
 __all__ = ["PredictionPictures"]
 
@@ -15,8 +17,8 @@ __all__ = ["PredictionPictures"]
 class PredictionPictures(DatasetEvaluator):
     """
     Save pictures of the first images of a dataset while it is evaluated: detections on the left,
-    ground truth on the right. It adds nothing to the results. Detectron2's visualizer needs OpenCV
-    (``pip install opencv-python-headless``).
+    ground truth on the right. While training they are shown in TensorBoard as well. It adds nothing
+    to the results. Detectron2's visualizer needs OpenCV (``pip install opencv-python-headless``).
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class PredictionPictures(DatasetEvaluator):
                 self.ground_truth[input["image_id"]]
             )
             name = os.path.splitext(os.path.basename(input["file_name"]))[0]
+            picture = np.hstack([predictions.get_image(), truth.get_image()])
             os.makedirs(self.output_dir, exist_ok=True)
-            Image.fromarray(np.hstack([predictions.get_image(), truth.get_image()])).save(
-                os.path.join(self.output_dir, f"{name}.jpg"), quality=92
-            )
+            Image.fromarray(picture).save(os.path.join(self.output_dir, f"{name}.jpg"), quality=92)
+            with suppress(AssertionError):  # there is no storage but in training
+                get_event_storage().put_image(f"validation/{name}", picture.transpose(2, 0, 1))
             self.num_drawn += 1

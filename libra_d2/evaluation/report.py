@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came out of a training or an evaluation, to read and to look at."""
+
+import json
+import math
+import os
+from typing import Any, Dict, List
+
+from tabulate import tabulate
+
+from ..whole_file import write_whole
+
+__all__ = ["plot_learning_curves", "read_metrics", "write_results"]
+
+
+def read_metrics(path: str) -> List[Dict[str, float]]:
+    """
+    Read a ``metrics.json`` of Detectron2.
+
+    Returns:
+        its lines, one for each iteration it has, in order. Where a training was resumed and did
+        iterations again, the last ones count; a line that was cut short does not.
+    """
+    by_iteration: Dict[int, Dict[str, float]] = {}
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            by_iteration.setdefault(entry["iteration"], {}).update(entry)
+    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+
+
+def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
+    """
+    Draw losses, average precision, and the balance of the samples over the iterations.
+
+    Args:
+        metrics: see :func:`read_metrics`.
+        path: of the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    names = sorted({name for entry in metrics for name in entry})
+    losses = [name for name in names if "loss" in name]
+    precisions = [name for name in names if name.split("/")[-1] in ("AP", "AP50", "AP75")]
+    bins = [name for name in names if name.startswith("roi_head/num_bg_iou_bin_")]
+    panels = [("loss", losses), ("average precision (%)", precisions), ("negatives drawn", bins)]
+    panels = [(label, chosen) for label, chosen in panels if chosen]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axis, (label, chosen) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in chosen:
+            points = [(e["iteration"] + 1, e[name]) for e in metrics if name in e]
+            x, y = zip(*points)
+            short = name.replace("roi_head/num_bg_iou_", "IoU ").replace("_", " ")
+            axis.plot(x, y, marker="o" if len(points) < 30 else None, markersize=3, label=short)
+        axis.set(xlabel="iteration", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    with write_whole(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+
+
+def _rows(metrics: Dict[str, float], per_class: bool) -> Dict[str, str]:
+    chosen = {k: v for k, v in metrics.items() if k.startswith("AP-") == per_class}
+    return {
+        k.replace("AP-", "", 1) if per_class else k: "" if math.isnan(v) else f"{v:.1f}"
+        for k, v in chosen.items()
+    }
+
+
+def write_results(path: str, results: Dict[str, Any], title: str) -> None:
+    """
+    Write Markdown tables of average precision (%): over IoUs and object sizes, and of each class.
+
+    Args:
+        path: of the file.
+        results: for each dataset, what Detectron2's evaluators return.
+        title: of what was evaluated.
+    """
+    lines = [f"# {title}", ""]
+    for dataset, tasks in results.items():
+        for task, metrics in (tasks or {}).items():
+            lines += [f"## {task} on {dataset}", ""]
+            numbers = _rows(metrics, per_class=False)
+            lines += [tabulate([list(numbers.values())], list(numbers), "github"), ""]
+            classes = _rows(metrics, per_class=True)
+            if classes:
+                lines += [tabulate(list(classes.items()), ["class", "AP"], "github"), ""]
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with write_whole(path, "w") as f:
+        f.write("\n".join(lines))
