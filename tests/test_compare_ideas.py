@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from compare_ideas import VARIANTS, build_argument_parser, main, summarize
+from conftest import DEMO_CONFIG, ROOT, load_cfg
+from test_config import ablations
+from test_train_net import TINY, own_data
+
+
+def test_variants():
+    """Each is what README.md's table says."""
+    names = {"feature_pyramid": "feature pyramid", "balanced_l1": "balanced L1"}
+    for name, arguments in VARIANTS.items():
+        if name == "all_reference":
+            continue
+        configs = [load_cfg(DEMO_CONFIG) for _ in range(2)]
+        configs[0].merge_from_list(arguments)
+        configs[1].merge_from_list(ablations()[names.get(name, name)])
+        for cfg in configs:
+            cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "balanced_l1"
+        assert configs[0] == configs[1], name
+
+
+def test_trainings_and_summary(synthetic, tmp_path, capsys):
+    """Two variants with two seeds, two at a time; the second call trains nothing."""
+    out = tmp_path / "out"
+    args = [
+        *("--config-file", DEMO_CONFIG, *own_data(synthetic, "train", "val"), "--seeds", 1, 2),
+        *("--variants", "baseline", "all", "--jobs", 2, "--output", out, *TINY),
+    ]
+    args = [str(a) for a in args]
+    main(args)
+    text = (out / "summary/results.md").read_text()
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["", "baseline", "all"]
+    assert len(list((out / "summary/metrics").iterdir())) == 4
+    assert (out / "summary/curves.png").stat().st_size > 5000
+    changed = {p: p.stat().st_mtime_ns for p in out.rglob("model_final.pth")}
+    assert len(changed) == 4
+    for name in ("baseline", "all"):
+        config = (out / f"{name}/seed_2/config.yaml").read_text()
+        assert "SEED: 2" in config
+        assert f"ENABLED: {str(name == 'all').lower()}\n      REFINE_LEVEL" in config
+    main(args)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("model_final.pth")} == changed
+    assert "| baseline |" in capsys.readouterr().out
+
+
+def test_table(tmp_path):
+    """Mean and standard deviation of the last evaluation."""
+    for seed, ap in ((1, 40.0), (2, 44.0)):
+        folder = tmp_path / f"all/seed_{seed}"
+        folder.mkdir(parents=True)
+        (folder / "model_final.pth").touch()
+        entries = [{"iteration": i, "bbox/AP": ap - 20 + i, "bbox/AP-a": 1.0} for i in (9, 20)]
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, entries)))
+    args = ["--config-file", "a.yaml", *(str(x) for x in own_data(ROOT, "train", "val"))]
+    args = build_argument_parser().parse_args([*args, "--output", str(tmp_path)])
+    rows = summarize(args, ["baseline", "all"]).splitlines()
+    assert [x.strip() for x in rows[0].split("|")[1:-1]] == ["", "AP", "AP a"]
+    assert [x.strip() for x in rows[2].split("|")[1:-1]] == ["all", "42.0 ± 2.8", "1.0 ± 0.0"]
+    assert len(rows) == 3
+
+
+def test_failed_training(synthetic, tmp_path, capsys):
+    """Its own message, and no summary."""
+    data = own_data(synthetic, "train", "val")
+    data[1] = tmp_path / "none.json"
+    args = ["--config-file", DEMO_CONFIG, *data, "--output", tmp_path / "out", *TINY]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(a) for a in args])
+    assert "none.json" in capsys.readouterr().err
+    assert not (tmp_path / "out/summary").exists()

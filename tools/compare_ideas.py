@@ -1,0 +1,237 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Find out what balanced learning brings on your data: train the plain detector, each idea of Libra
+R-CNN alone and all of them, several times each, and compare.
+
+    python tools/compare_ideas.py --config-file configs/BCCD/libra_faster_rcnn_R_18_FPN.yaml \
+        --train-json train.json --train-images images/ --val-json val.json --val-images images/ \
+        --seeds 1 2 3 --output output/compare
+
+writes OUTPUT/summary/results.md (mean and standard deviation), curves.png and metrics of each run.
+The same command continues what was interrupted.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from libra_d2.command_line import read_config, report_errors
+from libra_d2.errors import InputError
+from libra_d2.evaluation import read_metrics
+from libra_d2.whole_file import write_whole
+
+TRAIN_NET = Path(__file__).parent.parent / "train_net.py"
+
+# What turns an idea off.
+RANDOM_SAMPLING = [
+    *("MODEL.LIBRA.SAMPLER.NEGATIVES", "random"),
+    *("MODEL.LIBRA.SAMPLER.POSITIVES", "random"),
+]
+PLAIN_PYRAMID = ["MODEL.LIBRA.BFP.ENABLED", "False"]
+SMOOTH_L1 = [
+    *("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"),
+    *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "smooth_l1"),
+]
+VARIANTS = {
+    "baseline": [*PLAIN_PYRAMID, *RANDOM_SAMPLING, *SMOOTH_L1],
+    "sampling": [*PLAIN_PYRAMID, *SMOOTH_L1],
+    "feature_pyramid": [*RANDOM_SAMPLING, *SMOOTH_L1],
+    "balanced_l1": [*PLAIN_PYRAMID, *RANDOM_SAMPLING],
+    "all": [],
+    "all_reference": ["MODEL.LIBRA.SAMPLER.MODE", "reference"],
+}
+# Of a RetinaNet, which samples nothing.
+WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The arguments of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-json", required=True, metavar="FILE")
+        parser.add_argument(f"--{split}-images", required=True, metavar="DIR")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trainings at a time, which share the CPU cores"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all of them")
+    return parser
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training has ended, with an evaluation."""
+    if not (folder / "model_final.pth").exists():
+        return False
+    return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> None:
+    """
+    Train and evaluate one model, or continue with it.
+
+    Raises:
+        InputError: if that fails.
+    """
+    folder = run_folder(args, variant, seed)
+    if is_finished(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(TRAIN_NET), "--resume", "--config-file", args.config_file]
+    for name in ("train_json", "train_images", "val_json", "val_images"):
+        command += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), *args.opts, *VARIANTS[variant]]
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
+        code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
+    if code.returncode != 0:
+        lines = (folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
+        raise InputError(f"{folder}: the training failed: {lines[-1] if lines else code}")
+
+
+def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Where a training has its output."""
+    return Path(args.output) / variant / f"seed_{seed}"
+
+
+def mean_and_spread(values: List[float]) -> str:
+    """Mean and standard deviation of a sample."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
+    """
+    Args:
+        runs: for each variant, the metrics of each run.
+
+    Returns:
+        a Markdown table of the final results.
+    """
+    final = {
+        variant: [
+            {k.split("/")[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
+            for metrics in all_metrics
+        ]
+        for variant, all_metrics in runs.items()
+    }
+    first = next(iter(final.values()))[0]
+    # A size that no object has is not a number.
+    names = [name for name in first if first[name] == first[name]]
+    names.sort(key=lambda name: (name.startswith("AP-"), name not in ("AP", "AP50", "AP75")))
+    rows = [
+        [variant, *(mean_and_spread([r[name] for r in results]) for name in names)]
+        for variant, results in final.items()
+    ]
+    headers = ["", *(name.replace("AP-", "AP ") for name in names)]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def plot(runs: Dict[str, List[List[Dict[str, float]]]], path: Path) -> None:
+    """AP over the iterations (mean, and the range of the runs), and all final results."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (variant, all_metrics) in enumerate(runs.items()):
+        color = f"C{i}"
+        curves = [
+            {min(e["iteration"] + 1, m[-1]["iteration"]): e["bbox/AP"] for e in m if "bbox/AP" in e}
+            for m in all_metrics
+        ]
+        iterations = sorted(set.intersection(*map(set, curves)))
+        values = [[curve[x] for curve in curves] for x in iterations]
+        left.plot(iterations, [statistics.mean(v) for v in values], color=color, label=variant)
+        left.fill_between(
+            iterations, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12
+        )
+        final = [m[-1]["bbox/AP"] for m in all_metrics]
+        right.plot(final, [i] * len(final), "o", color=color, alpha=0.7)
+        right.plot(statistics.mean(final), i, "|", color=color, markersize=18, markeredgewidth=2)
+    left.set(xlabel="iteration", ylabel="AP (%)", title="during training")
+    left.legend(frameon=False, fontsize=8)
+    right.set_yticks(range(len(runs)), runs)
+    right.invert_yaxis()
+    right.set(xlabel="AP (%)", title="at the end: each run, and the mean")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def summarize(args: argparse.Namespace, variants: List[str]) -> str:
+    """
+    Collect the trainings that are finished.
+
+    Returns:
+        the table.
+    """
+    summary = Path(args.output) / "summary"
+    (summary / "metrics").mkdir(parents=True, exist_ok=True)
+    runs: Dict[str, List] = {}
+    for variant in variants:
+        for seed in args.seeds:
+            folder = run_folder(args, variant, seed)
+            if is_finished(folder):
+                source = folder / "metrics.json"
+                shutil.copy(source, summary / "metrics" / f"{variant}_seed_{seed}.json")
+                runs.setdefault(variant, []).append(read_metrics(str(source)))
+    text = table(runs)
+    plot(runs, summary / "curves.png")
+    command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
+    seeds = ", ".join(map(str, args.seeds))
+    with write_whole(str(summary / "results.md"), "w") as f:
+        f.write(
+            f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
+            f"AP (%) on `{args.val_json}`.\n\n{text}\n\n![AP](curves.png)\n\n"
+            f"```bash\n{' '.join(command)}\n```\n"
+        )
+    return text
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what is not there yet, and summarize."""
+    if args.jobs < 1:
+        raise InputError(f"--jobs is {args.jobs}: use 1 or more")
+    cfg = read_config(args.config_file, args.opts, output=False)
+    retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
+    variants = args.variants or list(WITHOUT_SAMPLING if retina else VARIANTS)
+    error: Optional[InputError] = None
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # Seed by seed, so that all variants can be compared early.
+        jobs = [pool.submit(train, args, v, seed) for seed in args.seeds for v in variants]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
+            try:
+                job.result()
+            except InputError as e:
+                error = e
+                for other in jobs:
+                    other.cancel()
+                break
+    if error:
+        raise error
+    print(summarize(args, variants))
+    print(Path(args.output) / "summary" / "results.md")
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
