@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Write the COCO JSON of annotations in Pascal VOC's format, one XML file for each image.
+
+    python tools/voc_to_coco.py --annotations Annotations/ --list ImageSets/Main/train.txt \
+        --images JPEGImages/ --output train.json
+
+Without --list all XML files are taken. Classes are those found, sorted by name, or --classes: give
+them where a split might lack one. Objects marked as difficult become crowd regions, which are not
+trained on and count neither as found nor as missed in evaluation.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+from xml.etree import ElementTree
+
+from tqdm import tqdm
+
+from libra_d2.command_line import report_errors
+from libra_d2.errors import InputError, one_line
+from libra_d2.whole_file import write_whole
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The arguments of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--annotations", required=True, metavar="DIR")
+    parser.add_argument("--images", required=True, metavar="DIR")
+    parser.add_argument("--list", metavar="FILE", help="names without suffix, one in each line")
+    parser.add_argument("--classes", nargs="+", metavar="NAME")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    return parser
+
+
+def read_xml(path: Path) -> Dict[str, Any]:
+    """
+    Read one annotation file.
+
+    Returns:
+        "file_name", "width", "height", and "objects": name, difficult, and box as absolute XYWH.
+        VOC counts pixels from 1, and both corners belong to the box.
+
+    Raises:
+        InputError: if the file is broken or lacks something.
+    """
+
+    def number(element: ElementTree.Element, name: str) -> float:
+        text = element.findtext(name)
+        if text is None:
+            raise ValueError(f"<{element.tag}> has no <{name}>")
+        return float(text)
+
+    try:
+        root = ElementTree.parse(path).getroot()
+        size = root.find("size")
+        if size is None:
+            raise ValueError("there is no <size>")
+        objects = []
+        for element in root.iter("object"):
+            box = element.find("bndbox")
+            if box is None or not element.findtext("name"):
+                raise ValueError("an <object> lacks <name> or <bndbox>")
+            x0, y0, x1, y1 = (number(box, k) for k in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append(
+                {
+                    "name": element.findtext("name").strip(),
+                    "difficult": int(element.findtext("difficult") or 0),
+                    "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
+                }
+            )
+        return {
+            "file_name": root.findtext("filename"),
+            "width": int(number(size, "width")),
+            "height": int(number(size, "height")),
+            "objects": objects,
+        }
+    except (OSError, ValueError, ElementTree.ParseError) as e:
+        raise InputError(f"{path}: {one_line(e)}") from e
+
+
+def find_image(folder: Path, stem: str, file_name: Optional[str]) -> str:
+    """
+    Name of the image in ``folder`` that belongs to the annotation file ``stem``.xml.
+
+    Raises:
+        InputError: if there is none.
+    """
+    for name in (f"{stem}.jpg", f"{stem}.png", f"{stem}.jpeg", f"{stem}.JPG"):
+        if (folder / name).is_file():
+            return name
+    # Only the name: files from elsewhere often have the path of another machine.
+    name = Path((file_name or "").replace("\\", "/")).name
+    if name and (folder / name).is_file():
+        return name
+    raise InputError(f"{folder / stem}.*: there is no image for {stem}.xml")
+
+
+def convert(
+    annotations: Path, images: Path, stems: List[str], classes: Optional[List[str]]
+) -> Dict[str, List]:
+    """
+    Args:
+        annotations, images: folders.
+        stems: names of the XML files, without suffix.
+        classes: names; None for those found.
+
+    Returns:
+        what a COCO JSON holds.
+
+    Raises:
+        InputError: if a file is missing or broken, or has an object of an unknown class.
+    """
+    records = {stem: read_xml(annotations / f"{stem}.xml") for stem in tqdm(stems, unit="file")}
+    found = {o["name"] for record in records.values() for o in record["objects"]}
+    names = classes or sorted(found)
+    if found - set(names):
+        raise InputError(f"--classes: {sorted(found - set(names))} in {annotations} are not named")
+    ids = {name: i for i, name in enumerate(names, 1)}
+    dataset = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for name, i in ids.items()],
+    }
+    for image_id, (stem, record) in enumerate(records.items(), 1):
+        name = find_image(images, stem, record["file_name"])
+        size = {"width": record["width"], "height": record["height"]}
+        dataset["images"].append({"id": image_id, "file_name": name, **size})
+        for o in record["objects"]:
+            dataset["annotations"].append(
+                {
+                    "id": len(dataset["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[o["name"]],
+                    "bbox": o["bbox"],
+                    "area": o["bbox"][2] * o["bbox"][3],
+                    "iscrowd": int(o["difficult"] != 0),
+                }
+            )
+    return dataset
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, convert and write."""
+    annotations = Path(args.annotations)
+    if args.list:
+        try:
+            # VOC's lists of a class have a second column.
+            lines = Path(args.list).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--list: {args.list}: {one_line(e)}") from e
+        stems = [line.split()[0] for line in lines if line.strip()]
+    else:
+        stems = sorted(path.stem for path in annotations.glob("*.xml"))
+    if not stems:
+        raise InputError(f"--annotations: {annotations}: there are no XML files")
+    dataset = convert(annotations, Path(args.images), stems, args.classes)
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    with write_whole(args.output, "w") as f:
+        json.dump(dataset, f)
+    print(f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects")
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
