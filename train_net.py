@@ -10,15 +10,25 @@ Train and evaluate Libra R-CNN, as Detectron2's own ``tools/train_net.py`` does 
 """
 
 import logging
+import math
 import os
 import sys
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch.multiprocessing import ProcessExitedException
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.engine import (
+    DefaultTrainer,
+    default_argument_parser,
+    default_setup,
+    defaults,
+    launch,
+)
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluators, verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -33,6 +43,7 @@ from libra_d2.command_line import (
     report_errors,
 )
 from libra_d2.data import LibraDatasetMapper
+from libra_d2.engine import StopOnSignal, WatchedLoader, join_processes, started_by_launcher
 from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import (
     PredictionPictures,
@@ -47,14 +58,59 @@ logger = logging.getLogger("libra_d2.train_net")
 
 
 class Trainer(DefaultTrainer):
-    """:class:`DefaultTrainer` with the evaluators, the checkpointer and the errors of libra_d2."""
+    """
+    :class:`DefaultTrainer` with the evaluators, the checkpointer and the errors of libra_d2. It
+    also runs in several processes on CPUs.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer takes it for granted that processes have GPUs.
+        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        with patch.object(
+            defaults, "create_ddp_model", partial(defaults.create_ddp_model, **on_cpu)
+        ):
+            super().__init__(cfg)
+        self._trainer.model.register_forward_hook(self._see_losses)
+
+    def _see_losses(self, model, inputs, losses) -> None:
+        self._losses = losses
+
+    def run_step(self) -> None:
+        """
+        See :meth:`DefaultTrainer.run_step`.
+
+        Raises:
+            InputError: if a loss is not finite.
+        """
+        try:
+            super().run_step()
+            # The main process has looked at the mean of all; each one knows its own images.
+            finite = comm.is_main_process() or torch.isfinite(sum(self._losses.values()))
+        except FloatingPointError:
+            finite = False
+        if finite:
+            return
+        losses = {name: loss.item() for name, loss in self._losses.items()}
+        bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
+        terms = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+        where = "" if bad else "in another process, not for these images; "
+        raise InputError(
+            f"a loss is not finite at iteration {self.iter} ({where}{terms}) for the images "
+            f"{', '.join(self._trainer.data_loader.last_files)}. {self.checkpointer.advice()}; "
+            "a lower SOLVER.BASE_LR, longer SOLVER.WARMUP_ITERS or "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True keep a training from diverging"
+        )
 
     def build_hooks(self):
         # DefaultTrainer makes its checkpointer right before the hooks, which hold on to it.
         self.checkpointer = LibraCheckpointer(
             self.checkpointer.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables
         )
-        return super().build_hooks()
+        hooks = super().build_hooks()
+        # Behind what a checkpoint must know of, such as the schedule; before what may take long.
+        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluation, StopOnSignal())
+        return hooks
 
     @classmethod
     def build_model(cls, cfg):
@@ -65,7 +121,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=LibraDatasetMapper(cfg, is_train=True))
+        mapper = LibraDatasetMapper(cfg, is_train=True)
+        return WatchedLoader(build_detection_train_loader(cfg, mapper=mapper))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
@@ -86,6 +143,34 @@ class Trainer(DefaultTrainer):
 def pictures_dir(cfg: CfgNode, dataset_name: str) -> str:
     """Directory of the pictures of ``dataset_name``."""
     return os.path.join(cfg.OUTPUT_DIR, "pictures", dataset_name)
+
+
+def check_batch_size(cfg: CfgNode) -> None:
+    """
+    Say what the batch size of all processes together is.
+
+    Raises:
+        InputError: if it cannot be divided among them.
+    """
+    world_size, reference = comm.get_world_size(), cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference != 0:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which is not a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}"
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size).SOLVER
+    if scaled.IMS_PER_BATCH % world_size != 0:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {scaled.IMS_PER_BATCH}, which {world_size} processes cannot "
+            "share: use a multiple, and change SOLVER.BASE_LR in proportion. With "
+            "SOLVER.REFERENCE_WORLD_SIZE, the number of processes that the config was made for, "
+            "both are scaled"
+        )
+    logger.info(
+        f"Training with {scaled.IMS_PER_BATCH} images in each iteration, "
+        f"{scaled.IMS_PER_BATCH // world_size} in each of {world_size} processes, and a learning "
+        f"rate of {scaled.BASE_LR:g}"
+    )
 
 
 def setup(args) -> CfgNode:
@@ -110,6 +195,8 @@ def setup(args) -> CfgNode:
     for name in cfg.DATASETS.TEST:
         check_evaluator_type(name)
     prepare_proposal_files(cfg, needed)
+    if not args.eval_only:
+        check_batch_size(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
@@ -173,8 +260,17 @@ def invoke_main(argv=None) -> None:
     parser = default_argument_parser()
     add_data_arguments(parser)
     args = parser.parse_args(argv)
+    if started_by_launcher():
+        if args.num_gpus * args.num_machines > 1:
+            sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
+        report_errors(lambda args: join_processes(), args)
+        main(args)
+        return
     if args.num_gpus * args.num_machines > 1 and not torch.cuda.is_available():
-        sys.exit("error: --num-gpus: this machine has no GPU that PyTorch can use")
+        sys.exit(
+            "error: --num-gpus: this machine has no GPU that PyTorch can use; for several "
+            "processes on CPUs use torchrun --nproc-per-node N train_net.py ..."
+        )
     try:
         launch(
             main,

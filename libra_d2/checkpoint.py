@@ -3,17 +3,34 @@ import os
 from collections import Counter
 from typing import Any, Dict
 
+import torch
 from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .download import fetch
-from .errors import InputError
+from .errors import BrokenFileError, InputError, one_line
 from .mmdetection_weights import to_detectron2_checkpoint
 from .safe_reading import load_arrays, reading_weights
 from .weights_description import describe_weights
+from .whole_file import write_whole
 
 __all__ = ["LibraCheckpointer"]
+
+
+class _WholeFiles:
+    """A path manager whose new local files appear once they are complete."""
+
+    def __init__(self, path_manager):
+        self._path_manager = path_manager
+
+    def __getattr__(self, name: str):
+        return getattr(self._path_manager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs):
+        if "w" in mode and "://" not in path:
+            return write_whole(path, mode)
+        return self._path_manager.open(path, mode, **kwargs)
 
 
 class LibraCheckpointer(DetectionCheckpointer):
@@ -27,6 +44,9 @@ class LibraCheckpointer(DetectionCheckpointer):
     Weights that are missing, of another shape or not used are logged in one table. A checkpoint of
     the plain Detectron2 model loads; only the weights of the balanced feature pyramid
     (``backbone.bfp.*``) are missing.
+
+    Checkpoints are written whole or not at all, and only of finite weights. Resuming passes over
+    those that are broken, with a warning.
     """
 
     def __init__(self, model, save_dir: str = "", *, complete: bool = False, **kwargs):
@@ -38,20 +58,77 @@ class LibraCheckpointer(DetectionCheckpointer):
                 from a model with other classes.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.path_manager = _WholeFiles(self.path_manager)
         self.complete = complete
         self._path = ""
+
+    def save(self, name: str, **kwargs) -> None:
+        """
+        See :meth:`DetectionCheckpointer.save`.
+
+        Raises:
+            InputError: if a weight is not finite, or the file cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise InputError(
+                    f"{path}: not written, because {key} is not finite: the training has "
+                    f"diverged. {self.advice()}"
+                )
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter
+            raise InputError(
+                f"{path}: cannot be written: {one_line(e)}. Is the disk full? {self.advice()}"
+            ) from e
+
+    def advice(self) -> str:
+        """What is left when a training stops."""
+        if not self.has_checkpoint():
+            return "There is no earlier checkpoint"
+        return f"The last checkpoint is {self.get_checkpoint_file()}: --resume continues from it"
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """
+        See :meth:`DetectionCheckpointer.resume_or_load`.
+
+        Raises:
+            InputError: if all checkpoints are broken; see also the class.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=resume)
+        newest = self.get_checkpoint_file()
+        others = (file for file in self.get_all_checkpoint_files() if file != newest)
+        files = [newest, *sorted(others, key=os.path.getmtime, reverse=True)]
+        errors = []
+        for file in files:
+            try:
+                return self.load(file)
+            except BrokenFileError as e:
+                errors.append(e)
+                self.logger.warning(f"This checkpoint is broken, trying the one before: {e}")
+        raise InputError(
+            f"--resume: none of the {len(files)} checkpoints in {self.save_dir} can be read, the "
+            f"last one because: {errors[0]}. Without --resume the training starts over"
+        )
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """See :meth:`DetectionCheckpointer.load`. Raises: InputError, see the class."""
         self._path = path
         if path and "://" not in path and not os.path.isfile(path):
-            raise InputError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
+            raise BrokenFileError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
         try:
             if path and path.startswith(("http://", "https://")):
                 path = fetch(path)
             return super().load(path, *args, **kwargs)
         except OSError as e:  # an unreadable file, or a URL without a connection
-            raise InputError(f"{self._path}: the weights cannot be read: {e}") from e
+            raise BrokenFileError(f"{self._path}: the weights cannot be read: {e}") from e
+        finally:
+            # Upstream's main branch leaves this behind when it fails, and then fails again.
+            self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         with reading_weights(self._path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
 
-__all__ = ["InputError", "one_line"]
+__all__ = ["BrokenFileError", "InputError", "one_line"]
 
 
 class InputError(Exception):
@@ -15,6 +15,10 @@ class InputError(Exception):
         return re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)[
             -1
         ].strip()
+
+
+class BrokenFileError(InputError):
+    """A file is missing, cut short, or not what its name says; another one might do."""
 
 
 def one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Iterator
 
 import torch
 
-from .errors import InputError, one_line
+from .errors import BrokenFileError, InputError, one_line
 
 __all__ = ["load_arrays", "reading_weights"]
 
@@ -75,7 +75,7 @@ _IGNORED = [
 def reading_weights(path: str) -> Iterator[None]:
     """
     Let PyTorch read weights in the body, which must not say otherwise than ``weights_only``. What
-    broken or dangerous files raise becomes an InputError that names ``path``.
+    broken or dangerous files raise becomes a BrokenFileError that names ``path``.
     """
     try:
         with torch.serialization.safe_globals(_IGNORED):
@@ -85,7 +85,7 @@ def reading_weights(path: str) -> Iterator[None]:
     except pickle.UnpicklingError as e:
         # PyTorch puts advice in front of the reason and behind it.
         reason = re.sub(r".*WeightsUnpickler error: | was not an allowed global.*", "", one_line(e))
-        raise InputError(
+        raise BrokenFileError(
             f"{path}: not loaded, because a weights file must not hold anything but arrays, "
             f"numbers and text, or because it is cut short: {reason.split(' Check the doc')[0]}"
         ) from e
@@ -98,8 +98,8 @@ def reading_weights(path: str) -> Iterator[None]:
         ValueError,
         zipfile.BadZipFile,
     ) as e:
-        raise InputError(
+        raise BrokenFileError(
             f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
         ) from e
     except OSError as e:
-        raise InputError(f"{path}: the weights cannot be read: {e}") from e
+        raise BrokenFileError(f"{path}: the weights cannot be read: {e}") from e

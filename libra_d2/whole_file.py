@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Iterator
 
 from detectron2.utils import comm
@@ -11,7 +11,8 @@ __all__ = ["write_whole"]
 @contextmanager
 def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
     """
-    Open a file that appears at ``path`` once the body has written all of it. Several processes may
+    Open a file that appears at ``path`` once the body has written all of it, and is on the disk.
+    If the body fails, or the process is killed, ``path`` stays as it was. Several processes may
     write the same content.
 
     Args:
@@ -19,6 +20,13 @@ def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
         mode: "wb", or "w" for text in UTF-8.
     """
     unfinished = f"{path}.{comm.get_rank()}"
-    with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
-        yield f
+    try:
+        with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.remove(unfinished)
+        raise
     os.replace(unfinished, path)

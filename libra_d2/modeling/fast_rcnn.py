@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast R-CNN predictor with balanced L1 box loss."""
 
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Instances
+from detectron2.utils import comm
 
 from .balanced_l1_loss import BalancedL1Loss
+from .process_mean import mean_over_processes
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
@@ -40,6 +43,18 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             **super().from_config(cfg, input_shape),
             "balanced_l1": BalancedL1Loss.from_config(cfg),
         }
+
+    def losses(self, predictions, proposals: List[Instances]) -> Dict[str, torch.Tensor]:
+        """
+        See :meth:`FastRCNNOutputLayers.losses`. With several processes the losses are divided by
+        the mean of their numbers of proposals, see :func:`mean_over_processes`.
+        """
+        losses = super().losses(predictions, proposals)
+        if comm.get_world_size() == 1:
+            return losses
+        num_proposals = predictions[0].new_tensor(sum(map(len, proposals)))
+        scale = num_proposals / mean_over_processes(num_proposals).clamp(min=1)
+        return {name: loss * scale for name, loss in losses.items()}
 
     def box_reg_loss(
         self,

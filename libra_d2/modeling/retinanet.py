@@ -15,6 +15,7 @@ from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
 from .low_quality_matcher import build_anchor_matcher
 from .padding_anchors import label_without_padding
+from .process_mean import mean_over_processes
 
 __all__ = [
     "LibraRetinaNet",
@@ -83,8 +84,8 @@ class LibraRetinaNet(RetinaNet):
             balanced_l1: the loss that is used if ``box_reg_loss_type`` is "balanced_l1". None for
                 one with the paper's parameters and a beta of 0.11.
             normalizer: what the losses are divided by. "batch": number of foreground anchors in
-                the batch, where each image counts at least one. "moving_average": that of
-                Detectron2, with start value 100 and momentum 0.9.
+                the batch (the mean over the processes), where each image counts at least one.
+                "moving_average": that of Detectron2, with start value 100 and momentum 0.9.
             clip_boxes: whether boxes are clipped to the image, and those without area dropped,
                 before non-maximum suppression rather than after it.
             padding_anchors: whether anchors beyond an image, where the batch is padded because of
@@ -140,7 +141,7 @@ class LibraRetinaNet(RetinaNet):
         """See :meth:`RetinaNet.losses`."""
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
-        self._batch_normalizer = foreground.sum(dim=1).clamp(min=1).sum()
+        self._batch_normalizer = mean_over_processes(foreground.sum(dim=1).clamp(min=1).sum())
         losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
         if self.balanced_l1 is None:
             return losses

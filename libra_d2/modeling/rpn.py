@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 from .low_quality_matcher import build_anchor_matcher
 from .padding_anchors import label_without_padding
+from .process_mean import mean_over_processes
 
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
 
@@ -40,7 +41,8 @@ class LibraRPN(RPN):
             max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
                 image; an image without positives counts as having one. Negative for no limit.
             normalizer: what the losses are divided by. "sampled": number of sampled anchors in the
-                batch, where each image counts at least one positive and one negative.
+                batch (the mean over the processes), where each image counts at least one positive
+                and one negative.
                 "batch_size": ``batch_size_per_image`` times the number of images, as in Detectron2.
             padding_anchors: whether anchors beyond an image, where the batch is padded because of
                 a larger one, are trained on as in Detectron2; see :func:`label_without_padding`.
@@ -119,5 +121,5 @@ class LibraRPN(RPN):
             return losses
         labels = torch.stack(gt_labels)
         num_sampled = sum((labels == x).sum(dim=1).clamp(min=1).sum() for x in (0, 1))
-        scale = self.batch_size_per_image * len(gt_labels) / num_sampled
+        scale = self.batch_size_per_image * len(gt_labels) / mean_over_processes(num_sampled)
         return {name: loss * scale for name, loss in losses.items()}

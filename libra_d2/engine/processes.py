@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that torchrun or SLURM has started, instead of Detectron2's launcher."""
+
+import os
+import re
+from typing import Mapping, NamedTuple, Optional
+
+import torch
+from torch import distributed
+
+from detectron2.utils import comm
+
+from ..errors import InputError
+
+__all__ = ["Process", "join_processes", "read_environment", "started_by_launcher"]
+
+
+class Process(NamedTuple):
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    #: on each machine
+    local_size: int
+
+
+def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
+    """
+    What torchrun, or else SLURM's srun, says about this process.
+
+    Returns:
+        None if neither has started it, or not with other ones.
+
+    Raises:
+        InputError: if the machines have different numbers of processes.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment or "LOCAL_WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return Process(*(int(environment[name]) for name in names))
+    # Only srun sets this one; the others are there in a batch script, too, which is one process.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    per_machine = environment["SLURM_STEP_TASKS_PER_NODE"]  # such as "8", "8(x2)" or "8(x2),4"
+    match = re.fullmatch(r"(\d+)(\(x\d+\))?", per_machine)
+    if match is None:
+        raise InputError(
+            f"SLURM_STEP_TASKS_PER_NODE is {per_machine}: use as many tasks on each machine "
+            "(srun --ntasks-per-node)"
+        )
+    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    return Process(*(int(environment[name]) for name in names), int(match.group(1)))
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun or SLURM has started this process together with others."""
+    return read_environment(os.environ) is not None
+
+
+def join_processes() -> None:
+    """
+    Connect this process with the others that torchrun or SLURM has started: with NCCL on GPUs, one
+    for each process, and with gloo on CPUs.
+
+    Raises:
+        InputError: if they cannot be found, or there are too few GPUs.
+    """
+    process = read_environment(os.environ)
+    if "MASTER_ADDR" not in os.environ:
+        if process.local_size < process.world_size:
+            raise InputError(
+                "MASTER_ADDR is not set: in the batch script, before srun, write "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # A port that jobs on the same machine do not share.
+    port = 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
+    os.environ.setdefault("MASTER_PORT", str(port))
+    has_gpu = torch.cuda.is_available()
+    if has_gpu and process.local_size > torch.cuda.device_count():
+        raise InputError(
+            f"there are {process.local_size} processes on this machine, but only "
+            f"{torch.cuda.device_count()} GPUs: start one for each"
+        )
+    if has_gpu:
+        torch.cuda.set_device(process.local_rank)
+    distributed.init_process_group(
+        "nccl" if has_gpu else "gloo", rank=process.rank, world_size=process.world_size
+    )
+    _set_local_group(process)
+    comm.synchronize()
+
+
+def _set_local_group(process: Process) -> None:
+    """Tell Detectron2 which processes share a machine."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(process.local_size)
+        return
+    # Detectron2 0.6 does this in its launcher only.
+    for first in range(0, process.world_size, process.local_size):
+        ranks = list(range(first, first + process.local_size))
+        group = distributed.new_group(ranks)
+        if process.rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings that are killed, stopped, or cannot write, and go on."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEMO_CONFIG, ROOT
+from test_train_net import TINY, own_data
+
+from libra_d2.evaluation import read_metrics
+
+STEPS = 60
+
+
+def start(synthetic, out, *extra, **kwargs):
+    """Start or resume a training of 60 steps with a checkpoint every 5."""
+    command = [sys.executable, "-W", "ignore", ROOT / "train_net.py", "--resume", "--config-file"]
+    command += [DEMO_CONFIG, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
+    command += ["SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 20]
+    command += ["MODEL.LIBRA.NUM_PICTURES", 0, *extra]
+    return subprocess.Popen(
+        [str(x) for x in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until ``condition()`` is true, or the process has ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def last_iteration(out):
+    """The iteration of the checkpoint that --resume takes; -1 if there is none."""
+    try:
+        name = (out / "last_checkpoint").read_text()
+    except FileNotFoundError:
+        return -1
+    return torch.load(out / name)["iteration"]
+
+
+def wait_for_moment(moment, out, process, rng):
+    """Wait for the writing of a checkpoint, an evaluation, or a step."""
+    log, before = out / "log.txt", last_iteration(out)
+
+    def num_evaluations():
+        return log.read_text().count("Start inference") if log.exists() else 0
+
+    seen, target = num_evaluations(), before + rng.randint(1, 6)
+    conditions = {
+        "checkpoint": lambda: any(out.glob("model_*.pth.0")),
+        "evaluation": lambda: num_evaluations() > seen,
+        "step": lambda: last_iteration(out) >= target,
+    }
+    wait_for(conditions[moment], process)
+    time.sleep(rng.choice([0, 0.3]) * rng.random())
+
+
+def kill_and_resume(synthetic, out, rng, num_kills, num_steps=STEPS):
+    """
+    Kill a training ``num_kills`` times, at moments that are chosen at random from its steps, the
+    writing of its checkpoints and its evaluations, and let it end.
+
+    Returns:
+        the moments; and for each run the iteration of the checkpoint it found, and its first one.
+    """
+    moments, began = [], []
+    while True:
+        before = last_iteration(out)
+        process = start(synthetic, out, "SOLVER.MAX_ITER", num_steps)
+        if len(moments) < num_kills:
+            moment = rng.choice(["step", "checkpoint", "evaluation"])
+            wait_for_moment(moment, out, process, rng)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                moments.append(moment)
+        output = process.communicate()[0]
+        resumed = [x for x in output.splitlines() if "Starting training from iteration" in x]
+        if resumed:
+            began.append((before, int(resumed[0].split()[-1])))
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, output
+            return moments, began
+
+
+def check(out, began, num_steps=STEPS):
+    """Nothing was lost but the steps since the last checkpoint, and no file is half written."""
+    for before, first in began:
+        assert first == before + 1
+    assert torch.load(out / "model_final.pth")["iteration"] == num_steps - 1
+    for path in out.glob("*.pth"):
+        assert set(torch.load(path)) == {"model", "trainer", "iteration"}
+    metrics = read_metrics(str(out / "metrics.json"))
+    assert "bbox/AP" in metrics[-1]
+
+
+def test_killed(synthetic, tmp_path):
+    """Three times; as a script this file does it as often as it is told."""
+    moments, began = kill_and_resume(synthetic, tmp_path / "out", random.Random(1), 3)
+    assert len(moments) == 3
+    check(tmp_path / "out", began)
+
+
+def test_sigterm(synthetic, tmp_path):
+    """The iteration is finished and saved, and the next run goes on behind it."""
+    out = tmp_path / "out"
+    process = start(synthetic, out, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    log = out / "log.txt"
+    wait_for(lambda: log.exists() and "iter: 19" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 143, output
+    saved = last_iteration(out)
+    assert 19 <= saved < STEPS
+    assert f"SIGTERM: stopped after iteration {saved}; --resume continues" in output
+    state = torch.load(out / f"model_{saved:07d}.pth", weights_only=False)["trainer"]
+    assert state["iteration"] == saved
+    scheduler = state["hooks"]["LRScheduler"]
+    assert scheduler["last_epoch"] == saved + 1  # the schedule has seen this iteration
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic, tmp_path_factory):
+    """Output of a training with checkpoints after 5 and 10 steps, stopped there."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    process = start(synthetic, out, "SOLVER.MAX_ITER", 10, "TEST.EVAL_PERIOD", 0)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000009.pth")
+    return out
+
+
+@pytest.fixture
+def resumable(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+def damage(path, how):
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "empty", "missing"])
+def test_broken_checkpoint(synthetic, resumable, how):
+    """The one before it is taken, and said so."""
+    damage(resumable / "model_0000009.pth", how)
+    process = start(synthetic, resumable, "SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 0)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "This checkpoint is broken, trying the one before" in output
+    assert "model_0000009.pth" in output
+    assert "Starting training from iteration 5" in output
+
+
+def test_all_checkpoints_broken(synthetic, resumable):
+    for path in resumable.glob("*.pth"):
+        damage(path, "cut short")
+    process = start(synthetic, resumable)
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    assert "error: --resume: none of the 2 checkpoints in" in output.splitlines()[-1]
+
+
+def test_full_disk(synthetic, resumable):
+    """
+    A checkpoint for which there is no room (here: beyond the largest file that the process may
+    write) ends the training with one line. What was there stays, and serves to resume.
+    """
+    limit = (resumable / "model_0000009.pth").stat().st_size // 2
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(
+        synthetic, resumable, "SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, preexec_fn=limit_files
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    line = output.splitlines()[-1]
+    assert "model_0000014.pth: cannot be written" in line
+    assert "Is the disk full? The last checkpoint is" in line
+    assert sorted(p.name for p in resumable.glob("model*")) == [
+        "model_0000004.pth",
+        "model_0000009.pth",
+    ]
+    assert last_iteration(resumable) == 9
+
+
+if __name__ == "__main__":
+    # python tests/test_resume.py DATASET OUTPUT NUM_KILLS
+    dataset, output, num = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    steps = 10 * num
+    all_moments, all_began = kill_and_resume(dataset, output, random.Random(0), num, steps)
+    check(output, all_began, steps)
+    print(f"killed {len(all_moments)} times: {', '.join(all_moments)}")
+    print(f"(checkpoint, first iteration): {all_began}")
