@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.command_line import blamed_on, read_config, report_errors
+from libra_d2.data import read_image
 from libra_d2.errors import InputError, one_line
 from libra_d2.model_zoo import PREFIX
 
@@ -156,7 +156,7 @@ def process_images(
     for path in tqdm(files, unit="image", disable=not output):
         try:
             image = read_image(path, format="BGR")
-        except (OSError, SyntaxError, ValueError) as e:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
             unreadable.append(f"{path}: {one_line(e)}")
             continue
         picture, num_detections = draw(image)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -312,3 +314,55 @@ def test_runs_no_code(tmp_path, suffix):
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match="must not hold anything but arrays"):
         load(path)
+
+
+@pytest.mark.parametrize("how", ["cut short", "empty", "missing", "other content"])
+def test_resume_past_a_broken_file(tmp_path, how, caplog):
+    """The checkpoint before it is loaded, all of it, and the broken one is named."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    checkpointer = LibraCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    for iteration in (4, 9):
+        torch.nn.init.constant_(model.weight, iteration)
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (iteration, iteration))
+    broken = tmp_path / "model_0000009.pth"
+    if how == "missing":
+        broken.unlink()
+    else:
+        content = {"cut short": broken.read_bytes()[:800], "empty": b"", "other content": b"abc"}
+        broken.write_bytes(content[how])
+    extra = checkpointer.resume_or_load("", resume=True)
+    assert extra["iteration"] == 4
+    assert (model.weight == 4).all()
+    assert f"trying the one before: {broken}: " in caplog.text
+    (tmp_path / "model_0000004.pth").write_bytes(b"")
+    with pytest.raises(InputError, match="--resume: none of the . checkpoints in .* can be read"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    """When writing fails, the checkpoint before and the record of it stay as they were."""
+    model = torch.nn.Linear(3, 2)
+    checkpointer = LibraCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000004")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(data, f):
+        f.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(InputError, match=r"model_9.pth: cannot be written: .*No space left"):
+        checkpointer.save("model_9")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    checkpointer = LibraCheckpointer(model, str(tmp_path))
+    with torch.no_grad():
+        model.bias[1] = float("nan")
+    with pytest.raises(InputError, match="not written, because bias is not finite.*no earlier"):
+        checkpointer.save("model_1")
+    assert not list(tmp_path.iterdir())

@@ -18,11 +18,11 @@ from test_train_net import TINY, own_data
 
 from libra_d2.evaluation import read_metrics
 
-STEPS = 60
+STEPS = 40
 
 
 def start(synthetic, out, *extra, **kwargs):
-    """Start or resume a training of 60 steps with a checkpoint every 5."""
+    """Start or resume a training of 40 steps with a checkpoint every 5."""
     command = [sys.executable, "-W", "ignore", ROOT / "train_net.py", "--resume", "--config-file"]
     command += [DEMO_CONFIG, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
     command += ["SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 20]
@@ -110,9 +110,9 @@ def check(out, began, num_steps=STEPS):
 
 
 def test_killed(synthetic, tmp_path):
-    """Three times; as a script this file does it as often as it is told."""
-    moments, began = kill_and_resume(synthetic, tmp_path / "out", random.Random(1), 3)
-    assert len(moments) == 3
+    """Twice; as a script this file does it as often as it is told."""
+    moments, began = kill_and_resume(synthetic, tmp_path / "out", random.Random(1), 2)
+    assert len(moments) == 2
     check(tmp_path / "out", began)
 
 
@@ -151,19 +151,9 @@ def resumable(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "out")
 
 
-def damage(path, how):
-    if how == "cut short":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize("how", ["cut short", "empty", "missing"])
-def test_broken_checkpoint(synthetic, resumable, how):
+def test_broken_checkpoint(synthetic, resumable):
     """The one before it is taken, and said so."""
-    damage(resumable / "model_0000009.pth", how)
+    cut_short(resumable / "model_0000009.pth")
     process = start(synthetic, resumable, "SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 0)
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -172,9 +162,13 @@ def test_broken_checkpoint(synthetic, resumable, how):
     assert "Starting training from iteration 5" in output
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def test_all_checkpoints_broken(synthetic, resumable):
     for path in resumable.glob("*.pth"):
-        damage(path, "cut short")
+        cut_short(path)
     process = start(synthetic, resumable)
     output = process.communicate()[0]
     assert process.returncode == 2, output

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.data.detection_utils import build_augmentation, read_image
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
@@ -51,7 +51,7 @@ from libra_d2.command_line import (
     register_own_data,
     report_errors,
 )
-from libra_d2.data import LibraDatasetMapper
+from libra_d2.data import LibraDatasetMapper, read_image
 from libra_d2.errors import InputError
 
 logger = logging.getLogger("libra_d2.analyze_balance")

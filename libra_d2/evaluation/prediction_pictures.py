@@ -7,9 +7,10 @@ import numpy as np
 from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
+
+from ..data import read_image
 
 __all__ = ["PredictionPictures"]
 
