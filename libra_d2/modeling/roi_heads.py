@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.modeling.roi_heads import CascadeROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
@@ -130,6 +131,19 @@ class BalancedSamplingMixin:
             storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
 
 
+def _with_weights_of(
+    parent: FastRCNNOutputLayers, cfg, input_shape: ShapeSpec, **kwargs
+) -> LibraFastRCNNOutputLayers:
+    """
+    A predictor with the initial weights of Detectron2's, which leaves the random state alone: a
+    seed gives the same weights with either.
+    """
+    with torch.random.fork_rng(devices=[]):
+        predictor = LibraFastRCNNOutputLayers(cfg, input_shape, **kwargs)
+    predictor.load_state_dict(parent.state_dict())
+    return predictor
+
+
 @ROI_HEADS_REGISTRY.register()
 class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     """
@@ -144,7 +158,9 @@ class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape) -> Dict:
         ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = LibraFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
+        ret["box_predictor"] = _with_weights_of(
+            ret["box_predictor"], cfg, ret["box_head"].output_shape
+        )
         return ret
 
 
@@ -160,8 +176,8 @@ class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
     def _init_box_head(cls, cfg, input_shape) -> Dict:
         ret = super()._init_box_head(cfg, input_shape)
         ret["box_predictors"] = [
-            LibraFastRCNNOutputLayers(
-                cfg, head.output_shape, box2box_transform=predictor.box2box_transform
+            _with_weights_of(
+                predictor, cfg, head.output_shape, box2box_transform=predictor.box2box_transform
             )
             for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
         ]
