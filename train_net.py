@@ -72,6 +72,18 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
         self._trainer.model.register_forward_hook(self._see_losses)
 
+    def state_dict(self):
+        """See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict) -> None:
+        """See :meth:`state_dict`."""
+        if "_trainer" not in state_dict:
+            logger.warning("The checkpoint lacks the optimizer's state: its momentum starts at 0")
+            state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
     def _see_losses(self, model, inputs, losses) -> None:
         self._losses = losses
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and small models that the test modules share."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -28,8 +29,12 @@ def mmdet():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh_start():
+    """The same random numbers for each test, and the loggers as before a script set them up."""
     torch.manual_seed(0)
+    for name in ("detectron2", "fvcore", "libra_d2"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
 
 
 def load_cfg(path):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_CONFIG, ROOT
+from conftest import DEMO_CONFIG, ROOT, demo_cfg
 from test_train_net import TINY, own_data
 
+from libra_d2.data import register_coco_json
 from libra_d2.evaluation import read_metrics
+from train_net import Trainer
 
 STEPS = 40
 
@@ -164,6 +166,36 @@ def test_broken_checkpoint(synthetic, resumable):
 
 def cut_short(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_optimizer_and_schedule_are_resumed(synthetic, resumable, with_optimizer, caplog):
+    """Momentum, learning rate and iteration are those of the checkpoint."""
+    path = resumable / "model_0000009.pth"
+    state = torch.load(path)
+    momentum = state["trainer"]["_trainer"]["optimizer"]["state"]
+    assert len(momentum) > 20
+    assert sum(x["momentum_buffer"].abs().sum() for x in momentum.values()) > 0
+    if not with_optimizer:  # as Detectron2 0.6 writes it
+        del state["trainer"]["_trainer"]
+        torch.save(state, path)
+    cfg = demo_cfg(DEMO_CONFIG)
+    cfg.merge_from_list([*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(resumable)])
+    register_coco_json(
+        "test_resume", str(synthetic / "instances.json"), str(synthetic / "images"), str(resumable)
+    )
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("test_resume",), ()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 10
+    assert trainer.scheduler.last_epoch == 10
+    resumed = trainer._trainer.optimizer.state_dict()["state"]
+    if not with_optimizer:
+        assert "The checkpoint lacks the optimizer's state" in caplog.text
+        return
+    assert resumed.keys() == momentum.keys()
+    for key, value in momentum.items():
+        assert torch.equal(resumed[key]["momentum_buffer"], value["momentum_buffer"])
 
 
 def test_all_checkpoints_broken(synthetic, resumable):
