@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from .download import fetch
 from .errors import BrokenFileError, InputError, one_line
 from .mmdetection_weights import to_detectron2_checkpoint
-from .safe_reading import load_arrays, reading_weights
+from .safe_reading import check_declared_sizes, load_arrays, reading_weights
 from .weights_description import describe_weights
 from .whole_file import write_whole
 
@@ -132,6 +132,7 @@ class LibraCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         with reading_weights(self._path):
+            check_declared_sizes(filename)
             if filename.endswith(".pkl"):
                 load_arrays(filename)
             return to_detectron2_checkpoint(super()._load_file(filename))

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights and arrays in pickle files, read without executing anything in them."""
 
+import os
 import pickle
 import re
+import zipfile
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, Tuple
 
+import numpy as np
 import torch
 
 from .errors import BrokenFileError, InputError, one_line
 
-__all__ = ["load_arrays", "reading_weights"]
+__all__ = ["check_declared_sizes", "load_arrays", "reading_weights"]
 
 # All that a pickled dict of numpy arrays refers to, and the enumeration in Detectron2's proposals.
 _ARRAY_GLOBALS = {
@@ -26,13 +29,46 @@ _ARRAY_GLOBALS = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+def _new_array(array_type: type, shape: Tuple[int, ...], dtype: bytes) -> np.ndarray:
+    """What NumPy writes to be called; its real shape comes with its content."""
+    if shape != (0,):
+        raise pickle.UnpicklingError(f"it declares an array of shape {shape} without content")
+    return np.ndarray(shape, dtype)
+
+
+# The one written in Python: the other allocates what a file declares, of which nothing need exist.
+class _ArrayUnpickler(pickle._Unpickler):
     """Reads arrays, numbers and text in the containers of Python, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ARRAY_GLOBALS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
-        return super().find_class(module, name)
+        return _new_array if name == "_reconstruct" else super().find_class(module, name)
+
+    def load(self) -> Any:
+        content = super().load()
+        # Pickles number what they refer to again one by one. Other readers make a list of it.
+        if max(self.memo, default=0) > len(self.memo) + 1000:
+            raise pickle.UnpicklingError("it declares more references than it has")
+        return content
+
+
+def check_declared_sizes(path: str) -> None:
+    """
+    Raises:
+        BrokenFileError: if a file in PyTorch's format says that it holds more than it does, or
+            would grow when it is read. PyTorch stores its weights uncompressed.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                raise BrokenFileError(
+                    f"{entry.filename} in it would take {entry.file_size} bytes of memory: not "
+                    "written by PyTorch"
+                )
 
 
 def load_arrays(path: str) -> Any:
@@ -80,7 +116,7 @@ def reading_weights(path: str) -> Iterator[None]:
         with torch.serialization.safe_globals(_IGNORED):
             yield
     except InputError as e:
-        raise InputError(f"{path}: {e}") from e
+        raise type(e)(f"{path}: {e}") from e
     except pickle.UnpicklingError as e:
         # PyTorch puts advice in front of the reason and behind it.
         reason = re.sub(r".*WeightsUnpickler error: | was not an allowed global.*", "", one_line(e))

@@ -25,7 +25,7 @@ from libra_d2.mmdetection_weights import (
     to_mmdetection,
     unwrap_mmdetection,
 )
-from libra_d2.safe_reading import load_arrays, reading_weights
+from libra_d2.safe_reading import check_declared_sizes, load_arrays, reading_weights
 from libra_d2.weights_description import describe_weights
 from libra_d2.whole_file import write_whole
 
@@ -70,6 +70,7 @@ def convert(content: Any) -> Dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Convert the file ``args.source`` to ``args.target``."""
     with reading_weights(args.source):
+        check_declared_sizes(args.source)
         if args.source.endswith(".pkl"):
             content = load_arrays(args.source)
         else:
