@@ -30,7 +30,7 @@ from detectron2.utils.logger import setup_logger
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.command_line import blamed_on, read_config, report_errors
-from libra_d2.data import read_image
+from libra_d2.data import class_colors, read_image
 from libra_d2.errors import InputError, one_line
 from libra_d2.model_zoo import PREFIX
 
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
     names = read_categories(args.categories) if args.categories else None
     if names:
-        metadata = Metadata(thing_classes=names)
+        metadata = Metadata(thing_classes=names, thing_colors=class_colors(len(names)))
     predictor = make_predictor(cfg, names)
     if source:
         process_video(source, args, predictor, metadata)
@@ -310,12 +310,12 @@ def run(args: argparse.Namespace) -> None:
             return draw_side_by_side(image[:, :, ::-1], metadata, found), len(found[1])
 
     else:
-        from detectron2.utils.visualizer import Visualizer
+        from detectron2.utils.visualizer import ColorMode, Visualizer
 
         def draw(image):
             found = predictor(image)["instances"].to("cpu")
             scale = max(1.0, 640 / image.shape[1])  # so that labels can be read
-            visualizer = Visualizer(image[:, :, ::-1], metadata, scale=scale)
+            visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
             return visualizer.draw_instance_predictions(found).get_image(), len(found)
 
     process_images(files, args.output, draw)

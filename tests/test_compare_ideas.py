@@ -60,7 +60,10 @@ def test_table(tmp_path):
     rows = summarize(args, ["baseline", "all"]).splitlines()
     assert [x.strip() for x in rows[0].split("|")[1:-1]] == ["", "AP", "AP a"]
     assert [x.strip() for x in rows[2].split("|")[1:-1]] == ["all", "42.0 ± 2.8", "1.0 ± 0.0"]
-    assert len(rows) == 3
+    assert len(rows) == 5
+    # Both runs differ by 2 from their mean: a variance of 8 with one degree of freedom.
+    assert "standard deviation of 2.83" in rows[4]
+    assert "two means of 2 runs one of 2.83" in rows[4]
 
 
 def test_failed_training(synthetic, tmp_path, capsys):

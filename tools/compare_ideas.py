@@ -142,6 +142,22 @@ def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
+def uncertainty(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
+    """How far AP differs by chance, from all runs together: three of one variant say little."""
+    finals = [[m[-1]["bbox/AP"] for m in all_metrics] for all_metrics in runs.values()]
+    freedom = sum(len(values) - 1 for values in finals)
+    if freedom == 0:
+        return "One run of each does not say how far AP differs by chance."
+    squares = sum((len(v) - 1) * statistics.variance(v) for v in finals if len(v) > 1)
+    deviation = (squares / freedom) ** 0.5
+    runs_each = min(map(len, finals))
+    return (
+        f"A run's AP has a standard deviation of {deviation:.2f} (pooled over all variants, "
+        f"{freedom} degrees of freedom), the difference of two means of {runs_each} runs one of "
+        f"{deviation * (2 / runs_each) ** 0.5:.2f}."
+    )
+
+
 def plot(runs: Dict[str, List[List[Dict[str, float]]]], path: Path) -> None:
     """AP over the iterations (mean, and the range of the runs), and all final results."""
     from matplotlib.figure import Figure
@@ -190,7 +206,7 @@ def summarize(args: argparse.Namespace, variants: List[str]) -> str:
                 source = folder / "metrics.json"
                 shutil.copy(source, summary / "metrics" / f"{variant}_seed_{seed}.json")
                 runs.setdefault(variant, []).append(read_metrics(str(source)))
-    text = table(runs)
+    text = f"{table(runs)}\n\n{uncertainty(runs)}"
     plot(runs, summary / "curves.png")
     command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
     seeds = ", ".join(map(str, args.seeds))

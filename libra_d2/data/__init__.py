@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-from .coco_json import register_coco_json
+from .coco_json import class_colors, register_coco_json
 from .dataset_mapper import LibraDatasetMapper
 from .image_reading import read_image
 from .proposals import prepare_proposals
 
-__all__ = ["LibraDatasetMapper", "prepare_proposals", "read_image", "register_coco_json"]
+__all__ = [
+    "LibraDatasetMapper",
+    "class_colors",
+    "prepare_proposals",
+    "read_image",
+    "register_coco_json",
+]

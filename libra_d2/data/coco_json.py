@@ -14,6 +14,7 @@ from tqdm import tqdm
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
+from detectron2.utils.colormap import colormap
 
 from ..errors import InputError
 from ..whole_file import write_whole
@@ -200,6 +201,12 @@ def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
             )
 
 
+def class_colors(num_classes: int) -> List[Tuple[int, int, int]]:
+    """Colors of Detectron2's, RGB in 0 to 255, for pictures in which each class has one."""
+    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
+    return [tuple(colors[i % len(colors)]) for i in range(num_classes)]
+
+
 def register_coco_json(
     name: str,
     json_file: str,
@@ -251,6 +258,10 @@ def register_coco_json(
     DatasetCatalog.register(name, load)
     classes = [c["name"] for c in sorted(dataset["categories"], key=lambda c: c["id"])]
     MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco", thing_classes=classes
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=classes,
+        thing_colors=class_colors(len(classes)),
     )
     return classes

@@ -58,7 +58,7 @@ class PredictionPictures(DatasetEvaluator):
         such as those of a proposal network.
         """
         # It imports OpenCV, which nothing else here needs.
-        from detectron2.utils.visualizer import Visualizer
+        from detectron2.utils.visualizer import ColorMode, Visualizer
 
         for input, output in zip(inputs, outputs):
             if self.num_drawn == self.num_images or "instances" not in output:
@@ -66,12 +66,11 @@ class PredictionPictures(DatasetEvaluator):
             instances = output["instances"].to("cpu")
             image = read_image(input["file_name"], format="RGB")
             scale = max(1.0, self.min_size / image.shape[1])
-            predictions = Visualizer(image, self.metadata, scale).draw_instance_predictions(
+            arguments = (image, self.metadata, scale, ColorMode.SEGMENTATION)  # colors of classes
+            predictions = Visualizer(*arguments).draw_instance_predictions(
                 instances[instances.scores >= self.score_thresh]
             )
-            truth = Visualizer(image, self.metadata, scale).draw_dataset_dict(
-                self.ground_truth[input["image_id"]]
-            )
+            truth = Visualizer(*arguments).draw_dataset_dict(self.ground_truth[input["image_id"]])
             name = os.path.splitext(os.path.basename(input["file_name"]))[0]
             picture = np.hstack([predictions.get_image(), truth.get_image()])
             os.makedirs(self.output_dir, exist_ok=True)
