@@ -133,7 +133,8 @@ def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
     first = next(iter(final.values()))[0]
     # A size that no object has is not a number.
     names = [name for name in first if first[name] == first[name]]
-    names.sort(key=lambda name: (name.startswith("AP-"), name not in ("AP", "AP50", "AP75")))
+    order = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
     rows = [
         [variant, *(mean_and_spread([r[name] for r in results]) for name in names)]
         for variant, results in final.items()
