@@ -42,5 +42,5 @@ def test_write_results(tmp_path):
     assert text.startswith("# Title\n\n## bbox on own_val\n")
     rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert rows[0] == ["AP", "AP50", "APs"]
-    assert rows[2] == ["41.2", "60", ""]
-    assert rows[5:] == [["cat", "30"], ["dog-house", "52.4"]]
+    assert rows[2] == ["41.2", "60.0", ""]
+    assert rows[5:] == [["cat", "30.0"], ["dog-house", "52.4"]]

@@ -50,15 +50,18 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
     panels = [(label, chosen) for label, chosen in panels if chosen]
     if not panels:
         return
+    # Detectron2 files the last evaluation under the iteration after the last one.
+    end = max((e["iteration"] + 1 for e in metrics if "total_loss" in e), default=math.inf)
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axis, (label, chosen) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in chosen:
-            points = [(e["iteration"] + 1, e[name]) for e in metrics if name in e]
+            points = [(min(e["iteration"] + 1, end), e[name]) for e in metrics if name in e]
             x, y = zip(*points)
             short = name.replace("roi_head/num_bg_iou_", "IoU ").replace("_", " ")
             axis.plot(x, y, marker="o" if len(points) < 30 else None, markersize=3, label=short)
         axis.set(xlabel="iteration", ylabel=label)
         axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     with write_whole(path) as f:
@@ -87,10 +90,16 @@ def write_results(path: str, results: Dict[str, Any], title: str) -> None:
         for task, metrics in (tasks or {}).items():
             lines += [f"## {task} on {dataset}", ""]
             numbers = _rows(metrics, per_class=False)
-            lines += [tabulate([list(numbers.values())], list(numbers), "github"), ""]
+            lines += [
+                tabulate([list(numbers.values())], list(numbers), "github", disable_numparse=True),
+                "",
+            ]
             classes = _rows(metrics, per_class=True)
             if classes:
-                lines += [tabulate(list(classes.items()), ["class", "AP"], "github"), ""]
+                lines += [
+                    tabulate(classes.items(), ["class", "AP"], "github", disable_numparse=True),
+                    "",
+                ]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with write_whole(path, "w") as f:
         f.write("\n".join(lines))
