@@ -76,6 +76,10 @@ def _rows(metrics: Dict[str, float], per_class: bool) -> Dict[str, str]:
     }
 
 
+def _table(rows, headers) -> str:
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
 def write_results(path: str, results: Dict[str, Any], title: str) -> None:
     """
     Write Markdown tables of average precision (%): over IoUs and object sizes, and of each class.
