@@ -46,7 +46,8 @@ def balanced_l1_loss(
     * ``"reference"``: what mmdetection computes. It divides by ``beta`` inside the logarithm only.
       The value is continuous, the gradient is not: with ``beta = 0.11``, the setting of the
       published RetinaNet, it is 4.05 next to zero error and falls from 1.70 to 1.5 at ``beta``.
-      Use it to reproduce that model.
+      Use it to reproduce that model. With ``beta > 1`` it is no loss: below zero for small errors,
+      which it enlarges.
 
     Args:
         input: predictions, any shape, floating point.
