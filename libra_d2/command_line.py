@@ -24,6 +24,7 @@ __all__ = [
     "add_data_arguments",
     "blamed_on",
     "check_datasets",
+    "config_argument_parser",
     "prepare_proposal_files",
     "read_config",
     "register_own_data",
@@ -67,6 +68,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help="their proposals, for models without RPN (MODEL.LOAD_PROPOSALS)",
         )
+
+
+def config_argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with ``--config-file`` and, behind all options, the ``opts`` of read_config."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    return parser
 
 
 def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:

@@ -46,6 +46,7 @@ from libra_d2.command_line import (
     add_data_arguments,
     blamed_on,
     check_datasets,
+    config_argument_parser,
     prepare_proposal_files,
     read_config,
     register_own_data,
@@ -59,13 +60,9 @@ logger = logging.getLogger("libra_d2.analyze_balance")
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_argument_parser(__doc__)
     parser.add_argument("--num-images", type=int, default=32, help="how many to look at")
     add_data_arguments(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser
 
 

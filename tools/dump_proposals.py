@@ -36,6 +36,7 @@ from libra_d2.command_line import (
     add_data_arguments,
     blamed_on,
     check_datasets,
+    config_argument_parser,
     read_config,
     register_own_data,
     report_errors,
@@ -49,10 +50,7 @@ logger = logging.getLogger("libra_d2.dump_proposals")
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_argument_parser(__doc__)
     parser.add_argument(
         "--dataset",
         action="append",
@@ -60,7 +58,6 @@ def build_argument_parser() -> argparse.ArgumentParser:
         help="a registered dataset; may be given several times. Default: your own, or DATASETS.*",
     )
     add_data_arguments(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser
 
 

@@ -28,7 +28,12 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN, build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.command_line import blamed_on, read_config, report_errors
+from libra_d2.command_line import (
+    blamed_on,
+    config_argument_parser,
+    read_config,
+    report_errors,
+)
 from libra_d2.data import read_image
 from libra_d2.errors import InputError, one_line
 from libra_d2.whole_file import write_whole
@@ -38,15 +43,11 @@ FIELDS = ("pred_boxes", "pred_classes", "scores", "pred_masks")
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
+    parser = config_argument_parser(__doc__)
     parser.add_argument(
         "--sample-image", required=True, metavar="FILE", help="one in which there are objects"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="such as model.ts")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     return parser
 
 

@@ -3,7 +3,7 @@
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 from unittest.mock import patch
 
 import torch
@@ -17,9 +17,8 @@ from ..modeling.roi_heads import BalancedSamplingMixin
 __all__ = ["Candidates", "Levels", "Recording", "record"]
 
 
-@dataclass
-class Candidates:
-    """The R proposals of an image that its sampler may draw; see :class:`BalancedSampler`."""
+class Candidates(NamedTuple):
+    """The R proposals of an image that its sampler may draw: a :class:`BalancedSampler`'s input."""
 
     labels: torch.Tensor
     max_iou: torch.Tensor

@@ -52,14 +52,7 @@ def sample_statistics(
     for c in candidates:
         chosen = {"candidates": ((c.labels == 1).nonzero()[:, 0], (c.labels == 0).nonzero()[:, 0])}
         for name, sampler in samplers.items():
-            chosen[name] = sampler(
-                c.labels,
-                c.max_iou,
-                c.matched_idxs,
-                c.num_instances,
-                c.num_samples,
-                c.positive_fraction,
-            )[:2]
+            chosen[name] = sampler(*c)[:2]
         for name, (positives, negatives) in chosen.items():
             iou = c.max_iou[negatives].float().cpu().numpy()
             counts[name] += iou_histogram(iou, NUM_INTERVALS, negative_iou_thresh)
