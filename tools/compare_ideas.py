@@ -25,7 +25,7 @@ from typing import Dict, List, Optional
 from tabulate import tabulate
 from tqdm import tqdm
 
-from libra_d2.command_line import read_config, report_errors
+from libra_d2.command_line import config_argument_parser, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
 from libra_d2.whole_file import write_whole
@@ -56,10 +56,7 @@ WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = config_argument_parser(__doc__)
     for split in ("train", "val"):
         parser.add_argument(f"--{split}-json", required=True, metavar="FILE")
         parser.add_argument(f"--{split}-images", required=True, metavar="DIR")
@@ -69,7 +66,6 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=1, help="trainings at a time, which share the CPU cores"
     )
     parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all of them")
     return parser
 
 
