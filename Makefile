@@ -63,7 +63,7 @@ $(VENV)/.installed: requirements/build.txt requirements/constraints.txt \
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -r requirements/build.txt
 	$(PY) tools/install_detectron2.py
-	$(PIP) install --no-build-isolation -e '.[pictures,evaluation]'
+	$(PIP) install --no-build-isolation -e '.[opencv,evaluation]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements/test.txt requirements/reference.txt

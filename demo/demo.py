@@ -25,20 +25,17 @@ from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from detectron2.utils.logger import setup_logger
 
-from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.command_line import blamed_on, read_config, report_errors
 from libra_d2.data import class_colors, read_image
-from libra_d2.errors import InputError, one_line
+from libra_d2.engine import LibraPredictor, read_config, report_errors
+from libra_d2.errors import InputError
 from libra_d2.model_zoo import PREFIX
+from libra_d2.plain_detector import BASELINE
 
 logger = logging.getLogger("libra_d2.demo")
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# What the baseline of README.md's ablations changes in the model; the rest is training.
-PLAIN = ["MODEL.LIBRA.BFP.ENABLED", "False"]
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -67,7 +64,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
     plain.add_argument(
         "--plain-config-file",
         metavar="FILE",
-        help="its config. Default: --config-file without balanced feature pyramid",
+        help="its config. Default: --config-file without the ideas of Libra R-CNN",
     )
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the config"
@@ -96,23 +93,16 @@ def find_images(inputs: List[str]) -> List[str]:
     return files
 
 
-def make_predictor(cfg: CfgNode, names: Optional[List[str]]) -> DefaultPredictor:
+def make_predictor(cfg: CfgNode, names: Optional[List[str]]) -> LibraPredictor:
     """
-    Detectron2's predictor with the weights of ``cfg``, in any format that libra_d2 reads, and as
-    many classes as there are ``names``, if any.
+    The predictor of ``cfg``, with as many classes as there are ``names``, if any.
     """
-    weights, cfg = cfg.MODEL.WEIGHTS, cfg.clone()
+    cfg = cfg.clone()
     if names:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise InputError("MODEL.LOAD_PROPOSALS: images alone do not do for a model without RPN")
-    if not weights:
-        raise InputError("MODEL.WEIGHTS: name the weights of a trained model, behind --opts")
-    cfg.MODEL.WEIGHTS = ""
-    with blamed_on("config"):
-        predictor = DefaultPredictor(cfg)
-    LibraCheckpointer(predictor.model, complete=True).load(weights)
-    return predictor
+    return LibraPredictor(cfg)
 
 
 def setup(args: argparse.Namespace, config_file: str, opts: List[str]) -> CfgNode:
@@ -129,9 +119,12 @@ def setup(args: argparse.Namespace, config_file: str, opts: List[str]) -> CfgNod
 
 def read_categories(path: str) -> List[str]:
     """Names of the categories in a COCO JSON, in the order of a model's classes."""
-    with blamed_on(f"--categories: {path}"), open(path, encoding="utf-8") as f:
-        categories = json.load(f)["categories"]
+    try:
+        with open(path, encoding="utf-8") as f:
+            categories = json.load(f)["categories"]
         return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"--categories: {path}: no COCO JSON with categories ({e})") from e
 
 
 def save(image: np.ndarray, path: str) -> None:
@@ -156,8 +149,8 @@ def process_images(
     for path in tqdm(files, unit="image", disable=not output):
         try:
             image = read_image(path, format="BGR")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            unreadable.append(f"{path}: {one_line(e)}")
+        except InputError as e:
+            unreadable.append(str(e))
             continue
         picture, num_detections = draw(image)
         logger.info(f"{path}: {num_detections} objects")
@@ -229,7 +222,7 @@ def open_video(args: argparse.Namespace):
 
 
 def process_video(
-    source, args: argparse.Namespace, predictor: DefaultPredictor, metadata: Metadata
+    source, args: argparse.Namespace, predictor: LibraPredictor, metadata: Metadata
 ) -> None:
     """
     Draw each frame of an open cv2.VideoCapture, into a file or a window.
@@ -298,11 +291,11 @@ def run(args: argparse.Namespace) -> None:
         process_video(source, args, predictor, metadata)
         return
     if args.plain_weights:
-        from side_by_side import draw_side_by_side
+        from libra_d2.evaluation.side_by_side import draw_side_by_side
 
         weights = ["MODEL.WEIGHTS", args.plain_weights]
         file = args.plain_config_file or args.config_file
-        opts = [*args.opts, *([] if args.plain_config_file else PLAIN), *weights]
+        opts = [*args.opts, *([] if args.plain_config_file else BASELINE), *weights]
         plain = make_predictor(setup(args, file, opts), names)
 
         def draw(image):

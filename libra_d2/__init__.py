@@ -2,7 +2,8 @@
 """
 Libra R-CNN (Pang et al., CVPR 2019) for Detectron2.
 
-Importing the package registers its components in Detectron2's registries; it changes nothing else.
+Importing the package registers its components in Detectron2's registries, and ``libra://``, the
+names of its model zoo, with Detectron2's path manager. It changes nothing else.
 """
 
 from . import model_zoo, modeling

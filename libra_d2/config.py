@@ -15,6 +15,14 @@ def add_libra_config(cfg: CN) -> None:
     """
     cfg.MODEL.LIBRA = CN()
 
+    # Input images (not in the paper)
+    cfg.MODEL.LIBRA.INPUT = CN()
+    # What resizes images in training, evaluation, test-time augmentation, demo and export; both are
+    # bilinear. "pillow": as in Detectron2. "opencv": as in mmdetection, without the smoothing of
+    # images that shrink, and with mmdetection's rounding of the new size. A model should see images
+    # as it was trained with them; the configs of published models set "opencv".
+    cfg.MODEL.LIBRA.INPUT.INTERPOLATION = "pillow"
+
     # Balanced feature pyramid (Section 3.2)
     cfg.MODEL.LIBRA.BFP = CN()
     # False gives the plain pyramid.
@@ -28,11 +36,14 @@ def add_libra_config(cfg: CN) -> None:
     # (RetinaNet).
     cfg.MODEL.LIBRA.BFP.REFINE_LEVEL = 2
     # Refinement of the averaged features: "non_local" (embedded Gaussian attention), "conv"
-    # (3x3 convolution) or "none".
+    # (3x3 convolution), "none", or another registered one (REFINEMENT_REGISTRY).
     cfg.MODEL.LIBRA.BFP.REFINE_TYPE = "non_local"
 
     # Sampling of proposals for the second stage (Section 3.1)
     cfg.MODEL.LIBRA.SAMPLER = CN()
+    # A registered sampler (PROPOSAL_SAMPLER_REGISTRY), a user's own included. The keys below are
+    # those of "BalancedSampler".
+    cfg.MODEL.LIBRA.SAMPLER.NAME = "BalancedSampler"
     # "iou_balanced" (equally many from each IoU bin, Equation 2) or "random".
     cfg.MODEL.LIBRA.SAMPLER.NEGATIVES = "iou_balanced"
     # "instance_balanced" (equally many for each ground-truth instance) or "random".
@@ -94,6 +105,12 @@ def add_libra_config(cfg: CN) -> None:
     # their running statistics stay fixed, as the reference does (not in the paper). It needs
     # RESNETS.NORM "FrozenBN", which without it trains nothing.
     cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE = False
+
+    # Training
+    cfg.MODEL.LIBRA.TRAINER = CN()
+    # How many of the checkpoints that are written each SOLVER.CHECKPOINT_PERIOD are kept, the last
+    # ones. 0 for all. model_final.pth does not count.
+    cfg.MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS = 0
 
     # Number of images whose detections are drawn next to their ground truth at each evaluation,
     # into OUTPUT_DIR/pictures. 0 for none.

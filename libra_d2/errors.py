@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from typing import Any, Optional, Sequence
 
-__all__ = ["BrokenFileError", "InputError", "one_line"]
+__all__ = ["ArgumentError", "BrokenFileError", "InputError", "check_choice", "one_line"]
 
 
 class InputError(Exception):
     """
     Something the user passed (a file, a config key, a value) cannot be used. The message is one
-    line that names it and says what to do; ``train_net.py`` prints it instead of a traceback.
+    line that names it and says what to do; the programs print it instead of a traceback.
     """
 
     def __str__(self) -> str:
@@ -19,6 +20,33 @@ class InputError(Exception):
 
 class BrokenFileError(InputError):
     """A file is missing, cut short, or not what its name says; another one might do."""
+
+
+class ArgumentError(ValueError):
+    """
+    An argument of a component is out of its range. The message names the argument; ``in_config``
+    is the same for users of a config, who know it by its key.
+    """
+
+    def __init__(self, argument: str, value: Any, rule: str, key: Optional[str] = None):
+        """
+        Args:
+            argument: its name.
+            value: that it has.
+            rule: what to use instead, such as "use 1 or more".
+            key: of the config, if the argument comes from there.
+        """
+        super().__init__(f"{argument} is {value!r}: {rule}")
+        self.in_config = f"{key or argument} is {value!r}: {rule}"
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str], key: str) -> None:
+    """
+    Raises:
+        ArgumentError: if ``value`` is none of ``choices``.
+    """
+    if value not in choices:
+        raise ArgumentError(argument, value, f"use one of {tuple(choices)}", key)
 
 
 def one_line(error: Exception) -> str:

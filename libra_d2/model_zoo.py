@@ -3,28 +3,43 @@
 The published models, by the names of their configs: as :mod:`detectron2.model_zoo`, over the
 configs of this project.
 
-``libra://<name>`` stands for the weights of a name wherever Detectron2 takes a path. They are
-mmdetection's files, which :class:`libra_d2.checkpoint.LibraCheckpointer` converts.
+``libra://<name>`` stands for the weights of a name wherever Detectron2 takes a path: in
+``MODEL.WEIGHTS``, its checkpointers, ``DefaultTrainer`` and ``DefaultPredictor``. What was
+published are files of mmdetection and torchvision. They are downloaded, checked against the hash in
+their name and converted once; the converted file is kept beside the download.
 """
 
+import os
 from pathlib import Path
 from typing import Optional
 
 import torch
-from iopath.common.file_io import PathHandler
+from iopath.common.file_io import PathHandler, file_lock
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from .atomic_write import atomic_write
 from .checkpoint import LibraCheckpointer
+from .checkpoint.download import fetch
+from .checkpoint.mmdetection import to_detectron2_checkpoint
+from .checkpoint.safe_reading import read_weights, reading_weights
 from .config import add_libra_config
-from .download import fetch
 
-__all__ = ["PREFIX", "get", "get_checkpoint_url", "get_config", "get_config_file"]
+__all__ = [
+    "PREFIX",
+    "get",
+    "get_checkpoint_url",
+    "get_config",
+    "get_config_file",
+    "get_published_url",
+]
 
 PREFIX = "libra://"
+# Increased when files that were converted before must be converted again.
+_CONVERSION = 1
 
 _LIBRA = "https://download.openmmlab.com/mmdetection/v2.0/libra_rcnn"
 # Names of mmdetection's config files and model zoo; the last digits are the start of the SHA-256.
@@ -52,6 +67,29 @@ _URLS = {
 }
 
 
+def _without_suffix(config_path: str) -> str:
+    return config_path[: -len(".yaml")] if config_path.endswith(".yaml") else config_path
+
+
+def get_published_url(config_path: str) -> str:
+    """
+    Args:
+        config_path: see :func:`get_checkpoint_url`.
+
+    Returns:
+        URL of the published file, in the format of the project that published it.
+
+    Raises:
+        RuntimeError: if none was published.
+    """
+    name = _without_suffix(config_path)
+    if name not in _URLS:
+        raise RuntimeError(
+            f"There are no published weights for {config_path!r}; there are for {', '.join(_URLS)}"
+        )
+    return _URLS[name]
+
+
 def get_checkpoint_url(config_path: str) -> str:
     """
     Args:
@@ -59,17 +97,13 @@ def get_checkpoint_url(config_path: str) -> str:
             ImageNet weights: the keys of the table in this file.
 
     Returns:
-        URL of the published weights, in mmdetection's format.
+        "libra://<name>", which Detectron2's checkpointers load.
 
     Raises:
         RuntimeError: if none were published.
     """
-    name = config_path[: -len(".yaml")] if config_path.endswith(".yaml") else config_path
-    if name not in _URLS:
-        raise RuntimeError(
-            f"There are no published weights for {config_path!r}; there are for {', '.join(_URLS)}"
-        )
-    return _URLS[name]
+    get_published_url(config_path)
+    return PREFIX + _without_suffix(config_path)
 
 
 def get_config_file(config_path: str) -> str:
@@ -140,18 +174,39 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
     return model
 
 
+def _converted(path: str) -> str:
+    """
+    Convert a published file, unless that was done before.
+
+    Args:
+        path: of a checkpoint of mmdetection, or of ImageNet weights of torchvision or open-mmlab.
+
+    Returns:
+        path of the same weights in Detectron2's format.
+    """
+    target = f"{os.path.splitext(path)[0]}.detectron2-{_CONVERSION}.pth"
+    with file_lock(target):  # other processes may want it, too
+        if not os.path.isfile(target):
+            content = read_weights(path)
+            with reading_weights(path):
+                checkpoint = to_detectron2_checkpoint({"model": content})
+            with atomic_write(target) as f:
+                torch.save(checkpoint, f)
+    return target
+
+
 class LibraZooHandler(PathHandler):
-    """Resolves ``libra://<name>`` for Detectron2's path manager."""
+    """Resolves ``libra://<name>`` for Detectron2's path manager to a file in its own format."""
 
     def _get_supported_prefixes(self):
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
         try:
-            url = get_checkpoint_url(path[len(PREFIX) :])
+            url = get_published_url(path[len(PREFIX) :])
         except RuntimeError as e:
             raise FileNotFoundError(str(e)) from e
-        return fetch(url)
+        return _converted(fetch(url))
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
         return open(self._get_local_path(path), mode)

@@ -17,7 +17,11 @@ from libra_d2.data.synthetic import make_synthetic_dataset
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "demo")]  # for the scripts
+sys.path.insert(0, str(ROOT / "tests/reference"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +33,9 @@ def mmdet():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_start():
+def _fresh_start(pytestconfig):
     """The same random numbers for each test, and the loggers as before a script set them up."""
-    torch.manual_seed(0)
+    torch.manual_seed(pytestconfig.getoption("seed"))
     for name in ("detectron2", "fvcore", "libra_d2"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -77,11 +77,10 @@ def test_recorded_errors_are_those_of_the_loss():
     (errors,) = record(model, [inputs]).box_errors
     seen = {}
 
-    def loss(input, target, reduction):
-        seen["loss"] = balanced_l1_loss(input, target, reduction="sum").item()
-        return input.sum() * 0
+    def loss(module, inputs):
+        seen["loss"] = balanced_l1_loss(*inputs, reduction="sum").item()
 
-    model.roi_heads.box_predictor.balanced_l1 = loss
+    model.roi_heads.box_predictor.balanced_l1.register_forward_pre_hook(loss)
     torch.manual_seed(1)
     record_again = record(model, [inputs]).box_errors[0]
     assert torch.equal(record_again, errors)
@@ -148,9 +147,11 @@ def test_feature_statistics():
 
 def test_objective_statistics():
     """Two errors: x = 0.5 with gradients 0.5 and alpha ln(b / 2 + 1), and 3 with 1 and gamma."""
-    statistics = objective_statistics(torch.tensor([3.0, 0.5]))
+    statistics = objective_statistics(torch.tensor([3.0, 0.5]), smooth_l1_beta=1.0)
     assert statistics["inliers"] == 0.5
-    assert statistics["smooth L1"]["inlier_gradient"] == pytest.approx(0.5 / 1.5)
+    assert statistics["smooth L1 (beta 1)"]["inlier_gradient"] == pytest.approx(0.5 / 1.5)
+    plain = objective_statistics(torch.tensor([3.0, 0.5]))["L1"]
+    assert plain["inlier_gradient"] == pytest.approx(1 / 2)
     inlier = 0.5 * np.log((np.exp(3) - 1) / 2 + 1)
     share = inlier / (inlier + 1.5)
     assert statistics["balanced L1"]["inlier_gradient"] == pytest.approx(share)

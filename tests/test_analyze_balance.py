@@ -3,10 +3,11 @@ import json
 
 import pytest
 import torch
-from analyze_balance import main
 from conftest import ROOT, load_cfg
 
 from detectron2.modeling import build_model
+
+from libra_d2.tools.analyze_balance import main
 
 CONFIGS = ["libra_faster_rcnn_R_18_FPN", "libra_retinanet_R_18_FPN", "rpn_R_18_FPN"]
 

@@ -2,8 +2,10 @@
 import pytest
 import torch
 
-from libra_d2.modeling import BalancedFeaturePyramid, NonLocalBlock
-from libra_d2.modeling.balanced_feature_pyramid import REFINE_TYPES
+from libra_d2.errors import ArgumentError
+from libra_d2.modeling import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
+
+REFINE_TYPES = ("none", "conv", "non_local")
 
 SIZES = {
     "regular": [(32, 48), (16, 24), (8, 12), (4, 6), (2, 3)],
@@ -158,14 +160,32 @@ def test_autocast(refine_type):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"refine_level": 5}, "REFINE_LEVEL is 5, but the pyramid has 5 levels: use .* 0 to 4"),
-        ({"refine_level": -1}, "REFINE_LEVEL is -1"),
-        ({"refine_type": "gaussian"}, "REFINE_TYPE is 'gaussian': use one of"),
+        ({"refine_level": 5}, "refine_level is 5: the pyramid has 5 levels, use .* 0 to 4"),
+        ({"refine_level": -1}, "refine_level is -1"),
+        ({"refine_type": "gaussian"}, "refine_type is 'gaussian': use one of"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         BalancedFeaturePyramid(8, 5, **kwargs)
+
+
+def test_own_refinement():
+    """A registered one is used by its name."""
+
+    @REFINEMENT_REGISTRY.register()
+    def test_double(channels):
+        layer = torch.nn.Conv2d(channels, channels, 1, bias=False)
+        torch.nn.init.dirac_(layer.weight)
+        layer.weight.data *= 2
+        return layer
+
+    features = pyramid(SIZES["regular"])
+    double, none = (
+        BalancedFeaturePyramid(8, 5, refine_type=name)(features) for name in ("test_double", "none")
+    )
+    for feature, a, b in zip(features, double, none):
+        torch.testing.assert_close(a - feature, 2 * (b - feature))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

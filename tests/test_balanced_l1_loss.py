@@ -135,11 +135,11 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alpha": 0.0}, "alpha must be a positive number, got 0.0"),
-        ({"gamma": -1.0}, "gamma must be a positive number, got -1.0"),
-        ({"beta": float("nan")}, "beta must be a positive number, got nan"),
-        ({"alpha": 0.01, "gamma": 1.0}, "gamma / alpha must be at most 80"),
-        ({"form": "paper"}, "form must be one of"),
+        ({"alpha": 0.0}, "alpha is 0.0: use a positive number"),
+        ({"gamma": -1.0}, "gamma is -1.0: use a positive number"),
+        ({"beta": float("nan")}, "beta is nan: use a positive number"),
+        ({"alpha": 0.01, "gamma": 1.0}, "gamma is 1.0: use at most 80 times alpha, 0.01"),
+        ({"form": "paper"}, "form is 'paper': use one of"),
         ({"reduction": "max"}, "reduction must be"),
     ],
 )

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling.balanced_sampling import MODES, BalancedSampler, iou_bins, iou_histogram
 
 
@@ -268,15 +269,15 @@ def test_iou_histogram():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_bins": 0}, "NUM_BINS is 0: use 1 or more"),
-        ({"mode": "fast"}, "MODE is 'fast': use one of"),
-        ({"negatives": "hard"}, "NEGATIVES is 'hard'"),
-        ({"positives": ""}, "POSITIVES is ''"),
-        ({"negative_iou_thresh": 0.0}, r"threshold of negatives is 0.0: use a value in \(0, 1\]"),
+        ({"num_bins": 0}, "num_bins is 0: use 1 or more"),
+        ({"mode": "fast"}, "mode is 'fast': use one of"),
+        ({"negatives": "hard"}, "negatives is 'hard'"),
+        ({"positives": ""}, "positives is ''"),
+        ({"negative_iou_thresh": 0.0}, r"negative_iou_thresh is 0.0: use a value in \(0, 1\]"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         BalancedSampler(**kwargs)
 
 

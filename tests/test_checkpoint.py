@@ -15,8 +15,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
+from libra_d2.checkpoint.mmdetection import to_mmdetection
 from libra_d2.errors import InputError
-from libra_d2.mmdetection_weights import to_mmdetection
 
 
 def plain_cfg(**overrides):

@@ -2,10 +2,11 @@
 import json
 
 import pytest
-from compare_ideas import VARIANTS, build_argument_parser, main, summarize
 from conftest import DEMO_CONFIG, ROOT, load_cfg
 from test_config import ablations
 from test_train_net import TINY, own_data
+
+from libra_d2.tools.compare_ideas import VARIANTS, build_argument_parser, main, summarize
 
 
 def test_variants():

@@ -3,10 +3,10 @@ import pickle
 
 import pytest
 import torch
-from convert_mmdet import main
 from test_checkpoint import save, theirs  # noqa: F401
 
 from libra_d2.checkpoint import LibraCheckpointer
+from libra_d2.tools.convert_mmdet import main
 
 
 def equal(a, b):

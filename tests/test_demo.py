@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import DEMO_CONFIG, ROOT, load_cfg
 from PIL import Image
-from side_by_side import match_detections
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from demo import build_argument_parser, main, setup
+from libra_d2.demo.demo import build_argument_parser, main, setup
+from libra_d2.evaluation.side_by_side import match_detections
 
 DOCS = ["--input", str(ROOT / "docs/images")]
 

@@ -5,15 +5,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_evaluation
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.data import register_coco_json
 from libra_d2.errors import InputError
-from libra_d2.evaluation import PredictionPictures, build_evaluator, fast_coco_evaluator
-from libra_d2.evaluation.fast_coco_evaluator import FastCOCOEvaluator
+from libra_d2.evaluation import (
+    LibraCOCOEvaluator,
+    PredictionPictures,
+    build_evaluator,
+    coco_evaluator,
+)
+from libra_d2.evaluation.coco_evaluator import choose_coco_eval
 
 
 @pytest.fixture
@@ -33,60 +41,136 @@ def test_coco(dataset, evaluator_type, tmp_path):
     assert isinstance(build_evaluator(dataset, str(tmp_path)), COCOEvaluator)
 
 
+def compiled_evaluator():
+    """Detectron2's, where it was compiled."""
+    found = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    return [] if found is COCOeval else [found]
+
+
+EVALUATORS = [COCOeval, coco_evaluator._faster_coco_eval, *compiled_evaluator()]
+
+
+def detections_near(record, rng, num=3, masks=False):
+    """The ground truth of an image ``num`` times, moved a little, with wrong classes."""
+    annotations = num * record["annotations"]
+    instances = Instances((record["height"], record["width"]))
+    boxes = torch.tensor([a["bbox"] for a in annotations]).float().view(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes += 3 * torch.randn(boxes.shape, generator=rng)
+    classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.long)
+    wrong = torch.rand(len(boxes), generator=rng) < 0.2
+    instances.pred_boxes = Boxes(boxes)
+    instances.pred_classes = torch.where(wrong, (classes + 1) % 4, classes)
+    instances.scores = torch.rand(len(boxes), generator=rng)
+    if masks:
+        ys, xs = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+        x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+        instances.pred_masks = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+    return instances
+
+
+def evaluate(evaluator, detections):
+    """Results for the detections in each image, by its id."""
+    evaluator.reset()
+    for image_id, instances in detections.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("coco_eval", EVALUATORS)
 @pytest.mark.parametrize("config", ["faster", "mask"])
-def test_fast_evaluation(synthetic, tmp_path, config):
-    """All numbers, per class and of masks as well, are those of pycocotools."""
-    name = f"test_fast_{config}"
-    mask_format = "bitmask" if config == "mask" else None
+def test_evaluators_agree(synthetic, tmp_path, config, coco_eval):
+    """All numbers, per class and of masks as well, are those of Detectron2 with pycocotools."""
+    name, masks = f"test_fast_{config}", config == "mask"
     paths = (str(synthetic / "instances.json"), str(synthetic / "images"), str(tmp_path))
-    register_coco_json(name, *paths, mask_format)
+    register_coco_json(name, *paths, "bitmask" if masks else None)
     rng = torch.Generator().manual_seed(0)
-    evaluators = [
-        evaluator(name, ("bbox", "segm") if config == "mask" else ("bbox",), False)
-        for evaluator in (COCOEvaluator, FastCOCOEvaluator)
-    ]
-    for evaluator in evaluators:
-        evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        # The ground truth, moved a little, with wrong classes and additional boxes.
-        truth = Instances((96, 96))
-        annotations = 3 * record["annotations"]
-        boxes = torch.tensor([a["bbox"] for a in annotations]).float().view(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes += 3 * torch.randn(boxes.shape, generator=rng)
-        classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.long)
-        wrong = torch.rand(len(boxes), generator=rng) < 0.2
-        truth.pred_boxes = Boxes(boxes)
-        truth.pred_classes = torch.where(wrong, (classes + 1) % 4, classes)
-        truth.scores = torch.rand(len(boxes), generator=rng)
-        if config == "mask":
-            ys, xs = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
-            x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
-            truth.pred_masks = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
-        for evaluator in evaluators:
-            evaluator.process([{"image_id": record["image_id"]}], [{"instances": truth}])
-    expected, results = (evaluator.evaluate() for evaluator in evaluators)
+    records = DatasetCatalog.get(name)
+    found = {r["image_id"]: detections_near(r, rng, masks=masks) for r in records}
+    arguments = (name, ("bbox", "segm") if masks else ("bbox",), False)
+    expected = evaluate(COCOEvaluator(*arguments, use_fast_impl=False), found)
+    results = evaluate(LibraCOCOEvaluator(*arguments, coco_eval=coco_eval), found)
     assert results.keys() == expected.keys()
     assert expected["bbox"]["AP50"] > 5
     for task, numbers in expected.items():
         assert results[task] == pytest.approx(numbers, abs=1e-10, nan_ok=True)
 
 
-def test_choice_of_the_evaluator(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("coco_eval", EVALUATORS)
+def test_more_than_100_detections(dataset, coco_eval):
+    """All 300 of an image count, as with pycocotools' limit set to 300."""
+    rng = torch.Generator().manual_seed(1)
+    records = DatasetCatalog.get(dataset)
+    found = {r["image_id"]: detections_near(r, rng, num=60) for r in records}
+    assert max(map(len, found.values())) > 200
+    at_100, at_300 = (
+        evaluate(
+            LibraCOCOEvaluator(
+                dataset, ("bbox",), False, max_dets_per_image=n, coco_eval=coco_eval
+            ),
+            found,
+        )["bbox"]
+        for n in (100, 300)
+    )
+    coco = COCO(MetadataCatalog.get(dataset).json_file)
+    ids = coco.getCatIds()
+    results = [x for i, found_i in found.items() for x in instances_to_coco_json(found_i, i)]
+    for result in results:
+        result["category_id"] = ids[result["category_id"]]
+    expected = COCOeval(coco, coco.loadRes(results), "bbox")
+    expected.params.maxDets = [1, 10, 300]
+    expected.evaluate()
+    expected.accumulate()
+    precision = expected.eval["precision"][:, :, :, 0, -1]
+    assert at_300["AP"] == pytest.approx(100 * precision[precision > -1].mean(), abs=1e-10)
+    assert at_300["AP"] > at_100["AP"]
+
+
+def test_limit_is_the_models(dataset, tmp_path):
+    """What the model may return counts, and never less than COCO looks at."""
+    for limit, expected in ((20, 100), (100, 100), (300, 300)):
+        evaluator = build_evaluator(dataset, str(tmp_path), limit)
+        assert evaluator._max_dets_per_image == [1, 10, expected]
+
+
+@pytest.mark.parametrize("coco_eval", EVALUATORS)
+def test_perfect_predictions(dataset, coco_eval):
+    """The ground truth is worth 100 AP."""
+    found = {}
+    for record in DatasetCatalog.get(dataset):
+        instances = Instances((96, 96))
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float().view(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        instances.pred_classes = torch.tensor(
+            [a["category_id"] for a in record["annotations"]], dtype=torch.long
+        )
+        instances.scores = torch.ones(len(boxes))
+        found[record["image_id"]] = instances
+    results = evaluate(LibraCOCOEvaluator(dataset, ("bbox",), False, coco_eval=coco_eval), found)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_nothing_found(dataset):
+    """No detections at all: no number, as in Detectron2."""
+    empty = Instances((96, 96), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
+    empty.pred_classes = torch.zeros(0, dtype=torch.long)
+    found = {r["image_id"]: empty for r in DatasetCatalog.get(dataset)}
+    results = evaluate(LibraCOCOEvaluator(dataset, ("bbox",), False), found)
+    assert np.isnan(results["bbox"]["AP"])
+
+
+def test_choice_of_the_evaluator(monkeypatch):
     """Detectron2's own if it was compiled, else the package if it is installed, else a notice."""
-    evaluator = build_evaluator(dataset, str(tmp_path))
-    compiled = coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
-    assert type(evaluator) is (COCOEvaluator if compiled else FastCOCOEvaluator)
-    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", coco_evaluation.COCOeval)
-    assert type(build_evaluator(dataset, str(tmp_path))) is FastCOCOEvaluator
     messages = []
-    monkeypatch.setattr(fast_coco_evaluator.logger, "info", messages.append)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert type(build_evaluator(dataset, str(tmp_path))) is COCOEvaluator
-    assert "pip install faster-coco-eval" in messages[0]
+    monkeypatch.setattr(coco_evaluator.logger, "info", messages.append)
     monkeypatch.setattr(coco_evaluation, "COCOeval_opt", object)
-    assert type(build_evaluator(dataset, str(tmp_path))) is COCOEvaluator
-    assert len(messages) == 1
+    assert choose_coco_eval() is object
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    assert choose_coco_eval() is coco_evaluator._faster_coco_eval
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not messages
+    assert choose_coco_eval() is COCOeval
+    assert "pip install faster-coco-eval" in messages[0]
 
 
 def test_voc(tmp_path):

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, load_cfg
-from export_model import check, detect, main
 
 from detectron2.modeling import build_model
+
+from libra_d2.tools.export_model import check, detect, main
 
 SYSTEMS = ["retinanet", "mask_rcnn"]
 # Scores that untrained models reach.

@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, calibrate_norms
 
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from libra_d2 import model_zoo
 from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.download import fetch
+from libra_d2.checkpoint.download import fetch
+from libra_d2.checkpoint.mmdetection import to_mmdetection
+from libra_d2.data import register_coco_json
 from libra_d2.errors import InputError
-from libra_d2.mmdetection_weights import to_mmdetection
 
 RETINANET = "COCO-Detection/libra_retinanet_R_50_FPN_1x"
 
@@ -114,9 +119,10 @@ def test_names():
     """The published URLs; every name with weights, ImageNet's aside, is a config."""
     for name, url in model_zoo._URLS.items():
         assert re.fullmatch(r"https://\S+-[0-9a-f]{8}\.pth", url)
-        assert model_zoo.get_checkpoint_url(name) == url
+        assert model_zoo.get_published_url(name) == url
+        assert model_zoo.get_checkpoint_url(name) == f"libra://{name}"
         if not name.startswith("ImageNet"):
-            assert model_zoo.get_checkpoint_url(f"{name}.yaml") == url
+            assert model_zoo.get_checkpoint_url(f"{name}.yaml") == f"libra://{name}"
             path = model_zoo.get_config_file(f"{name}.yaml")
             assert Path(path) == ROOT / f"configs/{name}.yaml"
 
@@ -150,7 +156,9 @@ def test_config():
     assert cfg.MODEL.META_ARCHITECTURE == "LibraRetinaNet"
     assert cfg.MODEL.WEIGHTS == "libra://ImageNetPretrained/torchvision/R-50"
     cfg = model_zoo.get_config(f"{RETINANET}.yaml", trained=True)
-    assert cfg.MODEL.WEIGHTS.endswith("libra_retinanet_r50_fpn_1x_coco_20200205-804d94ce.pth")
+    assert f"libra://{RETINANET}" == cfg.MODEL.WEIGHTS
+    url = model_zoo.get_published_url(RETINANET)
+    assert url.endswith("libra_retinanet_r50_fpn_1x_coco_20200205-804d94ce.pth")
 
 
 @pytest.fixture
@@ -159,8 +167,6 @@ def published(server, monkeypatch, tmp_path):
     folder, url = server
     cfg = model_zoo.get_config(f"{RETINANET}.yaml")
     cfg.MODEL.DEVICE = "cpu"
-    from detectron2.modeling import build_model
-
     torch.manual_seed(3)
     model = build_model(cfg)
     calibrate_norms(model.backbone, torch.rand(1, 3, 64, 64))
@@ -179,18 +185,80 @@ def test_get_trained(published):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_libra_url(published):
-    """By name, through Detectron2's path manager and in the checkpointer."""
+def test_libra_url(published, tmp_path):
+    """A file in Detectron2's format beside the download, made once."""
     path = PathManager.get_local_path(f"libra://{RETINANET}")
-    assert re.search(r"model-[0-9a-f]{8}\.pth$", path)
+    assert re.fullmatch(r"model-[0-9a-f]{8}\.detectron2-1\.pth", Path(path).name)
+    made = Path(path).stat().st_mtime_ns
+    assert set(torch.load(path)) == {"model", "__author__"}
     with PathManager.open(f"libra://{RETINANET}", "rb") as f:
         assert f.read() == Path(path).read_bytes()
-    cfg = model_zoo.get_config(f"{RETINANET}.yaml")
-    assert cfg.MODEL.LIBRA.RETINANET.P7_RELU is False
-    other = model_zoo.get_config(f"{RETINANET}.yaml")
-    other.MODEL.DEVICE = "cpu"
-    from detectron2.modeling import build_model
-
-    model = build_model(other)
+    assert Path(path).stat().st_mtime_ns == made
+    assert (
+        sorted(p.suffix for p in Path(path).parent.iterdir() if p.suffix != ".lock") == [".pth"] * 2
+    )
+    model = build_model(cpu_cfg())
     LibraCheckpointer(model, complete=True).load(f"libra://{RETINANET}")
     assert torch.equal(model.head.bbox_pred.weight, published.head.bbox_pred.weight)
+
+
+def cpu_cfg(**kwargs):
+    cfg = model_zoo.get_config(f"{RETINANET}.yaml", **kwargs)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def assert_same_weights(model, published):
+    for name, value in published.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_detectron2_checkpointer(published):
+    """Detectron2's own class loads a name of the zoo, with nothing missing."""
+    model = build_model(cpu_cfg())
+    checkpointer = DetectionCheckpointer(model)
+    checkpointer.load(model_zoo.get_checkpoint_url(f"{RETINANET}.yaml"))
+    assert_same_weights(model, published)
+
+
+def test_default_predictor(published):
+    model = DefaultPredictor(cpu_cfg(trained=True)).model
+    assert_same_weights(model, published)
+
+
+@pytest.mark.parametrize("kind", ["detector", "ImageNet"])
+def test_default_trainer(published, synthetic, tmp_path, kind, server, monkeypatch):
+    """Detectron2's trainer starts from a published detector, or from ImageNet weights."""
+    if kind == "ImageNet":
+        folder, url = server
+        backbone = torchvision.models.resnet50(weights=None)
+        torch.save(backbone.state_dict(), tmp_path / "resnet.pth")
+        name = serve(folder, (tmp_path / "resnet.pth").read_bytes(), "resnet")
+        key = "ImageNetPretrained/torchvision/R-50"
+        monkeypatch.setitem(model_zoo._URLS, key, f"{url}/{name}")
+    cfg = cpu_cfg(trained=kind == "detector")
+    paths = (str(synthetic / "instances.json"), str(synthetic / "images"), str(tmp_path))
+    register_coco_json("test_zoo", *paths)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("test_zoo",), ()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS = 1, 0
+    cfg.OUTPUT_DIR = str(tmp_path)
+    trainer = DefaultTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    if kind == "detector":
+        assert_same_weights(trainer.model, published)
+        return
+    stem = trainer.model.backbone.bottom_up.stem.conv1
+    assert torch.equal(stem.weight, backbone.conv1.weight)
+    last = trainer.model.backbone.bottom_up.res5[2].conv3
+    assert torch.equal(last.weight, backbone.layer4[2].conv3.weight)
+    assert torch.equal(last.norm.running_var, backbone.layer4[2].bn3.running_var)
+
+
+def test_broken_published_file(server, monkeypatch):
+    """A file with the right hash that is no checkpoint: the error names it, nothing is cached."""
+    folder, url = server
+    name = serve(folder, b"no weights")
+    monkeypatch.setitem(model_zoo._URLS, RETINANET, f"{url}/{name}")
+    with pytest.raises(InputError, match=f"{name}: not"):
+        PathManager.get_local_path(f"libra://{RETINANET}")
+    assert not list(folder.parent.rglob("*.detectron2-*.pth"))

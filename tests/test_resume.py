@@ -17,8 +17,8 @@ from conftest import DEMO_CONFIG, ROOT, demo_cfg
 from test_train_net import TINY, own_data
 
 from libra_d2.data import register_coco_json
+from libra_d2.engine import Trainer
 from libra_d2.evaluation import read_metrics
-from train_net import Trainer
 
 STEPS = 40
 

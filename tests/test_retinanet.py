@@ -8,6 +8,7 @@ from detectron2.modeling import RetinaNet, build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling import LibraRetinaNet, balanced_l1_loss
 
 CONFIG = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml"
@@ -191,14 +192,22 @@ def test_trace_and_script(detector, convert):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"LIBRA__RETINANET__NORMALIZER": "images"}, "RETINANET.NORMALIZER is 'images'"),
-        ({"LIBRA__BALANCED_L1__ALPHA": -1.0}, "alpha must be a positive number"),
-        ({"LIBRA__BFP__REFINE_LEVEL": 5}, "REFINE_LEVEL is 5"),
+        (
+            {"LIBRA__RETINANET__NORMALIZER": "images"},
+            "MODEL.LIBRA.RETINANET.NORMALIZER is 'images'",
+        ),
+        (
+            {"LIBRA__BALANCED_L1__ALPHA": -1.0},
+            "MODEL.LIBRA.BALANCED_L1.ALPHA is -1.0: use a positive",
+        ),
+        ({"LIBRA__BFP__REFINE_LEVEL": 5}, "MODEL.LIBRA.BFP.REFINE_LEVEL is 5"),
     ],
 )
 def test_bad_arguments(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    """For users of a config, with the key."""
+    with pytest.raises(ArgumentError) as error:
         build(**overrides)
+    assert error.value.in_config.startswith(message)
 
 
 def test_registered():

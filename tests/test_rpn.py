@@ -109,7 +109,7 @@ def test_train_step(num_boxes):
 
 
 def test_bad_normalizer():
-    with pytest.raises(ValueError, match="NORMALIZER is 'images': use one of"):
+    with pytest.raises(ValueError, match="normalizer is 'images': use one of"):
         build(LIBRA__RPN__NORMALIZER="images")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import DEMO_CONFIG, ROOT
 
-from train_net import invoke_main
+from libra_d2.engine.main import main
 
 TINY = [
     *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "INPUT.MIN_SIZE_TRAIN"),
@@ -161,7 +161,7 @@ def test_pascal_voc(synthetic, tmp_path):
 def fails(capsys, *args, config=DEMO_CONFIG):
     """Run the script's main function, which must fail; returns the one line that it prints."""
     with pytest.raises(SystemExit) as exit:
-        invoke_main(["--config-file", str(config), *[str(a) for a in args]])
+        main(["--config-file", str(config), *[str(a) for a in args]])
     error = capsys.readouterr().err
     if isinstance(exit.value.code, str):  # printed by Python, with status 1
         return exit.value.code
@@ -325,8 +325,8 @@ import sys
 from detectron2.data.datasets import register_coco_instances
 for name in ("first", "second"):
     register_coco_instances(name, {{}}, r"{synthetic}/instances.json", r"{synthetic}/images")
-from train_net import invoke_main
-invoke_main(sys.argv[1:])
+from libra_d2.engine.main import main
+main(sys.argv[1:])
 """
     args = ["--config-file", DEMO_CONFIG, *TINY, "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN"]
     args += ["('first',)", "DATASETS.TEST", "('first', 'second')", "SOLVER.MAX_ITER", 1]

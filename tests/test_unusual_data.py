@@ -16,8 +16,8 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-import train_net as script
 from libra_d2.data import LibraDatasetMapper, read_image, register_coco_json
+from libra_d2.engine import main as script
 from libra_d2.errors import InputError
 
 
@@ -170,7 +170,7 @@ def test_divergence_names_images(synthetic, tmp_path, monkeypatch, capsys):
     args = ["--config-file", ROOT / f"configs/Demo/{SYSTEMS[0]}_R_18_FPN.yaml"]
     args += [*own_data(synthetic, "train"), *TINY, "SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path]
     with pytest.raises(SystemExit, match="2"):
-        script.invoke_main([str(a) for a in args])
+        script.main([str(a) for a in args])
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "a loss is not finite at iteration 3 (" in line
     assert "loss_cls nan" in line

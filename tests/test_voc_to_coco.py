@@ -3,9 +3,9 @@ import json
 
 import pytest
 from PIL import Image
-from voc_to_coco import main
 
 from libra_d2.data import register_coco_json
+from libra_d2.tools.voc_to_coco import main
 
 OBJECT = (
     "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"

@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.data.detection_utils import build_augmentation
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.analysis import (
@@ -41,10 +39,10 @@ from libra_d2.analysis import (
     sample_statistics,
 )
 from libra_d2.analysis.html_page import Section, write_page
-from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.command_line import (
+from libra_d2.checkpoint import build_trained_model
+from libra_d2.data import LibraDatasetMapper, build_augmentation, read_image
+from libra_d2.engine import (
     add_data_arguments,
-    blamed_on,
     check_datasets,
     config_argument_parser,
     prepare_proposal_files,
@@ -52,8 +50,8 @@ from libra_d2.command_line import (
     register_own_data,
     report_errors,
 )
-from libra_d2.data import LibraDatasetMapper, read_image
 from libra_d2.errors import InputError
+from libra_d2.plain_detector import box_loss_name
 
 logger = logging.getLogger("libra_d2.analyze_balance")
 
@@ -158,16 +156,20 @@ def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: st
     )
     retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
     losses = {name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()}
+    # That of the baseline, which libra_d2.plain_detector defines.
+    beta = (
+        cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA if retina else cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA
+    )
+    loss_name = box_loss_name(beta)
     add(
-        plot_losses(**losses),
+        plot_losses(**losses, smooth_l1_beta=beta),
         "losses",
-        "Objective: balanced L1 and smooth L1 loss",
+        f"Objective: balanced L1 and {loss_name}",
         "A smaller alpha raises the gradient of errors below beta (vertical line), the inliers. "
         "Gamma is the gradient of all larger errors, the outliers.",
     )
     errors = torch.cat(recording.box_errors) if recording.box_errors else torch.empty(0)
     if len(errors):
-        beta = cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA if retina else losses["beta"]
         numbers["objective"] = objective = objective_statistics(
             errors.cpu(), **losses, smooth_l1_beta=beta
         )
@@ -177,7 +179,7 @@ def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: st
             "gradient_shares",
             "Objective: who sets the gradient in these images",
             f"{percent(objective['inliers'])} of the errors are inliers. They contribute "
-            f"{shares['smooth L1']} of the gradient of smooth L1 loss and "
+            f"{shares[loss_name]} of the gradient of {loss_name} loss and "
             f"{shares['balanced L1']} of that of balanced L1 loss.",
         )
     write_page(
@@ -201,8 +203,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--num-images is {args.num_images}: use 1 or more")
     cfg = read_config(args.config_file, args.opts)
     setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS: name the weights of a trained model")
     own = register_own_data(cfg, args)
     dataset = (own or cfg.DATASETS.TRAIN or [None])[0]
     if dataset is None:
@@ -210,9 +210,7 @@ def run(args: argparse.Namespace) -> None:
     split = "TRAIN" if dataset in cfg.DATASETS.TRAIN else "TEST"
     check_datasets([dataset])
     prepare_proposal_files(cfg, (split,))
-    with blamed_on(args.config_file):
-        model = build_model(cfg)
-    LibraCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    model = build_trained_model(cfg)
     folder = os.path.join(cfg.OUTPUT_DIR, "balance")
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ from libra_d2.modeling import (
     NonLocalBlock,
     balanced_l1_loss,
 )
+from libra_d2.plain_detector import BASELINE, without
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
 PARTS = ("non-local", "pyramid", "sampling", "loss", "models")
@@ -236,7 +237,7 @@ def sampling(meter: Meter, reference: bool) -> Iterator[Result]:
     for name, config in ((OURS, "LibraROIHeads"), (PLAIN, "StandardROIHeads")):
         cfg = faster_rcnn_config(OURS, meter.device)
         cfg.MODEL.ROI_HEADS.NAME = config
-        cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE = "smooth_l1"
+        cfg.merge_from_list(without("balanced_l1"))
         heads[name] = build_model(cfg).roi_heads
     size = (1000, 1000)
     targets = [Instances(size, gt_boxes=Boxes(gt), gt_classes=torch.arange(12, device=gt.device))]
@@ -272,9 +273,8 @@ def faster_rcnn_config(name: str, device: str):
     cfg = model_zoo.get_config("COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = device
     if name == PLAIN:
-        cfg.MODEL.LIBRA.BFP.ENABLED = False
+        cfg.merge_from_list(BASELINE)
         cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-        cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE = "smooth_l1"
         cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
     return cfg
 
@@ -283,9 +283,8 @@ def retinanet_config(name: str, device: str):
     cfg = model_zoo.get_config("COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = device
     if name == PLAIN:
-        cfg.MODEL.LIBRA.BFP.ENABLED = False
+        cfg.merge_from_list(BASELINE)
         cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-        cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "smooth_l1"
     return cfg
 
 

@@ -25,31 +25,17 @@ from typing import Dict, List, Optional
 from tabulate import tabulate
 from tqdm import tqdm
 
-from libra_d2.command_line import config_argument_parser, read_config, report_errors
+from libra_d2.atomic_write import atomic_write
+from libra_d2.engine import (
+    add_data_arguments,
+    config_argument_parser,
+    read_config,
+    report_errors,
+)
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
-from libra_d2.whole_file import write_whole
+from libra_d2.plain_detector import VARIANTS
 
-TRAIN_NET = Path(__file__).parent.parent / "train_net.py"
-
-# What turns an idea off.
-RANDOM_SAMPLING = [
-    *("MODEL.LIBRA.SAMPLER.NEGATIVES", "random"),
-    *("MODEL.LIBRA.SAMPLER.POSITIVES", "random"),
-]
-PLAIN_PYRAMID = ["MODEL.LIBRA.BFP.ENABLED", "False"]
-SMOOTH_L1 = [
-    *("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "smooth_l1"),
-    *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "smooth_l1"),
-]
-VARIANTS = {
-    "baseline": [*PLAIN_PYRAMID, *RANDOM_SAMPLING, *SMOOTH_L1],
-    "sampling": [*PLAIN_PYRAMID, *SMOOTH_L1],
-    "feature_pyramid": [*RANDOM_SAMPLING, *SMOOTH_L1],
-    "balanced_l1": [*PLAIN_PYRAMID, *RANDOM_SAMPLING],
-    "all": [],
-    "all_reference": ["MODEL.LIBRA.SAMPLER.MODE", "reference"],
-}
 # Of a RetinaNet, which samples nothing.
 WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
 
@@ -57,9 +43,7 @@ WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     parser = config_argument_parser(__doc__)
-    for split in ("train", "val"):
-        parser.add_argument(f"--{split}-json", required=True, metavar="FILE")
-        parser.add_argument(f"--{split}-images", required=True, metavar="DIR")
+    add_data_arguments(parser, required=True)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
@@ -87,10 +71,14 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> None:
     if is_finished(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(TRAIN_NET), "--resume", "--config-file", args.config_file]
-    for name in ("train_json", "train_images", "val_json", "val_images"):
-        command += [f"--{name.replace('_', '-')}", getattr(args, name)]
-    command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), *args.opts, *VARIANTS[variant]]
+    command = [sys.executable, "-m", "libra_d2.engine.main", "--resume"]
+    command += ["--config-file", args.config_file]
+    for split in ("train", "val"):
+        for what in ("json", "images", "proposals"):
+            value = getattr(args, f"{split}_{what}")
+            command += [f"--{split}-{what}", value] if value else []
+    command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), *args.opts]
+    command += map(str, VARIANTS[variant])
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
@@ -207,7 +195,7 @@ def summarize(args: argparse.Namespace, variants: List[str]) -> str:
     plot(runs, summary / "curves.png")
     command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
     seeds = ", ".join(map(str, args.seeds))
-    with write_whole(str(summary / "results.md"), "w") as f:
+    with atomic_write(str(summary / "results.md"), "w") as f:
         f.write(
             f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
             f"AP (%) on `{args.val_json}`.\n\n{text}\n\n![AP](curves.png)\n\n"

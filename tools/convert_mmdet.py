@@ -16,18 +16,18 @@ from typing import Any, Dict
 
 import torch
 
-from libra_d2.command_line import report_errors
-from libra_d2.errors import InputError
-from libra_d2.mmdetection_weights import (
+from libra_d2.atomic_write import atomic_write
+from libra_d2.checkpoint.description import describe_weights
+from libra_d2.checkpoint.mmdetection import (
     COUNTER,
     from_mmdetection,
     is_mmdetection,
     to_mmdetection,
     unwrap_mmdetection,
 )
-from libra_d2.safe_reading import check_declared_sizes, load_arrays, reading_weights
-from libra_d2.weights_description import describe_weights
-from libra_d2.whole_file import write_whole
+from libra_d2.checkpoint.safe_reading import read_weights, reading_weights
+from libra_d2.engine import report_errors
+from libra_d2.errors import InputError
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -69,15 +69,11 @@ def convert(content: Any) -> Dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Convert the file ``args.source`` to ``args.target``."""
+    content = read_weights(args.source)
     with reading_weights(args.source):
-        check_declared_sizes(args.source)
-        if args.source.endswith(".pkl"):
-            content = load_arrays(args.source)
-        else:
-            content = torch.load(args.source, map_location="cpu", weights_only=True)
         converted = convert(content)
     try:
-        with write_whole(args.target) as f:
+        with atomic_write(args.target) as f:
             torch.save(converted, f)
     except (OSError, RuntimeError) as e:
         raise InputError(f"{args.target}: cannot be written: {e}") from e

@@ -28,22 +28,19 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
-from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.command_line import (
+from libra_d2.checkpoint import build_trained_model
+from libra_d2.data import LibraDatasetMapper
+from libra_d2.data.proposals import PartialProposals, is_complete
+from libra_d2.engine import (
     add_data_arguments,
-    blamed_on,
     check_datasets,
     config_argument_parser,
     read_config,
     register_own_data,
     report_errors,
 )
-from libra_d2.data import LibraDatasetMapper
-from libra_d2.data.proposals import PartialProposals, is_complete
-from libra_d2.errors import InputError
 
 logger = logging.getLogger("libra_d2.dump_proposals")
 
@@ -113,16 +110,12 @@ def run(args: argparse.Namespace) -> None:
     cfg = read_config(args.config_file, args.opts)
     setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR)
     setup_logger(output=cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS: name the weights of a trained model")
     own = register_own_data(cfg, args)
     datasets = args.dataset or own or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     check_datasets(datasets)
     # The same names and weights as the model's, without what comes after the proposals.
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    with blamed_on(args.config_file):
-        model = build_model(cfg).eval()
-    LibraCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    model = build_trained_model(cfg)
     identity = identify(cfg, model)
     for name in dict.fromkeys(datasets):
         dump(cfg, model, name, os.path.join(cfg.OUTPUT_DIR, "proposals", f"{name}.pkl"), identity)

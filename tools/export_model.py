@@ -22,21 +22,19 @@ from typing import Dict, List, Tuple
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import GeneralizedRCNN
 
-from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.command_line import (
-    blamed_on,
+from libra_d2.atomic_write import atomic_write
+from libra_d2.checkpoint import build_trained_model
+from libra_d2.data import build_augmentation, read_image
+from libra_d2.engine import (
     config_argument_parser,
     read_config,
     report_errors,
 )
-from libra_d2.data import read_image
 from libra_d2.errors import InputError, one_line
-from libra_d2.whole_file import write_whole
 
 FIELDS = ("pred_boxes", "pred_classes", "scores", "pred_masks")
 
@@ -106,8 +104,7 @@ def check(model: torch.nn.Module, traced: torch.jit.ScriptModule, image: torch.T
 
 def read_sample(cfg: CfgNode, path: str) -> torch.Tensor:
     """The image as the model gets it, (3, H, W) float32, resized as in evaluation."""
-    with blamed_on(f"--sample-image: {path}"):
-        augmented = AugInput(read_image(path, cfg.INPUT.FORMAT))
+    augmented = AugInput(read_image(path, cfg.INPUT.FORMAT))
     AugmentationList(build_augmentation(cfg, is_train=False))(augmented)
     image = torch.from_numpy(augmented.image.copy()).permute(2, 0, 1)
     return image.float().to(cfg.MODEL.DEVICE)
@@ -116,21 +113,17 @@ def read_sample(cfg: CfgNode, path: str) -> torch.Tensor:
 def run(args: argparse.Namespace) -> None:
     """Build, trace, check and write."""
     cfg = read_config(args.config_file, args.opts, output=False)
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS: name the weights of a trained model")
     if cfg.MODEL.LOAD_PROPOSALS or cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
         raise InputError("only models that detect objects in images alone can be exported")
     image = read_sample(cfg, args.sample_image)
-    with blamed_on(args.config_file):
-        model = build_model(cfg).eval()
-    LibraCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    model = build_trained_model(cfg)
     traced = trace(model, image)
     height, width = image.shape[1:]
     smaller = torch.nn.functional.interpolate(image[None], (height * 3 // 4, width * 2 // 3))[0]
     counts = [check(model, traced, x) for x in (image, smaller)]
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     try:
-        with write_whole(args.output) as f:
+        with atomic_write(args.output) as f:
             torch.jit.save(traced, f)
     except RuntimeError as e:  # a part of the model is not PyTorch's
         raise InputError(
@@ -147,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         "output": list(FIELDS[: 4 if cfg.MODEL.MASK_ON else 3]),
         "config": cfg.dump(),
     }
-    with write_whole(f"{args.output}.json", "w") as f:
+    with atomic_write(f"{args.output}.json", "w") as f:
         json.dump(description, f, indent=1)
     print(f"the same {counts[0]} detections, and {counts[1]} in an image of another size")
     print(args.output)

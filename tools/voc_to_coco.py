@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from libra_d2.command_line import report_errors
+from libra_d2.atomic_write import atomic_write
+from libra_d2.engine import report_errors
 from libra_d2.errors import InputError, one_line
-from libra_d2.whole_file import write_whole
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--annotations: {annotations}: there are no XML files")
     dataset = convert(annotations, Path(args.images), stems, args.classes)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    with write_whole(args.output, "w") as f:
+    with atomic_write(args.output, "w") as f:
         json.dump(dataset, f)
     print(f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects")
 

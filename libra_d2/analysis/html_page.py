@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from typing import List
 
-from ..whole_file import write_whole
+from ..atomic_write import atomic_write
 
 __all__ = ["Section", "write_page"]
 
@@ -42,5 +42,5 @@ def write_page(path: str, title: str, introduction: str, sections: List[Section]
             f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>"
             f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
         )
-    with write_whole(path) as f:
+    with atomic_write(path) as f:
         f.write("\n".join([*parts, "</body></html>\n"]).encode())

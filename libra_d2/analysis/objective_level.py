@@ -8,6 +8,7 @@ import torch
 from fvcore.nn import smooth_l1_loss
 
 from ..modeling import balanced_l1_loss
+from ..plain_detector import box_loss_name
 
 __all__ = ["objective_statistics", "plot_gradient_shares", "plot_losses"]
 
@@ -45,21 +46,22 @@ def objective_statistics(
     gamma: float = 1.5,
     beta: float = 1.0,
     form: str = "scaled",
-    smooth_l1_beta: float = 1.0,
+    smooth_l1_beta: float = 0.0,
 ) -> Dict[str, Any]:
     """
-    Compare the gradients of smooth L1 and of balanced L1 loss for the same errors.
+    Compare the gradients of the plain detector's loss and of balanced L1 loss for the same errors.
 
     Args:
         errors: (n,) absolute differences of predicted and target deltas.
         alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
-        smooth_l1_beta: where smooth L1 loss becomes linear. 0 for L1 loss.
+        smooth_l1_beta: where the plain detector's loss becomes linear: 0 for L1 loss, as in
+            Detectron2's R-CNNs, 0.1 in its RetinaNet.
 
     Returns:
         ``beta``; ``inliers``, the share of the errors below it; ``percentiles``, 100 errors in
-        equal steps of rank; and for "smooth L1" and "balanced L1": ``inlier_gradient``, the share
-        of the absolute gradient that is the inliers', and ``cumulative``, the share of those up to
-        each percentile.
+        equal steps of rank; and for each loss, by its name (see :func:`box_loss_name`; "balanced
+        L1"): ``inlier_gradient``, the share of the absolute gradient that is the inliers', and
+        ``cumulative``, the share of those up to each percentile.
     """
     errors = errors.sort().values
     ranks = (torch.linspace(0, 1, 101)[1:] * len(errors)).long().clamp(min=1) - 1
@@ -70,7 +72,7 @@ def objective_statistics(
         "percentiles": errors[ranks].tolist(),
     }
     losses = {
-        "smooth L1": _smooth_l1(smooth_l1_beta),
+        box_loss_name(smooth_l1_beta): _smooth_l1(smooth_l1_beta),
         "balanced L1": _balanced_l1(alpha=alpha, gamma=gamma, beta=beta, form=form),
     }
     for name, loss in losses.items():
@@ -83,14 +85,22 @@ def objective_statistics(
     return statistics
 
 
-def plot_losses(*, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0, form: str = "scaled"):
+def plot_losses(
+    *,
+    alpha: float = 0.5,
+    gamma: float = 1.5,
+    beta: float = 1.0,
+    form: str = "scaled",
+    smooth_l1_beta: float = 0.0,
+):
     """
-    Draw gradient and value of balanced L1 loss, for several alpha and for several gamma, beside
-    smooth L1 loss.
+    Draw gradient and value of balanced L1 loss, for several alpha and several gamma, beside the
+    plain detector's loss and beside smooth L1 loss with the same beta, as the paper does.
 
     Args:
         alpha, gamma, beta, form: see :func:`balanced_l1_loss`; the parameter that is not varied
             keeps its value.
+        smooth_l1_beta: see :func:`objective_statistics`.
 
     Returns:
         the matplotlib figure.
@@ -104,7 +114,10 @@ def plot_losses(*, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0, fo
     varied = {"alpha": (0.2, 0.3, 0.5, 1.0), "gamma": (0.5, 1.0, 1.5, 2.0)}
     for column, (name, values) in zip(axes.T, varied.items()):
         arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}
-        curves = {"smooth L1": (_smooth_l1(beta), "#555555", "--")}
+        curves = {
+            box_loss_name(beta): (_smooth_l1(beta), "#999999", ":"),
+            box_loss_name(smooth_l1_beta): (_smooth_l1(smooth_l1_beta), "#555555", "--"),
+        }
         for i, value in enumerate(values):
             color = colormaps["viridis"](0.1 + 0.75 * i / (len(values) - 1))
             loss = _balanced_l1(**{**arguments, name: value})
@@ -137,7 +150,8 @@ def plot_gradient_shares(statistics: Dict[str, Any]):
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = {"smooth L1": "#9aa5b1", "balanced L1": "#3b6fb6"}
+    losses = [name for name, value in statistics.items() if isinstance(value, dict)]
+    colors = dict(zip(losses, ("#9aa5b1", "#3b6fb6")))
     ranks = np.arange(1, 101)
     left.plot(ranks, statistics["percentiles"], color="#e0a030")
     left.axhline(statistics["beta"], color="#555555", linewidth=0.8, linestyle=":")

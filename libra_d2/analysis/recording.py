@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look into a model while it computes its losses."""
 
-from contextlib import ExitStack, contextmanager
+import copy
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
-from unittest.mock import patch
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch
 from torch import nn
 
 from detectron2.utils.events import EventStorage
 
-from ..modeling import BalancedFeaturePyramid, LibraFastRCNNOutputLayers, LibraRetinaNet
-from ..modeling.roi_heads import BalancedSamplingMixin
+from ..modeling import (
+    BalancedFeaturePyramid,
+    BalancedL1Loss,
+    BalancedSamplingMixin,
+    LibraFastRCNNOutputLayers,
+    LibraRetinaNet,
+)
 
 __all__ = ["Candidates", "Levels", "Recording", "record"]
 
@@ -47,21 +51,12 @@ class Recording:
     box_errors: List[torch.Tensor] = field(default_factory=list)
 
 
-@contextmanager
-def _hooked(module: nn.Module, hook) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def record(model: nn.Module, batches: Sequence[List[Dict[str, Any]]]) -> Recording:
     """
     Compute the losses of ``batches`` and record what is balanced on the way: proposals that may be
-    sampled, pyramid levels, and errors of boxes. The model is not changed: nothing is trained, and
-    batch norms use and keep their running statistics.
+    sampled, pyramid levels, and errors of boxes. A copy of the model does it, whose batch norms use
+    their running statistics.
 
     Args:
         model: a model with ``LibraROIHeads`` or ``LibraCascadeROIHeads``, or a
@@ -83,38 +78,31 @@ def record(model: nn.Module, batches: Sequence[List[Dict[str, Any]]]) -> Recordi
         for i in range(len(before[0])):
             recording.levels.append(Levels([x[i].float() for x in before], None))
 
-    def see_errors(input, target, reduction):
+    def see_errors(module, inputs):
+        input, target = inputs
         recording.box_errors.append((input - target).abs().float().flatten())
-        return input.sum() * 0  # the losses are not looked at
 
-    with ExitStack() as stack:
-        training = {module: module.training for module in model.modules()}
-        pyramids = [m for m in model.modules() if isinstance(m, BalancedFeaturePyramid)]
-        for module in model.modules():
-            # The losses are computed in training mode only.
-            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if isinstance(module, BalancedFeaturePyramid):
-                stack.enter_context(_hooked(module, see_levels))
-            elif isinstance(module, LibraFastRCNNOutputLayers):
-                stack.enter_context(patch.object(module, "box_reg_loss_type", "balanced_l1"))
-                stack.enter_context(patch.object(module, "balanced_l1", see_errors))
-            elif isinstance(module, LibraRetinaNet):
-                stack.enter_context(patch.object(module, "balanced_l1", see_errors))
-            elif isinstance(module, BalancedSamplingMixin):
-                sampler = module.proposal_sampler
+    def see_candidates(module, inputs):
+        recording.candidates.append(Candidates(*inputs))
 
-                def see_candidates(*args, sampler=sampler):
-                    recording.candidates.append(Candidates(*args))
-                    return sampler(*args)
-
-                stack.enter_context(patch.object(module, "proposal_sampler", see_candidates))
-        if not pyramids:
-            stack.enter_context(_hooked(model.backbone, see_plain_levels))
-        stack.enter_context(EventStorage())
-        try:
-            for batch in batches:
-                model(batch)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+    model = copy.deepcopy(model)
+    model.train()  # it computes no losses otherwise
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+        elif isinstance(module, BalancedFeaturePyramid):
+            module.register_forward_hook(see_levels)
+        elif isinstance(module, (LibraFastRCNNOutputLayers, LibraRetinaNet)):
+            # Whichever the loss is, the errors are what this one is called with.
+            module.box_reg_loss_type = "balanced_l1"
+        elif isinstance(module, BalancedL1Loss):
+            module.register_forward_pre_hook(see_errors)
+        if isinstance(module, BalancedSamplingMixin):
+            module.proposal_sampler.register_forward_pre_hook(see_candidates)
+    if not any(isinstance(module, BalancedFeaturePyramid) for module in modules):
+        model.backbone.register_forward_hook(see_plain_levels)
+    with EventStorage():
+        for batch in batches:
+            model(batch)
     return recording

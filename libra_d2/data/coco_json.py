@@ -16,8 +16,8 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from detectron2.utils.colormap import colormap
 
+from ..atomic_write import atomic_write
 from ..errors import InputError
-from ..whole_file import write_whole
 
 __all__ = ["read_coco_json", "check_images", "register_coco_json"]
 
@@ -241,7 +241,7 @@ def register_coco_json(
     if changes:
         os.makedirs(cache_dir, exist_ok=True)
         used_file = os.path.join(cache_dir, f"{name}.json")
-        with write_whole(used_file, "w") as f:
+        with atomic_write(used_file, "w") as f:
             json.dump(dataset, f)
         json_file = used_file
 

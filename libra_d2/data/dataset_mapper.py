@@ -1,30 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-from unittest.mock import patch
+import copy
+from typing import Any, Dict
 
-from PIL import Image
+import numpy as np
+import torch
 
-from detectron2.data import DatasetMapper, detection_utils
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    check_image_size,
+    transform_proposals,
+)
 
 from ..errors import InputError, one_line
 from .image_reading import read_image
+from .resize import with_interpolation
 
 __all__ = ["LibraDatasetMapper"]
 
 
 class LibraDatasetMapper(DatasetMapper):
     """
-    :class:`DatasetMapper` that reads images with :func:`read_image`, and whose error names the
-    image that cannot be used.
+    :class:`DatasetMapper` that reads images with :func:`read_image`, resizes them as
+    ``MODEL.LIBRA.INPUT.INTERPOLATION`` says, and whose error names the image that cannot be used.
     """
 
-    def __call__(self, dataset_dict):
-        """See :meth:`DatasetMapper.__call__`. Raises: InputError if the image is unreadable."""
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        ret = super().from_config(cfg, is_train)
+        interpolation = cfg.MODEL.LIBRA.INPUT.INTERPOLATION
+        return {**ret, "augmentations": with_interpolation(ret["augmentations"], interpolation)}
+
+    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+        """
+        Args:
+            dataset_dict: one image, in Detectron2's dataset format.
+
+        Returns:
+            the input of a model; see :meth:`DatasetMapper.__call__`. That method reads files with a
+            function that is no argument, so that its steps are taken here.
+
+        Raises:
+            InputError: if the image is unreadable, or of another size than the dataset says.
+        """
+        dataset_dict = copy.deepcopy(dataset_dict)
+        image = read_image(dataset_dict["file_name"], self.image_format)
         try:
-            # Detectron2's mapper finds its reader under this name only.
-            with patch.object(detection_utils, "read_image", read_image):
-                return super().__call__(dataset_dict)
-        except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as e:
+            check_image_size(dataset_dict, image)
+        except SizeMismatchError as e:
             raise InputError(
                 f"{dataset_dict['file_name']}: the image cannot be used: {one_line(e)}"
             ) from e
+        segmentation = dataset_dict.pop("sem_seg_file_name", None)
+        if segmentation is not None:
+            segmentation = read_image(segmentation, "L").squeeze(2)
+        augmented = T.AugInput(image, sem_seg=segmentation)
+        transforms = self.augmentations(augmented)
+        size = augmented.image.shape[:2]
+        # Tensors go from one process to another through shared memory.
+        dataset_dict["image"] = torch.from_numpy(
+            np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        )
+        if segmentation is not None:
+            dataset_dict["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
+        if self.proposal_topk is not None:
+            transform_proposals(dataset_dict, size, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, size)
+        return dataset_dict

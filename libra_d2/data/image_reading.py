@@ -6,7 +6,7 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.detection_utils import read_image as read_eight_bits
 from detectron2.utils.file_io import PathManager
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = ["read_image"]
 
@@ -25,9 +25,16 @@ def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
         (H, W, C) uint8.
 
     Raises:
-        InputError: if its pixels are floating point numbers, whose range is not known.
-        OSError, SyntaxError: if it is no image, or cut short.
+        InputError: if there is no such image, it is broken or so large that it may be an attack, or
+            its pixels are floating point numbers, whose range is not known.
     """
+    try:
+        return _read_image(file_name, format)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow raises all of them
+        raise InputError(f"{file_name}: the image cannot be used: {one_line(e)}") from e
+
+
+def _read_image(file_name: str, format: str) -> np.ndarray:
     with PathManager.open(file_name, "rb") as f:
         image = Image.open(f)
         if image.mode == "F":

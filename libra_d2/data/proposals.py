@@ -18,9 +18,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..atomic_write import atomic_write
+from ..checkpoint.safe_reading import load_arrays
 from ..errors import InputError, one_line
-from ..safe_reading import load_arrays
-from ..whole_file import write_whole
 
 __all__ = ["PartialProposals", "is_complete", "prepare_proposals", "write_proposals"]
 
@@ -44,7 +44,7 @@ def write_proposals(
         identity: describes how the proposals were made; Detectron2 ignores it.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with write_whole(path) as f:
+    with atomic_write(path) as f:
         pickle.dump(
             {
                 "ids": ids,

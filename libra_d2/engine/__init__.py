@@ -1,6 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-from .hooks import StopOnSignal
-from .processes import join_processes, started_by_launcher
+"""Training, and what the programs share: arguments, configs, processes, errors in one line."""
+
+from .arguments import add_data_arguments, config_argument_parser
+from .hooks import CheckpointHook, StopOnSignal
+from .launch import join_processes, launch, read_environment, report_errors
+from .predictor import LibraPredictor
+from .setup import (
+    check_datasets,
+    prepare_proposal_files,
+    read_config,
+    register_own_data,
+    setup,
+)
+from .trainer import Trainer
 from .watched_loader import WatchedLoader
 
-__all__ = ["StopOnSignal", "WatchedLoader", "join_processes", "started_by_launcher"]
+__all__ = [
+    "CheckpointHook",
+    "LibraPredictor",
+    "StopOnSignal",
+    "Trainer",
+    "WatchedLoader",
+    "add_data_arguments",
+    "check_datasets",
+    "config_argument_parser",
+    "join_processes",
+    "launch",
+    "prepare_proposal_files",
+    "read_config",
+    "read_environment",
+    "register_own_data",
+    "report_errors",
+    "setup",
+]

@@ -1,11 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import re
 import signal
 import sys
 
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils import comm
 
-__all__ = ["StopOnSignal"]
+__all__ = ["CheckpointHook", "StopOnSignal"]
+
+
+class CheckpointHook(PeriodicCheckpointer):
+    """
+    Detectron2's hook, which with ``max_to_keep`` also removes the checkpoints that were written
+    before the training was resumed.
+    """
+
+    def before_train(self) -> None:
+        """See :meth:`HookBase.before_train`."""
+        super().before_train()
+        if self.max_to_keep is None or self.trainer.start_iter == 0:
+            return
+        files = self.checkpointer.get_all_checkpoint_files()
+        files = [f for f in files if re.fullmatch(r"model_\d{7}\.pth", os.path.basename(f))]
+        self.recent_checkpoints = sorted(files)[-self.max_to_keep :]
 
 
 class StopOnSignal(HookBase):

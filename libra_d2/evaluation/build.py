@@ -3,7 +3,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 
 from ..errors import InputError
-from .fast_coco_evaluator import build_coco_evaluator
+from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
 
 __all__ = ["build_evaluator", "check_evaluator_type"]
 
@@ -26,7 +26,9 @@ def check_evaluator_type(dataset_name: str) -> str:
     return evaluator_type
 
 
-def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str, output_dir: str, max_dets_per_image: int = COCO_MAX_DETS
+) -> DatasetEvaluator:
     """
     Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO and for
     LVIS-style annotations (without LVIS' federated protocol), the VOC devkit's for Pascal VOC.
@@ -34,10 +36,16 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     Args:
         dataset_name: a registered dataset.
         output_dir: where predictions are written to, as JSON in COCO's result format.
+        max_dets_per_image: how many detections the model may return, which all count if they are
+            more than the 100 that COCO's metrics look at. Those of Pascal VOC look at all.
 
     Raises:
         InputError: see :func:`check_evaluator_type`.
     """
     if check_evaluator_type(dataset_name) == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
-    return build_coco_evaluator(dataset_name, output_dir)
+    return LibraCOCOEvaluator(
+        dataset_name,
+        output_dir=output_dir,
+        max_dets_per_image=max(max_dets_per_image, COCO_MAX_DETS),
+    )

@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 from tabulate import tabulate
 
-from ..whole_file import write_whole
+from ..atomic_write import atomic_write
 
 __all__ = ["plot_learning_curves", "read_metrics", "write_results"]
 
@@ -64,7 +64,7 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
         axis.set_xlim(left=0)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    with write_whole(path) as f:
+    with atomic_write(path) as f:
         figure.savefig(f, dpi=120, format="png")
 
 
@@ -105,5 +105,5 @@ def write_results(path: str, results: Dict[str, Any], title: str) -> None:
                     "",
                 ]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with write_whole(path, "w") as f:
+    with atomic_write(path, "w") as f:
         f.write("\n".join(lines))

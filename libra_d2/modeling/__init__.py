@@ -1,34 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
+"""
+Libra R-CNN as components of Detectron2.
+
+The paper's three ideas are in ``balanced_sampling``, ``balanced_feature_pyramid`` and
+``balanced_l1_loss``; ``backbone``, ``roi_heads``, ``fast_rcnn`` and ``retinanet`` put them into
+Detectron2's models. What else mmdetection's recipe has is in ``reference_recipe``.
+"""
+
 from .backbone import (
     add_balanced_feature_pyramid,
     build_libra_backbone,
     build_libra_resnet_fpn_backbone,
 )
-from .balanced_feature_pyramid import BalancedFeaturePyramid, NonLocalBlock
+from .balanced_feature_pyramid import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
 from .balanced_l1_loss import BalancedL1Loss, balanced_l1_loss
-from .balanced_sampling import BalancedSampler
-from .batch_norm import AffineBatchNorm2d
+from .balanced_sampling import PROPOSAL_SAMPLER_REGISTRY, BalancedSampler, SamplingResult
 from .fast_rcnn import LibraFastRCNNOutputLayers
-from .low_quality_matcher import LowQualityMatcher
+from .reference_recipe import (
+    AffineBatchNorm2d,
+    LibraRPN,
+    LinearLastLevelP6P7,
+    LowQualityMatcher,
+    train_norm_affine,
+)
 from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
-from .roi_heads import LibraCascadeROIHeads, LibraROIHeads
-from .rpn import LibraRPN
+from .roi_heads import BalancedSamplingMixin, LibraCascadeROIHeads, LibraROIHeads
 
 __all__ = [
+    "PROPOSAL_SAMPLER_REGISTRY",
+    "REFINEMENT_REGISTRY",
     "AffineBatchNorm2d",
     "BalancedFeaturePyramid",
     "BalancedL1Loss",
     "BalancedSampler",
+    "BalancedSamplingMixin",
     "LibraCascadeROIHeads",
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",
     "LibraRetinaNet",
+    "LinearLastLevelP6P7",
     "LowQualityMatcher",
     "NonLocalBlock",
+    "SamplingResult",
     "add_balanced_feature_pyramid",
     "balanced_l1_loss",
     "build_libra_backbone",
     "build_libra_resnet_fpn_backbone",
     "build_libra_retinanet_resnet_fpn_backbone",
+    "train_norm_affine",
 ]

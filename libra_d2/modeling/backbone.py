@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 
 from .balanced_feature_pyramid import BalancedFeaturePyramid
-from .batch_norm import train_norm_affine
+from .reference_recipe.batch_norm import train_norm_affine
 
 __all__ = [
     "add_balanced_feature_pyramid",
@@ -72,7 +72,7 @@ def configure_backbone(cfg, backbone: Backbone) -> Backbone:
     ``TRAIN_NORM_AFFINE``, and :func:`add_balanced_feature_pyramid` unless disabled.
     """
     if cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE:
-        train_norm_affine(backbone)
+        backbone = train_norm_affine(backbone)
     bfp = cfg.MODEL.LIBRA.BFP
     if not bfp.ENABLED:
         return backbone

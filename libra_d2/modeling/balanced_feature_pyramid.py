@@ -18,10 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from detectron2.layers import Conv2d
+from detectron2.utils.registry import Registry
 
-__all__ = ["BalancedFeaturePyramid", "NonLocalBlock", "REFINE_TYPES"]
+from ..errors import ArgumentError, check_choice
 
-REFINE_TYPES = ("none", "conv", "non_local")
+__all__ = ["REFINEMENT_REGISTRY", "BalancedFeaturePyramid", "NonLocalBlock"]
+
+REFINEMENT_REGISTRY = Registry("LIBRA_REFINEMENT")
+REFINEMENT_REGISTRY.__doc__ = """
+What refines the averaged features, by ``MODEL.LIBRA.BFP.REFINE_TYPE``: functions of the number of
+channels C that return a module, which maps (N, C, H, W) to the same shape.
+"""
 
 
 class NonLocalBlock(nn.Module):
@@ -99,6 +106,27 @@ def _is_autocast_enabled(x: torch.Tensor) -> bool:
         return torch.is_autocast_enabled(x.device.type)
 
 
+@REFINEMENT_REGISTRY.register()
+def conv(channels: int) -> nn.Module:
+    """3x3 convolution and ReLU."""
+    layer = Conv2d(channels, channels, kernel_size=3, padding=1, activation=nn.ReLU())
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@REFINEMENT_REGISTRY.register()
+def none(channels: int) -> nn.Module:
+    """The average as it is."""
+    return nn.Identity()
+
+
+@REFINEMENT_REGISTRY.register()
+def non_local(channels: int) -> nn.Module:
+    """See :class:`NonLocalBlock`."""
+    return NonLocalBlock(channels)
+
+
 class BalancedFeaturePyramid(nn.Module):
     """
     Strengthen every level of a feature pyramid with the same, balanced semantic features: resize
@@ -120,31 +148,24 @@ class BalancedFeaturePyramid(nn.Module):
             refine_level: index, in [0, L), of the level whose size the others are resized to.
                 2 is P4 of a pyramid P2..P6.
             refine_type: "non_local" (see :class:`NonLocalBlock`), "conv" (3x3 convolution and
-                ReLU) or "none".
+                ReLU), "none", or another name in :data:`REFINEMENT_REGISTRY`.
 
         Raises:
-            ValueError: if an argument is out of range.
+            ArgumentError: a ValueError, if an argument is out of range.
         """
         super().__init__()
         if not 0 <= refine_level < num_levels:
-            raise ValueError(
-                f"MODEL.LIBRA.BFP.REFINE_LEVEL is {refine_level}, but the pyramid has {num_levels} "
-                f"levels: use a value from 0 to {num_levels - 1}"
+            raise ArgumentError(
+                "refine_level",
+                refine_level,
+                f"the pyramid has {num_levels} levels, use a value from 0 to {num_levels - 1}",
+                "MODEL.LIBRA.BFP.REFINE_LEVEL",
             )
+        names = [name for name, _ in REFINEMENT_REGISTRY]
+        check_choice("refine_type", refine_type, names, "MODEL.LIBRA.BFP.REFINE_TYPE")
         self.num_levels = num_levels
         self.refine_level = refine_level
-        if refine_type == "non_local":
-            self.refine = NonLocalBlock(channels)
-        elif refine_type == "conv":
-            self.refine = Conv2d(channels, channels, kernel_size=3, padding=1, activation=nn.ReLU())
-            nn.init.xavier_uniform_(self.refine.weight)
-            nn.init.zeros_(self.refine.bias)
-        elif refine_type == "none":
-            self.refine = nn.Identity()
-        else:
-            raise ValueError(
-                f"MODEL.LIBRA.BFP.REFINE_TYPE is {refine_type!r}: use one of {REFINE_TYPES}"
-            )
+        self.refine = REFINEMENT_REGISTRY.get(refine_type)(channels)
 
     def forward(self, features: List[torch.Tensor]) -> List[torch.Tensor]:
         """

@@ -7,9 +7,15 @@ contribute as much to training as the few boxes with large errors ("outliers").
 """
 
 import math
+from typing import Any, Dict
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
+
+from detectron2.config import configurable
+
+from ..errors import ArgumentError, check_choice
 
 __all__ = ["BALANCED_L1_FORMS", "BalancedL1Loss", "balanced_l1_loss"]
 
@@ -62,7 +68,7 @@ def balanced_l1_loss(
         the loss: of the shape of ``input`` if ``reduction`` is "none", else a scalar.
 
     Raises:
-        ValueError: if an argument is out of range, or the shapes differ.
+        ValueError: if an argument is out of range (an ArgumentError), or the shapes differ.
     """
     _check_arguments(alpha, gamma, beta, form)
     if input.shape != target.shape:
@@ -125,25 +131,29 @@ class _BalancedL1(torch.autograd.Function):
 
 
 def _check_arguments(alpha: float, gamma: float, beta: float, form: str) -> None:
-    """Raise ValueError if an argument of :func:`balanced_l1_loss` is out of range."""
+    """Raise ArgumentError if an argument of :func:`balanced_l1_loss` is out of range."""
+    section = "MODEL.LIBRA.BALANCED_L1"
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"balanced L1 loss: {name} must be a positive number, got {value}")
+            key = f"{section}.{name.upper()}"
+            raise ArgumentError(name, value, "use a positive number", key)
     if gamma / alpha > 80:
-        raise ValueError(
-            f"balanced L1 loss: gamma / alpha must be at most 80, got {gamma} / {alpha}: "
-            "b = exp(gamma / alpha) - 1 would not fit a float32"
+        raise ArgumentError(
+            "gamma",
+            gamma,
+            f"use at most 80 times alpha, {alpha}: b = exp(gamma / alpha) - 1 must fit a float32",
+            f"{section}.GAMMA",
         )
-    if form not in BALANCED_L1_FORMS:
-        raise ValueError(f"balanced L1 loss: form must be one of {BALANCED_L1_FORMS}, got {form!r}")
+    check_choice("form", form, BALANCED_L1_FORMS, f"{section}.FORM")
 
 
-class BalancedL1Loss:
+class BalancedL1Loss(nn.Module):
     """
     :func:`balanced_l1_loss` with fixed parameters. They are checked when it is made, so that a bad
     config fails before training starts.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -157,16 +167,17 @@ class BalancedL1Loss:
             alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
 
         Raises:
-            ValueError: if one is out of range.
+            ArgumentError: a ValueError, if one is out of range.
         """
+        super().__init__()
         _check_arguments(alpha, gamma, beta, form)
         self.arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}
 
     @classmethod
-    def from_config(cls, cfg) -> "BalancedL1Loss":
-        """Make the loss that ``cfg.MODEL.LIBRA.BALANCED_L1`` describes."""
-        return cls(**{name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()})
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        return {name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()}
 
-    def __call__(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+    @torch.jit.unused  # scripted models do not train
+    def forward(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
         """See :func:`balanced_l1_loss`."""
         return balanced_l1_loss(input, target, **self.arguments, reduction=reduction)

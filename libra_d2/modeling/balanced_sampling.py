@@ -12,19 +12,33 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import NamedTuple
+from typing import Any, Dict, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+
+from detectron2.config import configurable
+from detectron2.utils.registry import Registry
+
+from ..errors import ArgumentError, check_choice
 
 __all__ = [
-    "BalancedSampler",
-    "Draw",
-    "iou_histogram",
+    "MODES",
     "NEGATIVE_SAMPLERS",
     "POSITIVE_SAMPLERS",
-    "MODES",
+    "PROPOSAL_SAMPLER_REGISTRY",
+    "BalancedSampler",
+    "SamplingResult",
+    "build_proposal_sampler",
+    "iou_histogram",
 ]
+
+PROPOSAL_SAMPLER_REGISTRY = Registry("LIBRA_PROPOSAL_SAMPLER")
+PROPOSAL_SAMPLER_REGISTRY.__doc__ = """
+Modules that choose the proposals of an image that the second stage is trained on, by
+``MODEL.LIBRA.SAMPLER.NAME``. They are made with a config and called as :class:`BalancedSampler` is.
+"""
 
 NEGATIVE_SAMPLERS = ("iou_balanced", "random")
 POSITIVE_SAMPLERS = ("instance_balanced", "random")
@@ -78,8 +92,8 @@ def _draw_counts(sizes: np.ndarray, num: int) -> np.ndarray:
     return np.bincount(ends.searchsorted(drawn, side="right"), minlength=len(sizes))
 
 
-class Draw(NamedTuple):
-    """What a :class:`BalancedSampler` has drawn from one image."""
+class SamplingResult(NamedTuple):
+    """The proposals of one image that were drawn, and statistics of the draw."""
 
     #: indices in [0, R) of the positives drawn, without repetition, ordered by instance
     positives: torch.Tensor
@@ -92,7 +106,8 @@ class Draw(NamedTuple):
     negatives_in_bins: np.ndarray
 
 
-class BalancedSampler:
+@PROPOSAL_SAMPLER_REGISTRY.register()
+class BalancedSampler(nn.Module):
     """
     Choose the proposals of one image that the second stage is trained on.
 
@@ -118,6 +133,7 @@ class BalancedSampler:
     treats zero IoU differently for the first image it sees; that is not reproduced.)
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -137,20 +153,21 @@ class BalancedSampler:
                 of the bins in mode "paper".
 
         Raises:
-            ValueError: if an argument is out of range.
+            ArgumentError: a ValueError, if an argument is out of range.
         """
-        for name, value, allowed in (
-            ("NEGATIVES", negatives, NEGATIVE_SAMPLERS),
-            ("POSITIVES", positives, POSITIVE_SAMPLERS),
-            ("MODE", mode, MODES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"MODEL.LIBRA.SAMPLER.{name} is {value!r}: use one of {allowed}")
+        super().__init__()
+        section = "MODEL.LIBRA.SAMPLER"
+        check_choice("negatives", negatives, NEGATIVE_SAMPLERS, f"{section}.NEGATIVES")
+        check_choice("positives", positives, POSITIVE_SAMPLERS, f"{section}.POSITIVES")
+        check_choice("mode", mode, MODES, f"{section}.MODE")
         if num_bins < 1:
-            raise ValueError(f"MODEL.LIBRA.SAMPLER.NUM_BINS is {num_bins}: use 1 or more")
+            raise ArgumentError("num_bins", num_bins, "use 1 or more", f"{section}.NUM_BINS")
         if not 0 < negative_iou_thresh <= 1:
-            raise ValueError(
-                f"the IoU threshold of negatives is {negative_iou_thresh}: use a value in (0, 1]"
+            raise ArgumentError(
+                "negative_iou_thresh",
+                negative_iou_thresh,
+                "use a value in (0, 1]",
+                "MODEL.ROI_HEADS.IOU_THRESHOLDS[0]",
             )
         self.negatives = negatives
         self.positives = positives
@@ -158,8 +175,20 @@ class BalancedSampler:
         self.num_bins = num_bins
         self.negative_iou_thresh = negative_iou_thresh
 
+    @classmethod
+    def from_config(cls, cfg) -> Dict[str, Any]:
+        sampler = cfg.MODEL.LIBRA.SAMPLER
+        return {
+            "negatives": sampler.NEGATIVES,
+            "positives": sampler.POSITIVES,
+            "mode": sampler.MODE,
+            "num_bins": sampler.NUM_BINS,
+            "negative_iou_thresh": cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
+        }
+
+    @torch.jit.unused  # it works on the host; scripted models do not train
     @torch.no_grad()
-    def __call__(
+    def forward(
         self,
         labels: torch.Tensor,
         max_iou: torch.Tensor,
@@ -167,7 +196,7 @@ class BalancedSampler:
         num_instances: int,
         num_samples: int,
         positive_fraction: float,
-    ) -> Draw:
+    ) -> SamplingResult:
         """
         Args:
             labels: (R,) integer, each one of 1, 0 and -1.
@@ -216,7 +245,7 @@ class BalancedSampler:
         skipped = np.cumsum(sizes - taken) - (sizes - taken)
         chosen = order[np.arange(taken.sum()) + np.repeat(skipped, taken)]
         on_device = torch.from_numpy(chosen).to(labels.device, non_blocking=True)
-        return Draw(
+        return SamplingResult(
             positives=on_device[:num_positives],
             negatives=on_device[num_positives:],
             num_instances=int(np.count_nonzero(from_instances)),
@@ -267,3 +296,20 @@ class BalancedSampler:
         taken[:-1] += _draw_counts((sizes - taken)[:-1], num - taken.sum())
         taken[-1] = min(sizes[-1], num - taken.sum())
         return taken
+
+
+def build_proposal_sampler(cfg) -> nn.Module:
+    """
+    Args:
+        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+
+    Returns:
+        the registered sampler that ``MODEL.LIBRA.SAMPLER.NAME`` names.
+
+    Raises:
+        ArgumentError: if there is none of that name, or an argument is out of range.
+    """
+    name = cfg.MODEL.LIBRA.SAMPLER.NAME
+    names = [name for name, _ in PROPOSAL_SAMPLER_REGISTRY]
+    check_choice("name", name, names, "MODEL.LIBRA.SAMPLER.NAME")
+    return PROPOSAL_SAMPLER_REGISTRY.get(name)(cfg)

@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 
 from .balanced_l1_loss import BalancedL1Loss
-from .process_mean import mean_over_processes
+from .reference_recipe.normalizer import mean_over_processes
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
@@ -41,7 +41,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     def from_config(cls, cfg, input_shape) -> Dict:
         return {
             **super().from_config(cfg, input_shape),
-            "balanced_l1": BalancedL1Loss.from_config(cfg),
+            "balanced_l1": BalancedL1Loss(cfg),
         }
 
     def losses(self, predictions, proposals: List[Instances]) -> Dict[str, torch.Tensor]:

@@ -4,36 +4,31 @@
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch.nn import functional as F
 
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, cat
+from detectron2.layers import ShapeSpec, cat, nonzero_tuple
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, RetinaNet
-from detectron2.modeling.backbone.fpn import LastLevelP6P7, build_retinanet_resnet_fpn_backbone
+from detectron2.modeling.backbone.fpn import build_retinanet_resnet_fpn_backbone
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
 
+from ..errors import check_choice
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
-from .low_quality_matcher import build_anchor_matcher
-from .padding_anchors import label_without_padding
-from .process_mean import mean_over_processes
+from .reference_recipe.matcher import build_anchor_matcher
+from .reference_recipe.normalizer import mean_over_processes
+from .reference_recipe.p6p7 import LinearLastLevelP6P7
+from .reference_recipe.padding import label_without_padding
 
 __all__ = [
     "LibraRetinaNet",
-    "LinearLastLevelP6P7",
     "RETINANET_NORMALIZERS",
     "build_libra_retinanet_resnet_fpn_backbone",
 ]
 
 RETINANET_NORMALIZERS = ("batch", "moving_average")
-
-
-class LinearLastLevelP6P7(LastLevelP6P7):
-    """:class:`LastLevelP6P7` without ReLU between P6 and P7, as in mmdetection."""
-
-    def forward(self, c5: torch.Tensor) -> List[torch.Tensor]:
-        """Args: c5: (N, C, H, W). Returns: P6 and P7, of half and a quarter of that size."""
-        p6 = self.p6(c5)
-        return [p6, self.p7(p6)]
 
 
 @BACKBONE_REGISTRY.register()
@@ -93,17 +88,12 @@ class LibraRetinaNet(RetinaNet):
             kwargs: arguments of :class:`RetinaNet`.
 
         Raises:
-            ValueError: if ``normalizer`` is neither.
+            ArgumentError: a ValueError, if ``normalizer`` is neither.
         """
-        balanced = box_reg_loss_type == "balanced_l1"
-        # The parent computes a loss of a type that it knows, which losses() replaces.
-        super().__init__(box_reg_loss_type="smooth_l1" if balanced else box_reg_loss_type, **kwargs)
-        if normalizer not in RETINANET_NORMALIZERS:
-            raise ValueError(
-                f"MODEL.LIBRA.RETINANET.NORMALIZER is {normalizer!r}: "
-                f"use one of {RETINANET_NORMALIZERS}"
-            )
-        self.balanced_l1 = (balanced_l1 or BalancedL1Loss(beta=0.11)) if balanced else None
+        super().__init__(box_reg_loss_type=box_reg_loss_type, **kwargs)
+        key = "MODEL.LIBRA.RETINANET.NORMALIZER"
+        check_choice("normalizer", normalizer, RETINANET_NORMALIZERS, key)
+        self.balanced_l1 = balanced_l1 or BalancedL1Loss(beta=0.11)
         self.normalizer = normalizer
         self.clip_boxes = clip_boxes
         self.padding_anchors = padding_anchors
@@ -114,8 +104,10 @@ class LibraRetinaNet(RetinaNet):
         low_quality_iou = cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
-            "balanced_l1": BalancedL1Loss.from_config(cfg),
+            "anchor_matcher": build_anchor_matcher(
+                ret["anchor_matcher"], low_quality_iou, "MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU"
+            ),
+            "balanced_l1": BalancedL1Loss(cfg),
             "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
             "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,
             "padding_anchors": cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS,
@@ -138,25 +130,37 @@ class LibraRetinaNet(RetinaNet):
         pred_anchor_deltas: List[torch.Tensor],
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
-        """See :meth:`RetinaNet.losses`."""
+        """See :meth:`RetinaNet.losses`, which knows its own box losses only."""
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
         self._batch_normalizer = mean_over_processes(foreground.sum(dim=1).clamp(min=1).sum())
-        losses = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
-        if self.balanced_l1 is None:
-            return losses
-        anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
-        target_deltas = self.box2box_transform.get_deltas(
-            anchor_boxes[foreground], torch.stack(gt_boxes)[foreground]
+        if self.box_reg_loss_type != "balanced_l1":
+            return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        chosen = nonzero_tuple(foreground)  # one host synchronization for all that is indexed
+        num_foreground = len(chosen[0])
+        get_event_storage().put_scalar("num_pos_anchors", num_foreground / len(labels))
+        normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
+
+        valid = nonzero_tuple(labels >= 0)
+        logits = cat(pred_logits, dim=1)[valid]
+        classes = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1]  # no background
+        loss_cls = sigmoid_focal_loss_jit(
+            logits,
+            classes.to(logits.dtype),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
         )
-        pred_deltas = cat(pred_anchor_deltas, dim=1)[foreground]
-        loss = self.balanced_l1(pred_deltas, target_deltas, reduction="sum")
-        batch = self.normalizer == "batch"
-        normalizer = self._batch_normalizer if batch else self.loss_normalizer
-        return {**losses, "loss_box_reg": loss / normalizer}
+        anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
+        loss_box_reg = self.balanced_l1(
+            cat(pred_anchor_deltas, dim=1)[chosen],
+            self.box2box_transform.get_deltas(anchor_boxes[chosen], torch.stack(gt_boxes)[chosen]),
+            reduction="sum",
+        )
+        return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9):
-        """The parent asks here for what it divides its losses by."""
+        """What the losses are divided by; the parent asks here, too."""
         if self.normalizer == "batch":
             return self._batch_normalizer
         return super()._ema_update(name, value, initial_value, momentum)

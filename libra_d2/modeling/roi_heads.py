@@ -5,6 +5,7 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from detectron2.config import configurable
@@ -14,7 +15,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
-from .balanced_sampling import BalancedSampler, Draw
+from .balanced_sampling import SamplingResult, build_proposal_sampler
 from .fast_rcnn import LibraFastRCNNOutputLayers
 
 __all__ = ["BalancedSamplingMixin", "LibraCascadeROIHeads", "LibraROIHeads"]
@@ -53,7 +54,7 @@ class _IoURecorder:
 class BalancedSamplingMixin:
     """
     The sample level balance of Libra R-CNN for any subclass of :class:`ROIHeads`, in front of which
-    it is inherited: proposals are drawn by a :class:`BalancedSampler`.
+    it is inherited: proposals are drawn by a :class:`BalancedSampler`, or another sampler.
 
     While training it puts, next to Detectron2's ``roi_head/num_fg_samples`` and
     ``num_bg_samples``, into the event storage (means over the images of the batch):
@@ -64,30 +65,24 @@ class BalancedSamplingMixin:
     """
 
     @configurable
-    def __init__(self, *, proposal_sampler: BalancedSampler, **kwargs):
+    def __init__(self, *, proposal_sampler: nn.Module, **kwargs):
         """
         Args:
-            proposal_sampler: draws ``batch_size_per_image`` proposals of each image.
+            proposal_sampler: draws ``batch_size_per_image`` proposals of each image, such as a
+                :class:`BalancedSampler`.
             kwargs: arguments of the ROI heads. Pass :class:`LibraFastRCNNOutputLayers` as their box
                 predictors for balanced L1 loss.
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
         self.proposal_matcher = _IoURecorder(self.proposal_matcher)
-        self._draws: List[Draw] = []  # of the images of the batch
+        self._sampled: List[SamplingResult] = []  # of the images of the batch
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
-        sampler = cfg.MODEL.LIBRA.SAMPLER
         return {
             **super().from_config(cfg, input_shape),
-            "proposal_sampler": BalancedSampler(
-                negatives=sampler.NEGATIVES,
-                positives=sampler.POSITIVES,
-                mode=sampler.MODE,
-                num_bins=sampler.NUM_BINS,
-                negative_iou_thresh=cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
-            ),
+            "proposal_sampler": build_proposal_sampler(cfg),
         }
 
     def _sample_proposals(
@@ -98,7 +93,7 @@ class BalancedSamplingMixin:
         positives first, and their classes, ``num_classes`` being the background.
         """
         max_iou = self.proposal_matcher.pop_max_iou()
-        draw = self.proposal_sampler(
+        sampled = self.proposal_sampler(
             matched_labels,
             max_iou,
             matched_idxs,
@@ -106,17 +101,17 @@ class BalancedSamplingMixin:
             self.batch_size_per_image,
             self.positive_fraction,
         )
-        self._draws.append(draw)
-        classes = gt_classes[matched_idxs[draw.positives]]
-        classes = F.pad(classes, (0, len(draw.negatives)), value=self.num_classes)
-        return torch.cat([draw.positives, draw.negatives]), classes
+        self._sampled.append(sampled)
+        classes = gt_classes[matched_idxs[sampled.positives]]
+        classes = F.pad(classes, (0, len(sampled.negatives)), value=self.num_classes)
+        return torch.cat([sampled.positives, sampled.negatives]), classes
 
     @torch.no_grad()
     def label_and_sample_proposals(
         self, proposals: List[Instances], targets: List[Instances]
     ) -> List[Instances]:
         """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
-        self._draws.clear()
+        self._sampled.clear()
         sampled = super().label_and_sample_proposals(proposals, targets)
         self._put_statistics()
         return sampled
@@ -124,9 +119,9 @@ class BalancedSamplingMixin:
     def _put_statistics(self) -> None:
         """Put the means over the images of the batch into the event storage."""
         storage = get_event_storage()
-        num_instances = np.mean([draw.num_instances for draw in self._draws])
+        num_instances = np.mean([x.num_instances for x in self._sampled])
         storage.put_scalar("roi_head/num_fg_instances", num_instances)
-        in_bins = np.mean([draw.negatives_in_bins for draw in self._draws], axis=0)
+        in_bins = np.mean([x.negatives_in_bins for x in self._sampled], axis=0)
         for k, num_negatives in enumerate(in_bins):
             storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
 

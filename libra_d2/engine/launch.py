@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that torchrun or SLURM has started, instead of Detectron2's launcher."""
+"""Running a program in one or several processes, and its errors in one line."""
 
+import argparse
 import os
 import re
-from typing import Mapping, NamedTuple, Optional
+import sys
+from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 import torch
 from torch import distributed
+from torch.multiprocessing import ProcessExitedException
 
+from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ..errors import InputError
 
-__all__ = ["Process", "join_processes", "read_environment", "started_by_launcher"]
+__all__ = ["Process", "join_processes", "launch", "read_environment", "report_errors"]
 
 
 class Process(NamedTuple):
@@ -52,20 +56,17 @@ def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
     return Process(*(int(environment[name]) for name in names), int(match.group(1)))
 
 
-def started_by_launcher() -> bool:
-    """Whether torchrun or SLURM has started this process together with others."""
-    return read_environment(os.environ) is not None
-
-
-def join_processes() -> None:
+def join_processes(process: Process) -> None:
     """
     Connect this process with the others that torchrun or SLURM has started: with NCCL on GPUs, one
     for each process, and with gloo on CPUs.
 
+    Args:
+        process: this one.
+
     Raises:
         InputError: if they cannot be found, or there are too few GPUs.
     """
-    process = read_environment(os.environ)
     if "MASTER_ADDR" not in os.environ:
         if process.local_size < process.world_size:
             raise InputError(
@@ -102,3 +103,50 @@ def _set_local_group(process: Process) -> None:
         group = distributed.new_group(ranks)
         if process.rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def report_errors(main: Callable, *args: Any) -> None:
+    """Call ``main(*args)``; an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main(*args)
+    except InputError as e:
+        # Only one process may have met the broken image, so that each speaks for itself.
+        process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
+        print(f"{process}error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """
+    Call ``main(args)`` in the processes that torchrun or SLURM has started, or in those that
+    ``args`` of Detectron2's ``default_argument_parser`` asks for. Ends the program for what the
+    user can put right.
+    """
+    report_errors(_launch, main, args)
+
+
+def _launch(main: Callable, args: argparse.Namespace) -> None:
+    num_processes = args.num_gpus * args.num_machines
+    process = read_environment(os.environ)
+    if process is not None:
+        if num_processes > 1:
+            sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
+        join_processes(process)
+        main(args)
+        return
+    if num_processes > 1 and not torch.cuda.is_available():
+        sys.exit(
+            "error: --num-gpus: this machine has no GPU that PyTorch can use; for several "
+            "processes on CPUs use torchrun --nproc-per-node N train_net.py ..."
+        )
+    try:
+        launch_on_gpus(
+            report_errors,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )
+    except ProcessExitedException as e:  # the process has said why
+        sys.exit(e.exit_code)

@@ -13,7 +13,7 @@ from typing import Any, Dict, Tuple
 import numpy as np
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = [
     "from_mmdetection",

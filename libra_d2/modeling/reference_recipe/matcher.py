@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-quality matches of anchors as the reference makes them."""
 
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
 from detectron2.modeling.matcher import Matcher
+
+from ...errors import ArgumentError
 
 __all__ = ["LowQualityMatcher", "build_anchor_matcher"]
 
@@ -19,17 +21,24 @@ class LowQualityMatcher(Matcher):
     the IoU.
     """
 
-    def __init__(self, thresholds: List[float], labels: List[int], min_iou: float):
+    def __init__(
+        self,
+        thresholds: List[float],
+        labels: List[int],
+        min_iou: float,
+        key: Optional[str] = None,
+    ):
         """
         Args:
             thresholds, labels: see :class:`Matcher`.
             min_iou: in [0, 1].
+            key: of the config that ``min_iou`` comes from, if any.
 
         Raises:
-            ValueError: if ``min_iou`` is out of range.
+            ArgumentError: a ValueError, if ``min_iou`` is out of range.
         """
         if not 0 <= min_iou <= 1:
-            raise ValueError(f"the lowest IoU of a low-quality match must be in [0, 1]: {min_iou}")
+            raise ArgumentError("min_iou", min_iou, "use a value in [0, 1]", key)
         super().__init__(thresholds, labels, allow_low_quality_matches=False)
         self.min_iou = min_iou
 
@@ -52,12 +61,15 @@ class LowQualityMatcher(Matcher):
         return torch.where(last > 0, last - 1, matches), labels.masked_fill(last > 0, 1)
 
 
-def build_anchor_matcher(matcher: Matcher, low_quality_iou: float) -> Matcher:
+def build_anchor_matcher(
+    matcher: Matcher, low_quality_iou: float, key: Optional[str] = None
+) -> Matcher:
     """
     Args:
         matcher: Detectron2's, with low-quality matches.
         low_quality_iou: lowest IoU of low-quality matches made in the reference's way, in [0, 1].
             Negative for Detectron2's way.
+        key: see :class:`LowQualityMatcher`.
 
     Returns:
         a matcher with the thresholds and labels of ``matcher``.
@@ -65,4 +77,4 @@ def build_anchor_matcher(matcher: Matcher, low_quality_iou: float) -> Matcher:
     if low_quality_iou < 0:
         return matcher
     # It keeps its thresholds with an infinite one at each end.
-    return LowQualityMatcher(matcher.thresholds[1:-1], matcher.labels, low_quality_iou)
+    return LowQualityMatcher(matcher.thresholds[1:-1], matcher.labels, low_quality_iou, key)

@@ -8,7 +8,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from libra_d2.modeling import LowQualityMatcher
-from libra_d2.modeling.low_quality_matcher import build_anchor_matcher
+from libra_d2.modeling.reference_recipe.matcher import build_anchor_matcher
 
 
 def random_boxes(num, grid=None):
@@ -72,5 +72,5 @@ def test_key():
 
 
 def test_bad_iou():
-    with pytest.raises(ValueError, match="must be in \\[0, 1\\]: 1.5"):
+    with pytest.raises(ValueError, match="min_iou is 1.5: use a value in"):
         LowQualityMatcher([0.5], [0, 1], 1.5)

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from test_train_net import own_data
 
-from libra_d2.engine.processes import Process, join_processes, read_environment
+from libra_d2.engine.launch import Process, join_processes, read_environment
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
 
@@ -134,9 +134,10 @@ def test_uneven_machines():
 JOIN = """
 import torch
 from detectron2.utils import comm
-from libra_d2.engine import join_processes
-from libra_d2.modeling.process_mean import mean_over_processes
-join_processes()
+import os
+from libra_d2.engine import join_processes, read_environment
+from libra_d2.modeling.reference_recipe.normalizer import mean_over_processes
+join_processes(read_environment(os.environ))
 mean = mean_over_processes(torch.tensor(comm.get_rank()))
 print(comm.get_rank(), comm.get_local_rank(), comm.get_local_size(), mean.item())
 """
@@ -164,4 +165,4 @@ def test_several_machines_need_an_address(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
-        join_processes()
+        join_processes(read_environment(os.environ))

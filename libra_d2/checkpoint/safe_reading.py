@@ -11,9 +11,9 @@ from typing import Any, Iterator, Tuple
 import numpy as np
 import torch
 
-from .errors import BrokenFileError, InputError, one_line
+from ..errors import BrokenFileError, InputError, one_line
 
-__all__ = ["check_declared_sizes", "load_arrays", "reading_weights"]
+__all__ = ["check_declared_sizes", "load_arrays", "read_weights", "reading_weights"]
 
 # All that a pickled dict of numpy arrays refers to, and the enumeration in Detectron2's proposals.
 _ARRAY_GLOBALS = {
@@ -130,3 +130,23 @@ def reading_weights(path: str) -> Iterator[None]:
         raise BrokenFileError(
             f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
         ) from e
+
+
+def read_weights(path: str) -> Any:
+    """
+    Read a file of weights: PyTorch's, or a ``.pkl`` of arrays. Nothing in it is executed.
+
+    Args:
+        path: of a local file.
+
+    Returns:
+        its content, on the CPU.
+
+    Raises:
+        BrokenFileError: if it is cut short, no such file, or holds anything else.
+    """
+    with reading_weights(path):
+        check_declared_sizes(path)
+        if path.endswith(".pkl"):
+            return load_arrays(path)
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -9,9 +9,10 @@ from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes, Instances
 
-from .low_quality_matcher import build_anchor_matcher
-from .padding_anchors import label_without_padding
-from .process_mean import mean_over_processes
+from ...errors import check_choice
+from .matcher import build_anchor_matcher
+from .normalizer import mean_over_processes
+from .padding import label_without_padding
 
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
 
@@ -49,13 +50,10 @@ class LibraRPN(RPN):
             kwargs: arguments of :class:`RPN`.
 
         Raises:
-            ValueError: if ``normalizer`` is neither.
+            ArgumentError: a ValueError, if ``normalizer`` is neither.
         """
         super().__init__(**kwargs)
-        if normalizer not in RPN_NORMALIZERS:
-            raise ValueError(
-                f"MODEL.LIBRA.RPN.NORMALIZER is {normalizer!r}: use one of {RPN_NORMALIZERS}"
-            )
+        check_choice("normalizer", normalizer, RPN_NORMALIZERS, "MODEL.LIBRA.RPN.NORMALIZER")
         self.max_neg_per_pos = max_neg_per_pos
         self.normalizer = normalizer
         self.padding_anchors = padding_anchors
@@ -66,7 +64,9 @@ class LibraRPN(RPN):
         low_quality_iou = cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
+            "anchor_matcher": build_anchor_matcher(
+                ret["anchor_matcher"], low_quality_iou, "MODEL.LIBRA.RPN.LOW_QUALITY_IOU"
+            ),
             "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
             "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
             "padding_anchors": cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS,

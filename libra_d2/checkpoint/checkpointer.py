@@ -8,12 +8,12 @@ from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..atomic_write import atomic_write
+from ..errors import BrokenFileError, InputError, one_line
+from .description import describe_weights
 from .download import fetch
-from .errors import BrokenFileError, InputError, one_line
-from .mmdetection_weights import to_detectron2_checkpoint
+from .mmdetection import to_detectron2_checkpoint
 from .safe_reading import check_declared_sizes, load_arrays, reading_weights
-from .weights_description import describe_weights
-from .whole_file import write_whole
 
 __all__ = ["LibraCheckpointer"]
 
@@ -29,7 +29,7 @@ class _WholeFiles:
 
     def open(self, path: str, mode: str = "r", **kwargs):
         if "w" in mode and "://" not in path:
-            return write_whole(path, mode)
+            return atomic_write(path, mode)
         return self._path_manager.open(path, mode, **kwargs)
 
 

@@ -1,83 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line programs share: arguments, config, checks before work starts, errors."""
+"""From command line arguments to a config and data that work can start with."""
 
 import argparse
 import importlib.util
+import logging
 import os
-import sys
 from contextlib import contextmanager
-from typing import Callable, Iterator, List, Sequence
+from typing import Iterator, List, Sequence
 
 import torch
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
-from .config import add_libra_config
-from .data import prepare_proposals, register_coco_json
-from .errors import InputError, one_line
-from .model_zoo import get_config_file
+from ..config import add_libra_config
+from ..data import check_interpolation, prepare_proposals, register_coco_json
+from ..errors import InputError, one_line
+from ..evaluation import check_evaluator_type, check_tta
+from ..model_zoo import get_config_file
+from .arguments import SPLITS
 
 __all__ = [
-    "add_data_arguments",
-    "blamed_on",
     "check_datasets",
-    "config_argument_parser",
     "prepare_proposal_files",
     "read_config",
     "register_own_data",
-    "report_errors",
+    "setup",
 ]
 
-# Command line prefix and config suffix of the two kinds of datasets.
-_SPLITS = (("train", "TRAIN"), ("val", "TEST"))
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def blamed_on(source: str) -> Iterator[None]:
-    """Turn what is raised while ``source`` is being read into an InputError that names it."""
+def _reading(source: str) -> Iterator[None]:
+    """Turn what Detectron2's config reader raises into an InputError that names ``source``."""
     try:
         yield
-    except Exception as e:
+    except Exception as e:  # there is no end to what it raises for what is no config
         raise InputError(f"{source}: {one_line(e)}") from e
-
-
-def report_errors(main: Callable, args) -> None:
-    """Call ``main(args)``; an InputError becomes one line on stderr and exit status 2."""
-    try:
-        main(args)
-    except InputError as e:
-        # Only one process may have met the broken image, so that each speaks for itself.
-        process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
-        print(f"{process}error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that :func:`register_own_data` reads."""
-    data = parser.add_argument_group(
-        "your own data", "in COCO format; sets the number of classes. Instead of DATASETS.*"
-    )
-    for split, _ in _SPLITS:
-        data.add_argument(f"--{split}-json", metavar="FILE", help=f"annotations to {split} on")
-        data.add_argument(f"--{split}-images", metavar="DIR", help="where their images are")
-        data.add_argument(
-            f"--{split}-proposals",
-            metavar="FILE",
-            help="their proposals, for models without RPN (MODEL.LOAD_PROPOSALS)",
-        )
-
-
-def config_argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with ``--config-file`` and, behind all options, the ``opts`` of read_config."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
-    return parser
 
 
 def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:
@@ -95,23 +59,26 @@ def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -
     cfg = get_cfg()
     add_libra_config(cfg)
     if config_file:
-        with blamed_on(config_file):
+        with _reading(config_file):
             if not os.path.exists(config_file) and "://" not in config_file:
                 config_file = get_config_file(config_file)
             cfg.merge_from_file(config_file, allow_unsafe=False)
-    with blamed_on("command line"):
+    with _reading("command line"):
         cfg.merge_from_list(list(opts))
-    if not torch.cuda.is_available():
+    check_interpolation(cfg.MODEL.LIBRA.INPUT.INTERPOLATION)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise InputError("SOLVER.AMP.ENABLED: Detectron2 trains with mixed precision on GPUs only")
     if cfg.MODEL.LIBRA.NUM_PICTURES and importlib.util.find_spec("cv2") is None:
         raise InputError(
             "MODEL.LIBRA.NUM_PICTURES: drawing needs OpenCV; `pip install opencv-python-headless`"
         )
     if output:
-        with blamed_on(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}"):
+        try:
             PathManager.mkdirs(cfg.OUTPUT_DIR)
+        except OSError as e:
+            raise InputError(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}: {one_line(e)}") from e
     return cfg
 
 
@@ -126,7 +93,7 @@ def register_own_data(cfg: CfgNode, args: argparse.Namespace) -> List[str]:
         InputError: if the arguments or the data are not consistent.
     """
     names, known_classes = [], None
-    for split, key in _SPLITS:
+    for split, key in SPLITS:
         json_file, images, proposals = (
             getattr(args, f"{split}_{what}") for what in ("json", "images", "proposals")
         )
@@ -200,3 +167,63 @@ def prepare_proposal_files(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST
         cfg.DATASETS[f"PROPOSAL_FILES_{key}"] = tuple(
             prepare_proposals(file, name, cache_dir) for file, name in zip(files, names)
         )
+
+
+def check_batch_size(cfg: CfgNode) -> None:
+    """
+    Say what the batch size of all processes together is.
+
+    Raises:
+        InputError: if it cannot be divided among them.
+    """
+    world_size, reference = comm.get_world_size(), cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference != 0:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which is not a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}"
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size).SOLVER
+    if scaled.IMS_PER_BATCH % world_size != 0:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {scaled.IMS_PER_BATCH}, which {world_size} processes cannot "
+            "share: use a multiple, and change SOLVER.BASE_LR in proportion. With "
+            "SOLVER.REFERENCE_WORLD_SIZE, the number of processes that the config was made for, "
+            "both are scaled"
+        )
+    logger.info(
+        f"Training with {scaled.IMS_PER_BATCH} images in each iteration, "
+        f"{scaled.IMS_PER_BATCH // world_size} in each of {world_size} processes, and a learning "
+        f"rate of {scaled.BASE_LR:g}"
+    )
+
+
+def setup(args) -> CfgNode:
+    """Make the config, check what can be checked before work starts, and set up logging."""
+    cfg = read_config(args.config_file, args.opts)
+    resuming = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    weights = cfg.MODEL.WEIGHTS
+    if not resuming:
+        if args.eval_only and not weights:
+            raise InputError("MODEL.WEIGHTS: name the weights to evaluate")
+        if weights and "://" not in weights and not os.path.isfile(weights):
+            raise InputError(f"MODEL.WEIGHTS: {weights}: no such file")
+    setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    register_own_data(cfg, args)
+    needed = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+    if not cfg.DATASETS[needed[0]]:
+        raise InputError(
+            f"no dataset to {'evaluate' if args.eval_only else 'train'} on: set DATASETS.* or use "
+            "--train-json, --train-images, --val-json and --val-images"
+        )
+    check_tta(cfg)
+    check_datasets([name for split in needed for name in cfg.DATASETS[split]])
+    for name in cfg.DATASETS.TEST:
+        check_evaluator_type(name)
+    prepare_proposal_files(cfg, needed)
+    if not args.eval_only:
+        check_batch_size(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.warning("Running on the CPU, which is slow for anything but small images.")
+    return cfg

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from detectron2.layers import FrozenBatchNorm2d
 
+from ...errors import ArgumentError
+
 __all__ = ["AffineBatchNorm2d", "train_norm_affine"]
 
 
@@ -47,7 +49,7 @@ class AffineBatchNorm2d(FrozenBatchNorm2d):
         )
 
 
-def train_norm_affine(module: nn.Module) -> None:
+def train_norm_affine(module: nn.Module) -> nn.Module:
     """
     Replace the frozen batch norms of trained convolutions by :class:`AffineBatchNorm2d`.
 
@@ -55,8 +57,11 @@ def train_norm_affine(module: nn.Module) -> None:
         module: modified in place. Convolutions hold their norm as Detectron2's do; those without a
             trained parameter keep theirs.
 
+    Returns:
+        ``module``.
+
     Raises:
-        ValueError: if there is none to replace.
+        ArgumentError: a ValueError, if there is none to replace.
     """
     num_replaced = 0
     for parent in list(module.modules()):
@@ -67,7 +72,11 @@ def train_norm_affine(module: nn.Module) -> None:
                 setattr(parent, name, AffineBatchNorm2d.from_frozen(child))
                 num_replaced += 1
     if num_replaced == 0:
-        raise ValueError(
-            "MODEL.LIBRA.TRAIN_NORM_AFFINE: the backbone has no frozen batch norm in a trained "
-            "stage; it needs MODEL.RESNETS.NORM 'FrozenBN' (other norms train theirs anyway)"
+        raise ArgumentError(
+            "module",
+            type(module).__name__,
+            "it has no FrozenBatchNorm2d in a trained stage. Norms other than 'FrozenBN' train "
+            "their scale and shift anyway",
+            "MODEL.LIBRA.TRAIN_NORM_AFFINE is set, and the backbone",
         )
+    return module

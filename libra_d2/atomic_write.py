@@ -5,11 +5,11 @@ from typing import IO, Iterator
 
 from detectron2.utils import comm
 
-__all__ = ["write_whole"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def write_whole(path: str, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """
     Open a file that appears at ``path`` once the body has written all of it, and is on the disk.
     If the body fails, or the process is killed, ``path`` stays as it was. Several processes may

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO's average precision, by the fastest evaluator there is."""
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+from itertools import chain
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+from pycocotools.cocoeval import COCOeval
+
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+
+from ..atomic_write import atomic_write
+
+__all__ = ["LibraCOCOEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+COCO_MAX_DETS = 100  # detections per image that COCO's AP looks at
+
+
+def _faster_coco_eval(coco_gt, coco_dt, iou_type: str):
+    """faster-coco-eval's evaluator, over the data of pycocotools' objects."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    def convert(coco):
+        converted = COCO()
+        converted.dataset = coco.dataset
+        converted.createIndex()
+        return converted
+
+    return COCOeval_faster(convert(coco_gt), convert(coco_dt), iou_type, print_function=logger.info)
+
+
+def choose_coco_eval() -> Callable:
+    """
+    Returns:
+        Detectron2's compiled evaluator, else faster-coco-eval, else pycocotools, which all give the
+        same numbers: a function of ground truth, detections and IoU type.
+    """
+    compiled = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
+    if compiled is not COCOeval:
+        return compiled
+    if importlib.util.find_spec("faster_coco_eval") is not None:
+        return _faster_coco_eval
+    logger.info(
+        "Evaluating with pycocotools; `pip install faster-coco-eval` gives the same numbers faster."
+    )
+    return COCOeval
+
+
+class LibraCOCOEvaluator(COCOEvaluator):
+    """
+    :class:`COCOEvaluator` that counts as many detections per image as the model may return, and
+    with an evaluator that is an argument. The numbers are pycocotools'.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Optional[Sequence[str]] = None,
+        distributed: bool = True,
+        output_dir: Optional[str] = None,
+        *,
+        max_dets_per_image: int = COCO_MAX_DETS,
+        coco_eval: Optional[Callable] = None,
+    ):
+        """
+        Args:
+            dataset_name, tasks, distributed, output_dir: see :class:`COCOEvaluator`.
+            max_dets_per_image: how many detections of an image count, those with the highest
+                scores. AP and AR are COCO's with 100.
+            coco_eval: makes an evaluator, see :func:`choose_coco_eval`, which is the default.
+        """
+        super().__init__(
+            dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image
+        )
+        self._coco_eval = coco_eval or choose_coco_eval()
+
+    def _eval_predictions(
+        self, predictions: List[Dict[str, Any]], img_ids: Optional[List] = None
+    ) -> None:
+        """
+        See :meth:`COCOEvaluator._eval_predictions`, which knows the evaluators of pycocotools and
+        of Detectron2 by their names only. Keypoints are left to it.
+        """
+        results = list(chain.from_iterable(x["instances"] for x in predictions))
+        tasks = sorted(self._tasks or self._tasks_from_predictions(results))
+        if "keypoints" in tasks or not results or not self._do_evaluation:
+            super()._eval_predictions(predictions, img_ids)
+            return
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        dataset_ids = {contiguous: dataset_id for dataset_id, contiguous in ids.items()}
+        for result in results:
+            result["category_id"] = dataset_ids.get(result["category_id"], result["category_id"])
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            with atomic_write(path, "w") as f:
+                json.dump(results, f)
+        for task in tasks:
+            evaluated = self._evaluate(results, task, img_ids)
+            names = self._metadata.get("thing_classes")
+            self._results[task] = self._derive_coco_results(evaluated, task, class_names=names)
+
+    def _evaluate(self, results: List[Dict[str, Any]], task: str, img_ids: Optional[List]):
+        """The evaluator, after it has evaluated ``results``, detections in COCO's format."""
+        if task == "segm":
+            # Otherwise pycocotools takes the size of an object from its box.
+            results = [{k: v for k, v in x.items() if k != "bbox"} for x in results]
+        else:
+            results = copy.deepcopy(results)  # pycocotools adds to them
+        coco_eval = self._coco_eval(self._coco_api, self._coco_api.loadRes(results), task)
+        coco_eval.params.maxDets = self._max_dets_per_image
+        if img_ids is not None:
+            coco_eval.params.imgIds = img_ids
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        if self._max_dets_per_image[-1] == COCO_MAX_DETS:
+            coco_eval.summarize()
+        else:
+            COCOevalMaxDets.summarize(coco_eval)  # COCO's own summary knows 100 only
+        return coco_eval

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the image file to the network's input, beside mmdetection's own pipeline: bit by bit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, demo_cfg, load_cfg
+from PIL import Image
+
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+
+from libra_d2.data import LibraDatasetMapper, build_augmentation
+from libra_d2.data.resize import OpenCVResizeShortestEdge, OpenCVResizeTransform
+from libra_d2.engine import LibraPredictor
+from libra_d2.errors import InputError
+
+CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"
+SIZES = [  # height, width
+    (480, 640),
+    (427, 640),
+    (640, 427),
+    (800, 1333),
+    (799, 1333),
+    (800, 1332),
+    (801, 1334),
+    (1333, 800),
+    (1334, 799),
+    (900, 1200),
+    (1800, 2400),
+    (2400, 1351),
+    (100, 1000),
+    (1000, 61),
+    (3, 5),
+]
+
+
+def photograph(size, seed=0):
+    """(H, W, 3) uint8 with edges and noise, which no interpolation treats alike."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    image[height // 3 :, width // 2 :] = 255 - image[height // 3 :, width // 2 :]
+    return (image + rng.normal(0, 20, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def both(mmdet):
+    """The published model, which normalizes and pads, and the config of the reference."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
+    reference = Config.fromfile(folder / "libra-faster-rcnn_r50_fpn_1x_coco.py")
+    cfg = load_cfg(CONFIG)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg, build_model(cfg), reference, MODELS.build(reference.model.data_preprocessor)
+
+
+def their_sample(pipeline, path, **known):
+    from mmdet.registry import TRANSFORMS
+
+    data = {"img_path": str(path), "img_id": 1, **known}
+    for transform in pipeline:
+        data = TRANSFORMS.build(transform)(data)
+    return data
+
+
+def assert_same_input(both, path):
+    """Of the networks, for the image in ``path``."""
+    cfg, model, reference, preprocessor = both
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) >= 5:
+            width, height = height, width
+    record = {"file_name": str(path), "image_id": 1, "height": height, "width": width}
+    mapped = LibraDatasetMapper(cfg, is_train=False)(record)
+    ours = model.preprocess_image([mapped])
+    pipeline = [t for t in reference.test_pipeline if t.type != "LoadAnnotations"]
+    data = their_sample(pipeline, path)
+    theirs = preprocessor({k: [v] for k, v in data.items()})
+    assert ours.tensor.dtype == theirs["inputs"].dtype == torch.float32
+    assert ours.image_sizes == [theirs["data_samples"][0].img_shape]
+    assert torch.equal(ours.tensor, theirs["inputs"])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}".format(*size))
+def test_sizes(both, tmp_path, size):
+    Image.fromarray(photograph(size)).save(tmp_path / "a.jpg", quality=90)
+    assert_same_input(both, tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["gray.jpg", "gray.png", "palette.png", "bitmap.bmp"])
+def test_kinds(both, tmp_path, kind):
+    image = Image.fromarray(photograph((180, 247)))
+    modes = {"gray": "L", "palette": "P"}
+    image.convert(modes.get(kind.split(".")[0], "RGB")).save(tmp_path / kind)
+    assert_same_input(both, tmp_path / kind)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(both, tmp_path, orientation):
+    """Written by a camera: turned and mirrored alike."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photograph((180, 247))).save(tmp_path / "a.jpg", exif=exif)
+    assert_same_input(both, tmp_path / "a.jpg")
+
+
+def test_training(both, tmp_path):
+    """Image and boxes, resized and flipped; the boxes to the last digit of a float32."""
+    from mmdet.structures.bbox import HorizontalBoxes
+
+    cfg, _, reference, _ = both
+    height, width = 451, 633
+    Image.fromarray(photograph((height, width))).save(tmp_path / "a.jpg")
+    boxes = np.array([[10.5, 20.25, 100, 200], [0, 0, 633, 451], [300.1, 7.7, 301.9, 440]])
+    (resize,) = build_augmentation(cfg, is_train=True)[:1]
+    assert type(resize) is OpenCVResizeShortestEdge
+    mapper = LibraDatasetMapper(
+        is_train=True, augmentations=[resize, T.RandomFlip(prob=1.0)], image_format="RGB"
+    )
+    annotations = [{"bbox": b, "bbox_mode": 0, "category_id": 0, "iscrowd": 0} for b in boxes]
+    record = {"file_name": str(tmp_path / "a.jpg"), "height": height, "width": width}
+    ours = mapper({**record, "annotations": annotations})
+    pipeline = [t for t in reference.train_pipeline if t.type != "LoadAnnotations"]
+    (flip,) = [t for t in pipeline if t.type == "RandomFlip"]
+    pipeline[pipeline.index(flip)] = {**flip, "prob": 1.0}
+    load, *rest = pipeline
+    data = their_sample([load], tmp_path / "a.jpg")
+    data["gt_bboxes"] = HorizontalBoxes(torch.tensor(boxes, dtype=torch.float32))
+    data["gt_bboxes_labels"] = np.zeros(3, dtype=np.int64)
+    data = their_sample(rest, **{"path": tmp_path / "a.jpg", **data})
+    assert torch.equal(ours["image"], data["inputs"].flip(0))
+    theirs = data["data_samples"].gt_instances.bboxes.tensor
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ours["instances"].gt_boxes.tensor, theirs, rtol=4 * eps, atol=4e-4)
+
+
+def test_rounding_of_sizes(mmdet):
+    """The new size of any image is mmdetection's; Detectron2's differs now and then."""
+    from mmcv.image.geometric import rescale_size
+
+    rng, others = np.random.default_rng(0), 0
+    for height, width, short, long in zip(
+        rng.integers(1, 4000, 20000),
+        rng.integers(1, 4000, 20000),
+        rng.integers(1, 1000, 20000),
+        rng.integers(1000, 1500, 20000),
+    ):
+        size = (int(height), int(width), int(short), int(long))
+        new_width, new_height = rescale_size((size[1], size[0]), (size[3], size[2]))
+        ours = OpenCVResizeShortestEdge.get_output_shape(*size)
+        assert ours == (new_height, new_width), size
+        others += T.ResizeShortestEdge.get_output_shape(*size) != ours
+    assert others < 100
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_shapes(channels, dtype):
+    shape = (10, 12) if channels is None else (10, 12, channels)
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    resized = OpenCVResizeTransform(10, 12, 5, 7).apply_image(image)
+    assert resized.shape == (5, 7, *shape[2:])
+    assert resized.dtype == dtype
+
+
+def test_segmentation_takes_the_nearest_pixel():
+    labels = np.random.default_rng(0).choice(np.array([0, 90, 200], np.uint8), (40, 40))
+    resized = OpenCVResizeTransform(40, 40, 13, 17).apply_segmentation(labels)
+    assert set(np.unique(resized)) <= {0, 90, 200}
+    expected = T.ResizeTransform(40, 40, 13, 17).apply_segmentation(labels)
+    assert np.array_equal(resized, expected)
+
+
+@pytest.mark.parametrize("interpolation", ["pillow", "opencv"])
+def test_key(interpolation, tmp_path):
+    """In evaluation, training and the predictor alike; Pillow's is Detectron2's own class."""
+    cfg = demo_cfg(MODEL__LIBRA__INPUT__INTERPOLATION=interpolation)
+    expected = {"pillow": T.ResizeShortestEdge, "opencv": OpenCVResizeShortestEdge}[interpolation]
+    for is_train in (True, False):
+        resize = LibraDatasetMapper(cfg, is_train=is_train).augmentations.augs[0]
+        assert type(resize) is expected
+        assert type(build_augmentation(cfg, is_train)[0]) is expected
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    assert type(LibraPredictor(cfg).aug) is expected
+
+
+def test_crops_and_several_sizes():
+    """What Detectron2 does besides is left as it is."""
+    cfg = demo_cfg(
+        MODEL__LIBRA__INPUT__INTERPOLATION="opencv",
+        INPUT__CROP__ENABLED=True,
+        INPUT__MIN_SIZE_TRAIN=(96, 128, 160),
+        INPUT__MIN_SIZE_TRAIN_SAMPLING="choice",
+    )
+    crop, resize, flip = LibraDatasetMapper(cfg, is_train=True).augmentations.augs
+    assert (type(crop), type(flip)) == (T.RandomCrop, T.RandomFlip)
+    np.random.seed(0)
+    image = np.zeros((50, 40, 3), np.uint8)
+    widths = {resize.get_transform(image).new_w for _ in range(40)}
+    assert widths == {96, 128, 160}
+    resize = OpenCVResizeShortestEdge((96, 98), 200, "range")
+    assert {resize.get_transform(image).new_w for _ in range(40)} == {96, 97, 98}
+    assert isinstance(OpenCVResizeShortestEdge(0).get_transform(image), T.NoOpTransform)
+
+
+def test_unknown_interpolation():
+    cfg = demo_cfg(MODEL__LIBRA__INPUT__INTERPOLATION="area")
+    with pytest.raises(InputError, match="MODEL.LIBRA.INPUT.INTERPOLATION is 'area': use one of"):
+        build_augmentation(cfg, is_train=False)
+
+
+def test_without_opencv(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match="is 'opencv', .* `pip install opencv-python"
+    ):
+        build_augmentation(load_cfg(CONFIG), is_train=False)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer and schedule of the published recipe, beside mmengine's."""
+
+import pytest
+import torch
+from oracle import SYSTEMS, Pair, double_precision
+
+from detectron2.engine import SimpleTrainer, hooks
+
+from libra_d2.checkpoint import to_mmdetection
+from libra_d2.engine import Trainer
+
+STEPS = 12
+# Float64 on both sides: steps of the optimizer add little to the rounding of the gradients.
+RELATIVE = 1e-9
+
+
+def their_schedulers(reference, optimizer):
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    return [
+        PARAM_SCHEDULERS.build(scheduler, default_args={"optimizer": optimizer})
+        for scheduler in reference.param_scheduler
+    ]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_learning_rate(mmdet, name):
+    """The rate of every iteration of the training, warm-up and both drops included."""
+    from conftest import ROOT, load_cfg
+    from mmengine.config import Config
+    from oracle import mmdet_configs
+
+    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{name}_FPN_1x.yaml")
+    (path,) = (ROOT / mmdet_configs(mmdet)).glob(f"*/{SYSTEMS[name]}_fpn_1x_coco.py")
+    reference = Config.fromfile(path)
+    layer = torch.nn.Linear(1, 1)
+    ours = Trainer.build_optimizer(cfg, layer)
+    theirs = torch.optim.SGD(layer.parameters(), lr=reference.optim_wrapper.optimizer.lr)
+    schedule = Trainer.build_lr_scheduler(cfg, ours)
+    warmup, drops = their_schedulers(reference, theirs)
+    images_per_epoch, batch = 117266, reference.auto_scale_lr.base_batch_size
+    epoch = -(-images_per_epoch // batch)
+    assert epoch * reference.train_cfg.max_epochs == cfg.SOLVER.MAX_ITER
+    rates = []
+    for iteration in range(cfg.SOLVER.MAX_ITER):
+        rates.append([x.param_groups[0]["lr"] for x in (ours, theirs)])
+        ours.step(), theirs.step()
+        schedule.step(), warmup.step()
+        if (iteration + 1) % epoch == 0:
+            drops.step()
+    a, b = torch.tensor(rates, dtype=torch.float64).unbind(1)
+    # mmengine multiplies the last rate by a factor in each step of the warm-up.
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+    assert len(a.unique()) == 500 + 2
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_training(mmdet, name, pytestconfig):
+    """
+    Twelve steps of the warm-up: the same losses in each, and the same weights behind them, decay of
+    norms and biases and frozen layers included.
+    """
+    from mmengine.optim import build_optim_wrapper
+
+    sizes = [(90, 121), (128, 83), (96, 128), (70, 100)]
+    with double_precision():
+        pair = Pair(mmdet, name, seed=5 + pytestconfig.getoption("seed"), sizes=sizes)
+        start = {k: v.clone() for k, v in pair.theirs.state_dict().items()}
+        batches = [[pair.inputs[i % 4], pair.inputs[(3 * i + 1) % 4]] for i in range(STEPS)]
+        optimizer = Trainer.build_optimizer(pair.cfg, pair.ours)
+        schedule = Trainer.build_lr_scheduler(pair.cfg, optimizer)
+        trainer = SimpleTrainer(pair.ours, batches, optimizer)
+        trainer.register_hooks([hooks.LRScheduler(optimizer, schedule)])
+        trainer.train(0, STEPS)
+        ours = [x for x, _ in trainer.storage.history("total_loss").values()]
+
+        wrapper = build_optim_wrapper(pair.theirs, pair.reference_cfg.optim_wrapper)
+        warmup, _ = their_schedulers(pair.reference_cfg, wrapper)
+        pair.theirs.train()
+        theirs = []
+        for batch in batches:
+            theirs.append(pair.theirs.train_step(pair.data(batch), wrapper)["loss"].item())
+            warmup.step()
+    assert ours == pytest.approx(theirs, rel=RELATIVE)
+    assert max(theirs) > 1.0001 * min(theirs)
+    weights = to_mmdetection(pair.ours.state_dict())
+    changed = 0
+    for key, value in pair.theirs.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        assert weights[key].dtype == torch.float64
+        assert (weights[key] - value).norm() <= RELATIVE * value.norm(), key
+        changed += not torch.equal(value, start[key])
+    trained = sum(p.requires_grad for p in pair.ours.parameters())
+    assert changed == trained
