@@ -2,6 +2,7 @@
 """That the benchmark runs; what it finds is not tested."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ def test_benchmark(tmp_path):
         [sys.executable, "-W", "ignore", str(ROOT / "tools/benchmark.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests/reference")},
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out.json").read_text())

@@ -10,7 +10,7 @@ from libra_d2.tools.compare_ideas import VARIANTS, build_argument_parser, main, 
 
 
 def test_variants():
-    """Each is what README.md's table says."""
+    """Each is what docs/ablations.md's table says."""
     names = {"feature_pyramid": "feature pyramid", "balanced_l1": "balanced L1"}
     for name, arguments in VARIANTS.items():
         if name == "all_reference":

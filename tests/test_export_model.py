@@ -81,7 +81,7 @@ def test_another_model_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("image", "extra", "message"),
     [
-        ("/none.jpg", [], "--sample-image: /none.jpg: "),
+        ("/none.jpg", [], "/none.jpg: the image cannot be used"),
         (None, ["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS: name the weights"),
         (None, ["MODEL.LOAD_PROPOSALS", "True"], "only models that detect objects"),
     ],

@@ -220,7 +220,5 @@ def test_unknown_interpolation():
 
 def test_without_opencv(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match="is 'opencv', .* `pip install opencv-python"
-    ):
+    with pytest.raises(InputError, match="is 'opencv', .* `pip install opencv-python"):
         build_augmentation(load_cfg(CONFIG), is_train=False)

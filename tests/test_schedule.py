@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from oracle import SYSTEMS, Pair, double_precision
+from oracle import SPREADS, SYSTEMS, Pair, double_precision
 
 from detectron2.engine import SimpleTrainer, hooks
 
@@ -63,9 +63,12 @@ def test_training(mmdet, name, pytestconfig):
     """
     from mmengine.optim import build_optim_wrapper
 
-    sizes = [(90, 121), (128, 83), (96, 128), (70, 100)]
+    sizes = [(64, 96), (96, 70), (80, 96), (70, 64)]
+    # Heads that say little, as those of a training that begins: larger ones diverge.
+    spreads = {layer: 0.02 * spread for layer, spread in SPREADS.items()}
+    seed = 5 + pytestconfig.getoption("seed")
     with double_precision():
-        pair = Pair(mmdet, name, seed=5 + pytestconfig.getoption("seed"), sizes=sizes)
+        pair = Pair(mmdet, name, seed, sizes=sizes, num_proposals=100, spreads=spreads)
         start = {k: v.clone() for k, v in pair.theirs.state_dict().items()}
         batches = [[pair.inputs[i % 4], pair.inputs[(3 * i + 1) % 4]] for i in range(STEPS)]
         optimizer = Trainer.build_optimizer(pair.cfg, pair.ours)
@@ -90,7 +93,8 @@ def test_training(mmdet, name, pytestconfig):
         if key.endswith("num_batches_tracked"):
             continue
         assert weights[key].dtype == torch.float64
-        assert (weights[key] - value).norm() <= RELATIVE * value.norm(), key
+        # The bias of phi has no gradient but rounding: the softmax ignores what it adds.
+        assert (weights[key] - value).norm() <= RELATIVE * value.norm() + 1e-15, key
         changed += not torch.equal(value, start[key])
     trained = sum(p.requires_grad for p in pair.ours.parameters())
     assert changed == trained

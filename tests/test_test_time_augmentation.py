@@ -28,8 +28,9 @@ def detector(system, **overrides):
         for _ in range(3):  # running statistics of batch norm
             model(random_inputs(3, 3))
     if system == "retinanet":
-        torch.nn.init.normal_(model.head.cls_score.weight, std=1.0)
-        torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.3)
+        torch.nn.init.normal_(model.head.cls_score.weight, std=2.0)
+        torch.nn.init.constant_(model.head.cls_score.bias, -1.0)
+        torch.nn.init.normal_(model.head.bbox_pred.weight, std=0.5)
     return cfg, model.eval()
 
 
@@ -74,7 +75,9 @@ def test_retinanet_without_augmentation():
 def test_retinanet_merges():
     """Flipped and not: each detection is one of either image, and none overlaps a better one."""
     sizes = {"TEST__AUG__MIN_SIZES": (96,), "TEST__AUG__FLIP": True}
-    cfg, model = detector("retinanet", **sizes)
+    # All that either finds, so that nothing is in the one and cut off in the other.
+    limits = {"TEST__DETECTIONS_PER_IMAGE": 2000, "MODEL__RETINANET__SCORE_THRESH_TEST": 0.3}
+    cfg, model = detector("retinanet", **sizes, **limits)
     tta, inputs = add_test_time_augmentation(cfg, model), one_image()
     assert isinstance(tta, RetinaNetWithTTA)
     mirrored = [{**inputs[0], "image": inputs[0]["image"].flip(2)}]
@@ -82,20 +85,26 @@ def test_retinanet_merges():
         found, a, b = (
             m(x)[0]["instances"] for m, x in ((tta, inputs), (model, inputs), (model, mirrored))
         )
-    scores = set(a.scores.tolist()), set(b.scores.tolist())
-    from_a, from_b = ([s in x for s in found.scores.tolist()] for x in scores)
-    assert all(x or y for x, y in zip(from_a, from_b))
-    assert sum(from_a) > 3
-    assert sum(from_b) > 3
+    # Back to where its objects are.
+    x0, y0, x1, y1 = b.pred_boxes.tensor.unbind(dim=1)
+    b.pred_boxes.tensor = torch.stack([256 - x1, y0, 256 - x0, y1], dim=1)
+    sources = []
+    for i in range(len(found)):
+        # Rounding may depend on what else is in the batch; 0.05 pixels and 1e-3 are beyond that.
+        for name, other in (("plain", a), ("mirrored", b)):
+            distance = (other.pred_boxes.tensor - found.pred_boxes.tensor[i]).abs().amax(dim=1)
+            near = (other.scores - found.scores[i]).abs() < 1e-3
+            same = near & (other.pred_classes == found.pred_classes[i])
+            if (distance[same] < 0.05).any():
+                sources.append(name)
+                break
+    assert len(sources) == len(found)
+    assert sources.count("plain") > 3
+    assert sources.count("mirrored") > 3
     for c in found.pred_classes.unique():
         boxes = found.pred_boxes[found.pred_classes == c]
         iou = pairwise_iou(boxes, boxes).fill_diagonal_(0)
         assert iou.max() <= cfg.MODEL.RETINANET.NMS_THRESH_TEST + 1e-5
-    # A mirrored detection comes back to where its object is.
-    index = from_b.index(True)
-    box = b.pred_boxes.tensor[b.scores == found.scores[index]][0]
-    expected = torch.stack([256 - box[2], box[1], 256 - box[0], box[3]])
-    torch.testing.assert_close(found.pred_boxes.tensor[index], expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("interpolation", ["pillow", "opencv"])

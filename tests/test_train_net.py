@@ -247,11 +247,14 @@ def test_bad_config(content, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["MODEL.LIBRA.BFP.REFINE_LEVEL", "5"], "MODEL.LIBRA.BFP.REFINE_LEVEL is 5, but the pyram"),
+        (["MODEL.LIBRA.BFP.REFINE_LEVEL", "5"], "MODEL.LIBRA.BFP.REFINE_LEVEL is 5: the pyramid"),
         (["MODEL.LIBRA.SAMPLER.NUM_BINS", "0"], "MODEL.LIBRA.SAMPLER.NUM_BINS is 0"),
-        (["MODEL.LIBRA.BALANCED_L1.BETA", "0."], "balanced L1 loss: beta must be"),
+        (["MODEL.LIBRA.BALANCED_L1.BETA", "0."], "MODEL.LIBRA.BALANCED_L1.BETA is 0.0: use a pos"),
         (["MODEL.LIBRA.RPN.NORMALIZER", "all"], "MODEL.LIBRA.RPN.NORMALIZER is 'all'"),
-        (["MODEL.BACKBONE.NAME", "build_x"], "No object named 'build_x' found"),
+        (["MODEL.BACKBONE.NAME", "build_x"], "MODEL.BACKBONE.NAME is 'build_x': nothing has"),
+        (["MODEL.ROI_HEADS.NAME", "X"], "MODEL.ROI_HEADS.NAME is 'X': nothing has that name"),
+        (["MODEL.META_ARCHITECTURE", "X"], "MODEL.META_ARCHITECTURE is 'X': nothing has"),
+        (["MODEL.LIBRA.SAMPLER.NAME", "X"], "MODEL.LIBRA.SAMPLER.NAME is 'X': use one of"),
     ],
 )
 def test_bad_model(args, message, synthetic, tmp_path, capsys):

@@ -6,6 +6,8 @@ Detectron2 and, where it is installed, mmdetection.
 
     python tools/benchmark.py --output benchmark.json --plot benchmark.png
 
+With mmcv-lite, which lacks compiled operators, tests/reference has to be on PYTHONPATH.
+
 What is compared runs in turn in the same process, call after call, so that a machine that changes
 its speed does so for all. Times are medians; the spread is the distance of the quartiles. Memory is
 the peak that one call adds. Ratios are of the medians.
@@ -400,16 +402,26 @@ def build_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def has_mmdetection() -> bool:
+    """Import mmdetection, or say that it cannot be."""
+    try:
+        try:
+            from uncompiled_mmcv import import_mmdet
+        except ImportError:
+            import mmcv.ops  # noqa: F401
+            import mmdet  # noqa: F401
+        else:
+            import_mmdet()
+    except ImportError:
+        return False
+    return True
+
+
 def main(argv=None) -> int:
     """Command line entry point; returns the exit status."""
     args = build_argument_parser().parse_args(argv)
-    try:
-        from uncompiled_mmcv import import_mmdet
-
-        import_mmdet()
-        reference = True
-    except ImportError:
-        reference = False
+    reference = has_mmdetection()
+    if not reference:
         print("mmdetection is not installed: nothing is compared with it.", file=sys.stderr)
     torch.manual_seed(0)
     meter = Meter(args.device, args.seconds)

@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
     description = {
         "input": {
             "format": cfg.INPUT.FORMAT,
+            "interpolation": cfg.MODEL.LIBRA.INPUT.INTERPOLATION,
             "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
             "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
             "device": cfg.MODEL.DEVICE,

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, calibrate_norms, load_cfg
+from fvcore.nn import sigmoid_focal_loss
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.checkpoint import to_mmdetection
+from libra_d2.modeling import retinanet
 
 FLOAT32 = torch.float32
 SYSTEMS = {
@@ -62,7 +64,7 @@ def random_boxes(generator, num, size):
 
 
 @torch.no_grad()
-def randomize(model, inputs):
+def randomize(model, inputs, output_spreads):
     """Give the channels of all layers without norm mean 0 and the same spread over ``inputs``."""
 
     def standardize(module, _, output):
@@ -84,7 +86,7 @@ def randomize(model, inputs):
     for name, module in model.named_modules():
         is_layer = isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
         if is_layer and getattr(module, "norm", None) is None:
-            spreads[module] = SPREADS.get(name.split(".")[-1], 1.0)
+            spreads[module] = output_spreads.get(name.split(".")[-1], 1.0)
             hooks.append(module.register_forward_hook(standardize))
     model.eval()(inputs)
     for hook in hooks:
@@ -103,6 +105,8 @@ def double_precision():
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        # Compiled, it would not see that.
+        patch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -116,13 +120,15 @@ class Pair:
     nothing that both sides do depends on chance.
     """
 
-    def __init__(self, mmdet, name, seed, sizes=SIZES):
+    def __init__(self, mmdet, name, seed, sizes=SIZES, num_proposals=300, spreads=SPREADS):
         """
         Args:
             mmdet: the reference.
             name: one of SYSTEMS.
             seed: of weights, images and objects.
             sizes: (height, width) of the images.
+            num_proposals: of the RPN while training, in each image.
+            spreads: standard deviation of the outputs of layers with random weights.
         """
         from mmdet.registry import MODELS
         from mmdet.utils import register_all_modules
@@ -137,6 +143,7 @@ class Pair:
         cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = -1
         cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = ALL
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = ALL
+        cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = num_proposals
         self.loads_proposals = cfg.MODEL.LOAD_PROPOSALS
         self.ours = build_model(cfg)
         self.inputs = []
@@ -155,25 +162,25 @@ class Pair:
                 }
             )
             self.inputs[-1]["proposals"].objectness_logits = torch.zeros(len(proposals))
-        randomize(self.ours, self.inputs)
+        randomize(self.ours, self.inputs, spreads)
 
         (path,) = (ROOT / mmdet_configs(mmdet)).glob(f"*/{SYSTEMS[name]}_fpn_1x_coco.py")
         self.reference_cfg = Config.fromfile(path)
         reference = self.reference_cfg.model
         reference.backbone.init_cfg = None
         samplers = reference.train_cfg
+        if "rpn_proposal" in samplers:
+            samplers.rpn_proposal.max_per_img = num_proposals
         if "rpn" in samplers:
             samplers.rpn.sampler.update(num=ALL, neg_pos_ub=-1)
         if "rcnn" in samplers:
             samplers.rcnn.sampler.num = ALL
         self.theirs = MODELS.build(reference)
         self.theirs.load_state_dict(to_mmdetection(self.ours.state_dict()), strict=True)
-        for module in self.theirs.modules():
-            if hasattr(module, "prior_generator"):
-                # Its default is float32, from when mmdetection was imported.
-                priors = module.prior_generator
-                dtype = torch.get_default_dtype()
-                priors.grid_priors = partial(priors.grid_priors, dtype=dtype)
+        heads = [module for module in self.theirs.modules() if hasattr(module, "prior_generator")]
+        if heads:
+            generator = getattr(self.ours, "proposal_generator", self.ours).anchor_generator
+            share_anchors(heads[0].prior_generator, generator)
 
     def data(self, inputs):
         """``inputs`` for mmdetection: BGR, and with all that its pipeline says of an image."""
@@ -194,6 +201,21 @@ class Pair:
                 sample.proposals = InstanceData(bboxes=boxes, scores=torch.zeros(len(boxes)))
             samples.append(sample)
         return {"inputs": [x["image"].flip(0) for x in inputs], "data_samples": samples}
+
+
+def share_anchors(theirs, ours):
+    """
+    Give mmdetection our anchors in its order, which are the same up to rounding. A small object lies
+    within several anchors of one size: then rounding alone says which of them overlaps it most.
+    """
+    for level, anchors in enumerate(ours.cell_anchors):
+        difference = (theirs.base_anchors[level][:, None] - anchors).abs().amax(dim=2)
+        nearest, index = difference.min(dim=1)
+        assert nearest.max() < 8 * torch.finfo(anchors.dtype).eps * anchors.abs().max()
+        assert len(index.unique()) == len(anchors)
+        theirs.base_anchors[level] = anchors[index]
+    # The default is float32, from when mmdetection was imported.
+    theirs.grid_priors = partial(theirs.grid_priors, dtype=anchors.dtype)
 
 
 def mmdet_configs(mmdet):
