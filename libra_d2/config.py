@@ -68,7 +68,7 @@ def add_libra_config(cfg: CN) -> None:
     # "reference": mmdetection's formula, whose gradient jumps at 0 and at BETA.
     cfg.MODEL.LIBRA.BALANCED_L1.FORM = "scaled"
 
-    # Training of the region proposal network (not in the paper; the reference's recipe)
+    # Training of the region proposal network (not in the paper; mmdetection's recipe)
     cfg.MODEL.LIBRA.RPN = CN()
     # Sampled negative anchors per sampled positive one, at most, in each image (no positive counts
     # as one). Negative for no limit.
@@ -85,7 +85,7 @@ def add_libra_config(cfg: CN) -> None:
     # trained on as background, as in Detectron2.
     cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS = False
 
-    # RetinaNet as the reference has it (not in the paper)
+    # RetinaNet as mmdetection has it (not in the paper)
     cfg.MODEL.LIBRA.RETINANET = CN()
     # What the losses are divided by: "batch" (foreground anchors in the batch, at least one for
     # each image) or "moving_average" (Detectron2's).
@@ -95,14 +95,14 @@ def add_libra_config(cfg: CN) -> None:
     # As RPN.PADDING_ANCHORS.
     cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS = False
     # Whether there is a ReLU between P6 and P7, as in Detectron2. Weights of plain Detectron2
-    # models need True, those of the reference False.
+    # models need True, those of mmdetection False.
     cfg.MODEL.LIBRA.RETINANET.P7_RELU = False
     # Whether boxes are clipped to the image, and those without area dropped, before non-maximum
     # suppression. False, as in Detectron2, does so after it.
     cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES = True
 
     # Whether to train scale and shift of the batch norms in the backbone's trained stages while
-    # their running statistics stay fixed, as the reference does (not in the paper). It needs
+    # their running statistics stay fixed, as mmdetection does (not in the paper). It needs
     # RESNETS.NORM "FrozenBN", which without it trains nothing.
     cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE = False
 

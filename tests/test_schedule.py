@@ -10,7 +10,7 @@ from detectron2.engine import SimpleTrainer, hooks
 from libra_d2.checkpoint import to_mmdetection
 from libra_d2.engine import Trainer
 
-STEPS = 12
+STEPS = 10
 # Float64 on both sides: steps of the optimizer add little to the rounding of the gradients.
 RELATIVE = 1e-9
 
@@ -58,7 +58,7 @@ def test_learning_rate(mmdet, name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_training(mmdet, name, pytestconfig):
     """
-    Twelve steps of the warm-up: the same losses in each, and the same weights behind them, decay of
+    Ten steps of the warm-up: the same losses in each, and the same weights behind them, decay of
     norms and biases and frozen layers included.
     """
     from mmengine.optim import build_optim_wrapper

@@ -49,7 +49,8 @@ def objective_statistics(
     smooth_l1_beta: float = 0.0,
 ) -> Dict[str, Any]:
     """
-    Compare the gradients of the plain detector's loss and of balanced L1 loss for the same errors.
+    Compare the gradients of balanced L1 loss with those of the plain detector's loss, and of the
+    smooth L1 loss with the same beta that the paper compares with, for the same errors.
 
     Args:
         errors: (n,) absolute differences of predicted and target deltas.
@@ -73,6 +74,7 @@ def objective_statistics(
     }
     losses = {
         box_loss_name(smooth_l1_beta): _smooth_l1(smooth_l1_beta),
+        box_loss_name(beta): _smooth_l1(beta),
         "balanced L1": _balanced_l1(alpha=alpha, gamma=gamma, beta=beta, form=form),
     }
     for name, loss in losses.items():
@@ -151,7 +153,7 @@ def plot_gradient_shares(statistics: Dict[str, Any]):
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [name for name, value in statistics.items() if isinstance(value, dict)]
-    colors = dict(zip(losses, ("#9aa5b1", "#3b6fb6")))
+    colors = dict(zip(losses, ("#555555", "#9aa5b1", "#3b6fb6")[-len(losses) :]))
     ranks = np.arange(1, 101)
     left.plot(ranks, statistics["percentiles"], color="#e0a030")
     left.axhline(statistics["beta"], color="#555555", linewidth=0.8, linestyle=":")

@@ -19,7 +19,7 @@ def _samplers(num_bins: int, negative_iou_thresh: float) -> Dict[str, BalancedSa
     settings = {
         "random": {"negatives": "random", "positives": "random"},
         "balanced, paper's bins": {"mode": "paper"},
-        "balanced, reference's bins": {"mode": "reference"},
+        "balanced, mmdetection's bins": {"mode": "reference"},
     }
     return {
         name: BalancedSampler(num_bins=num_bins, negative_iou_thresh=negative_iou_thresh, **kwargs)
@@ -102,17 +102,11 @@ def plot_sampling(statistics: Dict[str, Any]):
         )
         for end in bin_ends:
             axis.axvline(end, color="#555555", linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="IoU with the nearest object")
-        axis.text(
-            0.97,
-            0.95,
-            f"mean IoU {numbers['mean_iou']:.2f}\n"
-            f"{100 * numbers['instances']:.0f}% of the objects covered",
-            ha="right",
-            va="top",
-            transform=axis.transAxes,
-            fontsize=9,
-        )
+        covered = 100 * numbers["instances"]
+        numbers_line = f"mean IoU {numbers['mean_iou']:.2f}, {covered:.0f}% of the objects covered"
+        axis.set_title(name, pad=18)
+        axis.text(0.5, 1.02, numbers_line, ha="center", transform=axis.transAxes, fontsize=8)
+        axis.set_xlabel("IoU with the nearest object")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of the negatives (%)")
     return figure

@@ -36,7 +36,7 @@ class NonLocalBlock(nn.Module):
     Embedded Gaussian non-local block (arXiv 1711.07971), the refinement of the paper.
 
     Each position receives the average of ``g`` over all positions, weighted by the softmax of the
-    dot products of ``theta`` at the position with ``phi`` at all. As in the reference the dot
+    dot products of ``theta`` at the position with ``phi`` at all. As in mmdetection the dot
     product is not scaled by 1 / sqrt(C), and there is neither a bottleneck nor a normalization.
     """
 
@@ -177,7 +177,7 @@ class BalancedFeaturePyramid(nn.Module):
         """
         assert len(features) == self.num_levels, f"{len(features)} levels, not {self.num_levels}"
         size = features[self.refine_level].shape[-2:]
-        # As in the reference: maxima are kept where resolution is lost, values are repeated where
+        # As in mmdetection: maxima are kept where resolution is lost, values are repeated where
         # it is gained.
         balanced = features[self.refine_level]
         dtype = balanced.dtype

@@ -117,7 +117,7 @@ class BalancedSampler(nn.Module):
       What a bin lacks is filled at random from the other negatives.
     * **Positives, "instance_balanced"**: the same number is drawn for every ground-truth instance,
       so that objects with many proposals do not dominate. It is ``round(n / instances) + 1``, as
-      in the reference; the result is then topped up or trimmed at random to ``n``.
+      in mmdetection; the result is then topped up or trimmed at random to ``n``.
 
     Two modes:
 

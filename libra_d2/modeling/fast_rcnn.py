@@ -86,5 +86,5 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground]),
             reduction="sum",
         )
-        # By all sampled proposals rather than the foreground, as in Detectron2 and the reference.
+        # By all sampled proposals rather than the foreground, as in Detectron2 and mmdetection.
         return loss / max(gt_classes.numel(), 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RetinaNet with balanced L1 loss, trained and evaluated as Libra R-CNN's reference does it."""
+"""RetinaNet with balanced L1 loss, trained and evaluated as mmdetection does it."""
 
 from typing import Dict, List, Optional, Tuple
 
@@ -57,7 +57,7 @@ def build_libra_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ba
 class LibraRetinaNet(RetinaNet):
     """
     Detectron2's RetinaNet, which also knows the box loss type "balanced_l1"
-    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and habits of the reference: the loss normalizer of the
+    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and habits of mmdetection: the loss normalizer of the
     batch, and clipping boxes before non-maximum suppression. A config also sets its
     :class:`LowQualityMatcher`.
     """

@@ -30,7 +30,7 @@ SYSTEMS = {
     "libra_fast_rcnn_R_50": "libra-fast-rcnn_r50",
     "libra_retinanet_R_50": "libra-retinanet_r50",
 }
-SIZES = [(150, 211), (187, 130)]  # height, width: padded to (192, 224) together
+SIZES = [(120, 151), (137, 100)]  # height, width: padded to (160, 160) together
 ALL = 10**6  # more than there are to sample
 
 # Standard deviation of the outputs of layers with random weights.

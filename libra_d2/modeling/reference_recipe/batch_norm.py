@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm with fixed statistics and trained scale and shift, as the reference fine-tunes it."""
+"""Batch norm with fixed statistics and trained scale and shift, as mmdetection fine-tunes it."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ class AffineBatchNorm2d(FrozenBatchNorm2d):
     The checkpoint keys are the same.
 
     Its parameters are those of an affine map rather than of a normalization, so that they decay
-    with ``SOLVER.WEIGHT_DECAY``, as in the reference, and not with ``WEIGHT_DECAY_NORM``.
+    with ``SOLVER.WEIGHT_DECAY``, as in mmdetection, and not with ``WEIGHT_DECAY_NORM``.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-quality matches of anchors as the reference makes them."""
+"""Low-quality matches of anchors as mmdetection makes them."""
 
 from typing import List, Optional, Tuple
 
@@ -14,7 +14,7 @@ __all__ = ["LowQualityMatcher", "build_anchor_matcher"]
 
 class LowQualityMatcher(Matcher):
     """
-    Detectron2's matcher with the reference's rule for the anchors that overlap a ground-truth box
+    Detectron2's matcher with mmdetection's rule for the anchors that overlap a ground-truth box
     more than any other anchor does, which make up for boxes that no anchor overlaps much. Such an
     anchor is matched with that box, the last one if there are several, provided that their IoU is
     at least ``min_iou``. In Detectron2 it is matched with the box that it overlaps most, whatever
@@ -67,7 +67,7 @@ def build_anchor_matcher(
     """
     Args:
         matcher: Detectron2's, with low-quality matches.
-        low_quality_iou: lowest IoU of low-quality matches made in the reference's way, in [0, 1].
+        low_quality_iou: lowest IoU of low-quality matches made in mmdetection's way, in [0, 1].
             Negative for Detectron2's way.
         key: see :class:`LowQualityMatcher`.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Region proposal network as Libra R-CNN's reference trains it."""
+"""Region proposal network as mmdetection trains it."""
 
 from typing import Dict, List, Tuple
 
@@ -22,7 +22,7 @@ RPN_NORMALIZERS = ("sampled", "batch_size")
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LibraRPN(RPN):
     """
-    Detectron2's RPN with habits of the reference: it trains on at most ``max_neg_per_pos``
+    Detectron2's RPN with habits of mmdetection: it trains on at most ``max_neg_per_pos``
     negative anchors per positive one, and divides its losses by the number of anchors it trains on
     rather than by the number it may train on at most. They belong together: with the cap, images
     with few objects use far fewer anchors. A config also sets its :class:`LowQualityMatcher`.
