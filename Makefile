@@ -2,6 +2,7 @@
 #
 #   make demo   install into .venv, make a synthetic dataset, train on it, evaluate, draw
 #   make test   install into .venv, run lint and the whole test suite
+#   make test-rounding   the tests of numbers on other instructions, threads and seeds
 #
 # Both install once. An interrupted `make demo` resumes; a finished one trains again.
 
@@ -25,7 +26,7 @@ export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
   ignore::FutureWarning:torch.jit._script
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-rounding lint clean
 
 demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json $(PROPOSALS)
 	@if [ -f $(OUTPUT)/.finished ]; then \
@@ -50,6 +51,17 @@ $(DATA)/val/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
 
 test: lint
 	$(PY) -m pytest
+
+# The tests of numbers once more, on other instructions, threads and seeds: nothing may pass by the
+# rounding of one machine.
+NUMERIC := analysis backbone balanced_feature_pyramid balanced_l1_loss balanced_sampling batch_norm \
+  evaluation export_model fast_rcnn matcher padding properties resize retinanet roi_heads rpn \
+  test_time_augmentation
+
+test-rounding: $(VENV)/.installed-test
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest --seed 1 $(NUMERIC:%=tests/test_%.py) \
+	  "tests/test_parity.py::test_float32" "tests/test_schedule.py::test_training[libra_retinanet_R_50]"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check

@@ -14,6 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from libra_d2 import add_libra_config
 from libra_d2.data.synthetic import make_synthetic_dataset
+from libra_d2.tools.export_model import match
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
@@ -94,6 +95,22 @@ def calibrate_norms(backbone, images):
     backbone(images)
     for hook in hooks:
         hook.remove()
+
+
+def assert_same_detections(found, expected):
+    """
+    Fields of two Instances of float32 models. Nearly equal scores have no order; the bounds are a
+    hundred times what rounding does to boxes of some hundred pixels, on any processor.
+    """
+    names = ("pred_boxes", "pred_classes", "scores")
+    ours, theirs = (
+        tuple(getattr(x[name], "tensor", x[name]) for name in names) for x in (found, expected)
+    )
+    assert len(ours[0]) == len(theirs[0])
+    index = match(theirs, ours)
+    assert len(index.unique()) == len(index)
+    for a, b in zip(theirs, ours):
+        torch.testing.assert_close(a, b[index], rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, assert_same_detections, demo_cfg, random_inputs
 
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import ROI_HEADS_REGISTRY, build_model
@@ -191,10 +191,6 @@ def detector(request):
     return model.eval()
 
 
-def detections(fields):
-    return [fields[name] for name in ("pred_boxes", "scores", "pred_classes")]
-
-
 def test_trace(detector):
     """As Detectron2's own models: a traced model detects the same in an image of another size."""
     first, second = random_inputs(0), random_inputs(0, size=(160, 96))
@@ -208,9 +204,7 @@ def test_trace(detector):
         (output,) = adapter.outputs_schema(traced(second[0]["image"]))
     expected, output = expected.get_fields(), output["instances"].get_fields()
     assert len(expected["scores"]) > 3
-    for a, b in zip(detections(output), detections(expected)):
-        a, b = (x.tensor if isinstance(x, Boxes) else x for x in (a, b))
-        torch.testing.assert_close(a, b)
+    assert_same_detections(output, expected)
 
 
 @pytest.mark.parametrize("detector", ["faster"], indirect=True)  # CascadeROIHeads cannot be
@@ -229,6 +223,5 @@ def test_script(detector):
         (expected,) = detector.inference(inputs, do_postprocess=False)
     expected = expected.get_fields()
     assert len(expected["scores"]) > 3
-    for name in ("scores", "pred_classes"):
-        torch.testing.assert_close(getattr(output, name), expected[name])
-    torch.testing.assert_close(output.pred_boxes.tensor, expected["pred_boxes"].tensor)
+    names = ("pred_boxes", "pred_classes", "scores")
+    assert_same_detections({name: getattr(output, name) for name in names}, expected)

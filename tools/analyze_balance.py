@@ -180,8 +180,9 @@ def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: st
             "Objective: who sets the gradient in these images",
             f"{percent(objective['inliers'])} of the errors are inliers. They contribute "
             f"{shares[loss_name]} of the gradient of {loss_name} loss, the plain detector's; "
-            f"{shares[box_loss_name(losses['beta'])]} of that of smooth L1 loss with the same beta, "
-            f"which the paper compares with; and {shares['balanced L1']} of that of balanced L1.",
+            f"{shares[box_loss_name(losses['beta'])]} of that of smooth L1 loss with the same "
+            f"beta, which the paper compares with; and {shares['balanced L1']} of that of balanced "
+            "L1 loss.",
         )
     write_page(
         os.path.join(folder, "index.html"),

@@ -44,12 +44,31 @@ def _reading(source: str) -> Iterator[None]:
         raise InputError(f"{source}: {one_line(e)}") from e
 
 
+def find_config(config_file: str) -> str:
+    """
+    Args:
+        config_file: a path, a URL, or a name for :func:`libra_d2.model_zoo.get_config_file`.
+
+    Returns:
+        the path or URL.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    if not config_file or os.path.exists(config_file) or "://" in config_file:
+        return config_file
+    try:
+        return get_config_file(config_file)
+    except RuntimeError as e:
+        raise InputError(str(e)) from e
+
+
 def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:
     """
     Make the config of a file and of ``KEY VALUE`` pairs, on the CPU if there is no GPU.
 
     Args:
-        config_file: a path, or a name for :func:`libra_d2.model_zoo.get_config_file`.
+        config_file: see :func:`find_config`.
         opts: the pairs.
         output: whether to make sure that there is a directory OUTPUT_DIR.
 
@@ -59,10 +78,9 @@ def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -
     cfg = get_cfg()
     add_libra_config(cfg)
     if config_file:
+        path = find_config(config_file)
         with _reading(config_file):
-            if not os.path.exists(config_file) and "://" not in config_file:
-                config_file = get_config_file(config_file)
-            cfg.merge_from_file(config_file, allow_unsafe=False)
+            cfg.merge_from_file(path, allow_unsafe=False)
     with _reading("command line"):
         cfg.merge_from_list(list(opts))
     check_interpolation(cfg.MODEL.LIBRA.INPUT.INTERPOLATION)
@@ -223,7 +241,9 @@ def setup(args) -> CfgNode:
     if not args.eval_only:
         check_batch_size(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
+    # It prints the file, too, and knows paths only.
+    path = find_config(args.config_file)
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
     if cfg.MODEL.DEVICE == "cpu":
         logger.warning("Running on the CPU, which is slow for anything but small images.")
     return cfg

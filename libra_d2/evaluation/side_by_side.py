@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from detectron2.structures import Instances, pairwise_iou
-from detectron2.utils.visualizer import Visualizer
 
 __all__ = ["draw_side_by_side", "match_detections"]
 
@@ -36,6 +35,8 @@ def match_detections(ours: Instances, theirs: Instances, iou_thresh: float = 0.5
 
 
 def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor, title: str):
+    from detectron2.utils.visualizer import Visualizer  # it imports OpenCV
+
     names = metadata.get("thing_classes", None)
     visualizer = Visualizer(image, metadata, scale=max(1.0, 640 / image.shape[1]))
     labels: List[str] = [

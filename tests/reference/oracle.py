@@ -205,8 +205,8 @@ class Pair:
 
 def share_anchors(theirs, ours):
     """
-    Give mmdetection our anchors in its order, which are the same up to rounding. A small object lies
-    within several anchors of one size: then rounding alone says which of them overlaps it most.
+    Give mmdetection our anchors in its order, which are the same up to rounding. A small object may
+    lie within several anchors of one size: then rounding alone says which overlaps it most.
     """
     for level, anchors in enumerate(ours.cell_anchors):
         difference = (theirs.base_anchors[level][:, None] - anchors).abs().amax(dim=2)
