@@ -28,8 +28,10 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.data import class_colors, read_image
+from libra_d2.data.display import display_metadata
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
+from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.model_zoo import PREFIX
 from libra_d2.plain_detector import BASELINE
 
@@ -286,6 +288,7 @@ def run(args: argparse.Namespace) -> None:
     names = read_categories(args.categories) if args.categories else None
     if names:
         metadata = Metadata(thing_classes=names, thing_colors=class_colors(len(names)))
+    metadata = display_metadata(metadata)
     predictor = make_predictor(cfg, names)
     if source:
         process_video(source, args, predictor, metadata)
@@ -307,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
 
         def draw(image):
             found = predictor(image)["instances"].to("cpu")
-            scale = max(1.0, 640 / image.shape[1])  # so that labels can be read
+            scale = picture_scale(image, 640)
             visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
             return visualizer.draw_instance_predictions(found).get_image(), len(found)
 

@@ -2,7 +2,14 @@
 import re
 from typing import Any, Optional, Sequence
 
-__all__ = ["ArgumentError", "BrokenFileError", "InputError", "check_choice", "one_line"]
+__all__ = [
+    "ArgumentError",
+    "BrokenFileError",
+    "InputError",
+    "Interrupted",
+    "check_choice",
+    "one_line",
+]
 
 
 class InputError(Exception):
@@ -16,6 +23,10 @@ class InputError(Exception):
         return re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)[
             -1
         ].strip()
+
+
+class Interrupted(Exception):
+    """The user has stopped the program; the message says what is left of its work."""
 
 
 class BrokenFileError(InputError):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import gzip
 import json
 import logging
 import shutil
 
+import cv2
+import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -12,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from libra_d2.data.coco_json import check_images, read_coco_json, register_coco_json
 from libra_d2.data.dataset_mapper import LibraDatasetMapper
+from libra_d2.data.image_reading import read_image
 from libra_d2.errors import InputError
 
 DATASET = {
@@ -105,7 +109,7 @@ def test_lvis(folder):
     used = json.loads((folder / "cache/test_lvis.json").read_text())
     assert used["images"][0]["file_name"] == "val2017/a.png"
     annotation = used["annotations"][0]
-    assert (annotation["iscrowd"], annotation["area"], annotation["id"]) == (0, 1200, 3)
+    assert (annotation["iscrowd"], annotation["area"], annotation["id"]) == (0, 1200, 1)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,8 @@ def test_lvis(folder):
         ([], "there is no list 'images'"),
         ({"images": []}, "there are no images|there is no list 'annotations'"),
         ({**DATASET, "categories": []}, "there are no categories"),
-        ({**DATASET, "annotations": [3]}, "'annotations' must hold objects"),
-        (changed(("images", 1, "width", None)), "image number 1 has no 'width'"),
+        ({**DATASET, "annotations": [3]}, "annotation number 0 must be an object, not 3"),
+        (changed(("images", 1, "width", None)), "image id 9 has no 'width'"),
         (changed(("images", 1, "width", "60")), "image id 9 has the width '60'"),
         (changed(("images", 1, "height", 0)), "image id 9 has the height 0"),
         (changed(("images", 1, "id", 7)), "image id 7 occurs more than once"),
@@ -129,7 +133,10 @@ def test_lvis(folder):
         (changed(("annotations", 0, "bbox", [1, 2, 3])), "annotation id 1 has the bbox"),
         (changed(("annotations", 0, "bbox", [1, 2, 3, "4"])), "must be 4 numbers"),
         (changed(("annotations", 0, "bbox", [1, 2, float("nan"), 4])), "must be 4 numbers"),
-        (changed(("annotations", 0, "ignore", 1)), "annotation id 1 has 'ignore' set"),
+        (
+            changed(("annotations", 0, "ignore", 1)),
+            "annotation id 1 has the ignore 1; it must be absent",
+        ),
         (changed(("annotations", 0, "iscrowd", 1)), "there are no objects in it"),
         ({**DATASET, "annotations": []}, "there are no objects in it"),
     ],
@@ -153,7 +160,7 @@ def test_missing_files(folder):
 
 
 POLYGON = [[10, 20, 40, 20, 40, 60]]
-RUN_LENGTHS = {"size": [80, 100], "counts": "abc"}
+RUN_LENGTHS = {"size": [80, 100], "counts": [10, 20, 7970]}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def test_masks(folder, segmentation, mask_format):
     ("segmentation", "mask_format", "message"),
     [
         ([], "polygon", "has no 'segmentation'"),
-        ("x", "polygon", "a polygon must be a list of 6 or more numbers, .*; found x"),
+        ("x", "polygon", "a polygon must be a list of 6 or more numbers, .*; found 'x'"),
         ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of 6 or more numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "bitmask", "a polygon must be"),
         ([[1, 2, 3, 4, 5, "6"]], "bitmask", "a polygon must be"),
@@ -219,14 +226,15 @@ def test_orientation(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_image_cut_short(folder, num_workers):
-    """Headers are fine; the error comes up in the middle of training, in one line."""
+    """Found before training; in the middle of one, the error is one line."""
     from torch.utils.data import DataLoader
 
     path = folder / "a.png"
     Image.effect_noise((100, 80), 50).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     mapper = LibraDatasetMapper(is_train=False, augmentations=[], image_format="RGB")
-    check_images(DATASET, str(folder), "x.json")
+    with pytest.raises(InputError, match="a.png: the image cannot be used: "):
+        check_images(DATASET, str(folder), "x.json")
 
     class Dataset(list):
         def __getitem__(self, i):
@@ -236,3 +244,89 @@ def test_image_cut_short(folder, num_workers):
         next(iter(DataLoader(Dataset([0]), num_workers=num_workers)))
     assert str(error.value).startswith(f"{path}: the image cannot be used: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (lambda text: text.encode("utf-16"), "encoded in UTF-16; save it as UTF-8"),
+        (lambda text: text.encode("utf-16-le"), "encoded in UTF-16; save it as UTF-8"),
+        (lambda text: gzip.compress(text.encode()), "compressed with gzip; unpack it"),
+        (lambda text: text.encode("latin-1"), "not encoded in UTF-8 .* perhaps in Latin-1"),
+    ],
+)
+def test_other_encodings(folder, encode, message):
+    dataset = changed(("categories", 0, "name", "K\u00e4tzchen"))
+    path = folder / "instances.json"
+    path.write_bytes(encode(json.dumps(dataset, ensure_ascii=False)))
+    with pytest.raises(InputError, match=message) as error:
+        read_coco_json(str(path))
+    assert "cut short" not in str(error.value)
+
+
+def test_byte_order_mark(folder):
+    """As Windows writes it; evaluation reads the file, too."""
+    path = folder / "instances.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(DATASET).encode())
+    register_coco_json("test_mark", str(path), str(folder), str(folder / "cache"))
+    assert len(DatasetCatalog.get("test_mark")) == 2
+    assert COCO(MetadataCatalog.get("test_mark").json_file).getCatIds() == [20, 3]
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/hostname", "x/../../a.png"])
+def test_images_elsewhere(folder, name):
+    """Nothing outside of the image directory is opened unless it is asked for."""
+    (folder / "inner").mkdir()
+    dataset = changed(("images", 0, "file_name", name))
+    with pytest.raises(InputError, match="names an image outside of the image directory"):
+        check_images(dataset, str(folder / "inner"), "x.json")
+
+
+def test_absolute_paths_on_request(folder):
+    names = [str(folder / name) for name in ("a.png", "b.png")]
+    images = [("images", i, "file_name", name) for i, name in enumerate(names)]
+    check_images(changed(*images), "/", "x.json")
+    check_images(changed(*images), str(folder), "x.json")  # they are in it
+
+
+@pytest.mark.parametrize(("size", "new"), [((2, 20000), "0 x 1333"), ((20000, 2), "1333 x 0")])
+def test_too_small_to_resize(folder, size, new):
+    Image.new("RGB", size).save(folder / "a.png")
+    dataset = changed(("images", 0, "width", size[0]), ("images", 0, "height", size[1]))
+    limits = {"INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST": ((800,), 1333)}
+    message = f"a.png: {size[0]} x {size[1]} pixels become {new} with INPUT.MIN_SIZE_TEST and"
+    with pytest.raises(InputError, match=message):
+        check_images(dataset, str(folder), "x.json", limits)
+    check_images(dataset, str(folder), "x.json")
+
+
+def test_too_large_when_resized(folder):
+    Image.new("RGB", (20000, 10)).save(folder / "a.png")
+    dataset = changed(("images", 0, "width", 20000), ("images", 0, "height", 10))
+    limits = {"INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN": ((0, 800), 10**7)}
+    with pytest.raises(InputError, match="become 1600000 x 800 with INPUT.MIN_SIZE_TRAIN"):
+        check_images(dataset, str(folder), "x.json", limits)
+
+
+@pytest.mark.parametrize("missing", [2, 20, 1500])
+def test_jpeg_cut_short(folder, caplog, missing):
+    """Read as OpenCV reads it, with a warning, which comes before training."""
+    Image.effect_noise((100, 80), 50).convert("RGB").save(folder / "a.jpg")
+    content = (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(content[:-missing])
+    check_images(changed(("images", 0, "file_name", "a.jpg")), str(folder), "x.json")
+    assert f"{folder}/a.jpg: the file is cut short; what is missing is gray" in caplog.text
+    expected = cv2.imread(str(folder / "a.jpg"))
+    assert np.array_equal(read_image(str(folder / "a.jpg")), expected)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "gif", "webp"])
+def test_other_formats_cut_short(folder, suffix):
+    """Found before training."""
+    Image.effect_noise((100, 80), 50).save(folder / f"a.{suffix}")
+    dataset = changed(("images", 0, "file_name", f"a.{suffix}"))
+    check_images(dataset, str(folder), "x.json")
+    content = (folder / f"a.{suffix}").read_bytes()
+    (folder / f"a.{suffix}").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"a.{suffix}: "):
+        check_images(dataset, str(folder), "x.json")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, coco_evaluation
+from detectron2.evaluation import (
+    COCOEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    coco_evaluation,
+)
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
@@ -148,6 +154,104 @@ def test_perfect_predictions(dataset, coco_eval):
         found[record["image_id"]] = instances
     results = evaluate(LibraCOCOEvaluator(dataset, ("bbox",), False, coco_eval=coco_eval), found)
     assert results["bbox"]["AP"] == pytest.approx(100)
+
+
+BIG = 2**62
+NUMBERINGS = {
+    "as it is": {},
+    "negative annotations": {"annotation": lambda i: -i},
+    "annotations around zero": {"annotation": lambda i: i - 20},
+    "large annotations": {"annotation": lambda i: BIG + i},
+    "annotations of text": {"annotation": lambda i: f"a{i}"},
+    "negative categories": {"category": lambda i: 3 * i - 20},
+    "large categories": {"category": lambda i: BIG + i},
+    "categories of text": {"category": lambda i: f"c{i:03d}"},
+    "images close to each other": {"image": lambda i: 1 + i * 2**-50},
+    "large images": {"image": lambda i: 2**53 + i},
+    "negative images": {"image": lambda i: -i},
+    "images of text": {"image": lambda i: f"img-{i:03d}"},
+}
+
+
+@pytest.mark.parametrize("coco_eval", EVALUATORS)
+@pytest.mark.parametrize("numbering", NUMBERINGS)
+def test_numbering(synthetic, tmp_path, numbering, coco_eval):
+    """The same detections have the same AP, whatever the ids are; files have the dataset's."""
+
+    def renumber(dataset, image=int, annotation=int, category=int):
+        for x in dataset["annotations"]:
+            x.update(id=annotation(x["id"]), image_id=image(x["image_id"]))
+            x["category_id"] = category(x["category_id"])
+        for x in dataset["images"]:
+            x["id"] = image(x["id"])
+        for x in dataset["categories"]:
+            x["id"] = category(x["id"])
+
+    results = []
+    for kind in ("as it is", numbering):
+        dataset = json.loads((synthetic / "instances.json").read_text())
+        renumber(dataset, **NUMBERINGS[kind])
+        (tmp_path / "ids.json").write_text(json.dumps(dataset))
+        name = f"test_ids_{len(results)}"
+        out = tmp_path / f"{len(results)}"
+        register_coco_json(name, str(tmp_path / "ids.json"), str(synthetic / "images"), str(out))
+        rng = torch.Generator().manual_seed(4)
+        records = sorted(DatasetCatalog.get(name), key=lambda r: r["file_name"])
+        found = {r["image_id"]: detections_near(r, rng) for r in records}
+        evaluator = LibraCOCOEvaluator(name, ("bbox",), False, str(out), coco_eval=coco_eval)
+        results.append(evaluate(evaluator, found))
+        written = json.loads((out / "coco_instances_results.json").read_text())
+        assert {x["image_id"] for x in written} <= {x["id"] for x in dataset["images"]}
+        assert {x["category_id"] for x in written} <= {x["id"] for x in dataset["categories"]}
+    assert results[0]["bbox"]["AP"] > 5
+    assert results[1]["bbox"] == pytest.approx(results[0]["bbox"], abs=1e-10, nan_ok=True)
+
+
+def lvis_dataset(synthetic, tmp_path, name):
+    """The synthetic dataset as Detectron2 registers LVIS: without a map of ids."""
+    from detectron2.data.datasets.lvis import load_lvis_json
+
+    dataset = json.loads((synthetic / "instances.json").read_text())
+    for image in dataset["images"]:
+        name_of_file = image.pop("file_name")
+        image["coco_url"] = f"http://x/val2017/{name_of_file}"
+        image.update(neg_category_ids=[1, 2, 3, 4], not_exhaustive_category_ids=[])
+    for annotation in dataset["annotations"]:
+        del annotation["iscrowd"]
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    for category in dataset["categories"]:
+        category.update(frequency="f", image_count=9, instance_count=9, synset="x", synonyms=["x"])
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(dataset))
+    DatasetCatalog.register(name, lambda: load_lvis_json(str(path), str(synthetic)))
+    names = [c["name"] for c in dataset["categories"]]
+    MetadataCatalog.get(name).set(
+        json_file=str(path), image_root=str(synthetic), evaluator_type="lvis", thing_classes=names
+    )
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_perfect_predictions_on_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
+    """With COCO's metrics, and with those of the package lvis where it is installed."""
+    name = f"test_lvis_{installed}"
+    if installed:
+        pytest.importorskip("lvis")
+        monkeypatch.setattr(np, "float", float, raising=False)  # the package needs an older NumPy
+    lvis_dataset(synthetic, tmp_path, name)
+    evaluator = build_evaluator(name, str(tmp_path / "out"))
+    assert type(evaluator) is (LVISEvaluator if installed else LibraCOCOEvaluator)
+    assert ("evaluated with COCO's metrics" in caplog.text) != installed
+    found = {}
+    for record in DatasetCatalog.get(name):
+        instances = Instances((96, 96))
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float().view(-1, 4)
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        instances.scores = torch.ones(len(boxes))
+        found[record["image_id"]] = instances
+    assert evaluate(evaluator, found)["bbox"]["AP"] == pytest.approx(100)
+    DatasetCatalog.remove(name)
 
 
 def test_nothing_found(dataset):

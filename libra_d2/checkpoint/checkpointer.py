@@ -60,6 +60,7 @@ class LibraCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _WholeFiles(self.path_manager)
         self.complete = complete
+        self._resuming = False
         self._path = ""
 
     def save(self, name: str, **kwargs) -> None:
@@ -104,12 +105,16 @@ class LibraCheckpointer(DetectionCheckpointer):
         others = (file for file in self.get_all_checkpoint_files() if file != newest)
         files = [newest, *sorted(others, key=os.path.getmtime, reverse=True)]
         errors = []
-        for file in files:
-            try:
-                return self.load(file)
-            except BrokenFileError as e:
-                errors.append(e)
-                self.logger.warning(f"This checkpoint is broken, trying the one before: {e}")
+        self._resuming = True
+        try:
+            for file in files:
+                try:
+                    return self.load(file)
+                except BrokenFileError as e:
+                    errors.append(e)
+                    self.logger.warning(f"This checkpoint is broken, trying the one before: {e}")
+        finally:
+            self._resuming = False
         raise InputError(
             f"--resume: none of the {len(files)} checkpoints in {self.save_dir} can be read, the "
             f"last one because: {errors[0]}. Without --resume the training starts over"
@@ -152,17 +157,22 @@ class LibraCheckpointer(DetectionCheckpointer):
                 f"is one of this model's (the model has, e.g., {next(iter(names))!r}; "
                 f"the file has {example!r})"
             )
-        absent = sorted(key for key in absent if not key.startswith("backbone.bfp."))
-        if self.complete and absent:
+        if self._resuming:
+            absent = sorted({*absent, *incompatible.unexpected_keys})
+        else:
+            absent = sorted(key for key in absent if not key.startswith("backbone.bfp."))
+        if (self.complete or self._resuming) and absent:
             self._log_incompatible_keys(incompatible)
             detail = (
                 "shape {}, not {}".format(*reshaped[absent[0]])
                 if absent[0] in reshaped
+                else "not in the model"
+                if absent[0] in shapes
                 else "missing"
             )
             raise InputError(
                 f"{self._path}: these are weights of {what}, but the config's model is a {wanted}: "
-                f"{len(absent)} weights are missing or of another shape, the first "
+                f"{len(absent)} weights are missing, too many or of another shape, the first "
                 f"{absent[0]!r} ({detail}). Do the config and the number of classes belong to "
                 "these weights?"
             )

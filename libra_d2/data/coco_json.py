@@ -3,10 +3,9 @@
 
 import json
 import logging
-import math
 import os
 from collections import Counter
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -17,27 +16,50 @@ from detectron2.utils import comm
 from detectron2.utils.colormap import colormap
 
 from ..atomic_write import atomic_write
-from ..errors import InputError
+from ..errors import InputError, one_line
+from .coco_schema import check_entries, is_number, shorten
+from .image_reading import is_whole, read_image
+from .resize import OpenCVResizeShortestEdge
+from .run_lengths import check_run_lengths
 
-__all__ = ["read_coco_json", "check_images", "register_coco_json"]
+__all__ = ["check_images", "class_colors", "read_coco_json", "register_coco_json"]
 
 logger = logging.getLogger(__name__)
 
+#: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
+ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
+
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+# Pixels of an image as the network gets it, at most: 50 times those of 1333 x 800.
+_MAX_PIXELS = 2**26
 
 
-def _index(entries: List[Dict], keys: Tuple[str, ...], what: str, json_file: str) -> Dict:
-    """Index ``entries`` by their id; raise InputError for missing keys and repeated ids."""
-    index = {}
-    for position, entry in enumerate(entries):
-        missing = [key for key in ("id", *keys) if key not in entry]
-        if missing:
-            raise InputError(f"{json_file}: {what} number {position} has no {missing[0]!r}")
-        if entry["id"] in index:
-            raise InputError(f"{json_file}: {what} id {entry['id']} occurs more than once")
-        index[entry["id"]] = entry
-    return index
+def _load_json(json_file: str) -> Any:
+    """
+    Raises:
+        InputError: says what the file is, if it is no JSON in UTF-8.
+    """
+    if not os.path.isfile(json_file):
+        raise InputError(f"{json_file}: no such annotation file")
+    try:
+        with open(json_file, "rb") as f:
+            start = f.read(4)
+        if start.startswith(b"\x1f\x8b"):
+            raise InputError(f"{json_file}: compressed with gzip; unpack it")
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or start[1::2] == b"\0\0":
+            raise InputError(f"{json_file}: encoded in UTF-16; save it as UTF-8")
+        with open(json_file, encoding="utf-8-sig") as f:  # Windows writes a mark in front of it
+            return json.load(f)
+    except OSError as e:
+        raise InputError(f"{json_file}: cannot be read: {one_line(e)}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(
+            f"{json_file}: not encoded in UTF-8 (byte {e.start} is {e.object[e.start]:#x}), but "
+            "perhaps in Latin-1; save it as UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{json_file}: not valid JSON, is the file cut short? ({e})") from None
 
 
 def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: str) -> None:
@@ -45,10 +67,11 @@ def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: 
     segmentation = annotation.get("segmentation")
     if not segmentation:
         raise InputError(f"{where} has no 'segmentation', which a model with masks is trained on")
-    if isinstance(segmentation, dict):  # run lengths
-        size = [image["height"], image["width"]]
-        if segmentation.get("size") != size or not segmentation.get("counts"):
-            raise InputError(f"{where}: its run-length mask must have 'counts' and the size {size}")
+    if isinstance(segmentation, dict):
+        try:
+            check_run_lengths(segmentation, image["height"], image["width"])
+        except ValueError as e:
+            raise InputError(f"{where}: {e}") from None
         if mask_format == "polygon":
             raise InputError(
                 f"{where} has a run-length mask; set INPUT.MASK_FORMAT to 'bitmask' to use it"
@@ -59,118 +82,148 @@ def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: 
             isinstance(polygon, list)
             and len(polygon) >= 6
             and len(polygon) % 2 == 0
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in polygon)
+            and all(map(is_number, polygon))
         ):
             raise InputError(
                 f"{where}: a polygon must be a list of 6 or more numbers, [x, y, x, y, ...]; "
-                f"found {str(polygon)[:60]}"
+                f"found {shorten(polygon)}"
             )
+
+
+def _is_readable(segmentation: Any, image: Dict) -> bool:
+    """Whether Detectron2 can load a mask that is not used."""
+    if isinstance(segmentation, dict):
+        try:
+            check_run_lengths(segmentation, image["height"], image["width"])
+        except ValueError:
+            return False
+        return True
+    if not segmentation:
+        return segmentation in (None, [])
+    # Polygons; Detectron2 drops those with an odd number of coordinates or too few.
+    return isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation)
+
+
+def _clip(box: List[float], image: Dict) -> List[float]:
+    """The part of a box, [x, y, width, height], that is in the image."""
+    left, right = (min(max(v, 0), image["width"]) for v in (box[0], box[0] + box[2]))
+    top, bottom = (min(max(v, 0), image["height"]) for v in (box[1], box[1] + box[3]))
+    return [left, top, right - left, bottom - top]
 
 
 def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[Dict, Counter]:
     """
     Read and check annotations in COCO format (LVIS' variant of it included).
 
-    Boxes are clipped to their image and those without area are dropped. What LVIS leaves out
-    (``file_name``, ``iscrowd``) is filled in, and the annotation id 0, which pycocotools takes for
-    "not matched", is replaced.
+    Boxes are clipped to their image and those without area are dropped. Fields are checked and put
+    right as :mod:`coco_schema` says.
 
     Args:
         json_file: path of the JSON file.
         mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask", if each object must have a mask.
 
     Returns:
-        the dataset, with its boxes in order; and how many boxes were "clipped" and "dropped",
-        and how many values "adapted".
+        the dataset, with its boxes in order; and how many boxes were "clipped" and "dropped", and
+        how many values of each field, such as "annotation iscrowd", were put right.
 
     Raises:
         InputError: if the file is missing, cut short, or inconsistent. The message names the entry.
     """
-    if not os.path.isfile(json_file):
-        raise InputError(f"{json_file}: no such annotation file")
-    try:
-        with open(json_file, encoding="utf-8") as f:
-            dataset = json.load(f)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{json_file}: not valid JSON, is the file cut short? ({e})") from None
+    dataset = _load_json(json_file)
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise InputError(f"{json_file}: not in COCO format, there is no list {key!r}")
-        if not all(isinstance(entry, dict) for entry in dataset[key]):
-            raise InputError(f"{json_file}: not in COCO format, {key!r} must hold objects")
         if not dataset[key] and key != "annotations":
             raise InputError(f"{json_file}: there are no {key}")
-
-    images = _index(dataset["images"], ("width", "height"), "image", json_file)
-    categories = _index(dataset["categories"], ("name",), "category", json_file)
     changes: Counter = Counter()
-    for image in images.values():
-        if "file_name" not in image:
-            if "coco_url" not in image:
-                raise InputError(f"{json_file}: image id {image['id']} has no 'file_name'")
-            # LVIS' images are named as in the URL, folder included.
-            changes["adapted"] += 1
-            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
-        for key in ("width", "height"):
-            if not (isinstance(image[key], int) and image[key] > 0):
+    images = check_entries(dataset["images"], "image", json_file, changes)
+    categories = check_entries(dataset["categories"], "category", json_file, changes)
+    for entries, name, what in ((categories, "name", "category"), (images, "file_name", "image")):
+        seen: Dict[str, Any] = {}
+        for key, entry in entries.items():
+            if entry[name] in seen:
                 raise InputError(
-                    f"{json_file}: image id {image['id']} has the {key} {image[key]!r}; "
-                    "it must be a positive integer"
+                    f"{json_file}: {what} ids {shorten(seen[entry[name]])} and {shorten(key)} have "
+                    f"the same {name}, {shorten(entry[name])}"
                 )
-
-    keys = ("image_id", "category_id", "bbox")
-    annotations = _index(dataset["annotations"], keys, "annotation", json_file)
-    if 0 in annotations:
-        changes["adapted"] += 1
-        annotations[0]["id"] = max(annotations) + 1
+            seen[entry[name]] = key
+    check_entries(dataset["annotations"], "annotation", json_file, changes)
     kept = []
     for annotation in dataset["annotations"]:
-        where = f"{json_file}: annotation id {annotation['id']}"
-        image = images.get(annotation["image_id"])
-        if image is None:
-            raise InputError(f"{where} names image id {annotation['image_id']}, which is not there")
-        if annotation["category_id"] not in categories:
-            raise InputError(
-                f"{where} names category id {annotation['category_id']}, which is not there"
-            )
-        if annotation.get("ignore", 0):
-            raise InputError(f"{where} has 'ignore' set, which COCO lacks; use 'iscrowd'")
-        box = annotation["bbox"]
-        if not (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-        ):
-            raise InputError(f"{where} has the bbox {box}; it must be 4 numbers, [x, y, w, h]")
-        left, right = (min(max(v, 0), image["width"]) for v in (box[0], box[0] + box[2]))
-        top, bottom = (min(max(v, 0), image["height"]) for v in (box[1], box[1] + box[3]))
-        if right <= left or bottom <= top:
+        where = f"{json_file}: annotation id {shorten(annotation['id'])}"
+        for what, entries in (("image", images), ("category", categories)):
+            if annotation[f"{what}_id"] not in entries:
+                raise InputError(
+                    f"{where} names {what} id {shorten(annotation[f'{what}_id'])}, which is not "
+                    "there"
+                )
+        image = images[annotation["image_id"]]
+        clipped = _clip(annotation["bbox"], image)
+        if clipped[2] <= 0 or clipped[3] <= 0:
             changes["dropped"] += 1
             continue
-        clipped = [left, top, right - left, bottom - top]
         # Sums of floating point numbers reach over the border by less than this.
-        if max(abs(a - b) for a, b in zip(box, clipped)) > 1e-2:
+        if max(abs(a - b) for a, b in zip(annotation["bbox"], clipped)) > 1e-2:
             changes["clipped"] += 1
             annotation["bbox"] = clipped
-        if "iscrowd" not in annotation:
-            changes["adapted"] += 1
-            annotation["iscrowd"] = 0
-        if "area" not in annotation:
-            changes["adapted"] += 1
-            annotation["area"] = clipped[2] * clipped[3]
         if mask_format is not None and not annotation["iscrowd"]:
             _check_segmentation(annotation, image, mask_format, where)
+        elif not _is_readable(annotation.get("segmentation"), image):
+            changes["annotation segmentation"] += 1  # nobody looks at it
+            annotation["segmentation"] = []
         kept.append(annotation)
     if not any(annotation["iscrowd"] == 0 for annotation in kept):
         raise InputError(f"{json_file}: there are no objects in it (crowds and empty boxes aside)")
+    # What pycocotools and others take for an id; 0 means "not matched" to it.
+    if not all(type(a["id"]) is int and 0 < a["id"] < 2**31 for a in kept):
+        changes["annotation id"] += len(kept)
+        for number, annotation in enumerate(kept, 1):
+            annotation["id"] = number
     dataset["annotations"] = kept
     return dataset, changes
 
 
-def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
+def _path_of(file_name: str, image_root: str, json_file: str) -> str:
+    """Path of an image, which has to be in ``image_root``."""
+    path, root = os.path.join(image_root, file_name), os.path.normpath(image_root)
+    inside = os.path.relpath(os.path.normpath(path), root)
+    if inside == os.pardir or inside.startswith(os.pardir + os.sep):
+        raise InputError(
+            f"{path}: {json_file} names an image outside of the image directory {image_root}. If "
+            "you trust it, name a directory that all of its images are in, such as /"
+        )
+    return path
+
+
+def _check_resized(path: str, size: Tuple[int, int], limits: ResizeLimits) -> None:
+    """Raise InputError if an image of (width, height) becomes too small or too large a one."""
+    width, height = size
+    for keys, (lengths, limit) in limits.items():
+        for length in lengths:
+            if length == 0:
+                continue
+            shape = OpenCVResizeShortestEdge.get_output_shape(height, width, length, limit)
+            if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS:
+                raise InputError(
+                    f"{path}: {width} x {height} pixels become {shape[1]} x {shape[0]} with {keys} "
+                    f"({length}, {limit}), which no network can use; change them, or leave the "
+                    "image out"
+                )
+
+
+def check_images(
+    dataset: Dict, image_root: str, json_file: str, limits: Optional[ResizeLimits] = None
+) -> None:
     """
-    Check that each image exists, is an image, and is as large as the annotations say. Only file
-    headers are read; progress is shown.
+    Check that each image is in ``image_root``, is an image, and is as large as the annotations say.
+    Of JPEG and PNG files only header and end are read, if nothing is missing there; other files are
+    read as a whole. Progress is shown.
+
+    Args:
+        dataset: that :func:`read_coco_json` returned.
+        image_root: directory that its file names start from.
+        json_file: for messages.
+        limits: what the images are resized to, by the keys of the config that say so.
 
     Raises:
         InputError: names the first image for which this is not so.
@@ -179,7 +232,7 @@ def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
         raise InputError(f"{image_root}: no such image directory")
     quiet = not comm.is_main_process()
     for image in tqdm(dataset["images"], desc="checking images", unit="image", disable=quiet):
-        path = os.path.join(image_root, image["file_name"])
+        path = _path_of(image["file_name"], image_root, json_file)
         expected = (image["width"], image["height"])
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such image; {json_file} names it")
@@ -192,13 +245,17 @@ def check_images(dataset: Dict, image_root: str, json_file: str) -> None:
                     orientation = file.getexif().get(_EXIF_ORIENTATION)
                     if orientation in _TRANSPOSING_ORIENTATIONS:
                         size = size[::-1]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            raise InputError(f"{path}: not a readable image ({e})") from None
+                whole = is_whole(path, file.format)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise InputError(f"{path}: not a readable image ({one_line(e)})") from None
         if size != expected:
             raise InputError(
                 f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "
                 f"{expected[0]} x {expected[1]}"
             )
+        _check_resized(path, size, limits or {})
+        if not whole:
+            read_image(path)
 
 
 def class_colors(num_classes: int) -> List[Tuple[int, int, int]]:
@@ -213,6 +270,7 @@ def register_coco_json(
     image_root: str,
     cache_dir: str,
     mask_format: Optional[str] = None,
+    limits: Optional[ResizeLimits] = None,
 ) -> List[str]:
     """
     Check a dataset and register it with Detectron2. If its annotations had to be changed (see
@@ -224,6 +282,7 @@ def register_coco_json(
         json_file, image_root: annotations, and the directory that their file names start from.
         cache_dir: directory for changed annotations.
         mask_format: see :func:`read_coco_json`. None registers boxes only.
+        limits: see :func:`check_images`.
 
     Returns:
         names of the classes, in the order of their category ids.
@@ -232,18 +291,25 @@ def register_coco_json(
         InputError: see :func:`read_coco_json` and :func:`check_images`.
     """
     dataset, changes = read_coco_json(json_file, mask_format)
-    check_images(dataset, image_root, json_file)
-    if changes["clipped"] or changes["dropped"]:
+    check_images(dataset, image_root, json_file, limits)
+    clipped, dropped = changes["clipped"], changes["dropped"]
+    if clipped or dropped:
         logger.warning(
-            f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
-            f"{changes['dropped']} boxes had no area in their image and were dropped."
+            f"{json_file}: {clipped} boxes reached out of their image and were clipped, "
+            f"{dropped} boxes had no area in their image and were dropped."
         )
-    if changes:
+    repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
+    if repaired:
+        counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
+        logger.warning(f"{json_file}: put right or filled in: {counts}")
+    original_file = json_file
+    with open(original_file, "rb") as f:
+        has_mark = f.read(3) == b"\xef\xbb\xbf"
+    if +changes or has_mark:
         os.makedirs(cache_dir, exist_ok=True)
-        used_file = os.path.join(cache_dir, f"{name}.json")
-        with atomic_write(used_file, "w") as f:
+        json_file = os.path.join(cache_dir, f"{name}.json")
+        with atomic_write(json_file, "w") as f:
             json.dump(dataset, f)
-        json_file = used_file
 
     def load() -> List[Dict]:
         dicts = load_coco_json(json_file, image_root, name)

@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number below 1e15; truth values are none."""
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 1e15
+    return type(value) in (int, float) and abs(value) <= 1e15
 
 
 def _is_id(value: Any) -> bool:
@@ -75,7 +75,8 @@ def _box_area(value: Any, entry: Dict[str, Any]) -> Any:
 
 
 def _text(value: Any, entry: Dict[str, Any]) -> Any:
-    return str(value) if type(value) in (int, float) and math.isfinite(value) else None
+    is_text = type(value) is int or (type(value) is float and math.isfinite(value))
+    return str(value) if is_text else None
 
 
 _ID = Field(_is_id, "a number or text")

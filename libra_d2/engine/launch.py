@@ -2,8 +2,10 @@
 """Running a program in one or several processes, and its errors in one line."""
 
 import argparse
+import logging
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, Mapping, NamedTuple, Optional
 
@@ -14,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
-from ..errors import InputError
+from ..errors import InputError, Interrupted
 
 __all__ = ["Process", "join_processes", "launch", "read_environment", "report_errors"]
 
@@ -106,14 +108,30 @@ def _set_local_group(process: Process) -> None:
 
 
 def report_errors(main: Callable, *args: Any) -> None:
-    """Call ``main(*args)``; an InputError becomes one line on stderr and exit status 2."""
+    """
+    Call ``main(*args)``. An InputError becomes one line on stderr and exit status 2, an interrupt
+    one line and exit status 130, as shells have it.
+    """
+    # It logs what ends a training, with a traceback; what the user can put right needs none.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
     try:
         main(*args)
     except InputError as e:
-        # Only one process may have met the broken image, so that each speaks for itself.
-        process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
-        print(f"{process}error: {e}", file=sys.stderr, flush=True)
+        _say(f"error: {e}")
         sys.exit(2)
+    except (KeyboardInterrupt, Interrupted) as e:
+        _say(f"interrupted. {e}".strip())
+        sys.exit(128 + signal.SIGINT)
+
+
+def _is_no_input_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+
+
+def _say(line: str) -> None:
+    # Only one process may have met the broken image, so that each speaks for itself.
+    process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
+    print(f"{process}{line}", file=sys.stderr, flush=True)
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import build_trained_model
+from ..errors import Interrupted
 from ..evaluation import plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
@@ -52,7 +53,10 @@ def train(cfg: CfgNode, resume: bool) -> Mapping[str, Any]:
     """
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
-    trainer.train()
+    try:
+        trainer.train()
+    except KeyboardInterrupt as e:
+        raise Interrupted(trainer.checkpointer.advice()) from e
     return trainer.results
 
 

@@ -6,9 +6,10 @@ import importlib.util
 import logging
 import os
 from contextlib import contextmanager
-from typing import Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
+import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,6 +24,7 @@ from ..errors import InputError, one_line
 from ..evaluation import check_evaluator_type, check_tta
 from ..model_zoo import get_config_file
 from .arguments import SPLITS
+from .config_checks import check_config, check_keypoints, check_yaml
 
 __all__ = [
     "check_datasets",
@@ -40,6 +42,8 @@ def _reading(source: str) -> Iterator[None]:
     """Turn what Detectron2's config reader raises into an InputError that names ``source``."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as e:  # there is no end to what it raises for what is no config
         raise InputError(f"{source}: {one_line(e)}") from e
 
@@ -80,9 +84,12 @@ def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -
     if config_file:
         path = find_config(config_file)
         with _reading(config_file):
+            if "://" not in path:
+                check_yaml(path)
             cfg.merge_from_file(path, allow_unsafe=False)
     with _reading("command line"):
         cfg.merge_from_list(list(opts))
+    check_config(cfg, opts)
     check_interpolation(cfg.MODEL.LIBRA.INPUT.INTERPOLATION)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -129,6 +136,7 @@ def register_own_data(cfg: CfgNode, args: argparse.Namespace) -> List[str]:
             images,
             cache_dir=os.path.join(cfg.OUTPUT_DIR, "datasets"),
             mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+            limits=_resize_limits(cfg, key),
         )
         if known_classes not in (None, classes):
             raise InputError(
@@ -144,6 +152,18 @@ def register_own_data(cfg: CfgNode, args: argparse.Namespace) -> List[str]:
         if args.train_json and not args.val_json:
             cfg.DATASETS.TEST = ()
     return names
+
+
+def _resize_limits(cfg: CfgNode, split: str) -> Dict[str, Tuple[Sequence[int], int]]:
+    """What images of "TRAIN" or "TEST" are resized to, by the keys that say so."""
+    sizes = cfg.INPUT[f"MIN_SIZE_{split}"]
+    keys = f"INPUT.MIN_SIZE_{split} and INPUT.MAX_SIZE_{split}"
+    lengths = sizes if split == "TRAIN" else (sizes,)
+    limits = {keys: (lengths, cfg.INPUT[f"MAX_SIZE_{split}"])}
+    if split == "TEST" and cfg.TEST.AUG.ENABLED:
+        aug = cfg.TEST.AUG
+        limits["TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE"] = (aug.MIN_SIZES, aug.MAX_SIZE)
+    return limits
 
 
 def check_datasets(names: Sequence[str]) -> None:
@@ -215,6 +235,28 @@ def check_batch_size(cfg: CfgNode) -> None:
     )
 
 
+def _leaves(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def _report_changes(cfg: CfgNode) -> None:
+    """Log each value in which ``cfg`` differs from the config that is resumed."""
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(path):
+        return
+    with _reading(path), open(path, encoding="utf-8") as f:
+        before = dict(_leaves(yaml.safe_load(f)))
+    # Where outputs and weights are does not change a training.
+    ignored = ("OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION")
+    for key, value in _leaves(yaml.safe_load(cfg.dump())):
+        if key not in ignored and before.get(key, value) != value:
+            logger.warning(f"--resume: {key} is {value!r}, but was {before[key]!r} before")
+
+
 def setup(args) -> CfgNode:
     """Make the config, check what can be checked before work starts, and set up logging."""
     cfg = read_config(args.config_file, args.opts)
@@ -235,6 +277,10 @@ def setup(args) -> CfgNode:
         )
     check_tta(cfg)
     check_datasets([name for split in needed for name in cfg.DATASETS[split]])
+    if not args.eval_only:
+        check_keypoints(cfg, cfg.DATASETS.TRAIN)
+    if resuming:
+        _report_changes(cfg)
     for name in cfg.DATASETS.TEST:
         check_evaluator_type(name)
     prepare_proposal_files(cfg, needed)

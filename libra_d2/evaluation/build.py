@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import logging
+
+import numpy as np
+
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
 
 from ..errors import InputError
 from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
 
 __all__ = ["build_evaluator", "check_evaluator_type"]
+
+logger = logging.getLogger(__name__)
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
@@ -30,8 +41,8 @@ def build_evaluator(
     dataset_name: str, output_dir: str, max_dets_per_image: int = COCO_MAX_DETS
 ) -> DatasetEvaluator:
     """
-    Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO and for
-    LVIS-style annotations (without LVIS' federated protocol), the VOC devkit's for Pascal VOC.
+    Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO, those of LVIS
+    for LVIS if the package lvis is there and works (else COCO's), the VOC devkit's for Pascal VOC.
 
     Args:
         dataset_name: a registered dataset.
@@ -42,8 +53,19 @@ def build_evaluator(
     Raises:
         InputError: see :func:`check_evaluator_type`.
     """
-    if check_evaluator_type(dataset_name) == "pascal_voc":
+    evaluator_type = check_evaluator_type(dataset_name)
+    if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
+    if evaluator_type == "lvis":
+        # The package's last release uses a name that NumPy 1.24 removed.
+        if importlib.util.find_spec("lvis") is not None and hasattr(np, "float"):
+            # LVIS counts 300 detections of an image by itself.
+            return LVISEvaluator(dataset_name, output_dir=output_dir)
+        logger.warning(
+            f"{dataset_name}: evaluated with COCO's metrics, which count objects of classes that "
+            "LVIS has not annotated in an image as false. `pip install lvis 'numpy<1.24'` for "
+            "those of LVIS"
+        )
     return LibraCOCOEvaluator(
         dataset_name,
         output_dir=output_dir,

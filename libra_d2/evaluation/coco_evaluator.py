@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO's average precision, by the fastest evaluator there is."""
 
-import copy
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
 from itertools import chain
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
@@ -53,10 +55,19 @@ def choose_coco_eval() -> Callable:
     return COCOeval
 
 
+def _numbers(ids: List[Any]) -> Dict[Any, int]:
+    """Numbers from 1 on for ids, in their order."""
+    return {id: number for number, id in enumerate(sorted(ids), 1)}
+
+
 class LibraCOCOEvaluator(COCOEvaluator):
     """
     :class:`COCOEvaluator` that counts as many detections per image as the model may return, and
     with an evaluator that is an argument. The numbers are pycocotools'.
+
+    The evaluators take an annotation whose id is 0 for one that was not found, count with 32 or 53
+    bits, and so on. Therefore all ids are numbered from 1 on, out of sight: files have the ids of
+    the dataset, and AP does not depend on them.
     """
 
     def __init__(
@@ -80,6 +91,28 @@ class LibraCOCOEvaluator(COCOEvaluator):
             dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image
         )
         self._coco_eval = coco_eval or choose_coco_eval()
+        dataset = self._coco_api.dataset
+        self._images = _numbers([image["id"] for image in dataset["images"]])
+        self._categories = _numbers([category["id"] for category in dataset["categories"]])
+        #: ids of the classes, by their index
+        self._class_ids = sorted(self._categories)
+        self._renumbered = COCO()
+        self._renumbered.dataset = {
+            "images": [{**x, "id": self._images[x["id"]]} for x in dataset["images"]],
+            "categories": [{"id": number} for number in self._categories.values()],
+            "annotations": [
+                {
+                    "iscrowd": 0,  # LVIS has none
+                    **annotation,
+                    "id": number,
+                    "image_id": self._images[annotation["image_id"]],
+                    "category_id": self._categories[annotation["category_id"]],
+                }
+                for number, annotation in enumerate(dataset.get("annotations", []), 1)
+            ],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._renumbered.createIndex()
 
     def _eval_predictions(
         self, predictions: List[Dict[str, Any]], img_ids: Optional[List] = None
@@ -93,10 +126,9 @@ class LibraCOCOEvaluator(COCOEvaluator):
         if "keypoints" in tasks or not results or not self._do_evaluation:
             super()._eval_predictions(predictions, img_ids)
             return
-        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
-        dataset_ids = {contiguous: dataset_id for dataset_id, contiguous in ids.items()}
+        # LVIS datasets of Detectron2's own have no map of ids, but classes in the same order.
         for result in results:
-            result["category_id"] = dataset_ids.get(result["category_id"], result["category_id"])
+            result["category_id"] = self._class_ids[result["category_id"]]
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             with atomic_write(path, "w") as f:
@@ -108,15 +140,22 @@ class LibraCOCOEvaluator(COCOEvaluator):
 
     def _evaluate(self, results: List[Dict[str, Any]], task: str, img_ids: Optional[List]):
         """The evaluator, after it has evaluated ``results``, detections in COCO's format."""
-        if task == "segm":
-            # Otherwise pycocotools takes the size of an object from its box.
-            results = [{k: v for k, v in x.items() if k != "bbox"} for x in results]
-        else:
-            results = copy.deepcopy(results)  # pycocotools adds to them
-        coco_eval = self._coco_eval(self._coco_api, self._coco_api.loadRes(results), task)
+        # With masks, pycocotools must not take the size of an object from its box.
+        keys = ("score", "segmentation" if task == "segm" else "bbox")
+        results = [
+            {
+                **{key: result[key] for key in keys},
+                "image_id": self._images[result["image_id"]],
+                "category_id": self._categories[result["category_id"]],
+            }
+            for result in results
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            detections = self._renumbered.loadRes(results)
+        coco_eval = self._coco_eval(self._renumbered, detections, task)
         coco_eval.params.maxDets = self._max_dets_per_image
         if img_ids is not None:
-            coco_eval.params.imgIds = img_ids
+            coco_eval.params.imgIds = [self._images[id] for id in img_ids]
         coco_eval.evaluate()
         coco_eval.accumulate()
         if self._max_dets_per_image[-1] == COCO_MAX_DETS:

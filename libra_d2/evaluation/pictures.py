@@ -11,8 +11,25 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
 from ..data import read_image
+from ..data.display import display_metadata
 
-__all__ = ["PredictionPictures"]
+__all__ = ["PredictionPictures", "picture_scale"]
+
+
+MAX_SIDE = 4000  # pixels
+
+
+def picture_scale(image: np.ndarray, min_width: int) -> float:
+    """
+    Args:
+        image: (H, W, C).
+        min_width: pixels that it should be wide at least, so that labels can be read.
+
+    Returns:
+        by what to enlarge it, at least 1; no side grows beyond :data:`MAX_SIDE`.
+    """
+    height, width = image.shape[:2]
+    return max(1.0, min(min_width / width, MAX_SIDE / max(height, width)))
 
 
 class PredictionPictures(DatasetEvaluator):
@@ -44,7 +61,7 @@ class PredictionPictures(DatasetEvaluator):
         self.num_images = num_images
         self.score_thresh = score_thresh
         self.min_size = min_size
-        self.metadata = MetadataCatalog.get(dataset_name)
+        self.metadata = display_metadata(MetadataCatalog.get(dataset_name))
         self.ground_truth = {d["image_id"]: d for d in DatasetCatalog.get(dataset_name)}
         self.num_drawn = 0
 
@@ -65,7 +82,7 @@ class PredictionPictures(DatasetEvaluator):
                 return
             instances = output["instances"].to("cpu")
             image = read_image(input["file_name"], format="RGB")
-            scale = max(1.0, self.min_size / image.shape[1])
+            scale = picture_scale(image, self.min_size)
             arguments = (image, self.metadata, scale, ColorMode.SEGMENTATION)  # colors of classes
             predictions = Visualizer(*arguments).draw_instance_predictions(
                 instances[instances.scores >= self.score_thresh]

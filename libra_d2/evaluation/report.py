@@ -9,6 +9,7 @@ from typing import Any, Dict, List
 from tabulate import tabulate
 
 from ..atomic_write import atomic_write
+from ..data.display import table_cell
 
 __all__ = ["plot_learning_curves", "read_metrics", "write_results"]
 
@@ -71,7 +72,7 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
 def _rows(metrics: Dict[str, float], per_class: bool) -> Dict[str, str]:
     chosen = {k: v for k, v in metrics.items() if k.startswith("AP-") == per_class}
     return {
-        k.replace("AP-", "", 1) if per_class else k: "" if math.isnan(v) else f"{v:.1f}"
+        table_cell(k.replace("AP-", "", 1)) if per_class else k: "" if math.isnan(v) else f"{v:.1f}"
         for k, v in chosen.items()
     }
 

@@ -8,6 +8,8 @@ import torch
 
 from detectron2.structures import Instances, pairwise_iou
 
+from .pictures import picture_scale
+
 __all__ = ["draw_side_by_side", "match_detections"]
 
 SAME, OTHER = (0.15, 0.35, 0.75), (1.0, 0.45, 0.0)  # RGB
@@ -38,7 +40,7 @@ def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor,
     from detectron2.utils.visualizer import Visualizer  # it imports OpenCV
 
     names = metadata.get("thing_classes", None)
-    visualizer = Visualizer(image, metadata, scale=max(1.0, 640 / image.shape[1]))
+    visualizer = Visualizer(image, metadata, scale=picture_scale(image, 640))
     labels: List[str] = [
         f"{names[c] if names else c} {100 * score:.0f}%" if not is_same else ""
         for c, score, is_same in zip(
