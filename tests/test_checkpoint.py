@@ -10,6 +10,8 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, demo_cfg, load_cfg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
@@ -366,3 +368,67 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(InputError, match="not written, because bias is not finite.*no earlier"):
         checkpointer.save("model_1")
     assert not list(tmp_path.iterdir())
+
+
+class Small(torch.nn.Module):
+    """A model with few weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+
+def test_address_of_a_file(tmp_path):
+    torch.save({"model": Small().state_dict()}, tmp_path / "a.pth")
+    model = Small()
+    LibraCheckpointer(model, complete=True).load(f"file://{tmp_path}/a.pth")
+    expected = torch.load(tmp_path / "a.pth")["model"]["layer.weight"]
+    assert torch.equal(model.layer.weight, expected)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a.pth", "file:///none.pth", "x://y"])
+def test_address_of_nothing(path):
+    with pytest.raises(InputError, match=f"{path}: no such weights file"):
+        LibraCheckpointer(Small()).load(path)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.eye(3)[:2].to_sparse(),
+        torch.zeros(2, 3, device="meta"),
+        torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "meta", "quantized"],
+)
+def test_other_tensors(weight, tmp_path):
+    state = {**Small().state_dict(), "layer.weight": weight}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"a.pth: .*(plain tensors|cut short)"):
+        LibraCheckpointer(Small()).load(str(tmp_path / "a.pth"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.floats(0.5, 1),
+    st.sampled_from(["a.pth", "a.pkl"]),
+)
+def test_mutated_files(tmp_path_factory, changes, length, name):
+    """Bytes that were changed or cut off: the weights, or one line; never another exception."""
+    path = tmp_path_factory.mktemp("mutated") / name
+    state = {"model": {k: v.numpy() for k, v in Small().state_dict().items()}, "__author__": "x"}
+    if name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save({"model": Small().state_dict()}, path)
+    content = bytearray(path.read_bytes())
+    for position, byte in changes:
+        content[int(position * (len(content) - 1))] = byte
+    path.write_bytes(content[: int(length * len(content))])
+    message = ""
+    try:
+        LibraCheckpointer(Small()).load(str(path))
+    except InputError as e:
+        message = str(e)
+    assert "\n" not in message

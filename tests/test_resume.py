@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings that are killed, stopped, or cannot write, and go on."""
 
+import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -136,6 +138,26 @@ def test_sigterm(synthetic, tmp_path):
     assert scheduler["last_epoch"] == saved + 1  # the schedule has seen this iteration
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted(synthetic, tmp_path, num_workers):
+    """Ctrl-C, which a terminal sends to the data loading workers, too: one line, nobody is left."""
+    out = tmp_path / "out"
+    args = ["SOLVER.CHECKPOINT_PERIOD", 5, "DATALOADER.NUM_WORKERS", num_workers]
+    process = start(synthetic, out, *args, "SOLVER.MAX_ITER", 1000, start_new_session=True)
+    wait_for(lambda: last_iteration(out) >= 4, process)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    line = output.splitlines()[-1]
+    assert re.fullmatch(
+        r"interrupted\. The last checkpoint is .*: --resume continues from it", line
+    )
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 @pytest.fixture(scope="module")
 def trained(synthetic, tmp_path_factory):
     """Output of a training with checkpoints after 5 and 10 steps, stopped there."""
@@ -196,6 +218,60 @@ def test_optimizer_and_schedule_are_resumed(synthetic, resumable, with_optimizer
     assert resumed.keys() == momentum.keys()
     for key, value in momentum.items():
         assert torch.equal(resumed[key]["momentum_buffer"], value["momentum_buffer"])
+
+
+def test_other_settings(synthetic, resumable):
+    """What differs from the training that is resumed is said, value by value."""
+    args = ["SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 0, "SOLVER.BASE_LR", 0.01]
+    process = start(synthetic, resumable, *args)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "--resume: SOLVER.BASE_LR is 0.01, but was 0.04 before" in output
+    assert "--resume: SOLVER.MAX_ITER is 11, but was 10 before" in output
+    assert output.count("but was") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["MODEL.ROI_BOX_HEAD.FC_DIM", 64], "the first 'roi_heads.box_head.fc1."),
+        (["MODEL.LIBRA.BFP.ENABLED", False], "the first 'backbone.bfp.refine.* (not in the model)"),
+        (["MODEL.LIBRA.BFP.REFINE_TYPE", "conv"], "the first 'backbone.bfp.refine."),
+    ],
+)
+def test_another_model_is_not_resumed(synthetic, resumable, args, message):
+    process = start(synthetic, resumable, *args)
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    line = output.splitlines()[-1]
+    assert "model_0000009.pth: these are weights of a" in line
+    for part in message.split("*"):
+        assert part in line
+
+
+def test_other_classes_are_not_resumed(synthetic, resumable, tmp_path):
+    dataset = json.loads((synthetic / "instances.json").read_text())
+    dataset["categories"].append({"id": 99, "name": "another"})
+    (tmp_path / "five.json").write_text(json.dumps(dataset))
+    data = ["--train-json", tmp_path / "five.json", "--train-images", synthetic / "images"]
+    command = [sys.executable, "-W", "ignore", ROOT / "train_net.py", "--resume", "--config-file"]
+    command += [DEMO_CONFIG, *data, "OUTPUT_DIR", resumable, *TINY]
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert "with 4 classes, but the config's model is a" in result.stderr.splitlines()[-1]
+
+
+def test_number_of_checkpoints(synthetic, resumable):
+    """The last two, those from before the training was resumed included."""
+    args = ["SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 0]
+    process = start(synthetic, resumable, *args, "MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS", 2)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert sorted(p.name for p in resumable.glob("model*")) == [
+        "model_0000009.pth",
+        "model_0000014.pth",
+        "model_final.pth",
+    ]
 
 
 def test_all_checkpoints_broken(synthetic, resumable):

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -176,3 +177,21 @@ def test_divergence_names_images(synthetic, tmp_path, monkeypatch, capsys):
     assert "loss_cls nan" in line
     assert line.count(f"{synthetic}/images/") == 2
     assert f"The last checkpoint is {tmp_path}/model_0000001.pth: --resume continues" in line
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_image_that_breaks_later(synthetic, tmp_path, num_workers, monkeypatch, capfd):
+    """After the checks: one line, without a traceback in front of it."""
+    shutil.copytree(synthetic, tmp_path / "data")
+    monkeypatch.setattr("libra_d2.data.coco_json.check_images", lambda *args: None)
+    for image in (tmp_path / "data/images").iterdir():
+        image.write_bytes(b"\xff\xd8 no image")
+    args = ["--config-file", ROOT / f"configs/Demo/{SYSTEMS[0]}_R_18_FPN.yaml"]
+    args += [*own_data(tmp_path / "data", "train"), "OUTPUT_DIR", tmp_path / "out", *TINY]
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(a) for a in [*args, "DATALOADER.NUM_WORKERS", num_workers]])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path}/data/images/")
+    assert "the image cannot be used" in line

@@ -123,17 +123,27 @@ class LibraCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """See :meth:`DetectionCheckpointer.load`. Raises: InputError, see the class."""
         self._path = path
-        if path and "://" not in path and not os.path.isfile(path):
-            raise BrokenFileError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
         try:
-            if path and path.startswith(("http://", "https://")):
-                path = fetch(path)
+            if path:
+                path = self._find(path)
             return super().load(path, *args, **kwargs)
         except OSError as e:  # an unreadable file, or a URL without a connection
             raise BrokenFileError(f"{self._path}: the weights cannot be read: {e}") from e
         finally:
             # Upstream's main branch leaves this behind when it fails, and then fails again.
             self._parsed_url_during_load = None
+
+    def _find(self, path: str) -> str:
+        """Path of a local file; names of Detectron2's model zoo are left to the parent."""
+        if path.startswith(("http://", "https://")):
+            return fetch(path)
+        local = path[len("file://") :] if path.startswith("file://") else path
+        if "://" in local:
+            # An address that nothing is registered for comes back as it is.
+            local = self.path_manager.get_local_path(local)
+        if not os.path.isfile(local):
+            raise BrokenFileError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
+        return path if path.startswith("detectron2://") else local
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         with reading_weights(self._path):

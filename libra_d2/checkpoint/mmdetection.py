@@ -161,6 +161,10 @@ def _is_resnet(state: Dict[str, Any]) -> bool:
     return {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys()
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
 def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     """
     Args:
@@ -184,6 +188,11 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     for key, value in state.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
+            raise InputError(
+                f"{key!r} in it is a sparse, quantized or empty (meta) tensor; save the weights as "
+                "plain tensors"
+            )
     meta = meta if isinstance(meta, dict) else {}
     if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
         raise InputError(_OLD_VERSION)

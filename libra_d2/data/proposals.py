@@ -140,6 +140,11 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
                 f"{path}: not proposals, which are 'ids', 'boxes' and 'objectness_logits' of equal "
                 f"length; found {', '.join(map(repr, content)) or 'nothing'}"
             )
+        if content.get("bbox_mode", BoxMode.XYXY_ABS) not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+            raise InputError(
+                f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
+                f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
+            )
         _check_arrays(path, boxes, (4,), "boxes")
         _check_arrays(path, logits, (), "objectness_logits")
     else:

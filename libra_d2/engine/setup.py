@@ -5,6 +5,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import tempfile
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -102,6 +103,8 @@ def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -
     if output:
         try:
             PathManager.mkdirs(cfg.OUTPUT_DIR)
+            with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+                pass  # it can be written to
         except OSError as e:
             raise InputError(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}: {one_line(e)}") from e
     return cfg
