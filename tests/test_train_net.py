@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import DEMO_CONFIG, ROOT
+from PIL import Image
 
 from libra_d2.engine.main import main
 
@@ -354,12 +355,13 @@ def test_categories_must_agree(synthetic, tmp_path, capsys):
 
 
 def test_unreadable_image(synthetic, tmp_path, capsys):
-    """An image whose header is fine stops the training with its name."""
+    """An image whose header is fine is found before the training, with its name."""
     shutil.copytree(synthetic, tmp_path / "data")
     for path in (tmp_path / "data/images").iterdir():
+        Image.effect_noise((96, 96), 50).save(path, format="PNG")
         path.write_bytes(path.read_bytes()[:1200])
     data = own_data(tmp_path / "data", "train")
-    error = fails(capsys, *data, "OUTPUT_DIR", tmp_path, *TINY, "DATALOADER.NUM_WORKERS", 1)
+    error = fails(capsys, *data, "OUTPUT_DIR", tmp_path, *TINY)
     assert re.match(r"error: .*\d+.jpg: the image cannot be used: ", error)
 
 
