@@ -9,7 +9,7 @@ from test_config import MODELS
 from detectron2.data import MetadataCatalog
 
 from libra_d2.engine import read_config
-from libra_d2.engine.config_checks import check_keypoints
+from libra_d2.engine.config_checks import check_keypoints, warn_of_few_images
 from libra_d2.errors import InputError
 
 
@@ -118,3 +118,13 @@ def test_keypoints():
     MetadataCatalog.get("test_keypoints").set(thing_classes=["a"])
     with pytest.raises(InputError, match="'test_keypoints' does not name its keypoints"):
         check_keypoints(cfg, ["test_keypoints"])
+
+
+@pytest.mark.parametrize(("num_images", "num_warnings"), [(3, 1), (12, 0), (0, 2), (None, 0)])
+def test_few_images(num_images, num_warnings, caplog):
+    cfg = read_config(str(DEMO_CONFIG), [], output=False)
+    cfg.DATASETS.TRAIN = (f"test_{num_images}_images",)
+    if num_images is not None:
+        MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).set(num_images=num_images)
+    warn_of_few_images(cfg)
+    assert caplog.text.count(f"but there are only {num_images} images") == num_warnings

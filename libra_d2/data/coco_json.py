@@ -329,5 +329,6 @@ def register_coco_json(
         evaluator_type="coco",
         thing_classes=classes,
         thing_colors=class_colors(len(classes)),
+        num_images=len(dataset["images"]),
     )
     return classes

@@ -17,7 +17,7 @@ from detectron2.solver.build import GradientClipType
 
 from ..errors import InputError, one_line
 
-__all__ = ["check_config", "check_keypoints", "check_yaml"]
+__all__ = ["check_config", "check_keypoints", "check_yaml", "warn_of_few_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,19 @@ def _check_device(device: str, named: bool) -> None:
             f"MODEL.DEVICE is {device!r}: this machine has {torch.cuda.device_count()} GPUs that "
             "PyTorch can use; 'cpu' is slow, but works"
         )
+
+
+def warn_of_few_images(cfg: CfgNode) -> None:
+    """Log what is odd about a training on few images, as far as their number is known."""
+    counts = [MetadataCatalog.get(name).get("num_images") for name in cfg.DATASETS.TRAIN]
+    if not counts or None in counts:
+        return
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS),
+    ):
+        if value > sum(counts):
+            logger.warning(f"{key} is {value}, but there are only {sum(counts)} images to train on")
 
 
 def check_keypoints(cfg: CfgNode, dataset_names: List[str]) -> None:

@@ -25,7 +25,7 @@ from ..errors import InputError, one_line
 from ..evaluation import check_evaluator_type, check_tta
 from ..model_zoo import get_config_file
 from .arguments import SPLITS
-from .config_checks import check_config, check_keypoints, check_yaml
+from .config_checks import check_config, check_keypoints, check_yaml, warn_of_few_images
 
 __all__ = [
     "check_datasets",
@@ -282,6 +282,7 @@ def setup(args) -> CfgNode:
     check_datasets([name for split in needed for name in cfg.DATASETS[split]])
     if not args.eval_only:
         check_keypoints(cfg, cfg.DATASETS.TRAIN)
+        warn_of_few_images(cfg)
     if resuming:
         _report_changes(cfg)
     for name in cfg.DATASETS.TEST:

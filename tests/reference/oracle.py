@@ -35,6 +35,7 @@ ALL = 10**6  # more than there are to sample
 
 # Standard deviation of the outputs of layers with random weights.
 SPREADS = {
+    "others": 1.0,
     "conv_out": 0.3,
     "theta": 0.7,
     "phi": 0.7,
@@ -86,7 +87,7 @@ def randomize(model, inputs, output_spreads):
     for name, module in model.named_modules():
         is_layer = isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))
         if is_layer and getattr(module, "norm", None) is None:
-            spreads[module] = output_spreads.get(name.split(".")[-1], 1.0)
+            spreads[module] = output_spreads.get(name.split(".")[-1], output_spreads["others"])
             hooks.append(module.register_forward_hook(standardize))
     model.eval()(inputs)
     for hook in hooks:
