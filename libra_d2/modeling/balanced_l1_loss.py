@@ -2,8 +2,8 @@
 """
 Balanced L1 loss: the objective level balance of Libra R-CNN (paper Section 3.3).
 
-A smooth L1 loss whose gradient grows faster near zero, so that accurate boxes ("inliers")
-contribute as much to training as the few boxes with large errors ("outliers").
+A smooth L1 loss whose gradient grows faster near zero, so that accurate boxes ("inliers") weigh
+more in training than with smooth L1, where the few large errors ("outliers") prevail.
 """
 
 import math

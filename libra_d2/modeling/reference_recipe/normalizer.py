@@ -13,7 +13,8 @@ def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
 
     Gradients are averaged over the processes. If each divides its loss by this mean of their
     numbers, rather than by a number of its own, that is the gradient of the whole batch: a loss
-    does not depend on how the batch is spread.
+    does not depend on how the batch is spread. (In mmdetection each process divides by its own
+    number. Both are the same where all processes have equally many, which is why there is no key.)
 
     Args:
         value: scalar without gradient. With one process it is returned as it is.
