@@ -234,3 +234,10 @@ def test_onnx(tmp_path):
         expected = backbone(image)
     for name, output in zip(names, session.run(names, {"image": image.numpy()})):
         torch.testing.assert_close(torch.as_tensor(output), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_twice():
+    """A second pyramid would balance what is balanced, in silence."""
+    backbone = build_backbone(demo_cfg())
+    with pytest.raises(ValueError, match="FPN has a balanced feature pyramid already"):
+        add_balanced_feature_pyramid(backbone)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 from conftest import ROOT, assert_same_detections, demo_cfg, random_inputs
@@ -225,3 +227,10 @@ def test_script(detector):
     assert len(expected["scores"]) > 3
     names = ("pred_boxes", "pred_classes", "scores")
     assert_same_detections({name: getattr(output, name) for name in names}, expected)
+
+
+def test_matcher_looks_like_detectron2s():
+    """What reads the thresholds finds them, in a copy of the model as well."""
+    for heads in (build("faster").roi_heads, copy.deepcopy(build("faster").roi_heads)):
+        assert heads.proposal_matcher.thresholds == [-float("inf"), 0.5, float("inf")]
+        assert heads.proposal_matcher.labels == [0, 1]

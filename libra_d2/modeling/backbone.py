@@ -47,9 +47,14 @@ def add_balanced_feature_pyramid(
         ``backbone``.
 
     Raises:
-        ValueError: if the levels differ in their number of channels, or an argument is out of
-            range.
+        ValueError: if the levels differ in their number of channels, the backbone is balanced
+            already, or an argument is out of range.
     """
+    if isinstance(getattr(backbone, "bfp", None), BalancedFeaturePyramid):
+        raise ValueError(
+            f"{type(backbone).__name__} has a balanced feature pyramid already; a second one would "
+            "change its features once more"
+        )
     channels = {name: shape.channels for name, shape in backbone.output_shape().items()}
     if len(set(channels.values())) != 1:
         raise ValueError(

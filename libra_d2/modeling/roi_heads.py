@@ -33,6 +33,12 @@ class _IoURecorder:
         self.matcher = matcher
         self._max_iou = None
 
+    def __getattr__(self, name: str):
+        """Thresholds, labels and the like are the matcher's."""
+        if name == "matcher":  # it is being copied, and has none yet
+            raise AttributeError(name)
+        return getattr(self.matcher, name)
+
     def __call__(self, match_quality_matrix: torch.Tensor):
         """Args: match_quality_matrix: (M, R) IoUs. Returns: what the matcher returns."""
         matches, labels = self.matcher(match_quality_matrix)
