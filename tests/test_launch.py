@@ -12,8 +12,13 @@ import torch
 from conftest import ROOT
 from test_train_net import own_data
 
-from libra_d2.engine.launch import Process, join_processes, read_environment
-from libra_d2.errors import InputError
+from libra_d2.engine.launch import (
+    Process,
+    join_processes,
+    read_environment,
+    report_errors,
+)
+from libra_d2.errors import InputError, Interrupted
 from libra_d2.evaluation import read_metrics
 
 # Nothing depends on chance or on which process an image is in: no flips, batch norms or sampling.
@@ -166,3 +171,35 @@ def test_several_machines_need_an_address(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
         join_processes(read_environment(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("a.json: broken"), "error: a.json: broken"),
+        (
+            PermissionError(13, "Permission denied", "out/a.jpg"),
+            "error: out/a.jpg cannot be written",
+        ),
+        (OSError(28, "No space left on device", "out"), "error: out cannot be written: No space"),
+        (KeyboardInterrupt(), "interrupted."),
+        (Interrupted("There is no earlier checkpoint"), "interrupted. There is no earlier"),
+    ],
+)
+def test_errors_in_one_line(error, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        report_errors(main)
+    assert exit.value.code == (130 if "interrupted" in message else 2)
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")])
+def test_defects_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        report_errors(main)

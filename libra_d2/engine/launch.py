@@ -2,6 +2,7 @@
 """Running a program in one or several processes, and its errors in one line."""
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -107,10 +108,17 @@ def _set_local_group(process: Process) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+# Permissions, read-only or full disks, and files where folders are wanted.
+_NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
+
+
 def report_errors(main: Callable, *args: Any) -> None:
     """
-    Call ``main(*args)``. An InputError becomes one line on stderr and exit status 2, an interrupt
-    one line and exit status 130, as shells have it.
+    Call ``main(*args)``. An InputError, and a place that cannot be written to, becomes one line on
+    stderr and exit status 2, an interrupt one line and exit status 130, as shells have it.
     """
     # It logs what ends a training, with a traceback; what the user can put right needs none.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
@@ -118,6 +126,11 @@ def report_errors(main: Callable, *args: Any) -> None:
         main(*args)
     except InputError as e:
         _say(f"error: {e}")
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in _NOT_WRITABLE:
+            raise
+        _say(f"error: {e.filename or 'a file'} cannot be written: {e.strerror}")
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as e:
         _say(f"interrupted. {e}".strip())

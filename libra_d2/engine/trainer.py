@@ -158,7 +158,8 @@ class Trainer(DefaultTrainer):
         losses = {name: loss.item() for name, loss in self._losses.items()}
         bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
         terms = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-        where = "" if bad else "in another process, not for these images; "
+        elsewhere = not bad and comm.get_world_size() > 1
+        where = "in another process, not for these images; " if elsewhere else ""
         raise InputError(
             f"a loss is not finite at iteration {self.iter} ({where}{terms}) for the images "
             f"{', '.join(self._trainer.data_loader.last_files)}. {self.checkpointer.advice()}; "
