@@ -4,7 +4,7 @@
 Run Detectron2's own tests of what libra_d2 extends, with the classes of libra_d2 in their parents'
 place, from a checkout of the Detectron2 that is installed:
 
-    python tools/run_upstream_tests.py DETECTRON2_CHECKOUT [arguments of pytest]
+    python tests/reference/run_upstream_tests.py DETECTRON2_CHECKOUT [arguments of pytest]
 
 A subclass has to do what its parent does as long as its own ideas are turned off: random sampling
 and the parent's way of training; the balanced feature pyramid is on, where no number depends on it.
@@ -89,7 +89,7 @@ def main() -> int:
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "tests/modeling").is_dir():
         sys.exit(__doc__)
     tests = Path(sys.argv[1]).resolve() / "tests"
-    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     paths = [*folders, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [sys.executable, "-m", "pytest", "-p", Path(__file__).stem, "--rootdir", str(tests)]
     # Not from the checkout, in which the package is not built.
