@@ -27,7 +27,7 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from libra_d2.data import class_colors, read_image
+from libra_d2.data import read_image
 from libra_d2.data.display import display_metadata
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
     names = read_categories(args.categories) if args.categories else None
     if names:
-        metadata = Metadata(thing_classes=names, thing_colors=class_colors(len(names)))
+        metadata = Metadata(thing_classes=names)
     metadata = display_metadata(metadata)
     predictor = make_predictor(cfg, names)
     if source:

@@ -18,11 +18,10 @@ from iopath.common.file_io import PathHandler, file_lock
 from torch import nn
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from .atomic_write import atomic_write
-from .checkpoint import LibraCheckpointer
+from .checkpoint import LibraCheckpointer, build_model, build_trained_model
 from .checkpoint.download import fetch
 from .checkpoint.mmdetection import to_detectron2_checkpoint
 from .checkpoint.safe_reading import read_weights, reading_weights
@@ -169,8 +168,10 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
         device = "cpu"
     if device is not None:
         cfg.MODEL.DEVICE = device
+    if trained:
+        return build_trained_model(cfg).train()
     model = build_model(cfg)
-    LibraCheckpointer(model, complete=trained).load(cfg.MODEL.WEIGHTS)
+    LibraCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
 
 

@@ -33,6 +33,15 @@ def mmdet():
     return import_mmdet()
 
 
+def reference_config(mmdet, name):
+    """The config of mmdetection whose file name starts with ``name``, as "rpn_r50"."""
+    from mmengine.config import Config
+
+    folder = Path(mmdet.__file__).parent / ".mim/configs"
+    (path,) = folder.glob(f"*/{name}_fpn_1x_coco.py")
+    return Config.fromfile(path)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_start(pytestconfig):
     """The same random numbers for each test, and the loggers as before a script set them up."""

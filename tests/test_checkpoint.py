@@ -3,13 +3,12 @@ import errno
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, demo_cfg, load_cfg
+from conftest import ROOT, demo_cfg, load_cfg, reference_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,13 +111,11 @@ def theirs(request, mmdet, tmp_path_factory):
     """A model of mmdetection's with random weights: our config of it, its state, its folder."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.config import Config
 
     register_all_modules()
     torch.manual_seed(1)
-    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
     name = request.param.replace("_R_50", "").replace("_", "-")
-    model = Config.fromfile(folder / f"{name}_r50_fpn_1x_coco.py").model
+    model = reference_config(mmdet, f"{name}_r50").model
     model.backbone.init_cfg = None
     model = MODELS.build(model)
     model.init_weights()

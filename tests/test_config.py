@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, calibrate_norms, demo_cfg, load_cfg, random_inputs
+from conftest import (
+    ROOT,
+    calibrate_norms,
+    demo_cfg,
+    load_cfg,
+    random_inputs,
+    reference_config,
+)
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -256,11 +263,7 @@ def retinanet_pairs(cfg, reference):
 )
 def test_published_recipe(mmdet, ours, theirs, pairs):
     """What the reference's config says, value by value where both have a key."""
-    from mmengine.config import Config
-
-    folder = Path(mmdet.__file__).parent / ".mim/configs"
-    (path,) = folder.glob(f"*/{theirs}_fpn_1x_coco.py")
-    reference = Config.fromfile(path)
+    reference = reference_config(mmdet, theirs)
     cfg = load_cfg(ROOT / f"configs/COCO-Detection/{ours}_FPN_1x.yaml")
     pairs = {**common_pairs(cfg, reference), **pairs(cfg, reference)}
     assert not {k: (a, b) for k, (a, b) in pairs.items() if as_lists(a) != as_lists(b)}

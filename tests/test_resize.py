@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the image file to the network's input, beside mmdetection's own pipeline: bit by bit."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, load_cfg
+from conftest import ROOT, demo_cfg, load_cfg, reference_config
 from PIL import Image
 
 from detectron2.data import transforms as T
@@ -52,11 +50,9 @@ def both(mmdet):
     """The published model, which normalizes and pads, and the config of the reference."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.config import Config
 
     register_all_modules()
-    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
-    reference = Config.fromfile(folder / "libra-faster-rcnn_r50_fpn_1x_coco.py")
+    reference = reference_config(mmdet, "libra-faster-rcnn_r50")
     cfg = load_cfg(CONFIG)
     cfg.MODEL.DEVICE = "cpu"
     return cfg, build_model(cfg), reference, MODELS.build(reference.model.data_preprocessor)

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from conftest import ROOT, load_cfg, reference_config
 from oracle import SPREADS, SYSTEMS, Pair, double_precision
 
 from detectron2.engine import SimpleTrainer, hooks
@@ -27,13 +28,8 @@ def their_schedulers(reference, optimizer):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_learning_rate(mmdet, name):
     """The rate of every iteration of the training, warm-up and both drops included."""
-    from conftest import ROOT, load_cfg
-    from mmengine.config import Config
-    from oracle import mmdet_configs
-
     cfg = load_cfg(ROOT / f"configs/COCO-Detection/{name}_FPN_1x.yaml")
-    (path,) = (ROOT / mmdet_configs(mmdet)).glob(f"*/{SYSTEMS[name]}_fpn_1x_coco.py")
-    reference = Config.fromfile(path)
+    reference = reference_config(mmdet, SYSTEMS[name])
     layer = torch.nn.Linear(1, 1)
     ours = Trainer.build_optimizer(cfg, layer)
     theirs = torch.optim.SGD(layer.parameters(), lr=reference.optim_wrapper.optimizer.lr)

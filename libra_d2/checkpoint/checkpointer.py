@@ -45,8 +45,8 @@ class LibraCheckpointer(DetectionCheckpointer):
     the plain Detectron2 model loads; only the weights of the balanced feature pyramid
     (``backbone.bfp.*``) are missing.
 
-    Checkpoints are written whole or not at all, and only of finite weights. Resuming passes over
-    those that are broken, with a warning.
+    Checkpoints are written atomically, and only if all weights are finite. Resuming skips corrupt
+    ones with a warning.
     """
 
     def __init__(self, model, save_dir: str = "", *, complete: bool = False, **kwargs):

@@ -302,8 +302,7 @@ def register_coco_json(
     if repaired:
         counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
         logger.warning(f"{json_file}: put right or filled in: {counts}")
-    original_file = json_file
-    with open(original_file, "rb") as f:
+    with open(json_file, "rb") as f:
         has_mark = f.read(3) == b"\xef\xbb\xbf"
     if +changes or has_mark:
         os.makedirs(cache_dir, exist_ok=True)

@@ -13,7 +13,7 @@ from itertools import cycle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, calibrate_norms, load_cfg
+from conftest import ROOT, calibrate_norms, load_cfg, reference_config
 from fvcore.nn import sigmoid_focal_loss
 
 from detectron2.modeling import build_model
@@ -133,7 +133,6 @@ class Pair:
         """
         from mmdet.registry import MODELS
         from mmdet.utils import register_all_modules
-        from mmengine.config import Config
 
         register_all_modules()
         torch.manual_seed(seed)
@@ -165,8 +164,7 @@ class Pair:
             self.inputs[-1]["proposals"].objectness_logits = torch.zeros(len(proposals))
         randomize(self.ours, self.inputs, spreads)
 
-        (path,) = (ROOT / mmdet_configs(mmdet)).glob(f"*/{SYSTEMS[name]}_fpn_1x_coco.py")
-        self.reference_cfg = Config.fromfile(path)
+        self.reference_cfg = reference_config(mmdet, SYSTEMS[name])
         reference = self.reference_cfg.model
         reference.backbone.init_cfg = None
         samplers = reference.train_cfg
@@ -217,9 +215,3 @@ def share_anchors(theirs, ours):
         theirs.base_anchors[level] = anchors[index]
     # The default is float32, from when mmdetection was imported.
     theirs.grid_priors = partial(theirs.grid_priors, dtype=anchors.dtype)
-
-
-def mmdet_configs(mmdet):
-    from pathlib import Path
-
-    return Path(mmdet.__file__).parent / ".mim/configs"
