@@ -31,7 +31,7 @@ setup(
     # Configs and programs live at the top of the repository and are installed inside the package.
     packages=[*find_packages(include=("libra_d2", "libra_d2.*")), *TOP_LEVEL],
     package_dir=TOP_LEVEL,
-    package_data={"libra_d2.configs": ["**/*.yaml"]},
+    package_data={"libra_d2.configs": ["**/*.yaml", "**/*.py"]},
     entry_points={"console_scripts": [f"{name} = {main}:main" for name, main in PROGRAMS.items()]},
     # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip
     # must not replace under a Detectron2 that was compiled with it. README.md says how.

@@ -23,20 +23,22 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
+from libra_d2 import model_zoo
 from libra_d2.data import read_image
 from libra_d2.data.display import display_metadata
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
-from libra_d2.model_zoo import PREFIX
-from libra_d2.plain_detector import BASELINE
+from libra_d2.plain_detector import variant_options
 
 logger = logging.getLogger("libra_d2.demo")
 
+WEIGHTS = "train.init_checkpoint"  # MODEL.WEIGHTS of a LazyConfig
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -107,13 +109,38 @@ def make_predictor(cfg: CfgNode, names: Optional[List[str]]) -> LibraPredictor:
     return LibraPredictor(cfg)
 
 
-def setup(args: argparse.Namespace, config_file: str, opts: List[str]) -> CfgNode:
-    """The config of one of the two detectors."""
-    name = config_file if config_file.endswith(".yaml") else f"{config_file}.yaml"
+def find_weights(name: str) -> str:
+    """
+    The published weights of a config of this model zoo or of Detectron2's.
+
+    Raises:
+        InputError: if there are none.
+    """
+    for zoo in (model_zoo, detectron2_zoo):
+        try:
+            return zoo.get_checkpoint_url(name)
+        except RuntimeError:
+            pass
+    raise InputError(
+        f"--config-file: {name} has no published weights; name some with MODEL.WEIGHTS"
+    )
+
+
+def setup(
+    args: argparse.Namespace, config_file: str, opts: List[str], plain_weights: str = ""
+) -> CfgNode:
+    """The config of one of the two detectors; of the plain one, if its weights are named."""
+    name = config_file if config_file.endswith((".yaml", ".py")) else f"{config_file}.yaml"
     in_zoo = not os.path.exists(config_file)
-    cfg = read_config(name if in_zoo else config_file, opts, output=False)
-    if in_zoo and "MODEL.WEIGHTS" not in opts:
-        cfg.MODEL.WEIGHTS = f"{PREFIX}{name}"
+    path = name if in_zoo else config_file
+    cfg = read_config(path, opts, output=False)
+    if plain_weights and not args.plain_config_file:
+        cfg = read_config(path, [*opts, *variant_options(cfg, "baseline")], output=False)
+    weights_are_named = any(x.split("=")[0] in ("MODEL.WEIGHTS", WEIGHTS) for x in opts)
+    if plain_weights:
+        cfg.MODEL.WEIGHTS = plain_weights
+    elif in_zoo and not weights_are_named:
+        cfg.MODEL.WEIGHTS = find_weights(name)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     return cfg
@@ -296,10 +323,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plain_weights:
         from libra_d2.evaluation.side_by_side import draw_side_by_side
 
-        weights = ["MODEL.WEIGHTS", args.plain_weights]
         file = args.plain_config_file or args.config_file
-        opts = [*args.opts, *([] if args.plain_config_file else BASELINE), *weights]
-        plain = make_predictor(setup(args, file, opts), names)
+        plain = make_predictor(setup(args, file, args.opts, args.plain_weights), names)
 
         def draw(image):
             found = [p(image)["instances"].to("cpu") for p in (plain, predictor)]

@@ -11,13 +11,14 @@ their name and converted once; the converted file is kept beside the download.
 
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from iopath.common.file_io import PathHandler, file_lock
+from omegaconf import DictConfig
 from torch import nn
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from .atomic_write import atomic_write
@@ -26,6 +27,7 @@ from .checkpoint.download import fetch
 from .checkpoint.mmdetection import to_detectron2_checkpoint
 from .checkpoint.safe_reading import read_weights, reading_weights
 from .config import add_libra_config
+from .lazy import view
 
 __all__ = [
     "PREFIX",
@@ -67,7 +69,9 @@ _URLS = {
 
 
 def _without_suffix(config_path: str) -> str:
-    return config_path[: -len(".yaml")] if config_path.endswith(".yaml") else config_path
+    return (
+        os.path.splitext(config_path)[0] if config_path.endswith((".yaml", ".py")) else config_path
+    )
 
 
 def get_published_url(config_path: str) -> str:
@@ -127,22 +131,28 @@ def get_config_file(config_path: str) -> str:
     )
 
 
-def get_config(config_path: str, trained: bool = False) -> CfgNode:
+def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:
     """
     Args:
         config_path: see :func:`get_config_file`.
-        trained: whether ``MODEL.WEIGHTS`` names the published weights, instead of those that
-            training starts from.
+        trained: whether ``MODEL.WEIGHTS``, or ``train.init_checkpoint``, names the published
+            weights, instead of those that training starts from.
 
     Returns:
-        the config.
+        the config; for a name that ends in ".py" it is a LazyConfig.
 
     Raises:
         RuntimeError: if there is no such config, or no such weights.
     """
+    path = get_config_file(config_path)
+    if path.endswith(".py"):
+        lazy = LazyConfig.load(path)
+        if trained:
+            lazy.train.init_checkpoint = get_checkpoint_url(config_path)
+        return lazy
     cfg = get_cfg()
     add_libra_config(cfg)
-    cfg.merge_from_file(get_config_file(config_path), allow_unsafe=False)
+    cfg.merge_from_file(path, allow_unsafe=False)
     if trained:
         cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
     return cfg
@@ -164,6 +174,8 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
         InputError: if the weights cannot be had; see :class:`LibraCheckpointer`.
     """
     cfg = get_config(config_path, trained)
+    if isinstance(cfg, DictConfig):
+        cfg = view(cfg)
     if device is None and not torch.cuda.is_available():
         device = "cpu"
     if device is not None:

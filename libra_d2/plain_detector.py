@@ -8,9 +8,21 @@ with a beta of 0.1 in RetinaNet (``RETINANET.SMOOTH_L1_LOSS_BETA``). What mmdete
 besides the ideas (training of the RPN, matching, normalizers) is the same on both sides.
 """
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
-__all__ = ["BASELINE", "DETECTRON2_RECIPE", "VARIANTS", "box_loss_name", "without"]
+from detectron2.config import CfgNode
+
+from .lazy import LazyView, turn_off
+
+__all__ = [
+    "BASELINE",
+    "DETECTRON2_RECIPE",
+    "VARIANTS",
+    "box_loss_name",
+    "has_ideas",
+    "variant_options",
+    "without",
+]
 
 # What turns each idea off.
 _OFF: Dict[str, List[Any]] = {
@@ -40,15 +52,42 @@ def without(*ideas: str) -> List[Any]:
 #: the detector without any of the ideas
 BASELINE = without(*_OFF)
 
-#: what can be compared: the baseline, each idea alone, and all of them
-VARIANTS: Dict[str, List[Any]] = {
-    "baseline": BASELINE,
-    "sampling": without("feature_pyramid", "balanced_l1"),
-    "feature_pyramid": without("sampling", "balanced_l1"),
-    "balanced_l1": without("feature_pyramid", "sampling"),
-    "all": [],
-    "all_reference": ["MODEL.LIBRA.SAMPLER.MODE", "reference"],
+#: what can be compared: the baseline, each idea alone, all of them; with the ideas that are off
+VARIANTS: Dict[str, Tuple[str, ...]] = {
+    "baseline": tuple(_OFF),
+    "sampling": ("feature_pyramid", "balanced_l1"),
+    "feature_pyramid": ("sampling", "balanced_l1"),
+    "balanced_l1": ("feature_pyramid", "sampling"),
+    "all": (),
+    "all_reference": (),
 }
+
+
+def variant_options(cfg: CfgNode, variant: str) -> List[str]:
+    """
+    Args:
+        cfg: the config of a detector with all ideas, or a view of a LazyConfig.
+        variant: of :data:`VARIANTS`.
+
+    Returns:
+        what the command line adds to that config for it.
+    """
+    off, reference = VARIANTS[variant], variant == "all_reference"
+    if isinstance(cfg, LazyView):
+        mode = ["model.roi_heads.proposal_sampler.mode=reference"] if reference else []
+        return [*turn_off(cfg.lazy.model, *off), *mode]
+    mode = ["MODEL.LIBRA.SAMPLER.MODE", "reference"] if reference else []
+    return [str(x) for x in (*without(*off), *mode)]
+
+
+def has_ideas(cfg: CfgNode) -> bool:
+    """Whether a config has anything of Libra R-CNN that can be turned off."""
+    if isinstance(cfg, LazyView):
+        return bool(turn_off(cfg.lazy.model, *_OFF))
+    model = cfg.MODEL
+    names = (model.META_ARCHITECTURE, model.BACKBONE.NAME, model.ROI_HEADS.NAME)
+    return any("libra" in name.lower() for name in names)
+
 
 #: in place of mmdetection's recipe, Detectron2's: with BASELINE, the models of Detectron2
 DETECTRON2_RECIPE: List[Any] = [

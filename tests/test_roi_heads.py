@@ -90,12 +90,16 @@ def test_ignored_proposals_are_not_sampled():
     assert scalars["roi_head/num_bg_iou_bin_2"] == (widths == 20).sum()
 
 
-def test_matcher_and_sampler_go_together():
+def test_matcher_can_be_replaced():
+    """It is a plain one between two steps, whose thresholds can be seen."""
     heads = build().roi_heads
-    heads.proposal_matcher(torch.rand(2, 5))
-    heads.proposal_matcher.pop_max_iou()
-    with pytest.raises(AssertionError, match="must be matched before"):
-        heads.proposal_matcher.pop_max_iou()
+    sample(heads, IOUS)
+    assert type(heads.proposal_matcher) is Matcher
+    heads.proposal_matcher = Matcher([0.3], [0, 1])
+    sampled, _ = sample(heads, IOUS)
+    # What overlaps by 0.4 is foreground now; there is none above 0.7 but the object itself.
+    widths = sampled[sampled.gt_classes == 2].proposal_boxes.tensor[:, 2]
+    assert (widths < 70).any()
 
 
 BOX_LOSSES = {"loss_cls", "loss_box_reg"}

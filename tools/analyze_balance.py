@@ -40,7 +40,7 @@ from libra_d2.analysis import (
 )
 from libra_d2.analysis.html_page import Section, write_page
 from libra_d2.checkpoint import build_trained_model
-from libra_d2.data import LibraDatasetMapper, build_augmentation, read_image
+from libra_d2.data import build_augmentation, build_mapper, read_image
 from libra_d2.engine import (
     add_data_arguments,
     check_datasets,
@@ -77,9 +77,7 @@ def read_images(cfg: CfgNode, dataset: str, split: str, num_images: int) -> List
     files = cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.MODEL.LOAD_PROPOSALS else None
     records = get_detection_dataset_dicts([dataset], proposal_files=files)
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
-    mapper = LibraDatasetMapper(
-        cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False)
-    )
+    mapper = build_mapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
     return [mapper(records[i]) for i in chosen]
 
 
@@ -134,7 +132,7 @@ def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: st
         model.backbone.output_shape(), key=lambda name: model.backbone.output_shape()[name].stride
     )
     if "added" in features:
-        size = cfg.MODEL.LIBRA.BFP.REFINE_LEVEL
+        size = model.backbone.bfp.refine_level
         text = (
             "The balanced feature pyramid adds the same features, the refined average of all "
             f"levels at the size of {names[size]}, to every level (middle bars). The levels "

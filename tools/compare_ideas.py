@@ -25,6 +25,8 @@ from typing import Dict, List, Optional
 from tabulate import tabulate
 from tqdm import tqdm
 
+from detectron2.config import CfgNode
+
 from libra_d2.atomic_write import atomic_write
 from libra_d2.engine import (
     add_data_arguments,
@@ -34,7 +36,8 @@ from libra_d2.engine import (
 )
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
-from libra_d2.plain_detector import VARIANTS
+from libra_d2.lazy import LazyView
+from libra_d2.plain_detector import VARIANTS, has_ideas, variant_options
 
 # Of a RetinaNet, which samples nothing.
 WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
@@ -60,9 +63,15 @@ def is_finished(folder: Path) -> bool:
     return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
 
 
-def train(args: argparse.Namespace, variant: str, seed: int) -> None:
+def train(args: argparse.Namespace, cfg: CfgNode, variant: str, seed: int) -> None:
     """
     Train and evaluate one model, or continue with it.
+
+    Args:
+        args: of the command line.
+        cfg: the config that they name.
+        variant: of :data:`VARIANTS`.
+        seed: of the training.
 
     Raises:
         InputError: if that fails.
@@ -77,8 +86,11 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> None:
         for what in ("json", "images", "proposals"):
             value = getattr(args, f"{split}_{what}")
             command += [f"--{split}-{what}", value] if value else []
-    command += ["OUTPUT_DIR", str(folder), "SEED", str(seed), *args.opts]
-    command += map(str, VARIANTS[variant])
+    if isinstance(cfg, LazyView):
+        command += [f"train.output_dir={folder}", f"train.seed={seed}"]
+    else:
+        command += ["OUTPUT_DIR", str(folder), "SEED", str(seed)]
+    command += [*args.opts, *variant_options(cfg, variant)]
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
@@ -211,10 +223,13 @@ def run(args: argparse.Namespace) -> None:
     cfg = read_config(args.config_file, args.opts, output=False)
     retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
     variants = args.variants or list(WITHOUT_SAMPLING if retina else VARIANTS)
+    if not has_ideas(cfg) and set(variants) != {"baseline"}:
+        print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
+        variants = ["baseline"]
     error: Optional[InputError] = None
     with ThreadPoolExecutor(args.jobs) as pool:
         # Seed by seed, so that all variants can be compared early.
-        jobs = [pool.submit(train, args, v, seed) for seed in args.seeds for v in variants]
+        jobs = [pool.submit(train, args, cfg, v, seed) for seed in args.seeds for v in variants]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
             try:
                 job.result()

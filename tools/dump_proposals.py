@@ -31,7 +31,7 @@ from detectron2.data import (
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.checkpoint import build_trained_model
-from libra_d2.data import LibraDatasetMapper
+from libra_d2.data import build_mapper
 from libra_d2.data.proposals import PartialProposals, is_complete
 from libra_d2.engine import (
     add_data_arguments,
@@ -41,6 +41,7 @@ from libra_d2.engine import (
     register_own_data,
     report_errors,
 )
+from libra_d2.lazy import LazyView
 
 logger = logging.getLogger("libra_d2.dump_proposals")
 
@@ -60,7 +61,8 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 def identify(cfg: CfgNode, model: torch.nn.Module) -> str:
     """Hash of all that the proposals depend on, except for the dataset."""
-    digest = hashlib.sha256(f"{cfg.MODEL.dump()}{cfg.INPUT.dump()}".encode())
+    text = cfg.dump() if isinstance(cfg, LazyView) else f"{cfg.MODEL.dump()}{cfg.INPUT.dump()}"
+    digest = hashlib.sha256(text.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().numpy().tobytes())
@@ -91,7 +93,7 @@ def dump(cfg: CfgNode, model: torch.nn.Module, dataset_name: str, path: str, ide
             logger.info(f"{path}: going on after {done} of {len(ids)} images")
         loader = build_detection_test_loader(
             Subset(DatasetFromList(dataset, copy=True), range(done, len(ids))),
-            mapper=LibraDatasetMapper(cfg, is_train=False),
+            mapper=build_mapper(cfg, is_train=False),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
         progress = tqdm(loader, desc=dataset_name, unit="image", initial=done, total=len(ids))

@@ -17,6 +17,9 @@ from .safe_reading import check_declared_sizes, load_arrays, reading_weights
 
 __all__ = ["LibraCheckpointer"]
 
+# Behind a path: weights have the ends of the model's names, as in Detectron2's main branch.
+_HEURISTICS = "?matching_heuristics=True"
+
 
 class _WholeFiles:
     """A path manager whose new local files appear once they are complete."""
@@ -39,7 +42,8 @@ class LibraCheckpointer(DetectionCheckpointer):
     are, ImageNet weights of torchvision and open-mmlab, and ``libra://`` names of
     :mod:`libra_d2.model_zoo`. It refuses, with an error that says why, files that are missing, cut
     short, of another model, or would execute code when they are read. Downloads are checked against
-    the hash in their name.
+    the hash in their name. With ``?matching_heuristics=True`` behind it, names in a file may be the
+    ends of the model's.
 
     Weights that are missing, of another shape or not used are logged in one table. A checkpoint of
     the plain Detectron2 model loads; only the weights of the balanced feature pyramid
@@ -62,6 +66,7 @@ class LibraCheckpointer(DetectionCheckpointer):
         self.complete = complete
         self._resuming = False
         self._path = ""
+        self._heuristics = False
 
     def save(self, name: str, **kwargs) -> None:
         """
@@ -123,9 +128,10 @@ class LibraCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """See :meth:`DetectionCheckpointer.load`. Raises: InputError, see the class."""
         self._path = path
+        self._heuristics = path.endswith(_HEURISTICS)
         try:
             if path:
-                path = self._find(path)
+                path = self._find(path[: -len(_HEURISTICS)] if self._heuristics else path)
             return super().load(path, *args, **kwargs)
         except OSError as e:  # an unreadable file, or a URL without a connection
             raise BrokenFileError(f"{self._path}: the weights cannot be read: {e}") from e
@@ -150,7 +156,8 @@ class LibraCheckpointer(DetectionCheckpointer):
             check_declared_sizes(filename)
             if filename.endswith(".pkl"):
                 load_arrays(filename)
-            return to_detectron2_checkpoint(super()._load_file(filename))
+            loaded = to_detectron2_checkpoint(super()._load_file(filename))
+        return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         shapes = {key: tuple(value.shape) for key, value in checkpoint["model"].items()}

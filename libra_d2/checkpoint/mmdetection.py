@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from .convnext import from_convnext, is_convnext
 
 __all__ = [
     "from_mmdetection",
@@ -201,7 +202,8 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
 
 def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """
-    Convert a checkpoint if it is mmdetection's, or ImageNet weights of torchvision or open-mmlab.
+    Convert a checkpoint if it is mmdetection's, or ImageNet weights of torchvision, open-mmlab or
+    ConvNeXt.
 
     Args:
         checkpoint: with the key "model", as Detectron2 reads any file.
@@ -215,6 +217,8 @@ def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     state, _ = unwrap_mmdetection(checkpoint["model"])
     if _is_resnet(state):
         state = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    if is_convnext(state):
+        return {"model": from_convnext(state), "matching_heuristics": True}
     if not is_mmdetection(state):
         return {**checkpoint, "model": state}
     return {"model": from_mmdetection(state), "__author__": "mmdetection"}

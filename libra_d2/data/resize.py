@@ -11,12 +11,14 @@ import importlib.util
 from typing import List, Optional, Tuple, Union
 
 import numpy as np
+from omegaconf import OmegaConf
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
 
 from ..errors import InputError
+from ..lazy import LazyView
 
 __all__ = [
     "INTERPOLATIONS",
@@ -137,11 +139,17 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> Augmentations:
     Detectron2's function of this name, with the interpolation that ``cfg`` chooses.
 
     Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+        cfg: a config with the keys of :func:`libra_d2.add_libra_config`, or a view of a LazyConfig.
         is_train: whether for training.
 
     Raises:
-        InputError: see :func:`check_interpolation`.
+        InputError: if a LazyConfig has none; see also :func:`check_interpolation`.
     """
+    if isinstance(cfg, LazyView):
+        place = f"dataloader.{'train' if is_train else 'test'}.mapper.augmentations"
+        augmentations = OmegaConf.select(cfg.current(), place)
+        if augmentations is None:
+            raise InputError(f"{place}: the LazyConfig lacks it")
+        return list(instantiate(augmentations))
     augmentations = build_detectron2_augmentation(cfg, is_train)
     return with_interpolation(augmentations, cfg.MODEL.LIBRA.INPUT.INTERPOLATION)

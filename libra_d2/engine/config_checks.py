@@ -16,6 +16,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.solver.build import GradientClipType
 
 from ..errors import InputError, one_line
+from ..lazy import LazyView
 
 __all__ = ["check_config", "check_keypoints", "check_yaml", "warn_of_few_images"]
 
@@ -129,7 +130,18 @@ def check_config(cfg: CfgNode, opts: List[str]) -> None:
             f"INPUT.MIN_SIZE_TRAIN is {cfg.INPUT.MIN_SIZE_TRAIN}: use two sizes, the ends of the "
             "range that INPUT.MIN_SIZE_TRAIN_SAMPLING draws from"
         )
-    _check_device(cfg.MODEL.DEVICE, named="MODEL.DEVICE" in opts)
+    named = any(opt.split("=")[0] in ("MODEL.DEVICE", "train.device") for opt in map(str, opts))
+    _check_device(cfg.MODEL.DEVICE, named)
+    if not isinstance(cfg, LazyView):
+        _check_schedule(cfg)
+    if cfg.TEST.EVAL_PERIOD > cfg.SOLVER.MAX_ITER:
+        logger.warning(
+            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} is longer than the training of "
+            f"{cfg.SOLVER.MAX_ITER} iterations: it is evaluated at the end only"
+        )
+
+
+def _check_schedule(cfg: CfgNode) -> None:
     try:
         parameter = torch.nn.Parameter(torch.zeros(1))
         build_lr_scheduler(cfg, torch.optim.SGD([parameter], lr=cfg.SOLVER.BASE_LR))
@@ -138,11 +150,6 @@ def check_config(cfg: CfgNode, opts: List[str]) -> None:
             f"SOLVER.LR_SCHEDULER_NAME {cfg.SOLVER.LR_SCHEDULER_NAME!r} with SOLVER.STEPS "
             f"{cfg.SOLVER.STEPS} cannot be used: {one_line(e)}"
         ) from e
-    if cfg.TEST.EVAL_PERIOD > cfg.SOLVER.MAX_ITER:
-        logger.warning(
-            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} is longer than the training of "
-            f"{cfg.SOLVER.MAX_ITER} iterations: it is evaluated at the end only"
-        )
 
 
 def _check_device(device: str, named: bool) -> None:

@@ -18,6 +18,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ..errors import InputError, Interrupted
+from ..lazy import is_lazy_config, lazy_names
 
 __all__ = ["Process", "join_processes", "launch", "read_environment", "report_errors"]
 
@@ -125,7 +126,8 @@ def report_errors(main: Callable, *args: Any) -> None:
     try:
         main(*args)
     except InputError as e:
-        _say(f"error: {e}")
+        lazy = any(is_lazy_config(getattr(x, "config_file", "")) for x in args)
+        _say(f"error: {lazy_names(str(e)) if lazy else e}")
         sys.exit(2)
     except OSError as e:
         if e.errno not in _NOT_WRITABLE:

@@ -5,6 +5,7 @@ from detectron2.engine import DefaultPredictor
 
 from ..checkpoint import build_trained_model
 from ..data import build_augmentation
+from ..errors import InputError
 
 __all__ = ["LibraPredictor"]
 
@@ -30,5 +31,11 @@ class LibraPredictor(DefaultPredictor):
         self.model = build_trained_model(self.cfg)
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        (self.aug,) = build_augmentation(cfg, is_train=False)
+        augmentations = build_augmentation(cfg, is_train=False)
+        if len(augmentations) != 1:
+            raise InputError(
+                f"images are resized by a single augmentation, but the config has "
+                f"{len(augmentations)} for evaluation"
+            )
+        self.aug = augmentations[0]
         self.input_format = cfg.INPUT.FORMAT

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import torch
 import yaml
 
+from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_setup
@@ -23,9 +24,11 @@ from ..config import add_libra_config
 from ..data import check_interpolation, prepare_proposals, register_coco_json
 from ..errors import InputError, one_line
 from ..evaluation import check_evaluator_type, check_tta
+from ..lazy import LazyView, is_lazy_config
 from ..model_zoo import get_config_file
 from .arguments import SPLITS
 from .config_checks import check_config, check_keypoints, check_yaml, warn_of_few_images
+from .lazy_config import has_own_evaluator, read_lazy_config
 
 __all__ = [
     "check_datasets",
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_DETECTRON2_CONFIGS = os.path.join(os.path.realpath(detectron2_zoo.__path__[0]), "configs", "")
 
 
 @contextmanager
@@ -52,7 +57,8 @@ def _reading(source: str) -> Iterator[None]:
 def find_config(config_file: str) -> str:
     """
     Args:
-        config_file: a path, a URL, or a name for :func:`libra_d2.model_zoo.get_config_file`.
+        config_file: a path, a URL, or the name of a config of this model zoo or of Detectron2's,
+            see :func:`libra_d2.model_zoo.get_config_file`.
 
     Returns:
         the path or URL.
@@ -62,34 +68,35 @@ def find_config(config_file: str) -> str:
     """
     if not config_file or os.path.exists(config_file) or "://" in config_file:
         return config_file
-    try:
-        return get_config_file(config_file)
-    except RuntimeError as e:
-        raise InputError(str(e)) from e
+    for get in (get_config_file, detectron2_zoo.get_config_file):
+        try:
+            return get(config_file)
+        except RuntimeError:
+            pass
+    raise InputError(
+        f"{config_file!r} is neither a file nor a config of the Libra R-CNN model zoo, nor one of "
+        "Detectron2's"
+    )
 
 
 def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:
     """
-    Make the config of a file and of ``KEY VALUE`` pairs, on the CPU if there is no GPU.
+    Make the config of a file and of what the command line sets, on the CPU if there is no GPU.
 
     Args:
-        config_file: see :func:`find_config`.
-        opts: the pairs.
+        config_file: see :func:`find_config`. A LazyConfig gives a :class:`LazyView`.
+        opts: ``KEY VALUE`` pairs; ``key=value`` for a LazyConfig.
         output: whether to make sure that there is a directory OUTPUT_DIR.
 
     Raises:
         InputError: if there is no such file, or a key or value is unknown or of another type.
     """
-    cfg = get_cfg()
-    add_libra_config(cfg)
-    if config_file:
-        path = find_config(config_file)
+    path = find_config(config_file)
+    if is_lazy_config(path):
         with _reading(config_file):
-            if "://" not in path:
-                check_yaml(path)
-            cfg.merge_from_file(path, allow_unsafe=False)
-    with _reading("command line"):
-        cfg.merge_from_list(list(opts))
+            cfg = read_lazy_config(path, opts)
+    else:
+        cfg = _read_yaml_config(config_file, path, opts)
     check_config(cfg, opts)
     check_interpolation(cfg.MODEL.LIBRA.INPUT.INTERPOLATION)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -107,6 +114,21 @@ def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -
                 pass  # it can be written to
         except OSError as e:
             raise InputError(f"OUTPUT_DIR: {cfg.OUTPUT_DIR}: {one_line(e)}") from e
+    return cfg
+
+
+def _read_yaml_config(config_file: str, path: str, opts: Sequence[str]) -> CfgNode:
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    if path:
+        with _reading(config_file):
+            if "://" not in path:
+                check_yaml(path)
+            # Detectron2's own RetinaNets have an expression in their YAML.
+            is_detectron2s = os.path.realpath(path).startswith(_DETECTRON2_CONFIGS)
+            cfg.merge_from_file(path, allow_unsafe=is_detectron2s)
+    with _reading("command line"):
+        cfg.merge_from_list(list(opts))
     return cfg
 
 
@@ -246,16 +268,35 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
+class _LenientLoader(yaml.SafeLoader):
+    """Takes what a saved LazyConfig has of Python for lists and names, and executes nothing."""
+
+
+def _without_objects(loader: yaml.Loader, name: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return name
+
+
+_LenientLoader.add_multi_constructor("tag:yaml.org,2002:python/", _without_objects)
+
+
 def _report_changes(cfg: CfgNode) -> None:
     """Log each value in which ``cfg`` differs from the config that is resumed."""
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     if not os.path.isfile(path):
         return
     with _reading(path), open(path, encoding="utf-8") as f:
-        before = dict(_leaves(yaml.safe_load(f)))
+        before = dict(_leaves(yaml.load(f, Loader=_LenientLoader)))
     # Where outputs and weights are does not change a training.
-    ignored = ("OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION")
-    for key, value in _leaves(yaml.safe_load(cfg.dump())):
+    ignored = (
+        "OUTPUT_DIR",
+        "MODEL.WEIGHTS",
+        "VERSION",
+        "train.output_dir",
+        "train.init_checkpoint",
+    )
+    for key, value in _leaves(yaml.load(cfg.dump(), Loader=_LenientLoader)):
         if key not in ignored and before.get(key, value) != value:
             logger.warning(f"--resume: {key} is {value!r}, but was {before[key]!r} before")
 
@@ -264,7 +305,7 @@ def setup(args) -> CfgNode:
     """Make the config, check what can be checked before work starts, and set up logging."""
     cfg = read_config(args.config_file, args.opts)
     resuming = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    weights = cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS.split("?")[0]
     if not resuming:
         if args.eval_only and not weights:
             raise InputError("MODEL.WEIGHTS: name the weights to evaluate")
@@ -285,15 +326,17 @@ def setup(args) -> CfgNode:
         warn_of_few_images(cfg)
     if resuming:
         _report_changes(cfg)
-    for name in cfg.DATASETS.TEST:
-        check_evaluator_type(name)
+    if not (isinstance(cfg, LazyView) and has_own_evaluator(cfg)):
+        for name in cfg.DATASETS.TEST:
+            check_evaluator_type(name)
     prepare_proposal_files(cfg, needed)
     if not args.eval_only:
         check_batch_size(cfg)
     cfg.freeze()
     # It prints the file, too, and knows paths only.
     path = find_config(args.config_file)
-    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
+    config = cfg.current() if isinstance(cfg, LazyView) else cfg
+    default_setup(config, argparse.Namespace(**{**vars(args), "config_file": path}))
     if cfg.MODEL.DEVICE == "cpu":
         logger.warning("Running on the CPU, which is slow for anything but small images.")
     return cfg

@@ -27,10 +27,18 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from ..checkpoint import LibraCheckpointer, build_model
-from ..data import LibraDatasetMapper
+from ..data import build_mapper
 from ..errors import InputError
 from ..evaluation import PredictionPictures, add_test_time_augmentation, build_evaluator
+from ..lazy import LazyView
 from .hooks import CheckpointHook, StopOnSignal
+from .lazy_config import (
+    build_lazy_evaluator,
+    build_lazy_loader,
+    build_lazy_optimizer,
+    build_lazy_scheduler,
+    has_own_evaluator,
+)
 from .watched_loader import WatchedLoader
 
 __all__ = ["Trainer", "pictures_dir"]
@@ -47,7 +55,7 @@ class Trainer(DefaultTrainer):
     """
     Detectron2's trainer of a config, with the evaluators, the checkpointer and the errors of
     libra_d2. What it builds is overridden as in :class:`DefaultTrainer`, by its ``build_*``
-    methods. It also runs in several processes on CPUs.
+    methods. It also runs in several processes on CPUs, and takes views of LazyConfigs.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -56,7 +64,8 @@ class Trainer(DefaultTrainer):
         checkpointer of its own, so that the same parts are put together here.
 
         Args:
-            cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+            cfg: a config with the keys of :func:`libra_d2.add_libra_config`, or the
+                :func:`libra_d2.lazy.view` of a LazyConfig.
 
         Raises:
             InputError: if a value of the config cannot be used.
@@ -66,8 +75,12 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = WatchedLoader(self.build_train_loader(cfg))
-        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+        ddp = {"broadcast_buffers": False}
+        if isinstance(cfg, LazyView):
+            ddp.update(cfg.lazy.train.get("ddp", {}))
+        if cfg.MODEL.DEVICE == "cpu":
+            ddp["device_ids"] = None
+        model = create_ddp_model(model, **ddp)
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = step(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -96,8 +109,15 @@ class Trainer(DefaultTrainer):
             StopOnSignal(),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             hooks.EvalHook(0, self._evaluate_with_tta) if cfg.TEST.AUG.ENABLED else None,
-            hooks.PeriodicWriter(self.build_writers(), period=20) if is_main else None,
+            hooks.PeriodicWriter(self.build_writers(), period=self._log_period)
+            if is_main
+            else None,
         ]
+
+    @property
+    def _log_period(self) -> int:
+        lazy = isinstance(self.cfg, LazyView)
+        return self.cfg.lazy.train.get("log_period", 20) if lazy else 20
 
     def _build_precise_bn(self) -> Optional[HookBase]:
         """See :meth:`DefaultTrainer.build_hooks`."""
@@ -175,21 +195,42 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :meth:`DefaultTrainer.build_optimizer`."""
+        if isinstance(cfg, LazyView):
+            return build_lazy_optimizer(cfg, model)
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        """See :meth:`DefaultTrainer.build_lr_scheduler`."""
+        if isinstance(cfg, LazyView):
+            return build_lazy_scheduler(cfg, optimizer)
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """See :meth:`DefaultTrainer.build_train_loader`."""
-        return build_detection_train_loader(cfg, mapper=LibraDatasetMapper(cfg, is_train=True))
+        if isinstance(cfg, LazyView):
+            return build_lazy_loader(cfg)
+        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """See :meth:`DefaultTrainer.build_test_loader`."""
-        mapper = LibraDatasetMapper(cfg, is_train=False)
+        if isinstance(cfg, LazyView):
+            return build_lazy_loader(cfg, dataset_name=dataset_name)
+        mapper = build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See :func:`libra_d2.evaluation.build_evaluator`; draws pictures if the config says so."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluator = build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
+        if isinstance(cfg, LazyView) and has_own_evaluator(cfg):
+            evaluator = build_lazy_evaluator(cfg, dataset_name)
+        else:
+            evaluator = build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
         num_images = cfg.MODEL.LIBRA.NUM_PICTURES
         if num_images == 0:
             return evaluator

@@ -23,12 +23,13 @@ EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 def check_evaluator_type(dataset_name: str) -> str:
     """
-    Return the type of a registered dataset's evaluator, one of :data:`EVALUATOR_TYPES`.
+    Return the type of a registered dataset's evaluator, one of :data:`EVALUATOR_TYPES`: "coco" for
+    a dataset that does not name one, as those registered by a function of one's own.
 
     Raises:
         InputError: if there is no evaluator for the dataset's type.
     """
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "none")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if evaluator_type not in EVALUATOR_TYPES:
         raise InputError(
             f"dataset {dataset_name!r}: no evaluator for its type {evaluator_type!r}; "

@@ -9,6 +9,7 @@ Detectron2's models. What else mmdetection's recipe has is in ``reference_recipe
 
 from .backbone import (
     add_balanced_feature_pyramid,
+    build_balanced_backbone,
     build_libra_backbone,
     build_libra_resnet_fpn_backbone,
 )
@@ -24,7 +25,13 @@ from .reference_recipe import (
     train_norm_affine,
 )
 from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
-from .roi_heads import BalancedSamplingMixin, LibraCascadeROIHeads, LibraROIHeads
+from .roi_heads import (
+    BalancedSamplingMixin,
+    LibraCascadeROIHeads,
+    LibraRes5ROIHeads,
+    LibraROIHeads,
+)
+from .timm_backbone import TimmBackbone
 
 __all__ = [
     "PROPOSAL_SAMPLER_REGISTRY",
@@ -38,13 +45,16 @@ __all__ = [
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",
+    "LibraRes5ROIHeads",
     "LibraRetinaNet",
     "LinearLastLevelP6P7",
     "LowQualityMatcher",
     "NonLocalBlock",
     "SamplingResult",
+    "TimmBackbone",
     "add_balanced_feature_pyramid",
     "balanced_l1_loss",
+    "build_balanced_backbone",
     "build_libra_backbone",
     "build_libra_resnet_fpn_backbone",
     "build_libra_retinanet_resnet_fpn_backbone",

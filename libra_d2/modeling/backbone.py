@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectron2 backbones with a balanced feature pyramid."""
 
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.utils.registry import locate
 
+from ..errors import ArgumentError
 from .balanced_feature_pyramid import BalancedFeaturePyramid
 from .reference_recipe.batch_norm import train_norm_affine
 
 __all__ = [
     "add_balanced_feature_pyramid",
+    "build_balanced_backbone",
     "build_libra_backbone",
     "build_libra_resnet_fpn_backbone",
 ]
@@ -27,8 +30,11 @@ def _balance_outputs(
     return dict(zip(output.keys(), balanced))
 
 
+_P4_STRIDE = 16
+
+
 def add_balanced_feature_pyramid(
-    backbone: Backbone, *, refine_level: int = 2, refine_type: str = "non_local"
+    backbone: Backbone, *, refine_level: Optional[int] = None, refine_type: str = "non_local"
 ) -> Backbone:
     """
     Let ``backbone`` return balanced features. It is modified in place.
@@ -41,34 +47,84 @@ def add_balanced_feature_pyramid(
     Args:
         backbone: returns a dict of features from high to low resolution, such as
             :class:`detectron2.modeling.FPN`, with the same number of channels at each level.
-        refine_level, refine_type: see :class:`BalancedFeaturePyramid`.
+        refine_level: see :class:`BalancedFeaturePyramid`. None for P4, the level whose stride is
+            16, which the paper refines at.
+        refine_type: see :class:`BalancedFeaturePyramid`.
 
     Returns:
         ``backbone``.
 
     Raises:
-        ValueError: if the levels differ in their number of channels, the backbone is balanced
-            already, or an argument is out of range.
+        ArgumentError: a ValueError, if the levels differ in their number of channels, the backbone
+            is balanced already, or an argument is out of range.
     """
+    key = "The backbone (MODEL.BACKBONE.NAME, MODEL.LIBRA.BFP.BASE_BACKBONE)"
+    name = type(backbone).__name__
     if isinstance(getattr(backbone, "bfp", None), BalancedFeaturePyramid):
-        raise ValueError(
-            f"{type(backbone).__name__} has a balanced feature pyramid already; a second one would "
-            "change its features once more"
+        rule = (
+            "it has a balanced feature pyramid already; a second one would change its features "
+            "once more"
         )
-    channels = {name: shape.channels for name, shape in backbone.output_shape().items()}
+        raise ArgumentError("backbone", name, rule, key)
+    shapes = backbone.output_shape()
+    channels = {name: shape.channels for name, shape in shapes.items()}
     if len(set(channels.values())) != 1:
-        raise ValueError(
-            "A balanced feature pyramid averages the levels of a pyramid, but the features of "
-            f"{type(backbone).__name__} differ in their number of channels: {channels}"
+        rule = (
+            "use a pyramid. What is averaged must have as many channels at each level, but its "
+            f"features differ in their number of channels: {channels}"
         )
-    backbone.bfp = BalancedFeaturePyramid(
-        next(iter(channels.values())),
-        num_levels=len(channels),
-        refine_level=refine_level,
-        refine_type=refine_type,
-    )
+        raise ArgumentError("backbone", name, rule, key)
+    if refine_level is None:
+        strides = [shape.stride for shape in shapes.values()]
+        if _P4_STRIDE not in strides:
+            rule = f"no level has a stride of {_P4_STRIDE}, but {strides}: name one by its index"
+            raise ArgumentError("refine_level", None, rule, "MODEL.LIBRA.BFP.REFINE_LEVEL")
+        refine_level = strides.index(_P4_STRIDE)
+    # The rest of a model has the same initial weights with it as without: runs can be compared pair
+    # by pair.
+    with torch.random.fork_rng(devices=[]):
+        backbone.bfp = BalancedFeaturePyramid(
+            next(iter(channels.values())),
+            num_levels=len(channels),
+            refine_level=refine_level,
+            refine_type=refine_type,
+        )
     backbone.register_forward_hook(_balance_outputs)
     return backbone
+
+
+def build_balanced_backbone(
+    *,
+    plain_backbone: str,
+    balanced: bool = True,
+    refine_level: Optional[int] = None,
+    refine_type: str = "non_local",
+    train_affine: bool = False,
+    **kwargs,
+) -> Backbone:
+    """
+    Build a backbone and balance it: a ``_target_`` for LazyConfigs, which takes the place of the
+    plain backbone's, so that its arguments, and what refers to them, stay where they are.
+
+    Args:
+        plain_backbone: name of a class or function that returns a backbone, such as
+            "detectron2.modeling.backbone.fpn.FPN".
+        balanced: whether it gets a balanced feature pyramid.
+        refine_level, refine_type: see :func:`add_balanced_feature_pyramid`.
+        train_affine: whether to :func:`train_norm_affine`.
+        kwargs: arguments of ``plain_backbone``.
+
+    Raises:
+        ArgumentError: a ValueError, see :func:`add_balanced_feature_pyramid`.
+    """
+    backbone = locate(plain_backbone)(**kwargs)
+    if train_affine:
+        backbone = train_norm_affine(backbone)
+    if not balanced:
+        return backbone
+    return add_balanced_feature_pyramid(
+        backbone, refine_level=refine_level, refine_type=refine_type
+    )
 
 
 def configure_backbone(cfg, backbone: Backbone) -> Backbone:
@@ -117,7 +173,7 @@ def build_libra_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
 
     Raises:
         KeyError: if there is no backbone of that name.
-        ValueError: see :func:`add_balanced_feature_pyramid`.
+        ArgumentError: a ValueError, see :func:`add_balanced_feature_pyramid`.
     """
     base = BACKBONE_REGISTRY.get(cfg.MODEL.LIBRA.BFP.BASE_BACKBONE)(cfg, input_shape)
     return configure_backbone(cfg, base)

@@ -12,7 +12,7 @@ Naming and shape shorthand in this module:
     max_iou: for each proposal, its highest IoU with any ground truth; 0 if there is none
 """
 
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -196,6 +196,7 @@ class BalancedSampler(nn.Module):
         num_instances: int,
         num_samples: int,
         positive_fraction: float,
+        objectness: Optional[torch.Tensor] = None,
     ) -> SamplingResult:
         """
         Args:
@@ -207,6 +208,8 @@ class BalancedSampler(nn.Module):
             num_samples: number of proposals to draw.
             positive_fraction: at most ``int(num_samples * positive_fraction)`` of the drawn ones
                 are positives.
+            objectness: (R,), logits of the RPN, 23 for added ground truth. Not used here: it is for
+                samplers that look for hard proposals.
 
         Returns:
             the proposals drawn, ``num_samples`` unless there are too few negatives. The host waits

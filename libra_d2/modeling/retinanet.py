@@ -4,7 +4,7 @@
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from fvcore.nn import sigmoid_focal_loss_jit
+from fvcore.nn import sigmoid_focal_loss
 from torch.nn import functional as F
 
 from detectron2.config import configurable
@@ -144,7 +144,8 @@ class LibraRetinaNet(RetinaNet):
         valid = nonzero_tuple(labels >= 0)
         logits = cat(pred_logits, dim=1)[valid]
         classes = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1]  # no background
-        loss_cls = sigmoid_focal_loss_jit(
+        # Not the compiled one, which rounds its first calls in another way than those after them.
+        loss_cls = sigmoid_focal_loss(
             logits,
             classes.to(logits.dtype),
             alpha=self.focal_loss_alpha,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ROI heads with balanced sampling and balanced L1 box loss."""
 
+import math
 from typing import Dict, List, Tuple
 
 import numpy as np
@@ -11,14 +12,22 @@ from torch.nn import functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
 from .balanced_sampling import SamplingResult, build_proposal_sampler
 from .fast_rcnn import LibraFastRCNNOutputLayers
 
-__all__ = ["BalancedSamplingMixin", "LibraCascadeROIHeads", "LibraROIHeads"]
+__all__ = [
+    "BalancedSamplingMixin",
+    "LibraCascadeROIHeads",
+    "LibraROIHeads",
+    "LibraRes5ROIHeads",
+]
+
+# Detectron2's logit of ground truth that is added to the proposals, whose probability is nearly 1.
+_GROUND_TRUTH_OBJECTNESS = math.log((1 - 1e-10) / 1e-10)
 
 
 class _IoURecorder:
@@ -32,12 +41,6 @@ class _IoURecorder:
     def __init__(self, matcher):
         self.matcher = matcher
         self._max_iou = None
-
-    def __getattr__(self, name: str):
-        """Thresholds, labels and the like are the matcher's."""
-        if name == "matcher":  # it is being copied, and has none yet
-            raise AttributeError(name)
-        return getattr(self.matcher, name)
 
     def __call__(self, match_quality_matrix: torch.Tensor):
         """Args: match_quality_matrix: (M, R) IoUs. Returns: what the matcher returns."""
@@ -81,8 +84,8 @@ class BalancedSamplingMixin:
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
-        self.proposal_matcher = _IoURecorder(self.proposal_matcher)
         self._sampled: List[SamplingResult] = []  # of the images of the batch
+        self._objectness: List[torch.Tensor] = []  # of their proposals
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -99,6 +102,8 @@ class BalancedSamplingMixin:
         positives first, and their classes, ``num_classes`` being the background.
         """
         max_iou = self.proposal_matcher.pop_max_iou()
+        objectness = self._objectness[len(self._sampled)]
+        num_added = len(max_iou) - len(objectness)
         sampled = self.proposal_sampler(
             matched_labels,
             max_iou,
@@ -106,6 +111,7 @@ class BalancedSamplingMixin:
             len(gt_classes),
             self.batch_size_per_image,
             self.positive_fraction,
+            objectness=F.pad(objectness, (0, num_added), value=_GROUND_TRUTH_OBJECTNESS),
         )
         self._sampled.append(sampled)
         classes = gt_classes[matched_idxs[sampled.positives]]
@@ -118,7 +124,13 @@ class BalancedSamplingMixin:
     ) -> List[Instances]:
         """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
         self._sampled.clear()
-        sampled = super().label_and_sample_proposals(proposals, targets)
+        self._objectness = [x.objectness_logits for x in proposals]
+        matcher = self.proposal_matcher
+        self.proposal_matcher = _IoURecorder(matcher)
+        try:
+            sampled = super().label_and_sample_proposals(proposals, targets)
+        finally:
+            self.proposal_matcher = matcher
         self._put_statistics()
         return sampled
 
@@ -183,3 +195,18 @@ class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
             for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
         ]
         return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class LibraRes5ROIHeads(BalancedSamplingMixin, Res5ROIHeads):
+    """
+    :class:`Res5ROIHeads`, those of C4 models, with the sample level and objective level balance of
+    Libra R-CNN. C4 models have no pyramid to balance.
+    """
+
+    @classmethod
+    def from_config(cls, cfg, input_shape) -> Dict:
+        ret = super().from_config(cfg, input_shape)
+        parent = ret["box_predictor"]
+        shape = ShapeSpec(channels=parent.cls_score.in_features, height=1, width=1)
+        return {**ret, "box_predictor": _with_weights_of(parent, cfg, shape)}

@@ -1,0 +1,13 @@
+# The Libra Faster R-CNN of COCO-Detection with a mask head. It is not in the paper and has not been
+# trained on COCO.
+from detectron2 import model_zoo
+
+from libra_d2.lazy import balance
+
+from ..common.coco_1x import dataloader, lr_multiplier, optimizer, torchvision_input, train
+
+model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+torchvision_input(model)
+balance(model, reference=True)
+dataloader.train.mapper.use_instance_mask = True
+train.init_checkpoint = "libra://ImageNetPretrained/torchvision/R-50"

@@ -1,0 +1,16 @@
+# The Libra Faster R-CNN of COCO-Detection with three box heads at IoUs of 0.5, 0.6 and 0.7:
+# balanced L1 loss in each of them, balanced sampling in the first. It is trained on 2000 proposals,
+# as Detectron2's Cascade R-CNN is. It is not in the paper and has not been trained on COCO.
+from detectron2 import model_zoo
+
+from libra_d2.lazy import balance
+
+from ..common.coco_1x import dataloader, lr_multiplier, optimizer, torchvision_input, train
+
+model = model_zoo.get_config("common/models/cascade_rcnn.py").model
+for _name in ("mask_in_features", "mask_pooler", "mask_head"):
+    model.roi_heads.pop(_name)
+model.proposal_generator.post_nms_topk = (2000, 1000)
+torchvision_input(model)
+balance(model, reference=True)
+train.init_checkpoint = "libra://ImageNetPretrained/torchvision/R-50"

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageNet weights of ConvNeXt, as its authors published them, under the names of timm."""
+
+import re
+from typing import Any, Dict
+
+import torch
+
+__all__ = ["from_convnext", "is_convnext"]
+
+# In their order: what the names of github.com/facebookresearch/ConvNeXt are in timm's convnext.py.
+_NAMES = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.pwconv([12])\.", r".mlp.fc\1."),
+)
+
+
+def is_convnext(state: Dict[str, Any]) -> bool:
+    """Whether these are weights under the names that ConvNeXt's authors gave them."""
+    return "downsample_layers.0.0.weight" in state
+
+
+def from_convnext(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return the weights of the network without its classifier, under timm's names."""
+    converted = {}
+    for key, value in state.items():
+        if key.startswith(("norm.", "head.")):
+            continue
+        for pattern, name in _NAMES:
+            key = re.sub(pattern, name, key)
+        converted[key] = value
+    return converted

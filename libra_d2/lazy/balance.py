@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The ideas of Libra R-CNN in the LazyConfig of any R-CNN or RetinaNet.
+
+Classes are exchanged where they are named, by ``_target_``. All keys stay where they are, so that
+overrides keep their meaning, and so do values that refer to others, as
+``${..backbone.out_channels}`` does.
+"""
+
+from typing import Any, Dict, Iterator, List, Tuple, Type
+
+from omegaconf import DictConfig, OmegaConf
+
+from detectron2.config import LazyCall as L
+from detectron2.modeling import ResNet, RetinaNet, StandardROIHeads
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
+from detectron2.utils.registry import _convert_target_to_string, locate
+
+from ..errors import InputError
+from ..modeling import (
+    BalancedL1Loss,
+    BalancedSampler,
+    BalancedSamplingMixin,
+    LibraCascadeROIHeads,
+    LibraFastRCNNOutputLayers,
+    LibraRes5ROIHeads,
+    LibraRetinaNet,
+    LibraROIHeads,
+    LibraRPN,
+    LinearLastLevelP6P7,
+    LowQualityMatcher,
+    build_balanced_backbone,
+)
+
+__all__ = ["balance", "turn_off"]
+
+_ROI_HEADS = {
+    StandardROIHeads: LibraROIHeads,
+    CascadeROIHeads: LibraCascadeROIHeads,
+    Res5ROIHeads: LibraRes5ROIHeads,
+}
+_RETINANET_BETA = 0.11  # mmdetection's libra_retinanet_r50_fpn_1x
+_RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min_pos_iou
+
+
+def _target(node: Any) -> Any:
+    """What a part of a LazyConfig is made with, a class or function; None if it is no part."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return locate(target) if isinstance(target, str) else target
+
+
+def _is(node: Any, *classes: Type) -> bool:
+    target = _target(node)
+    return isinstance(target, type) and issubclass(target, classes)
+
+
+def _name(node: Any) -> str:
+    return getattr(_target(node), "__qualname__", repr(node))
+
+
+def _exchange(node: DictConfig, exchange: Dict[Type, Type], what: str, instead: str) -> bool:
+    """
+    Give ``node`` the class that takes the place of its own.
+
+    Returns:
+        whether it was exchanged; False if it has such a class already.
+
+    Raises:
+        InputError: if nothing takes the place of its class.
+    """
+    if _target(node) in exchange:
+        node._target_ = exchange[_target(node)]
+        return True
+    if _is(node, *exchange.values()):
+        return False
+    known = ", ".join(x.__name__ for x in exchange)
+    raise InputError(f"{what}._target_ is {_name(node)}, and balance() knows {known}: {instead}")
+
+
+def balance(
+    model: DictConfig,
+    *,
+    sampling: bool = True,
+    feature_pyramid: bool = True,
+    balanced_l1: bool = True,
+    reference: bool = False,
+) -> DictConfig:
+    """
+    Make the LazyConfig of a detector that of Libra R-CNN, in place. A second call changes nothing.
+
+    Args:
+        model: of a GeneralizedRCNN (Faster, Mask, Keypoint and Cascade R-CNN), a PanopticFPN or a
+            RetinaNet, such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
+        sampling: whether proposals are drawn by a :class:`BalancedSampler`, whose bins span the
+            IoUs of the matcher's negatives. A RetinaNet draws none.
+        feature_pyramid: whether the backbone gets a balanced feature pyramid, which is refined at
+            P4, the level with a stride of 16.
+        balanced_l1: whether boxes have balanced L1 loss.
+        reference: whether the model is also trained as mmdetection's: its form of the ideas, its
+            RPN, matching, normalizers and batch norm (:mod:`libra_d2.modeling.reference_recipe`).
+            The paper's form and Detectron2's training otherwise.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: if a part of the model is of a class that nothing takes the place of.
+    """
+    if not isinstance(model, DictConfig) or "backbone" not in model:
+        hint = "; pass its .model" if isinstance(model, DictConfig) and "model" in model else ""
+        raise InputError(f"balance() takes the LazyConfig of a detector, with a backbone{hint}")
+    is_retinanet = _is(model, RetinaNet)
+    if not is_retinanet and model.get("roi_heads") is None and (sampling or balanced_l1):
+        raise InputError(
+            f"balance(): a {_name(model)} has neither the ROI heads of an R-CNN nor the losses of "
+            "a RetinaNet: use sampling=False, balanced_l1=False for the feature pyramid alone"
+        )
+    _balance_backbone(model.backbone, feature_pyramid, reference)
+    if reference and _is(model.get("proposal_generator"), RPN):
+        _train_rpn_as_reference(model.proposal_generator)
+    if is_retinanet:
+        _balance_retinanet(model, balanced_l1, reference)
+        return model
+    if sampling:
+        _balance_sampling(model.roi_heads, reference)
+    if balanced_l1:
+        _balance_box_loss(model.roi_heads, reference)
+    return model
+
+
+def _balance_backbone(backbone: DictConfig, feature_pyramid: bool, reference: bool) -> None:
+    if _target(backbone) is not build_balanced_backbone:
+        is_resnet = _is(backbone.get("bottom_up"), ResNet)
+        train_affine = reference and is_resnet and "FrozenBN" in str(backbone.bottom_up)
+        if not (feature_pyramid or train_affine):
+            return
+        backbone.plain_backbone = _convert_target_to_string(_target(backbone))
+        backbone._target_ = build_balanced_backbone
+        backbone.balanced = feature_pyramid
+        if train_affine:
+            backbone.train_affine = True
+    elif feature_pyramid:
+        backbone.setdefault("balanced", True)
+    if reference and _target(backbone.get("top_block")) is LastLevelP6P7:
+        backbone.top_block._target_ = LinearLastLevelP6P7
+
+
+def _match_as_reference(node: DictConfig, min_iou: float) -> None:
+    if _target(node.get("anchor_matcher")) is Matcher:
+        node.anchor_matcher._target_ = LowQualityMatcher
+        node.anchor_matcher.pop("allow_low_quality_matches", None)
+        node.anchor_matcher.min_iou = min_iou
+
+
+def _train_rpn_as_reference(rpn: DictConfig) -> None:
+    instead = "derive it from LibraRPN, or leave out the reference's recipe"
+    _exchange(rpn, {RPN: LibraRPN}, "proposal_generator", instead)
+    _match_as_reference(rpn, _RPN_LOW_QUALITY_IOU)
+
+
+def _loss(reference: bool, **kwargs) -> DictConfig:
+    return L(BalancedL1Loss)(form="reference" if reference else "scaled", **kwargs)
+
+
+def _balance_retinanet(model: DictConfig, balanced_l1: bool, reference: bool) -> None:
+    if not (balanced_l1 or reference):
+        return
+    instead = "derive it from LibraRetinaNet, or use balanced_l1=False"
+    if _exchange(model, {RetinaNet: LibraRetinaNet}, "model", instead):
+        if not reference:  # what Detectron2's RetinaNet does
+            model.update(normalizer="moving_average", clip_boxes=False, padding_anchors=True)
+        if balanced_l1:
+            model.update(box_reg_loss_type="balanced_l1")
+            model.balanced_l1 = _loss(reference, beta=_RETINANET_BETA)
+    elif balanced_l1:
+        model.setdefault("box_reg_loss_type", "balanced_l1")
+    if reference:
+        _match_as_reference(model, _RETINANET_LOW_QUALITY_IOU)
+
+
+def _balance_sampling(heads: DictConfig, reference: bool) -> None:
+    instead = "derive it from BalancedSamplingMixin and from that class, or use sampling=False"
+    if not _is(heads, BalancedSamplingMixin):
+        _exchange(heads, _ROI_HEADS, "roi_heads", instead)
+    if "proposal_sampler" in heads:
+        return
+    matcher = "proposal_matchers[0]" if "proposal_matchers" in heads else "proposal_matcher"
+    if OmegaConf.select(heads, f"{matcher}.thresholds") is None:
+        raise InputError(
+            f"roi_heads.{matcher} has no thresholds, whose first is the upper end of the sampler's "
+            "bins: set roi_heads.proposal_sampler, or use sampling=False"
+        )
+    heads.proposal_sampler = L(BalancedSampler)(
+        mode="reference" if reference else "paper",
+        negative_iou_thresh=f"${{..{matcher}.thresholds[0]}}",
+    )
+
+
+def _box_predictors(heads: DictConfig) -> Iterator[Tuple[str, DictConfig]]:
+    """The box predictors of ROI heads, with their keys."""
+    if "box_predictors" in heads:
+        for i, predictor in enumerate(heads.box_predictors):
+            yield f"box_predictors.{i}", predictor
+    elif "box_predictor" in heads:
+        yield "box_predictor", heads.box_predictor
+
+
+def _balance_box_loss(heads: DictConfig, reference: bool) -> None:
+    instead = "derive it from LibraFastRCNNOutputLayers, or use balanced_l1=False"
+    exchange = {FastRCNNOutputLayers: LibraFastRCNNOutputLayers}
+    for key, predictor in _box_predictors(heads):
+        if _exchange(predictor, exchange, f"roi_heads.{key}", instead):
+            predictor.box_reg_loss_type = "balanced_l1"
+            predictor.balanced_l1 = _loss(reference)
+        else:
+            predictor.setdefault("box_reg_loss_type", "balanced_l1")
+
+
+def turn_off(model: DictConfig, *ideas: str) -> List[str]:
+    """
+    Args:
+        model: a LazyConfig that is called ``model``, balanced.
+        ideas: of "sampling", "feature_pyramid" and "balanced_l1".
+
+    Returns:
+        overrides for ``LazyConfig.apply_overrides`` that turn them off, as far as they are on.
+    """
+    overrides = []
+    heads = model.get("roi_heads")
+    if "feature_pyramid" in ideas and _target(model.backbone) is build_balanced_backbone:
+        overrides.append("model.backbone.balanced=False")
+    if "sampling" in ideas and heads is not None and "proposal_sampler" in heads:
+        sampler = "model.roi_heads.proposal_sampler"
+        overrides += [f"{sampler}.negatives=random", f"{sampler}.positives=random"]
+    if "balanced_l1" in ideas:
+        keys = ["model"] if _is(model, LibraRetinaNet) else []
+        if heads is not None:
+            keys += [f"model.roi_heads.{key}" for key, _ in _box_predictors(heads)]
+        overrides += [f"{key}.box_reg_loss_type=smooth_l1" for key in keys]
+    return overrides

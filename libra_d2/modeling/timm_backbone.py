@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Dict, Sequence
+
+import torch
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+
+from ..errors import ArgumentError
+
+__all__ = ["TimmBackbone"]
+
+
+class TimmBackbone(Backbone):
+    """
+    A network of the package timm (``pip install timm``) as the bottom-up network of a pyramid.
+    Its weights are those of timm under timm's names, without their classifier; a checkpoint with
+    them loads with ``?matching_heuristics=True`` behind its name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        in_chans: int = 3,
+        **kwargs,
+    ):
+        """
+        Args:
+            name: of timm's, such as "convnext_tiny". Its features come at several strides.
+            out_features: the levels to return, "res2" to "res5" for strides of 4 to 32.
+            in_chans: channels of the image.
+            kwargs: other arguments of the network, such as ``drop_path_rate``.
+
+        Raises:
+            ArgumentError: a ValueError, if timm is missing or has no such network, or it lacks one
+                of the levels.
+        """
+        super().__init__()
+        try:
+            import timm
+        except ImportError as e:
+            rule = "the package timm is missing; `pip install timm`"
+            raise ArgumentError("name", name, rule) from e
+        if name not in timm.list_models():
+            similar = timm.list_models(f"*{name[:5]}*")[:5]
+            raise ArgumentError("name", name, f"use a model of timm, such as {similar}")
+        # "getter" keeps the names that timm's weights are published with.
+        self.net = timm.create_model(
+            name, features_only=True, feature_cls="getter", in_chans=in_chans, **kwargs
+        )
+        info = self.net.feature_info
+        # Names as Detectron2's ResNets have them.
+        strides = {f"res{stride.bit_length() - 1}": stride for stride in info.reduction()}
+        missing = [level for level in out_features if level not in strides]
+        if missing:
+            raise ArgumentError("out_features", missing, f"{name} has the levels {list(strides)}")
+        self._out_features = list(out_features)
+        self._out_feature_strides = strides
+        self._out_feature_channels: Dict[str, int] = dict(zip(strides, info.channels()))
+        self._size_divisibility = max(strides.values())
+
+    @property
+    def size_divisibility(self) -> int:
+        """See :class:`Backbone`: levels have half the size of the one before."""
+        return self._size_divisibility
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            x: (N, in_chans, H, W).
+
+        Returns:
+            for each of ``out_features`` (N, C, H / stride, W / stride).
+        """
+        features = dict(zip(self._out_feature_strides, self.net(x)))
+        return {name: features[name] for name in self._out_features}
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        """See :class:`Backbone`."""
+        return {
+            name: ShapeSpec(
+                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
+            )
+            for name in self._out_features
+        }
