@@ -48,6 +48,7 @@ setup(
     extras_require={
         # As mmdetection resizes images, for published weights; and for Detectron2's visualizer.
         "opencv": ["opencv-python-headless"],
+        "timm": ["timm"],  # TimmBackbone; ViTDet and Swin of Detectron2's main branch
         "evaluation": ["faster-coco-eval"],  # where Detectron2's compiled evaluator is missing
     },
 )

@@ -239,5 +239,5 @@ def test_onnx(tmp_path):
 def test_twice():
     """A second pyramid would balance what is balanced, in silence."""
     backbone = build_backbone(demo_cfg())
-    with pytest.raises(ValueError, match="FPN has a balanced feature pyramid already"):
+    with pytest.raises(ValueError, match="'FPN': it has a balanced feature pyramid already"):
         add_balanced_feature_pyramid(backbone)

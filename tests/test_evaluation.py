@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import demo_cfg
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -20,6 +21,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.data import register_coco_json
+from libra_d2.engine import Trainer
 from libra_d2.errors import InputError
 from libra_d2.evaluation import (
     LibraCOCOEvaluator,
@@ -288,6 +290,21 @@ def test_voc(tmp_path):
         thing_classes=["a"],
     )
     assert isinstance(build_evaluator("test_voc", ""), PascalVOCDetectionEvaluator)
+
+
+def test_registered_by_a_function(dataset, tmp_path):
+    """A dataset with classes and nothing else, as in Detectron2's tutorial."""
+    records = DatasetCatalog.get(dataset)
+    name = "test_registered_by_a_function"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=MetadataCatalog.get(dataset).thing_classes)
+    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=2, DATALOADER__NUM_WORKERS=0)
+    cfg.MODEL.LIBRA.NUM_PICTURES = 0
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    trainer = Trainer(cfg)
+    trainer.train()
+    assert "AP" in trainer.results["bbox"]
+    assert (tmp_path / f"inference/{name}_coco_format.json").exists()
 
 
 def test_unknown():

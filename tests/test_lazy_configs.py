@@ -105,6 +105,7 @@ def test_same_model(pair):
         for part in model.modules():
             if hasattr(part, "test_score_thresh"):
                 part.test_score_thresh = 0.0
+                part.test_topk_per_image = part.max_detections_per_image = 20
         with torch.no_grad():
             found = model(copy.deepcopy(inputs))[0]["instances"].get_fields()
         found = {name: getattr(value, "tensor", value) for name, value in found.items()}

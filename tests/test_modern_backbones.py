@@ -68,6 +68,10 @@ def test_training(name, synthetic, tmp_path):
             *("train.init_checkpoint=''", "train.device=cpu", "train.seed=1"),
             *("dataloader.train.num_workers=0", "dataloader.test.num_workers=0"),
             *("dataloader.train.total_batch_size=2", "optimizer.lr=1e-4"),
+            *(
+                f"model.roi_heads.box_predictor.test_{x}"
+                for x in ("score_thresh=0", "topk_per_image=5")
+            ),
             *(["dataloader.train.mapper.instance_mask_format=bitmask"] if masks else []),
             *smaller_images(name),
         ]

@@ -1,6 +1,6 @@
 # Mask R-CNN on Swin-T, balanced, with the recipe of
-# github.com/SwinTransformer/Swin-Transformer-Object-Detection. It needs Detectron2's main branch and
-# timm. It has not been trained on COCO.
+# github.com/SwinTransformer/Swin-Transformer-Object-Detection. It needs Detectron2's main branch
+# and timm. It has not been trained on COCO.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.modeling import SwinTransformer

@@ -1,5 +1,5 @@
-# libra_mask_rcnn_R_18_FPN.yaml on a RegNetX of the smallest published size (200 million FLOPs for an
-# ImageNet image), from random weights, as LazyConfig.
+# libra_mask_rcnn_R_18_FPN.yaml as LazyConfig, on a RegNetX of the smallest published size (200
+# million FLOPs for an ImageNet image), from random weights.
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from detectron2 import model_zoo

@@ -238,6 +238,10 @@ def turn_off(model: DictConfig, *ideas: str) -> List[str]:
     if "balanced_l1" in ideas:
         keys = ["model"] if _is(model, LibraRetinaNet) else []
         if heads is not None:
-            keys += [f"model.roi_heads.{key}" for key, _ in _box_predictors(heads)]
+            keys += [
+                f"model.roi_heads.{key}"
+                for key, predictor in _box_predictors(heads)
+                if _is(predictor, LibraFastRCNNOutputLayers)
+            ]
         overrides += [f"{key}.box_reg_loss_type=smooth_l1" for key in keys]
     return overrides

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Libra R-CNN composes with, as docs/own_project.md lists it."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import ROOT, demo_cfg, random_inputs
+from test_lazy import inputs_for
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from detectron2.modeling import build_backbone
+from detectron2.utils.events import EventStorage
+
+from libra_d2.checkpoint import build_model
+from libra_d2.errors import InputError
+
+
+def test_page_names_tests_that_exist():
+    page = (ROOT / "docs/own_project.md").read_text()
+    table = page.split("## What composes")[1].split("##")[0]
+    file = None
+    found = re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", table)
+    assert len(found) > 10
+    for name, test in found:
+        file = name or file
+        assert f"def {test}" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
+@pytest.mark.parametrize("name", ["panoptic", "keypoint"])
+def test_yaml(name):
+    """LibraROIHeads with a segmentation head beside them, and with a keypoint head."""
+    overrides = {
+        "panoptic": {
+            "MODEL__META_ARCHITECTURE": "PanopticFPN",
+            "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32,
+        },
+        "keypoint": {"MODEL__KEYPOINT_ON": True},
+    }
+    model = build_model(demo_cfg(**overrides[name]))
+    inputs = inputs_for(name)
+    with EventStorage() as storage:
+        losses = model(inputs)
+        sum(losses.values()).backward()
+        assert "roi_head/num_bg_iou_bin_2" in storage.latest()
+    assert ("loss_keypoint" in losses) == (name == "keypoint")
+    assert ("loss_sem_seg" in losses) == (name == "panoptic")
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_rotated():
+    """The balanced pyramid under rotated boxes."""
+    overrides = {
+        "MODEL__ROI_HEADS__NAME": "RROIHeads",
+        "MODEL__PROPOSAL_GENERATOR__NAME": "RRPN",
+        "MODEL__ANCHOR_GENERATOR__NAME": "RotatedAnchorGenerator",
+        "MODEL__ANCHOR_GENERATOR__ANGLES": [[-45, 0, 45]],
+        "MODEL__RPN__BBOX_REG_WEIGHTS": (1, 1, 1, 1, 1),
+        "MODEL__ROI_BOX_HEAD__BBOX_REG_WEIGHTS": (10, 10, 5, 5, 1),
+        "MODEL__ROI_BOX_HEAD__POOLER_TYPE": "ROIAlignRotated",
+        "MODEL__ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE": "smooth_l1",
+        "MODEL__ROI_BOX_HEAD__SMOOTH_L1_BETA": 1.0,
+    }
+    assert hasattr(build_model(demo_cfg(**overrides)).backbone, "bfp")
+    overrides["MODEL__ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE"] = "balanced_l1"
+    with pytest.raises(InputError, match="RotatedFastRCNNOutputLayers knows"):
+        build_model(demo_cfg(**overrides))
+
+
+def test_gradient_checkpointing():
+    """The backbone, recomputed in the backward pass, has the same gradients."""
+    backbone = build_backbone(demo_cfg()).double()
+    torch.nn.init.normal_(backbone.bfp.refine.conv_out.weight, std=0.1)
+    image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    gradients = []
+    for recompute in (False, True):
+        one = copy.deepcopy(backbone).eval()
+        features = checkpoint(one, image, use_reentrant=False) if recompute else one(image)
+        sum(x.square().sum() for x in features.values()).backward()
+        gradients.append([p.grad for p in one.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("config", ["faster_rcnn", "cascade_rcnn", "retinanet"])
+def test_copies(config):
+    """Deep copies, and weights that are averaged over steps, during a training."""
+    cfg = demo_cfg(ROOT / f"configs/Demo/libra_{config}_R_18_FPN.yaml")
+    cfg.MODEL.RETINANET.NUM_CLASSES = 4
+    model = build_model(cfg)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with EventStorage():
+        sum(model(random_inputs(3, 2)).values()).backward()
+    optimizer.step()
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)  # with a decay of 0 it is the model
+    copied = copy.deepcopy(model)
+    image = [{"image": random_inputs(1)[0]["image"]}]
+    with torch.no_grad():
+        expected = model.eval()(image)[0]["instances"]
+        for other in (copied, averaged.module):
+            # Batch norm's statistics are not averaged.
+            for mine, its in zip(other.buffers(), model.buffers()):
+                mine.copy_(its)
+            found = other.eval()(image)[0]["instances"]
+            torch.testing.assert_close(found.scores, expected.scores)
+            torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
