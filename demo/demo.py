@@ -23,7 +23,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
@@ -116,14 +115,18 @@ def find_weights(name: str) -> str:
     Raises:
         InputError: if there are none.
     """
-    for zoo in (model_zoo, detectron2_zoo):
-        try:
-            return zoo.get_checkpoint_url(name)
-        except RuntimeError:
-            pass
-    raise InputError(
-        f"--config-file: {name} has no published weights; name some with MODEL.WEIGHTS"
-    )
+    try:
+        return model_zoo.get_checkpoint_url(name)
+    except RuntimeError:
+        pass
+    from detectron2 import model_zoo as detectron2_zoo  # it needs setuptools
+
+    try:
+        return detectron2_zoo.get_checkpoint_url(name)
+    except RuntimeError as e:
+        raise InputError(
+            f"--config-file: {name} has no published weights; name some with MODEL.WEIGHTS"
+        ) from e
 
 
 def setup(

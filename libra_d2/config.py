@@ -108,6 +108,20 @@ def add_libra_config(cfg: CN) -> None:
 
     # Training
     cfg.MODEL.LIBRA.TRAINER = CN()
+    # Number of parts that each batch of SOLVER.IMS_PER_BATCH images is computed in, one after the
+    # other, to need less memory. 1 or more; it must divide the images of each process. Gradients
+    # are those of the whole batch; iterations count batches.
+    cfg.MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS = 1
+    # Decay of an exponential moving average of the weights, in (0, 1), such as 0.9998. It is
+    # evaluated as "<task>_EMA" and written to model_final_ema.pth. 0 for none.
+    cfg.MODEL.LIBRA.TRAINER.EMA_DECAY = 0.0
+    # Metric, such as "bbox/AP", whose best model is kept as model_best.pth. "" for none.
+    cfg.MODEL.LIBRA.TRAINER.BEST_METRIC = ""
+    # Number of evaluations without a new maximum of BEST_METRIC ("bbox/AP" if that is not set)
+    # after which the training ends. 0 for none.
+    cfg.MODEL.LIBRA.TRAINER.PATIENCE = 0
+    # Whether each evaluation also computes the losses of the validation images, as "validation/*".
+    cfg.MODEL.LIBRA.TRAINER.VALIDATION_LOSS = False
     # How many of the checkpoints that are written each SOLVER.CHECKPOINT_PERIOD are kept, the last
     # ones. 0 for all. model_final.pth does not count.
     cfg.MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS = 0

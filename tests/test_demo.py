@@ -133,7 +133,7 @@ def test_name_of_the_model_zoo(suffix, tmp_path, monkeypatch):
     args = build_argument_parser().parse_args(["--config-file", name, "--webcam"])
     cfg = setup(args, args.config_file, [])
     assert cfg.MODEL.META_ARCHITECTURE == "LibraRetinaNet"
-    assert cfg.MODEL.WEIGHTS == "libra://COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml"
+    assert cfg.MODEL.WEIGHTS == "libra://COCO-Detection/libra_retinanet_R_50_FPN_1x"
     cfg = setup(args, args.config_file, ["MODEL.WEIGHTS", "own.pth"])
     assert cfg.MODEL.WEIGHTS == "own.pth"
     assert not list(tmp_path.iterdir())

@@ -141,9 +141,9 @@ import torch
 from detectron2.utils import comm
 import os
 from libra_d2.engine import join_processes, read_environment
-from libra_d2.modeling.reference_recipe.normalizer import mean_over_processes
+from libra_d2.modeling.reference_recipe.normalizer import mean_over_batch
 join_processes(read_environment(os.environ))
-mean = mean_over_processes(torch.tensor(comm.get_rank()))
+mean = mean_over_batch(torch.tensor(comm.get_rank()))
 print(comm.get_rank(), comm.get_local_rank(), comm.get_local_size(), mean.item())
 """
 

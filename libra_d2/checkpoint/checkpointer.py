@@ -53,17 +53,21 @@ class LibraCheckpointer(DetectionCheckpointer):
     ones with a warning.
     """
 
-    def __init__(self, model, save_dir: str = "", *, complete: bool = False, **kwargs):
+    def __init__(
+        self, model, save_dir: str = "", *, complete: bool = False, tag: bool = True, **kwargs
+    ):
         """
         Args:
             model, save_dir, kwargs: as for :class:`DetectionCheckpointer`.
             complete: whether a checkpoint must hold all weights except those of the balanced
                 feature pyramid: True for evaluation, False to start training from a backbone or
                 from a model with other classes.
+            tag: whether a checkpoint that is written is the one to resume from.
         """
         super().__init__(model, save_dir, **kwargs)
         self.path_manager = _WholeFiles(self.path_manager)
         self.complete = complete
+        self.tag = tag
         self._resuming = False
         self._path = ""
         self._heuristics = False
@@ -90,6 +94,11 @@ class LibraCheckpointer(DetectionCheckpointer):
             raise InputError(
                 f"{path}: cannot be written: {one_line(e)}. Is the disk full? {self.advice()}"
             ) from e
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """See :meth:`DetectionCheckpointer.tag_last_checkpoint`."""
+        if self.tag:
+            super().tag_last_checkpoint(last_filename_basename)
 
     def advice(self) -> str:
         """What is left when a training stops."""

@@ -87,6 +87,13 @@ _RULES: List[Tuple[str, Callable[[Any], bool], str]] = [
     ("MODEL.ROI_BOX_HEAD.NORM", *_NORM),
     ("MODEL.ROI_MASK_HEAD.NORM", *_NORM),
     ("MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS", *_NOT_NEGATIVE),
+    ("MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS", *_POSITIVE),
+    ("MODEL.LIBRA.TRAINER.PATIENCE", *_NOT_NEGATIVE),
+    (
+        "MODEL.LIBRA.TRAINER.EMA_DECAY",
+        lambda v: 0 <= v < 1,
+        "use a value in (0, 1), such as 0.9998, or 0 for none",
+    ),
     ("MODEL.LIBRA.NUM_PICTURES", *_NOT_NEGATIVE),
 ]
 
@@ -134,10 +141,38 @@ def check_config(cfg: CfgNode, opts: List[str]) -> None:
     _check_device(cfg.MODEL.DEVICE, named)
     if not isinstance(cfg, LazyView):
         _check_schedule(cfg)
+    trainer = cfg.MODEL.LIBRA.TRAINER
+    for key, wanted in (
+        ("BEST_METRIC", bool(trainer.BEST_METRIC)),
+        ("PATIENCE", trainer.PATIENCE > 0),
+    ):
+        if wanted and not cfg.TEST.EVAL_PERIOD > 0:
+            raise InputError(
+                f"MODEL.LIBRA.TRAINER.{key} needs evaluations: set TEST.EVAL_PERIOD to the number "
+                "of iterations between them"
+            )
+    if trainer.ACCUMULATION_STEPS > 1 and cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet"):
+        _check_normalizer(cfg)
     if cfg.TEST.EVAL_PERIOD > cfg.SOLVER.MAX_ITER:
         logger.warning(
             f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} is longer than the training of "
             f"{cfg.SOLVER.MAX_ITER} iterations: it is evaluated at the end only"
+        )
+
+
+def _check_normalizer(cfg: CfgNode) -> None:
+    """Raise InputError for one that is a moving average over steps, of which parts make one."""
+    if isinstance(cfg, LazyView):
+        normalizer = cfg.lazy.model.get("normalizer", "moving_average")
+        key = "model.normalizer"
+    else:
+        is_libra = cfg.MODEL.META_ARCHITECTURE == "LibraRetinaNet"
+        normalizer = cfg.MODEL.LIBRA.RETINANET.NORMALIZER if is_libra else "moving_average"
+        key = "MODEL.LIBRA.RETINANET.NORMALIZER"
+    if normalizer != "batch":
+        raise InputError(
+            f"{key} is {normalizer!r}: MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS needs the 'batch' of "
+            "a LibraRetinaNet"
         )
 
 

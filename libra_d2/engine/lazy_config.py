@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading of LazyConfigs, and what a training is made of according to them."""
 
-from typing import Any, List, Sequence
+from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
 
 from ..data import build_mapper
+from ..data.resumable_loader import ResumableLoader
 from ..errors import InputError, one_line
 from ..lazy import LazyView, view
 
 __all__ = [
     "build_lazy_evaluator",
-    "build_lazy_loader",
     "build_lazy_optimizer",
     "build_lazy_scheduler",
+    "build_lazy_test_loader",
+    "build_lazy_train_loader",
     "has_own_evaluator",
     "read_lazy_config",
 ]
@@ -96,20 +99,44 @@ def build_lazy_scheduler(cfg: LazyView, optimizer: torch.optim.Optimizer) -> LRM
     return LRMultiplier(optimizer, multiplier=multiplier, max_iter=cfg.SOLVER.MAX_ITER)
 
 
-def build_lazy_loader(cfg: LazyView, *, dataset_name: str = "") -> Any:
-    """
-    The config's ``dataloader.train``, or its ``dataloader.test`` for the dataset that is named. In
-    place of Detectron2's ``DatasetMapper`` is one that says which image cannot be used.
-    """
-    loader = _part(cfg, "dataloader.test" if dataset_name else "dataloader.train")
-    if dataset_name:
-        loader.dataset.names = dataset_name
-    mapper = build_mapper(cfg, is_train=not dataset_name)
-    loader.mapper = None  # it is made already
-    arguments = {name: instantiate(value) for name, value in loader.items() if name != "mapper"}
+def _loader_arguments(cfg: LazyView, name: str) -> Dict[str, Any]:
+    """The arguments of a data loader, except for its mapper, and what it is made by."""
+    loader = _part(cfg, name)
+    arguments = {key: instantiate(value) for key, value in loader.items() if key != "mapper"}
     target = arguments.pop("_target_")
-    target = locate(target) if isinstance(target, str) else target
-    return target(**arguments, mapper=mapper)
+    return {**arguments, "_target_": locate(target) if isinstance(target, str) else target}
+
+
+def build_lazy_train_loader(cfg: LazyView, seed: int) -> Iterable:
+    """
+    The config's ``dataloader.train``. If it is Detectron2's, it can be resumed.
+
+    Args:
+        cfg: see :func:`read_lazy_config`.
+        seed: of the order and the augmentation of the images.
+    """
+    mapper = build_mapper(cfg, is_train=True)
+    name = "dataloader.train"
+    arguments = _loader_arguments(cfg, name)
+    target = arguments.pop("_target_")
+    if target is not build_detection_train_loader:
+        return target(**arguments, mapper=mapper)
+
+    def make_arguments() -> Dict[str, Any]:
+        made = _loader_arguments(cfg, name)
+        del made["_target_"]
+        return {**made, "mapper": mapper}
+
+    return ResumableLoader(make_arguments, seed=seed)
+
+
+def build_lazy_test_loader(cfg: LazyView, dataset_name: str) -> Iterable:
+    """The config's ``dataloader.test`` for a dataset."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = (dataset_name,)
+    arguments = _loader_arguments(cfg, "dataloader.test")
+    return arguments.pop("_target_")(**arguments, mapper=build_mapper(cfg, is_train=False))
 
 
 def _evaluators(cfg: LazyView) -> List[DictConfig]:

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import torch
 import yaml
 
-from detectron2 import model_zoo as detectron2_zoo
+import detectron2
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_setup
@@ -40,7 +40,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_DETECTRON2_CONFIGS = os.path.join(os.path.realpath(detectron2_zoo.__path__[0]), "configs", "")
+# Where detectron2.model_zoo finds them, which cannot be imported without setuptools.
+_DETECTRON2_CONFIGS = os.path.join(
+    os.path.realpath(detectron2.__path__[0]), "model_zoo", "configs", ""
+)
 
 
 @contextmanager
@@ -68,15 +71,13 @@ def find_config(config_file: str) -> str:
     """
     if not config_file or os.path.exists(config_file) or "://" in config_file:
         return config_file
-    for get in (get_config_file, detectron2_zoo.get_config_file):
-        try:
-            return get(config_file)
-        except RuntimeError:
-            pass
-    raise InputError(
-        f"{config_file!r} is neither a file nor a config of the Libra R-CNN model zoo, nor one of "
-        "Detectron2's"
-    )
+    try:
+        return get_config_file(config_file)
+    except RuntimeError as e:
+        path = os.path.join(_DETECTRON2_CONFIGS, config_file)
+        if os.path.isfile(path):
+            return path
+        raise InputError(f"{e}, nor one of Detectron2's") from e
 
 
 def read_config(config_file: str, opts: Sequence[str], *, output: bool = True) -> CfgNode:
@@ -252,6 +253,12 @@ def check_batch_size(cfg: CfgNode) -> None:
             "share: use a multiple, and change SOLVER.BASE_LR in proportion. With "
             "SOLVER.REFERENCE_WORLD_SIZE, the number of processes that the config was made for, "
             "both are scaled"
+        )
+    parts = cfg.MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS
+    if scaled.IMS_PER_BATCH // world_size % parts != 0:
+        raise InputError(
+            f"MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS is {parts}, which does not divide the "
+            f"{scaled.IMS_PER_BATCH // world_size} images of each process"
         )
     logger.info(
         f"Training with {scaled.IMS_PER_BATCH} images in each iteration, "

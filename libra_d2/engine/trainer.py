@@ -6,6 +6,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
@@ -13,7 +14,11 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -27,17 +32,36 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from ..checkpoint import LibraCheckpointer, build_model
-from ..data import build_mapper
+from ..data import build_augmentation, build_mapper
+from ..data.random_state import get_random_state, keep_random_state, set_random_state
+from ..data.resumable_loader import ResumableLoader
 from ..errors import InputError
 from ..evaluation import PredictionPictures, add_test_time_augmentation, build_evaluator
+from ..evaluation.validation_loss import validation_losses
 from ..lazy import LazyView
-from .hooks import CheckpointHook, StopOnSignal
+from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
+from .hooks import (
+    AverageWeights,
+    BestModel,
+    CheckpointHook,
+    EarlyStopping,
+    StopOnSignal,
+    TrainingEnded,
+)
 from .lazy_config import (
     build_lazy_evaluator,
-    build_lazy_loader,
     build_lazy_optimizer,
     build_lazy_scheduler,
+    build_lazy_test_loader,
+    build_lazy_train_loader,
     has_own_evaluator,
+)
+from .run_state import (
+    get_histories,
+    get_normalizers,
+    remove_later_metrics,
+    set_histories,
+    set_normalizers,
 )
 from .watched_loader import WatchedLoader
 
@@ -75,44 +99,72 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = WatchedLoader(self.build_train_loader(cfg))
+        trainer = cfg.MODEL.LIBRA.TRAINER
+        #: the model with averaged weights, if any
+        self.average: Optional[AverageWeights] = None
+        if trainer.EMA_DECAY > 0:
+            self.average = AverageWeights(model, trainer.EMA_DECAY)
         ddp = {"broadcast_buffers": False}
         if isinstance(cfg, LazyView):
             ddp.update(cfg.lazy.train.get("ddp", {}))
         if cfg.MODEL.DEVICE == "cpu":
             ddp["device_ids"] = None
         model = create_ddp_model(model, **ddp)
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(model, data_loader, optimizer)
+        amp = cfg.SOLVER.AMP.ENABLED
+        if trainer.ACCUMULATION_STEPS > 1:
+            step = AMPAccumulationTrainer if amp else AccumulationTrainer
+            self._trainer = step(model, data_loader, optimizer)
+            self._trainer.num_parts = trainer.ACCUMULATION_STEPS
+        else:
+            step = AMPTrainer if amp else SimpleTrainer
+            self._trainer = step(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = LibraCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._losses: Dict[str, torch.Tensor] = {}
         model.register_forward_hook(self._see_losses)
+        self._states: List[Dict[str, Any]] = []  # of all processes, see collect_states()
+        self._resumed: Dict[str, Any] = {}
+        self._evaluated = -1  # iteration of the last evaluation
+        self._stop = StopOnSignal()
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> List[Optional[HookBase]]:
-        """Build the hooks of :class:`DefaultTrainer`, and those of this package between them."""
+        """
+        Build the hooks of :class:`DefaultTrainer`, and those of this package between them. What a
+        resumed training must know of comes in front of the checkpoint.
+        """
         cfg, is_main = self.cfg, comm.is_main_process()
+        trainer, period = cfg.MODEL.LIBRA.TRAINER, cfg.TEST.EVAL_PERIOD
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._build_precise_bn(),
-            CheckpointHook(
-                self.checkpointer,
-                cfg.SOLVER.CHECKPOINT_PERIOD,
-                max_to_keep=cfg.MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS or None,
-            )
-            if is_main
-            else None,
-            # Behind what a checkpoint must know of, before what may take long.
-            StopOnSignal(),
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            self.average,
+            hooks.EvalHook(period, self._evaluate),
             hooks.EvalHook(0, self._evaluate_with_tta) if cfg.TEST.AUG.ENABLED else None,
+            self._build_best_model() if is_main and trainer.BEST_METRIC else None,
+            EarlyStopping(period, trainer.BEST_METRIC or "bbox/AP", trainer.PATIENCE)
+            if trainer.PATIENCE > 0
+            else None,
             hooks.PeriodicWriter(self.build_writers(), period=self._log_period)
             if is_main
             else None,
+            CheckpointHook(
+                self.checkpointer,
+                cfg.SOLVER.CHECKPOINT_PERIOD,
+                max_to_keep=trainer.MAX_CHECKPOINTS or None,
+            ),
+            self._stop,
         ]
+
+    def _build_best_model(self) -> HookBase:
+        metric = self.cfg.MODEL.LIBRA.TRAINER.BEST_METRIC
+        averaged = metric.split("/")[-2].endswith("_EMA") if "/" in metric else False
+        model = self.average.model if averaged and self.average else self.model
+        checkpointer = LibraCheckpointer(model, self.cfg.OUTPUT_DIR, tag=False)
+        return BestModel(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
 
     @property
     def _log_period(self) -> int:
@@ -137,23 +189,165 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})  # the parent's name
 
     def _evaluate(self) -> Mapping[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        """Evaluate, and if that fails save what was trained before."""
+        if self._evaluated == self.iter or (self._stop.received and self.iter >= self.max_iter):
+            return self.results
+        self.collect_states()
+        try:
+            with self._stop, keep_random_state():
+                self._last_eval_results = self._test()
+        except Exception:
+            if self.iter < self.max_iter:
+                self.save_state()
+            raise
+        self._evaluated = self.iter
         return self._last_eval_results
 
+    def _test(self) -> Mapping[str, Any]:
+        results = self.test(self.cfg, self.model)
+        if self.average is not None:
+            averaged = self.test(self.cfg, self.average.model)
+            results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
+        if self.cfg.MODEL.LIBRA.TRAINER.VALIDATION_LOSS:
+            losses: Dict[str, float] = {}
+            for name in self.cfg.DATASETS.TEST:
+                found = validation_losses(
+                    getattr(self.model, "module", self.model),
+                    self.build_validation_loader(self.cfg, name),
+                )
+                several = len(self.cfg.DATASETS.TEST) > 1
+                losses.update({f"{name}/{k}" if several else k: v for k, v in found.items()})
+            for name, value in losses.items():
+                self.storage.put_scalar(f"validation/{name}", value, smoothing_hint=False)
+        return results
+
     def _evaluate_with_tta(self) -> Mapping[str, Any]:
-        results = self.test_with_TTA(self.cfg, self.model)
+        with keep_random_state():
+            results = self.test_with_TTA(self.cfg, self.model)
         self._last_eval_results = {**self.results, **results}
         return results
 
+    def train(self) -> Mapping[str, Any]:
+        """
+        See :meth:`DefaultTrainer.train`.
+
+        Returns:
+            the last results.
+        """
+        stopping = [h for h in self._hooks if isinstance(h, EarlyStopping)]
+        if any(hook.is_over for hook in stopping):
+            logger.info("This training has ended early")
+            self.start_iter = self.max_iter
+        try:
+            super().train()
+        except TrainingEnded as e:
+            logger.info(f"The training ends early: {e}")
+        return self.results
+
+    def end_early(self, reason: str) -> None:
+        """Make this iteration the last one. Args: reason: to log."""
+        self.max_iter = self.iter + 1
+        self._end_reason = reason
+
+    def after_step(self) -> None:
+        """
+        See :meth:`TrainerBase.after_step`.
+
+        Raises:
+            TrainingEnded: if a hook has called :meth:`end_early`.
+        """
+        super().after_step()
+        if self._end_reason:
+            raise TrainingEnded(self._end_reason)
+
+    _end_reason = ""
+
+    def after_train(self) -> None:
+        """See :meth:`TrainerBase.after_train`; ends the data loading workers."""
+        self._trainer.data_loader.close()
+        super().after_train()
+        if self.average is not None and self.iter >= self.max_iter:
+            checkpointer = LibraCheckpointer(self.average.model, self.cfg.OUTPUT_DIR, tag=False)
+            checkpointer.save("model_final_ema")
+
+    def before_train(self) -> None:
+        """See :meth:`TrainerBase.before_train`; goes on where a resumed training has stopped."""
+        super().before_train()
+        if self.average is not None and self.start_iter == 0:
+            # Weights were loaded since it was made.
+            model = getattr(self.model, "module", self.model)
+            self.average.model.load_state_dict(model.state_dict())
+        if comm.is_main_process() and self.start_iter > 0:
+            path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
+            remove_later_metrics(path, self.start_iter)
+        resumed, self._resumed = self._resumed, {}
+        if not resumed:
+            return
+        set_histories(self.storage, resumed["histories"])
+        set_normalizers(getattr(self.model, "module", self.model), resumed["normalizers"])
+        states = resumed["processes"]
+        if len(states) != comm.get_world_size():
+            logger.warning(
+                f"--resume: {len(states)} processes before, {comm.get_world_size()} now: the order "
+                "of the images and the random numbers start anew"
+            )
+            return
+        state = states[comm.get_rank()]
+        loader = self._trainer.data_loader.loader
+        if isinstance(loader, ResumableLoader) and state["loader"] is not None:
+            loader.load_state_dict(state["loader"])
+        else:
+            logger.warning(
+                f"--resume: a {type(loader).__name__} cannot go on where it was: the order of the "
+                "images starts anew"
+            )
+        set_random_state(state["random"])
+
+    def collect_states(self) -> None:
+        """
+        Take the states of all processes that they do not share, for :meth:`state_dict`. All of them
+        call this behind the same iteration.
+        """
+        loader = self._trainer.data_loader.loader
+        resumable = isinstance(loader, ResumableLoader)
+        state = {
+            "random": get_random_state(),
+            "loader": loader.state_dict() if resumable else None,
+        }
+        self._states = comm.gather(state)
+
+    def save_state(self) -> None:
+        """Write a checkpoint to resume behind this iteration from."""
+        if comm.get_world_size() == 1:
+            self.collect_states()
+        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
     def state_dict(self) -> Dict[str, Any]:
-        """See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer."""
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        """
+        See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer. Beyond
+        that it has what makes a resumed training the same, see :meth:`collect_states`.
+        """
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            "processes": self._states,
+            "normalizers": get_normalizers(getattr(self.model, "module", self.model)),
+            "histories": get_histories(self.storage) if hasattr(self, "storage") else {},
+        }
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint lacks the optimizer's state: its momentum starts at 0")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
+        if "processes" in state_dict:
+            names = ("processes", "normalizers", "histories")
+            self._resumed = {name: state_dict[name] for name in names}
+        else:
+            logger.warning(
+                "The checkpoint is one of an earlier version: the order of the images and the "
+                "random numbers start anew"
+            )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
@@ -211,15 +405,31 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         """See :meth:`DefaultTrainer.build_train_loader`."""
+        seed = comm.shared_random_seed()
         if isinstance(cfg, LazyView):
-            return build_lazy_loader(cfg)
-        return build_detection_train_loader(cfg, mapper=build_mapper(cfg, is_train=True))
+            return build_lazy_train_loader(cfg, seed)
+        mapper = build_mapper(cfg, is_train=True)
+        # What the function with the same arguments would be given.
+        make_arguments = partial(build_detection_train_loader.from_config, cfg, mapper=mapper)
+        return ResumableLoader(make_arguments, seed=seed)
+
+    @classmethod
+    def build_validation_loader(cls, cfg: CfgNode, dataset_name: str):
+        """The images of a dataset as in evaluation, with their annotations, for losses."""
+        files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
+        records = get_detection_dataset_dicts(
+            dataset_name, proposal_files=[files[dataset_name]] if files else None
+        )
+        mapper = build_mapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
+        return build_detection_test_loader(
+            records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """See :meth:`DefaultTrainer.build_test_loader`."""
         if isinstance(cfg, LazyView):
-            return build_lazy_loader(cfg, dataset_name=dataset_name)
+            return build_lazy_test_loader(cfg, dataset_name)
         mapper = build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 

@@ -5,17 +5,27 @@ __all__ = ["WatchedLoader"]
 
 
 class WatchedLoader:
-    """A data loader that remembers what it gave last."""
+    """A data loader that remembers what it gave last, and can be closed."""
 
     def __init__(self, loader: Iterable[List[Dict[str, Any]]]):
         """Args: loader: gives batches of a model's inputs."""
         self.loader = loader
         self.last_batch: List[Dict[str, Any]] = []
+        self._iterators: List[Iterator[List[Dict[str, Any]]]] = []
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+        self._iterators.append(self._watch())
+        return self._iterators[-1]
+
+    def _watch(self) -> Iterator[List[Dict[str, Any]]]:
         for batch in self.loader:
             self.last_batch = batch
             yield batch
+
+    def close(self) -> None:
+        """End the data loading workers."""
+        while self._iterators:
+            self._iterators.pop().close()
 
     @property
     def last_files(self) -> List[str]:

@@ -68,6 +68,13 @@ _PLACES: Dict[str, Tuple[str, ...]] = {
         for name in ("ALPHA", "BETA", "GAMMA", "FORM")
     },
     "MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS": ("train.checkpointer.max_to_keep",),
+    **{
+        f"MODEL.LIBRA.TRAINER.{name}": (f"train.{name.lower()}",)
+        for name in (
+            *("ACCUMULATION_STEPS", "EMA_DECAY", "BEST_METRIC", "PATIENCE"),
+            "VALIDATION_LOSS",
+        )
+    },
 }
 # Kept in every head of a detector, and written into each place; others into those that are there.
 _NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")

@@ -11,6 +11,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat, nonzero_tuple
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, RetinaNet
 from detectron2.modeling.backbone.fpn import build_retinanet_resnet_fpn_backbone
+from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 
@@ -18,7 +19,7 @@ from ..errors import check_choice
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
 from .reference_recipe.matcher import build_anchor_matcher
-from .reference_recipe.normalizer import mean_over_processes
+from .reference_recipe.normalizer import mean_over_batch
 from .reference_recipe.p6p7 import LinearLastLevelP6P7
 from .reference_recipe.padding import label_without_padding
 
@@ -130,12 +131,14 @@ class LibraRetinaNet(RetinaNet):
         pred_anchor_deltas: List[torch.Tensor],
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
-        """See :meth:`RetinaNet.losses`, which knows its own box losses only."""
+        """
+        See :meth:`RetinaNet.losses`, which knows its own box losses only, and computes the focal
+        loss with a compiled function that rounds its first calls in another way than those after
+        them: a training that was resumed would not be the same one.
+        """
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
-        self._batch_normalizer = mean_over_processes(foreground.sum(dim=1).clamp(min=1).sum())
-        if self.box_reg_loss_type != "balanced_l1":
-            return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        self._batch_normalizer = mean_over_batch(foreground.sum(dim=1).clamp(min=1).sum())
         chosen = nonzero_tuple(foreground)  # one host synchronization for all that is indexed
         num_foreground = len(chosen[0])
         get_event_storage().put_scalar("num_pos_anchors", num_foreground / len(labels))
@@ -144,7 +147,6 @@ class LibraRetinaNet(RetinaNet):
         valid = nonzero_tuple(labels >= 0)
         logits = cat(pred_logits, dim=1)[valid]
         classes = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1]  # no background
-        # Not the compiled one, which rounds its first calls in another way than those after them.
         loss_cls = sigmoid_focal_loss(
             logits,
             classes.to(logits.dtype),
@@ -152,12 +154,25 @@ class LibraRetinaNet(RetinaNet):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
-        loss_box_reg = self.balanced_l1(
-            cat(pred_anchor_deltas, dim=1)[chosen],
-            self.box2box_transform.get_deltas(anchor_boxes[chosen], torch.stack(gt_boxes)[chosen]),
-            reduction="sum",
-        )
+        if self.box_reg_loss_type == "balanced_l1":
+            anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
+            loss_box_reg = self.balanced_l1(
+                cat(pred_anchor_deltas, dim=1)[chosen],
+                self.box2box_transform.get_deltas(
+                    anchor_boxes[chosen], torch.stack(gt_boxes)[chosen]
+                ),
+                reduction="sum",
+            )
+        else:
+            loss_box_reg = _dense_box_regression_loss(
+                anchors,
+                self.box2box_transform,
+                pred_anchor_deltas,
+                gt_boxes,
+                foreground,
+                box_reg_loss_type=self.box_reg_loss_type,
+                smooth_l1_beta=self.smooth_l1_beta,
+            )
         return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9):

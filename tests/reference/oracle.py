@@ -14,13 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, calibrate_norms, load_cfg, reference_config
-from fvcore.nn import sigmoid_focal_loss
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.checkpoint import to_mmdetection
-from libra_d2.modeling import retinanet
 
 FLOAT32 = torch.float32
 SYSTEMS = {
@@ -40,7 +38,7 @@ SPREADS = {
     "theta": 0.7,
     "phi": 0.7,
     "objectness_logits": 1.0,
-    "anchor_deltas": 0.3,
+    "anchor_deltas": 0.2,  # larger ones meet a limit that only one of the frameworks has
     "cls_score": 1.3,
     "bbox_pred": 0.5,
 }
@@ -106,8 +104,6 @@ def double_precision():
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        # Compiled, it would not see that.
-        patch.setattr(retinanet, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
         torch.set_default_dtype(torch.float64)
         try:
             yield

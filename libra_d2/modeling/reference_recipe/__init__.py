@@ -7,7 +7,7 @@ a config key that turns it off.
 
 from .batch_norm import AffineBatchNorm2d, train_norm_affine
 from .matcher import LowQualityMatcher, build_anchor_matcher
-from .normalizer import mean_over_processes
+from .normalizer import mean_over_batch
 from .p6p7 import LinearLastLevelP6P7
 from .padding import label_without_padding
 from .rpn import LibraRPN
@@ -19,6 +19,6 @@ __all__ = [
     "LowQualityMatcher",
     "build_anchor_matcher",
     "label_without_padding",
-    "mean_over_processes",
+    "mean_over_batch",
     "train_norm_affine",
 ]

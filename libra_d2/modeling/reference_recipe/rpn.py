@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 from ...errors import check_choice
 from .matcher import build_anchor_matcher
-from .normalizer import mean_over_processes
+from .normalizer import mean_over_batch
 from .padding import label_without_padding
 
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
@@ -121,5 +121,5 @@ class LibraRPN(RPN):
             return losses
         labels = torch.stack(gt_labels)
         num_sampled = sum((labels == x).sum(dim=1).clamp(min=1).sum() for x in (0, 1))
-        scale = self.batch_size_per_image * len(gt_labels) / mean_over_processes(num_sampled)
+        scale = self.batch_size_per_image * len(gt_labels) / mean_over_batch(num_sampled)
         return {name: loss * scale for name, loss in losses.items()}
