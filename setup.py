@@ -42,6 +42,7 @@ setup(
         "numpy",
         "Pillow",
         "pycocotools",
+        "scipy",
         "tabulate",
         "tqdm",
     ],

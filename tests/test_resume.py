@@ -4,7 +4,6 @@
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -25,19 +24,23 @@ from libra_d2.evaluation import read_metrics
 STEPS = 40
 
 
-def start(synthetic, out, *extra, **kwargs):
+def start(synthetic, out, *extra, processes=1, **kwargs):
     """Start or resume a training of 40 steps with a checkpoint every 5."""
-    command = [sys.executable, "-W", "ignore", ROOT / "train_net.py", "--resume", "--config-file"]
-    command += [DEMO_CONFIG, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [sys.executable, "-W", "ignore", *(several if processes > 1 else [])]
+    config, extra = [DEMO_CONFIG], [*extra]
+    if extra[:1] == ["--config-file"]:
+        config, extra = extra[1:2], extra[2:]
+    command += [ROOT / "train_net.py", "--resume", "--config-file"]
+    command += [*config, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
     command += ["SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 20]
     command += ["MODEL.LIBRA.NUM_PICTURES", 0, *extra]
     return subprocess.Popen(
         [str(x) for x in command],
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **kwargs,
+        **{"stdout": subprocess.PIPE, **kwargs},
     )
 
 
@@ -120,42 +123,90 @@ def test_killed(synthetic, tmp_path):
     check(tmp_path / "out", began)
 
 
-def test_sigterm(synthetic, tmp_path):
-    """The iteration is finished and saved, and the next run goes on behind it."""
+@pytest.mark.parametrize(
+    ("number", "num_processes"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)],
+)
+def test_signals(synthetic, tmp_path, number, num_processes):
+    """
+    Sent to all processes, data loading workers included, as schedulers and terminals do it: the
+    iteration is finished and saved, the next run goes on behind it, and nobody is left.
+    """
     out = tmp_path / "out"
-    process = start(synthetic, out, "SOLVER.CHECKPOINT_PERIOD", 1000)
+    args = ["SOLVER.CHECKPOINT_PERIOD", 1000, "DATALOADER.NUM_WORKERS", 2, "SOLVER.MAX_ITER", 2000]
+    args += ["TEST.EVAL_PERIOD", 0]
+    process = start(synthetic, out, *args, processes=num_processes, start_new_session=True)
     log = out / "log.txt"
     wait_for(lambda: log.exists() and "iter: 19" in log.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 143, output
+    os.killpg(process.pid, number)
+    output = process.communicate(timeout=90)[0]
     saved = last_iteration(out)
-    assert 19 <= saved < STEPS
-    assert f"SIGTERM: stopped after iteration {saved}; --resume continues" in output
+    assert saved >= 19, output
+    name = signal.Signals(number).name
+    assert f"{name}: stopped after iteration {saved}; --resume continues" in output
+    if num_processes == 1:
+        assert process.returncode == 128 + number, output
+        assert "Traceback" not in output
     state = torch.load(out / f"model_{saved:07d}.pth", weights_only=False)["trainer"]
     assert state["iteration"] == saved
-    scheduler = state["hooks"]["LRScheduler"]
-    assert scheduler["last_epoch"] == saved + 1  # the schedule has seen this iteration
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_interrupted(synthetic, tmp_path, num_workers):
-    """Ctrl-C, which a terminal sends to the data loading workers, too: one line, nobody is left."""
-    out = tmp_path / "out"
-    args = ["SOLVER.CHECKPOINT_PERIOD", 5, "DATALOADER.NUM_WORKERS", num_workers]
-    process = start(synthetic, out, *args, "SOLVER.MAX_ITER", 1000, start_new_session=True)
-    wait_for(lambda: last_iteration(out) >= 4, process)
-    time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
-    line = output.splitlines()[-1]
-    assert re.fullmatch(
-        r"interrupted\. The last checkpoint is .*: --resume continues from it", line
-    )
+    assert state["hooks"]["LRScheduler"]["last_epoch"] == saved + 1  # it has seen this iteration
+    assert len(state["processes"]) == num_processes
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_signal_during_evaluation(synthetic, tmp_path):
+    """What was trained before it is saved at once; the next run goes on behind it."""
+    out = tmp_path / "out"
+    args = ["SOLVER.CHECKPOINT_PERIOD", 1000, "TEST.EVAL_PERIOD", 3, "SOLVER.MAX_ITER", 9]
+    process = start(synthetic, out, *args)
+    log = out / "log.txt"
+    wait_for(lambda: log.exists() and "Start inference" in log.read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert last_iteration(out) in (2, 3), output
+
+
+def final(out):
+    """Weights at the end, and metrics without times."""
+    weights = torch.load(out / "model_final.pth")["model"]
+    lines = read_metrics(str(out / "metrics.json"))
+    lines = [{k: v for k, v in x.items() if "time" not in k and "eta" not in k} for x in lines]
+    return weights, lines
+
+
+@pytest.mark.parametrize(
+    ("system", "num_processes", "num_workers"),
+    [("faster_rcnn", 1, 2), ("retinanet", 1, 0), ("faster_rcnn", 2, 2)],
+)
+def test_same_as_uninterrupted(synthetic, tmp_path, system, num_processes, num_workers):
+    """Killed twice, the second time with other workers: weights and metrics to the last bit."""
+    config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
+    args = ["--config-file", config, "SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SEED", 5]
+    args += ["DATALOADER.NUM_WORKERS", num_workers, "SOLVER.CHECKPOINT_PERIOD", 4]
+    whole = tmp_path / "whole"
+    process = start(synthetic, whole, *args, processes=num_processes)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    out = tmp_path / "out"
+    for iteration in (3, 11):
+        quiet = {"start_new_session": True, "stdout": subprocess.DEVNULL}
+        process = start(synthetic, out, *args, processes=num_processes, **quiet)
+        wait_for(lambda least=iteration: last_iteration(out) >= least, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start(synthetic, out, *args, processes=num_processes)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "start anew" not in output
+    weights, metrics = final(out)
+    expected_weights, expected_metrics = final(whole)
+    for key, value in expected_weights.items():
+        assert torch.equal(weights[key], value), key
+    assert metrics == expected_metrics
+    iterations = [json.loads(x)["iteration"] for x in (out / "metrics.json").open()]
+    assert sorted(set(iterations)) == [x["iteration"] for x in metrics]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ R-CNN alone and all of them, several times each, and compare.
         --train-json train.json --train-images images/ --val-json val.json --val-images images/ \
         --seeds 1 2 3 --output output/compare
 
-writes OUTPUT/summary/results.md (mean and standard deviation), curves.png and metrics of each run.
+writes OUTPUT/summary/results.md (mean and standard deviation; differences to the baseline, pair by
+pair of runs with the same seed, with a confidence interval), curves.png and metrics of each run.
 The same command continues what was interrupted.
 """
 
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from scipy.stats import t as student_t
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -39,6 +41,8 @@ from libra_d2.evaluation import read_metrics
 from libra_d2.lazy import LazyView
 from libra_d2.plain_detector import VARIANTS, has_ideas, variant_options
 
+# Metrics of each run, by variant and seed.
+Runs = Dict[str, Dict[int, List[Dict[str, float]]]]
 # Of a RetinaNet, which samples nothing.
 WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
 
@@ -111,10 +115,10 @@ def mean_and_spread(values: List[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
+def table(runs: Runs) -> str:
     """
     Args:
-        runs: for each variant, the metrics of each run.
+        runs: for each variant and seed, the metrics of a run.
 
     Returns:
         a Markdown table of the final results.
@@ -122,9 +126,9 @@ def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
     final = {
         variant: [
             {k.split("/")[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
-            for metrics in all_metrics
+            for metrics in by_seed.values()
         ]
-        for variant, all_metrics in runs.items()
+        for variant, by_seed in runs.items()
     }
     first = next(iter(final.values()))[0]
     # A size that no object has is not a number.
@@ -139,9 +143,9 @@ def table(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def uncertainty(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
+def uncertainty(runs: Runs) -> str:
     """How far AP differs by chance, from all runs together: three of one variant say little."""
-    finals = [[m[-1]["bbox/AP"] for m in all_metrics] for all_metrics in runs.values()]
+    finals = [[m[-1]["bbox/AP"] for m in by_seed.values()] for by_seed in runs.values()]
     freedom = sum(len(values) - 1 for values in finals)
     if freedom == 0:
         return "One run of each does not say how far AP differs by chance."
@@ -155,13 +159,46 @@ def uncertainty(runs: Dict[str, List[List[Dict[str, float]]]]) -> str:
     )
 
 
-def plot(runs: Dict[str, List[List[Dict[str, float]]]], path: Path) -> None:
+def differences(runs: Runs, level: float = 0.95) -> str:
+    """
+    Args:
+        runs: for each variant and seed, the metrics of a run.
+        level: of the confidence intervals.
+
+    Returns:
+        a Markdown table of the differences of AP to the baseline, run by run: those of a seed see
+        the same images in the same order and start from the same weights, so that their difference
+        is less uncertain than that of two means. "" if there are no pairs.
+    """
+    rows = []
+    for variant, by_seed in runs.items():
+        seeds = [seed for seed in by_seed if seed in runs.get("baseline", {})]
+        if variant == "baseline" or len(seeds) < 2:
+            continue
+        values = [
+            by_seed[seed][-1]["bbox/AP"] - runs["baseline"][seed][-1]["bbox/AP"] for seed in seeds
+        ]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        half = error * float(student_t.ppf((1 + level) / 2, len(values) - 1))
+        low, high = mean - half, mean + half
+        says = "helps" if low > 0 else "harms" if high < 0 else "cannot be told from chance"
+        numbers = (f"{mean:+.2f}", f"{error:.2f}", f"{low:+.2f} to {high:+.2f}")
+        rows.append((variant, len(seeds), *numbers, says))
+    if not rows:
+        return ""
+    headers = ["AP, less the baseline's", "pairs", "mean", "standard error"]
+    headers += [f"{level:.0%} confidence interval", "which says that it"]
+    return tabulate(rows, headers, "github", disable_numparse=True)
+
+
+def plot(runs: Runs, path: Path) -> None:
     """AP over the iterations (mean, and the range of the runs), and all final results."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, (variant, all_metrics) in enumerate(runs.items()):
+    for i, (variant, by_seed) in enumerate(runs.items()):
+        all_metrics = list(by_seed.values())
         color = f"C{i}"
         curves = [
             {min(e["iteration"] + 1, m[-1]["iteration"]): e["bbox/AP"] for e in m if "bbox/AP" in e}
@@ -195,15 +232,15 @@ def summarize(args: argparse.Namespace, variants: List[str]) -> str:
     """
     summary = Path(args.output) / "summary"
     (summary / "metrics").mkdir(parents=True, exist_ok=True)
-    runs: Dict[str, List] = {}
+    runs: Runs = {}
     for variant in variants:
         for seed in args.seeds:
             folder = run_folder(args, variant, seed)
             if is_finished(folder):
                 source = folder / "metrics.json"
                 shutil.copy(source, summary / "metrics" / f"{variant}_seed_{seed}.json")
-                runs.setdefault(variant, []).append(read_metrics(str(source)))
-    text = f"{table(runs)}\n\n{uncertainty(runs)}"
+                runs.setdefault(variant, {})[seed] = read_metrics(str(source))
+    text = "\n\n".join(filter(None, (table(runs), uncertainty(runs), differences(runs))))
     plot(runs, summary / "curves.png")
     command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
     seeds = ", ".join(map(str, args.seeds))

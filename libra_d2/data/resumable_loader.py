@@ -54,19 +54,20 @@ class _PositionedSampler(torchdata.Sampler):
 
 class _PositionedDataset(torchdata.Dataset):
     """
-    Images whose augmentation depends on a seed and on their position in the data order alone, and
-    not on which process or worker has drawn what before.
+    Images whose augmentation depends on a seed and on their position in the data order of all
+    processes alone, and not on which process or worker has drawn what before.
     """
 
-    def __init__(self, dataset: torchdata.Dataset, *seed: int):
+    def __init__(self, dataset: torchdata.Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: _PositionedIndex) -> Dict[str, Any]:
-        with seeded(*self.seed, index.position):
+        with seeded(self.seed, index.position * self.world_size + self.rank):
             return {**self.dataset[int(index)], _POSITION: index.position}
 
 
@@ -148,7 +149,7 @@ class ResumableLoader:
         """
         arguments = self._arguments
         images = torchdata.DataLoader(
-            _PositionedDataset(self._dataset, self.seed, comm.get_rank()),
+            _PositionedDataset(self._dataset, self.seed),
             sampler=_PositionedSampler(self._sampler, self._pending, self._start),
             batch_size=None,
             collate_fn=_as_it_is,

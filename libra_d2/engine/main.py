@@ -60,6 +60,19 @@ def train(cfg: CfgNode, resume: bool) -> Mapping[str, Any]:
     return trainer.results
 
 
+def best_model(cfg: CfgNode) -> str:
+    """Which checkpoint of a training is the best one, and how good; "" if it was not asked for."""
+    metric = cfg.MODEL.LIBRA.TRAINER.BEST_METRIC
+    path = os.path.join(cfg.OUTPUT_DIR, "model_best.pth")
+    entries = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")) if metric else []
+    values = [(entry[metric], -entry["iteration"]) for entry in entries if metric in entry]
+    if not values or not os.path.isfile(path):
+        return ""
+    value, iteration = max(values)
+    end = max(entry["iteration"] for entry in entries if "total_loss" in entry)
+    return f"best: {metric} {value:.1f} after {min(1 - iteration, end + 1)} iterations, {path}"
+
+
 def summarize(cfg: CfgNode, results: Mapping[str, Any], title: str, trained: bool) -> None:
     """
     Write tables and curves of what came out, and say what it is and where.
@@ -81,11 +94,16 @@ def summarize(cfg: CfgNode, results: Mapping[str, Any], title: str, trained: boo
     if trained:
         files = {"weights": "model_final.pth", "log": "log.txt", "metrics": "metrics.json"}
         metrics = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
+        if cfg.MODEL.LIBRA.TRAINER.EMA_DECAY > 0:
+            files["averaged weights"] = "model_final_ema.pth"
         files["curves"] = "curves.png"
         plot_learning_curves(metrics, os.path.join(cfg.OUTPUT_DIR, files["curves"]))
+    best = best_model(cfg) if trained else ""
+    if best:
+        print(best)
     if by_dataset:
         files["results"] = "results.md"
-        write_results(os.path.join(cfg.OUTPUT_DIR, files["results"]), by_dataset, title)
+        write_results(os.path.join(cfg.OUTPUT_DIR, files["results"]), by_dataset, title, best)
     for what, name in files.items():
         print(f"{what}: {os.path.join(cfg.OUTPUT_DIR, name)}")
     if cfg.MODEL.LIBRA.NUM_PICTURES and by_dataset:

@@ -5,7 +5,9 @@ import json
 import os
 from typing import Dict, List
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
@@ -13,6 +15,7 @@ from detectron2.utils.events import EventStorage
 __all__ = [
     "get_histories",
     "get_normalizers",
+    "get_statistics",
     "remove_later_metrics",
     "set_histories",
     "set_normalizers",
@@ -37,13 +40,23 @@ def set_normalizers(model: nn.Module, normalizers: Dict[str, float]) -> None:
             module.loss_normalizer = normalizers[name]
 
 
+def get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The running statistics of batch norm that is not frozen, on the host."""
+    return {
+        f"{name}.{key}": value.cpu().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, value in module.named_buffers(recurse=False)
+    }
+
+
 def get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
-    """The last values, with their iterations, of what is written as a median."""
+    """The last values, with their iterations, of what is written as a median, except for times."""
     smoothed = storage.smoothing_hints()
     return {
         name: [[float(value), int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
         for name, history in storage.histories().items()
-        if smoothed[name]
+        if smoothed[name] and "time" not in name
     }
 
 

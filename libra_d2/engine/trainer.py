@@ -59,6 +59,7 @@ from .lazy_config import (
 from .run_state import (
     get_histories,
     get_normalizers,
+    get_statistics,
     remove_later_metrics,
     set_histories,
     set_normalizers,
@@ -168,8 +169,10 @@ class Trainer(DefaultTrainer):
 
     @property
     def _log_period(self) -> int:
+        """Of the writers, which know the last value of a metric alone: each evaluation counts."""
         lazy = isinstance(self.cfg, LazyView)
-        return self.cfg.lazy.train.get("log_period", 20) if lazy else 20
+        period = self.cfg.lazy.train.get("log_period", 20) if lazy else 20
+        return min(period, self.cfg.TEST.EVAL_PERIOD or period)
 
     def _build_precise_bn(self) -> Optional[HookBase]:
         """See :meth:`DefaultTrainer.build_hooks`."""
@@ -265,6 +268,7 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """See :meth:`TrainerBase.after_train`; ends the data loading workers."""
         self._trainer.data_loader.close()
+        self.iter = min(self.iter, self.max_iter)  # there may have been no iteration left to do
         super().after_train()
         if self.average is not None and self.iter >= self.max_iter:
             checkpointer = LibraCheckpointer(self.average.model, self.cfg.OUTPUT_DIR, tag=False)
@@ -293,6 +297,7 @@ class Trainer(DefaultTrainer):
             )
             return
         state = states[comm.get_rank()]
+        self.model.load_state_dict(state["buffers"], strict=False)
         loader = self._trainer.data_loader.loader
         if isinstance(loader, ResumableLoader) and state["loader"] is not None:
             loader.load_state_dict(state["loader"])
@@ -313,6 +318,8 @@ class Trainer(DefaultTrainer):
         state = {
             "random": get_random_state(),
             "loader": loader.state_dict() if resumable else None,
+            # Each process has its own running statistics, and evaluates its images with them.
+            "buffers": get_statistics(self.model) if comm.get_rank() > 0 else {},
         }
         self._states = comm.gather(state)
 

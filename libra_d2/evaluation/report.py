@@ -81,7 +81,7 @@ def _table(rows, headers) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def write_results(path: str, results: Dict[str, Any], title: str) -> None:
+def write_results(path: str, results: Dict[str, Any], title: str, remark: str = "") -> None:
     """
     Write Markdown tables of average precision (%): over IoUs and object sizes, and of each class.
 
@@ -89,8 +89,9 @@ def write_results(path: str, results: Dict[str, Any], title: str) -> None:
         path: of the file.
         results: for each dataset, what Detectron2's evaluators return.
         title: of what was evaluated.
+        remark: a line below the title.
     """
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}", "", *([remark, ""] if remark else [])]
     for dataset, tasks in results.items():
         for task, metrics in (tasks or {}).items():
             lines += [f"## {task} on {dataset}", ""]

@@ -38,7 +38,7 @@ SPREADS = {
     "theta": 0.7,
     "phi": 0.7,
     "objectness_logits": 1.0,
-    "anchor_deltas": 0.2,  # larger ones meet a limit that only one of the frameworks has
+    "anchor_deltas": 0.1,  # larger ones meet a limit that only one of the frameworks has
     "cls_score": 1.3,
     "bbox_pred": 0.5,
 }
