@@ -14,7 +14,6 @@ what only one of them found.
 
 import argparse
 import glob
-import json
 import logging
 import os
 from typing import Callable, Iterator, List, Optional, Tuple
@@ -29,6 +28,7 @@ from detectron2.utils.logger import setup_logger
 
 from libra_d2 import model_zoo
 from libra_d2.data import read_image
+from libra_d2.data.coco_json import read_categories
 from libra_d2.data.display import display_metadata
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
@@ -147,16 +147,6 @@ def setup(
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     return cfg
-
-
-def read_categories(path: str) -> List[str]:
-    """Names of the categories in a COCO JSON, in the order of a model's classes."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            categories = json.load(f)["categories"]
-        return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--categories: {path}: no COCO JSON with categories ({e})") from e
 
 
 def save(image: np.ndarray, path: str) -> None:

@@ -22,7 +22,13 @@ from .image_reading import is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
 from .run_lengths import check_run_lengths
 
-__all__ = ["check_images", "class_colors", "read_coco_json", "register_coco_json"]
+__all__ = [
+    "check_images",
+    "class_colors",
+    "read_categories",
+    "read_coco_json",
+    "register_coco_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -331,3 +337,13 @@ def register_coco_json(
         num_images=len(dataset["images"]),
     )
     return classes
+
+
+def read_categories(path: str) -> List[str]:
+    """Names of the categories in a COCO JSON, in the order of a model's classes."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            categories = json.load(f)["categories"]
+        return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"--categories: {path}: no COCO JSON with categories ({e})") from e

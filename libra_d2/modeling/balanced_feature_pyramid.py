@@ -31,6 +31,44 @@ channels C that return a module, which maps (N, C, H, W) to the same shape.
 """
 
 
+def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) -> torch.Tensor:
+    """
+    ``F.adaptive_max_pool2d(x, (height, width))`` by operators that can be exported for any size,
+    and whose gradient is deterministic on GPUs: position i of n is the maximum over the positions
+    from ``floor(i * N / n)`` to ``ceil((i + 1) * N / n)``, exclusive, of N.
+
+    Args:
+        x: (N, C, H, W).
+        height, width: of the result, in pixels.
+        num_halvings: the exporter must know in advance how large a window may become: H and W are
+            at most ``2 ** num_halvings`` times ``height`` and ``width``. It matters there alone.
+
+    Returns:
+        (N, C, height, width).
+    """
+    if not torch.jit.is_tracing():
+        if x.shape[2] % height == 0 and x.shape[3] % width == 0:
+            return F.max_pool2d(x, [x.shape[2] // height, x.shape[3] // width])
+        if not x.is_cuda:
+            return F.adaptive_max_pool2d(x, [height, width])
+    rows = _max_along(x, 2, height, num_halvings)
+    return _max_along(rows, 3, width, num_halvings)
+
+
+def _max_along(x: torch.Tensor, dim: int, size: int, num_halvings: int) -> torch.Tensor:
+    length = x.shape[dim]
+    position = torch.arange(size, device=x.device)
+    start = position * length // size
+    last = ((position + 1) * length - 1) // size
+    largest_window = int(2**num_halvings) + 1
+    if not torch.jit.is_tracing():
+        largest_window = (length - 1) // size + 2
+    result = x.index_select(dim, start)
+    for i in range(1, largest_window):
+        result = torch.maximum(result, x.index_select(dim, torch.minimum(start + i, last)))
+    return result
+
+
 class NonLocalBlock(nn.Module):
     """
     Embedded Gaussian non-local block (arXiv 1711.07971), the refinement of the paper.
@@ -185,7 +223,8 @@ class BalancedFeaturePyramid(nn.Module):
             balanced = balanced.float()  # the sum of all levels might overflow
         for level, feature in enumerate(features):
             if level < self.refine_level:
-                balanced = balanced + F.adaptive_max_pool2d(feature, size)
+                num_halvings = self.refine_level - level
+                balanced = balanced + max_in_windows(feature, size[0], size[1], num_halvings)
             elif level > self.refine_level:
                 balanced = balanced + F.interpolate(feature, size=size, mode="nearest")
         balanced = self.refine(balanced / self.num_levels).to(dtype)
@@ -196,7 +235,9 @@ class BalancedFeaturePyramid(nn.Module):
             if level < self.refine_level:
                 outputs.append(feature + F.interpolate(balanced, size=size, mode="nearest"))
             elif level > self.refine_level:
-                outputs.append(feature + F.adaptive_max_pool2d(balanced, size))
+                num_halvings = level - self.refine_level
+                pooled = max_in_windows(balanced, size[0], size[1], num_halvings)
+                outputs.append(feature + pooled)
             else:
                 outputs.append(feature + balanced)
         return outputs
