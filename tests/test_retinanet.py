@@ -5,6 +5,7 @@ from conftest import ROOT, assert_same_detections, load_cfg, random_inputs
 
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import RetinaNet, build_model
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
@@ -138,7 +139,10 @@ def test_clipping(clip):
     result = model.inference_single_image(
         anchors, [scores], [torch.zeros(3, 4)], image_size=(50, 60)
     )
-    assert result.scores.tolist() == pytest.approx([0.9] if clip else [0.9, 0.8, 0.7])
+    # What has no area is there without a score, until results are scaled to the image's size.
+    assert result.scores.tolist() == pytest.approx([0.9, 0.0] if clip else [0.9, 0.8, 0.7])
+    result = detector_postprocess(result, 50, 60)
+    assert result.scores.tolist() == pytest.approx([0.9] if clip else [0.9, 0.8])
 
 
 def test_levels():

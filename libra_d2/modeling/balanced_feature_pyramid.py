@@ -11,7 +11,7 @@ Shape shorthand in this module:
     P: number of positions, H * W, of the level at which the features are refined
 """
 
-from typing import List, Optional
+from typing import List
 
 import torch
 import torch.nn.functional as F
@@ -115,25 +115,19 @@ class NonLocalBlock(nn.Module):
             return self._attend(x.float())
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        # One row for each of the P = H * W positions: then the fused attention kernels, which never
-        # hold the P x P weights, need no copies. Memory grows linearly with P.
-        rows = x.flatten(2).transpose(1, 2).contiguous()
-        query, key, value = (
-            _convolve(rows, self.theta.weight, self.theta.bias).unsqueeze(1),
-            _convolve(rows, self.phi.weight, self.phi.bias).unsqueeze(1),
-            _convolve(rows, self.g.weight, self.g.bias).unsqueeze(1),
+        # With the channels last, positions are rows: then neither the 1x1 convolutions nor the
+        # fused attention kernels, which never hold the P x P weights, need copies. Memory grows
+        # linearly with P.
+        pixels = x.contiguous(memory_format=torch.channels_last)
+        attended = F.scaled_dot_product_attention(
+            _rows(self.theta(pixels)), _rows(self.phi(pixels)), _rows(self.g(pixels)), scale=1.0
         )
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + _convolve(
-            attended.squeeze(1), self.conv_out.weight, self.conv_out.bias
-        ).transpose(1, 2).reshape(x.shape)
+        return x + self.conv_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
-def _convolve(
-    rows: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """(N, P, C) -> (N, P, C): the 1x1 convolution with that weight and bias, of positions."""
-    return F.linear(rows, weight.flatten(1), bias)
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, 1, P, C): one row for each of the P = H * W positions, of one head."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 def _is_autocast_enabled(x: torch.Tensor) -> bool:

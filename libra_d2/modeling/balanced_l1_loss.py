@@ -76,7 +76,8 @@ def balanced_l1_loss(
             f"balanced L1 loss: input and target must have the same shape, "
             f"got {tuple(input.shape)} and {tuple(target.shape)}"
         )
-    loss = _BalancedL1.apply(input, target, alpha, gamma, beta, form)
+    train = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    loss, _ = _BalancedL1.apply(input, target, alpha, gamma, beta, form, train)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -94,8 +95,10 @@ class _BalancedL1(torch.autograd.Function):
     which halves the time, and is all that has to be kept for the backward pass.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, input, target, alpha: float, gamma: float, beta: float, form: str):
+    def forward(input, target, alpha: float, gamma: float, beta: float, form: str, train: bool):
         b = math.expm1(gamma / alpha)
         # The two forms differ in what is added to b x in front of the logarithm, and thereby in
         # the constant that keeps the value continuous at beta.
@@ -107,26 +110,31 @@ class _BalancedL1(torch.autograd.Function):
         # The inliers' value at most at beta, and a straight line from there.
         shrunk = alpha * inlier
         loss = shrunk.add(alpha * one / b).mul_(log).sub_(shrunk).add_(x - inlier, alpha=gamma)
-        if any(ctx.needs_input_grad):
-            slope = log.mul_(alpha)
-            if one != beta:
-                # d/dx of the product has this much more than the logarithm.
-                extra = alpha * (one - beta) / inlier.mul_(b).add_(beta)
-                slope = torch.where(x < beta, slope + extra, gamma)
-            ctx.dtypes = input.dtype, target.dtype
-            ctx.save_for_backward(slope.mul_(difference.sign_()))
-        return loss
+        if not train:
+            return loss, loss.new_empty(())
+        slope = log.mul_(alpha)
+        if one != beta:
+            # d/dx of the product has this much more than the logarithm.
+            extra = alpha * (one - beta) / inlier.mul_(b).add_(beta)
+            slope = torch.where(x < beta, slope + extra, gamma)
+        return loss, slope.mul_(difference.sign_())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, _):
         grad = grad_loss * ctx.saved_tensors[0]
         of_input, of_target = ctx.needs_input_grad[:2]
         input_dtype, target_dtype = ctx.dtypes
         return (
             grad.to(input_dtype) if of_input else None,
             -grad.to(target_dtype) if of_target else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

@@ -187,6 +187,7 @@ class BalancedSampler(nn.Module):
         }
 
     @torch.jit.unused  # it works on the host; scripted models do not train
+    @torch.compiler.disable  # NumPy is no part of a graph
     @torch.no_grad()
     def forward(
         self,
@@ -215,10 +216,11 @@ class BalancedSampler(nn.Module):
             the proposals drawn, ``num_samples`` unless there are too few negatives. The host waits
             for the device once.
         """
-        # From here on there is less to do than a GPU takes to start.
-        host_labels, iou, instances = (
-            x.cpu().numpy() for x in (labels, max_iou.float(), matched_idxs)
-        )
+        # From here on there is less to do than a GPU takes to start. One copy, one wait; a float32
+        # holds the index of any instance of an image.
+        packed = torch.stack([max_iou.float(), labels.float(), matched_idxs.float()])
+        iou, host_labels, instances = packed.cpu().numpy()
+        instances = instances.astype(np.int64)
         # Groups: the M instances, the K bins, negatives in no bin, negatives that are drawn once
         # all others are, and what is not drawn.
         first_bin, ignored = num_instances, num_instances + self.num_bins + 2

@@ -193,11 +193,22 @@ class LibraRetinaNet(RetinaNet):
         """See :meth:`RetinaNet._decode_multi_level_predictions`; super() cannot be scripted."""
         predictions: List[Instances] = []
         for anchors_i, scores_i, deltas_i in zip(anchors, pred_scores, pred_deltas):
-            level = self._decode_per_level_predictions(
-                anchors_i, scores_i, deltas_i, score_thresh, topk_candidates, image_size
+            predictions.append(
+                self._decode_per_level_predictions(
+                    anchors_i, scores_i, deltas_i, score_thresh, topk_candidates, image_size
+                )
             )
-            if self.clip_boxes:
-                level.pred_boxes.clip(image_size)
-                level = level[level.pred_boxes.nonempty()]
-            predictions.append(level)
-        return predictions[0].cat(predictions)
+        merged = predictions[0].cat(predictions)
+        if not self.clip_boxes:
+            return merged
+        if torch.jit.is_scripting() or torch.jit.is_tracing():
+            merged.pred_boxes.clip(image_size)
+            return merged[merged.pred_boxes.nonempty()]
+        # Boxes.clip() makes the host wait for whether they are finite, and dropping those without
+        # area for their number. These come behind all others; in the end they are dropped anyway.
+        height, width = image_size
+        x, y = merged.pred_boxes.tensor.view(-1, 2, 2).clamp(min=0).unbind(dim=2)
+        corners = torch.stack([x.clamp(max=width), y.clamp(max=height)], dim=2)
+        merged.pred_boxes = Boxes(corners.flatten(1))
+        merged.scores = merged.scores.masked_fill(~merged.pred_boxes.nonempty(), 0)
+        return merged
