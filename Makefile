@@ -2,6 +2,7 @@
 #
 #   make demo   install into .venv, make a synthetic dataset, train on it, evaluate, draw
 #   make test   install into .venv, run lint and the whole test suite
+#   make gpu-report   what a GPU makes of it: tests, kernels, whole models
 #   make test-rounding   the tests of numbers on other instructions, threads and seeds
 #
 # Both install once. An interrupted `make demo` resumes; a finished one trains again.
@@ -26,7 +27,7 @@ export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
   ignore::FutureWarning:torch.jit._script
 
-.PHONY: demo test test-rounding lint clean
+.PHONY: demo test test-rounding gpu-report lint clean
 
 demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json $(PROPOSALS)
 	@if [ -f $(OUTPUT)/.finished ]; then \
@@ -49,8 +50,9 @@ $(DATA)/train/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
 $(DATA)/val/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
 	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 100 --num-classes 3 --seed 2
 
+# One process for each of two cores, with a thread each.
 test: lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 # The tests of numbers once more, on other instructions, threads and seeds: nothing may pass by the
 # rounding of one machine.
@@ -58,8 +60,24 @@ NUMERIC := analysis backbone balanced_feature_pyramid balanced_l1_loss balanced_
   evaluation export_model fast_rcnn matcher padding properties resize retinanet roi_heads rpn \
   test_time_augmentation
 
+# All that can be said about a GPU only, into output/gpu: each line takes less than ten minutes.
+# `make gpu-report DEVICE=cpu SIZES="--seconds 0.1 --p4-size 4 6 --image-size 64 96"` tries it.
+DEVICE ?= cuda
+SIZES ?=
+REPORT ?= output/gpu
+BENCHMARK = PYTHONPATH=tests/reference $(PY) tools/benchmark.py --device $(DEVICE) $(SIZES)
+
+gpu-report: $(VENV)/.installed-test
+	mkdir -p $(REPORT)
+	$(PY) -m pytest tests/test_devices.py | tee $(REPORT)/tests.txt
+	$(BENCHMARK) --only attention | tee $(REPORT)/attention.txt
+	$(BENCHMARK) --only non-local pyramid sampling loss | tee $(REPORT)/parts.txt
+	$(BENCHMARK) --only models --profile $(REPORT)/profile.txt | tee $(REPORT)/models.txt
+	$(BENCHMARK) --only models --amp | tee $(REPORT)/models_amp.txt
+	@echo "On BCCD: docs/results/bccd.md has the command; configs/BCCD/libra_faster_rcnn_R_50_FPN.yaml"
+
 test-rounding: $(VENV)/.installed-test
-	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
 	  $(PY) -m pytest --seed 1 $(NUMERIC:%=tests/test_%.py) \
 	  "tests/test_parity.py::test_float32" "tests/test_schedule.py::test_training[libra_retinanet_R_50]"
 

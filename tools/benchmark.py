@@ -23,13 +23,16 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import ceil
+from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fvcore.nn import smooth_l1_loss
 from tabulate import tabulate
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from detectron2.modeling import build_model
@@ -39,6 +42,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from libra_d2 import model_zoo
+from libra_d2.checkpoint.mmdetection import to_mmdetection
 from libra_d2.modeling import (
     BalancedFeaturePyramid,
     BalancedSampler,
@@ -48,7 +52,10 @@ from libra_d2.modeling import (
 from libra_d2.plain_detector import BASELINE, without
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
-PARTS = ("non-local", "pyramid", "sampling", "loss", "models")
+PARTS = ("attention", "non-local", "pyramid", "sampling", "loss", "models")
+ATTENTION = "attention"
+# What a profile of CUDA calls when the host waits.
+WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @dataclass
@@ -302,34 +309,137 @@ def count_flops(model: nn.Module, inputs: List[Dict]) -> float:
     return counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
 
 
-def whole_models(meter: Meter, size: Tuple[int, int]) -> Iterator[Result]:
+def attention(meter: Meter, sizes) -> Iterator[Result]:
+    """Attention at several sizes of P4: fused kernels, or explicit products."""
+
+    def fused(dtype):
+        def run(query, key, value):
+            query, key, value = (x.to(dtype) for x in (query, key, value))
+            return F.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+        return run
+
+    def explicit(query, key, value):
+        return (query @ key.transpose(2, 3)).softmax(dim=3) @ value
+
+    kinds = {"fused, float32": fused(torch.float32), "fused, bfloat16": fused(torch.bfloat16)}
+    kinds["explicit products, float32"] = explicit
+    for height, width in sizes:
+        shape = (1, 1, height * width, 256)
+        qkv = [torch.randn(shape, device=meter.device, requires_grad=True) for _ in range(3)]
+        steps = {name: forward_backward(f, *qkv) for name, f in kinds.items()}
+        what = f"{ATTENTION}, {height} x {width}, training"
+        yield meter.memory(what, steps)
+        yield meter.times(what, steps)
+
+
+def reference_model(system: str, ours: nn.Module, device: str) -> nn.Module:
+    """mmdetection's model with the weights of ``ours``."""
+    import mmdet
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    name = {"Faster R-CNN": "faster-rcnn", "RetinaNet": "retinanet"}[system]
+    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
+    config = Config.fromfile(folder / f"libra-{name}_r50_fpn_1x_coco.py").model
+    config.backbone.init_cfg = None
+    model = MODELS.build(config)
+    model.load_state_dict(to_mmdetection(ours.state_dict()))
+    return model.to(device)
+
+
+def reference_data(image: torch.Tensor, instances: Instances) -> Dict:
+    """The same pixels and objects for mmdetection."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    size = tuple(image.shape[1:])
+    sample = DetDataSample(
+        metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=instances.gt_boxes.tensor.clone(), labels=instances.gt_classes.clone()
+    )
+    return {"inputs": [image.flip(0)], "data_samples": [sample]}
+
+
+def build_models(system: str, device: str, reference: bool) -> Dict[str, nn.Module]:
+    """R-50 models with the same weights, as far as they have the same parts."""
+    config = {"Faster R-CNN": faster_rcnn_config, "RetinaNet": retinanet_config}[system]
+    models = {}
+    for name in (OURS, PLAIN):
+        torch.manual_seed(0)
+        models[name] = build_model(config(name, device))
+    if reference:
+        models[REFERENCE] = reference_model(system, models[OURS], device)
+    return models
+
+
+def whole_models(
+    meter: Meter, size: Tuple[int, int], reference: bool, amp: bool
+) -> Iterator[Result]:
     """R-50 at one image size: inference, and a training step without optimizer."""
-    height, width = size
-    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    image = torch.randint(256, (3, *size), dtype=torch.uint8)
     instances = Instances(size, gt_classes=torch.arange(8))
     instances.gt_boxes = Boxes(random_boxes(8, "cpu") / 1000 * min(size))
-    for system, config in (("Faster R-CNN", faster_rcnn_config), ("RetinaNet", retinanet_config)):
-        models, flops = {}, {}
-        for name in (OURS, PLAIN):
-            torch.manual_seed(0)
-            models[name] = build_model(config(name, meter.device))
-            flops[name] = count_flops(models[name], [{"image": image}])
-        share = flops[OURS] / flops[PLAIN]
 
-        def infer(model):
-            with torch.no_grad():
+    def infer(model, is_reference):
+        with torch.no_grad(), torch.autocast(meter.device, enabled=amp):
+            if is_reference:
+                model.eval().test_step(reference_data(image, instances))
+            else:
                 model.eval()([{"image": image}])
 
-        def train(model):
-            losses = model.train()([{"image": image, "instances": instances}])
-            sum(losses.values()).backward()
+    def train(model, is_reference):
+        with torch.autocast(meter.device, enabled=amp):
+            if is_reference:
+                data = model.train().data_preprocessor(reference_data(image, instances), True)
+                losses = model.parse_losses(model(**data, mode="loss"))[0]
+            else:
+                losses = sum(model.train()([{"image": image, "instances": instances}]).values())
+        losses.backward()
 
+    for system in ("Faster R-CNN", "RetinaNet"):
+        models = build_models(system, meter.device, reference)
+        flops = {n: count_flops(models[n], [{"image": image}]) for n in (OURS, PLAIN)}
         with EventStorage():
             for what, step in (("inference", infer), ("training step", train)):
-                steps = {n: lambda m=m, step=step: step(m) for n, m in models.items()}
-                title = f"{system} R-50, {height} x {width}, {what}"
-                yield meter.times(title, steps, expected=share)
+                steps = {
+                    name: partial(step, model, name == REFERENCE) for name, model in models.items()
+                }
+                title = f"{system} R-50, {size[0]} x {size[1]}, {what}{', AMP' if amp else ''}"
+                yield meter.times(title, steps, expected=flops[OURS] / flops[PLAIN])
                 yield meter.memory(title, steps)
+
+
+def profile(device: str, size: Tuple[int, int]) -> str:
+    """Where the time of a training step goes, and how often the host waits for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    image = torch.randint(256, (3, *size), dtype=torch.uint8)
+    instances = Instances(size, gt_classes=torch.arange(8))
+    instances.gt_boxes = Boxes(random_boxes(8, "cpu") / 1000 * min(size))
+    text = []
+    for system in ("Faster R-CNN", "RetinaNet"):
+        for name, model in build_models(system, device, reference=False).items():
+
+            def step(model=model):
+                with EventStorage():
+                    losses = model([{"image": image, "instances": instances}] * 2)
+                sum(losses.values()).backward()
+
+            step()
+            with torch.profiler.profile(activities=activities) as profiler:
+                step()
+            averages = profiler.key_averages()
+            waits = {x.key: x.count for x in averages if x.key in WAITING}
+            order = f"self_{device}_time_total"
+            text += [f"{system} R-50, {name}, training step of 2 images; host waits: {waits}"]
+            text += [averages.table(sort_by=order, row_limit=15, max_name_column_width=50)]
+    return "\n".join(text)
 
 
 def ratio(result: Result, other: str) -> str:
@@ -338,10 +448,22 @@ def ratio(result: Result, other: str) -> str:
     return f"{result.values[OURS] / max(result.values[other], 1e-9):.2f}"
 
 
+def attention_table(results: List[Result]) -> str:
+    """Results of :func:`attention` in Markdown."""
+    chosen = [r for r in results if r.what.startswith(ATTENTION)]
+    if not chosen:
+        return ""
+    names = list(chosen[0].values)
+    rows = [[r.what, r.unit, *(f"{r.values[n]:.3g}" for n in names)] for r in chosen]
+    return tabulate(rows, ["what", "unit", *names], "github", disable_numparse=True)
+
+
 def table(results: List[Result]) -> str:
-    """The results in Markdown."""
+    """The other results in Markdown."""
     rows = []
     for r in results:
+        if r.what.startswith(ATTENTION):
+            continue
         cells = [
             f"{r.values[n]:.3g}" + (f" ± {r.spreads[n] / 2:.2g}" if n in r.spreads else "")
             if n in r.values
@@ -398,6 +520,10 @@ def build_argument_parser() -> argparse.ArgumentParser:
         help="for whole models; default 256 320 on CPUs, 800 1344 on GPUs",
     )
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--amp", action="store_true", help="whole models in mixed precision")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="write where the time of a training step goes"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the sweep over sizes")
     return parser
 
@@ -433,7 +559,8 @@ def main(argv=None) -> int:
         "pyramid": pyramid(meter, reference, sizes[:2]),
         "sampling": sampling(meter, reference),
         "loss": box_loss(meter, reference),
-        "models": whole_models(meter, image_size),
+        "attention": attention(meter, sizes),
+        "models": whole_models(meter, image_size, reference, args.amp),
     }
     results = []
     with tqdm(unit="result") as progress:
@@ -445,7 +572,11 @@ def main(argv=None) -> int:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"\n{machine or platform.machine()}{threads}, PyTorch {torch.__version__}\n")
-    print(table(results))
+    for text in (table(results), attention_table(results)):
+        print(f"{text}\n")
+    if args.profile:
+        with open(args.profile, "w", encoding="utf-8") as f:
+            f.write(profile(args.device, image_size))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as f:
             json.dump([asdict(r) for r in results], f, indent=1)
