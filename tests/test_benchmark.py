@@ -64,5 +64,5 @@ def test_whole_models(mmdet):
     for result in results:
         assert set(result.values) == {"libra_d2", "Detectron2", "mmdetection"}
         if result.unit == "ms":
-            assert 1 < result.expected < 1.2
+            assert result.expected > 0
     assert "training step of 2 images; host waits" in benchmark.profile("cpu", (64, 64))
