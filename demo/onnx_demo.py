@@ -11,31 +11,37 @@ import json
 import sys
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageDraw
 
-model, source, target = sys.argv[1:4]
-session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-wanted, picture = about["input"], Image.open(source).convert("RGB")
-scale = min(
-    wanted["shorter_side"] / min(picture.size), wanted["longer_side_at_most"] / max(picture.size)
-)
-size = tuple(int(side * scale + 0.5) for side in picture.size)
-if wanted["interpolation"] == "opencv":
-    import cv2
 
-    resized = cv2.resize(np.asarray(picture), size, interpolation=cv2.INTER_LINEAR)
-else:
-    resized = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
-image = resized[:, :, ::-1] if wanted["format"] == "BGR" else resized
-boxes, classes, scores = session.run(
-    None, {"image": np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)}
-)[:3]
-draw = ImageDraw.Draw(picture)
-for box, index, score in zip(boxes / scale, classes, scores):
-    if score >= 0.5:
-        draw.rectangle(box.tolist(), outline="red", width=2)
-        draw.text(box[:2].tolist(), f"{about['classes'][index]} {score:.0%}", fill="red")
-picture.save(target)
-print(f"{(scores >= 0.5).sum()} objects: {target}")
+def main(model: str, source: str, target: str) -> None:
+    """Detect objects in the image ``source`` and draw them into ``target``."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    wanted, picture = about["input"], Image.open(source).convert("RGB")
+    sides = wanted["shorter_side"], wanted["longer_side_at_most"]
+    scale = min(sides[0] / min(picture.size), sides[1] / max(picture.size))
+    size = tuple(int(side * scale + 0.5) for side in picture.size)
+    if wanted["interpolation"] == "opencv":
+        import cv2
+
+        resized = cv2.resize(np.asarray(picture), size, interpolation=cv2.INTER_LINEAR)
+    else:
+        resized = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+    image = resized[:, :, ::-1] if wanted["format"] == "BGR" else resized
+    boxes, classes, scores = session.run(
+        None, {"image": np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)}
+    )[:3]
+    draw = ImageDraw.Draw(picture)
+    for box, index, score in zip(boxes / scale, classes, scores):
+        if score >= 0.5:
+            draw.rectangle(box.tolist(), outline="red", width=2)
+            draw.text(box[:2].tolist(), f"{about['classes'][index]} {score:.0%}", fill="red")
+    picture.save(target)
+    print(f"{(scores >= 0.5).sum()} objects: {target}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

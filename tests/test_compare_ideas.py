@@ -7,7 +7,7 @@ from test_config import ablations
 from test_train_net import TINY, own_data
 
 from libra_d2.plain_detector import VARIANTS, variant_options
-from libra_d2.tools.compare_ideas import build_argument_parser, main, summarize
+from libra_d2.tools.compare_ideas import build_argument_parser, differences, main, summarize
 
 
 def test_variants():
@@ -78,3 +78,29 @@ def test_failed_training(synthetic, tmp_path, capsys):
         main([str(a) for a in args])
     assert "none.json" in capsys.readouterr().err
     assert not (tmp_path / "out/summary").exists()
+
+
+def test_differences():
+    """Pair by pair: what is common to a seed does not count."""
+
+    def runs(*aps):
+        return {seed: [{"bbox/AP": ap}] for seed, ap in enumerate(aps, 1)}
+
+    text = differences(
+        {
+            "baseline": runs(10.0, 50.0, 30.0),
+            "sampling": runs(11.0, 51.1, 30.9),
+            "feature_pyramid": runs(9.0, 49.1, 28.9),
+            "balanced_l1": runs(13.0, 47.0),
+            "all": runs(20.0),
+        }
+    )
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    # Differences 1.0, 1.1 and 0.9: their standard error is 0.1 / sqrt(3), Student's t 4.303.
+    assert rows[0] == ["sampling", "3", "+1.00", "0.06", "+0.75 to +1.25", "helps"]
+    assert rows[1][0] == "feature_pyramid"
+    assert rows[1][-1] == "harms"
+    assert rows[2][1:3] == ["2", "+0.00"]
+    assert rows[2][-1] == "cannot be told from chance"
+    assert len(rows) == 3
+    assert differences({"all": runs(1.0, 2.0)}) == ""

@@ -352,8 +352,8 @@ class Trainer(DefaultTrainer):
             self._resumed = {name: state_dict[name] for name in names}
         else:
             logger.warning(
-                "The checkpoint is one of an earlier version: the order of the images and the "
-                "random numbers start anew"
+                "The checkpoint does not have the state of its training: the order of the images "
+                "and the random numbers start anew"
             )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
