@@ -92,6 +92,22 @@ def test_resumed(trained, synthetic, tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_average_begins_with_the_weights(trained, synthetic, tmp_path):
+    """Also in a training that had none before it was resumed."""
+    shutil.copy(trained / "model_0000003.pth", tmp_path)
+    path = tmp_path / "model_0000003.pth"
+    state = torch.load(path)
+    del state["trainer"]["hooks"]["AverageWeights"]
+    torch.save(state, path)
+    (tmp_path / "last_checkpoint").write_text(path.name)
+    run(synthetic, tmp_path, "--resume", *OPTIONS, "SOLVER.BASE_LR", 1e-20)
+    average = torch.load(tmp_path / "model_final_ema.pth")["model"]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    # Four small steps away from them; other random weights would be a hundred times as far.
+    torch.testing.assert_close(average[name], state["model"][name], rtol=0, atol=1e-3)
+    assert state["model"][name].std() > 5e-3
+
+
 def test_early_stopping(synthetic, tmp_path, capsys):
     """A learning rate of nearly 0 changes nothing: it ends after the second evaluation."""
     opts = [*OPTIONS, f"{SECTION}PATIENCE", 1, "SOLVER.BASE_LR", 1e-12, "SOLVER.MAX_ITER", 40]

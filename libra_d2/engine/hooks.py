@@ -212,6 +212,7 @@ class AverageWeights(HookBase):
             decay: in (0, 1), share of the average that a step keeps.
         """
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.is_resumed = False
 
     @property
     def model(self) -> nn.Module:
@@ -230,3 +231,4 @@ class AverageWeights(HookBase):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """See :meth:`HookBase.load_state_dict`."""
         self.average.load_state_dict(state)
+        self.is_resumed = True

@@ -128,6 +128,7 @@ class Trainer(DefaultTrainer):
         self._states: List[Dict[str, Any]] = []  # of all processes, see collect_states()
         self._resumed: Dict[str, Any] = {}
         self._evaluated = -1  # iteration of the last evaluation
+        self._end_reason = ""  # of a training that ends early
         self._stop = StopOnSignal()
         self.register_hooks(self.build_hooks())
 
@@ -263,21 +264,19 @@ class Trainer(DefaultTrainer):
         if self._end_reason:
             raise TrainingEnded(self._end_reason)
 
-    _end_reason = ""
-
     def after_train(self) -> None:
         """See :meth:`TrainerBase.after_train`; ends the data loading workers."""
         self._trainer.data_loader.close()
         self.iter = min(self.iter, self.max_iter)  # there may have been no iteration left to do
         super().after_train()
-        if self.average is not None and self.iter >= self.max_iter:
+        if self.average is not None and self.iter + 1 >= self.max_iter:
             checkpointer = LibraCheckpointer(self.average.model, self.cfg.OUTPUT_DIR, tag=False)
             checkpointer.save("model_final_ema")
 
     def before_train(self) -> None:
         """See :meth:`TrainerBase.before_train`; goes on where a resumed training has stopped."""
         super().before_train()
-        if self.average is not None and self.start_iter == 0:
+        if self.average is not None and not self.average.is_resumed:
             # Weights were loaded since it was made.
             model = getattr(self.model, "module", self.model)
             self.average.model.load_state_dict(model.state_dict())
