@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+import torch.nn.functional as F
 
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
+from libra_d2.modeling.balanced_feature_pyramid import _max_along, max_in_windows
 
 REFINE_TYPES = ("none", "conv", "non_local")
 
@@ -218,3 +220,17 @@ def test_half_precision(dtype, refine_type, magnitude):
     if magnitude < 100:
         sum(x.float().square().mean() for x in outputs).backward()
         assert all(torch.isfinite(x.grad).all() for x in (*inputs, *bfp.parameters()))
+
+
+@pytest.mark.parametrize("height", [1, 2, 5, 8, 13, 20])
+def test_max_in_windows(height):
+    """Value and gradient of adaptive max pooling at any two sizes, by exportable operators."""
+    for size in range(1, 14):
+        x = torch.randn(1, 2, height, size + 4, dtype=torch.float64, requires_grad=True)
+        expected = F.adaptive_max_pool2d(x, (size, size))
+        by_rows = _max_along(x, 2, size, 5)
+        for found in (_max_along(by_rows, 3, size, 5), max_in_windows(x, size, size, 5)):
+            assert torch.equal(found, expected)
+            weight = torch.randn_like(expected)
+            a, b = (torch.autograd.grad(y, x, weight, retain_graph=True) for y in (found, expected))
+            torch.testing.assert_close(a, b)

@@ -160,3 +160,18 @@ def test_fixed_parameters():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="same shape"):
         balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
+
+
+def test_function_transforms():
+    """Gradients by torch.func, also of each sample; a second derivative is an error."""
+    x, target = torch.randn(2, 9, dtype=torch.float64)
+    variable = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        balanced_l1_loss(variable, target, reduction="sum"), variable, create_graph=True
+    )
+    whole = torch.func.grad(lambda a: balanced_l1_loss(a, target, reduction="sum"))(x)
+    each = torch.func.vmap(torch.func.grad(lambda a, b: balanced_l1_loss(a, b)))(x, target)
+    assert torch.equal(whole, gradient)
+    assert torch.equal(each, gradient)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
