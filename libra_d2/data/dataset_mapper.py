@@ -14,10 +14,9 @@ from detectron2.data.detection_utils import (
     check_image_size,
     transform_proposals,
 )
-from detectron2.utils.registry import locate
 
 from ..errors import InputError, one_line
-from ..lazy import LazyView
+from ..lazy import LazyView, target_of
 from .image_reading import read_image
 from .resize import Augmentations, with_interpolation
 
@@ -99,7 +98,6 @@ def build_mapper(
     node = OmegaConf.select(cfg.current(), place)
     if node is None:
         raise InputError(f"{place}: the LazyConfig lacks it")
-    arguments = {name: instantiate(value) for name, value in node.items()}
-    target = arguments.pop("_target_")
-    target = locate(target) if isinstance(target, str) else target
+    arguments = {name: instantiate(value) for name, value in node.items() if name != "_target_"}
+    target = target_of(node)
     return (LibraDatasetMapper if target is DatasetMapper else target)(**{**arguments, **replaced})

@@ -10,12 +10,11 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.solver import LRMultiplier
-from detectron2.utils.registry import locate
 
 from ..data import build_mapper
 from ..data.resumable_loader import ResumableLoader
 from ..errors import InputError, one_line
-from ..lazy import LazyView, view
+from ..lazy import LazyView, target_of, view
 
 __all__ = [
     "build_lazy_evaluator",
@@ -103,8 +102,7 @@ def _loader_arguments(cfg: LazyView, name: str) -> Dict[str, Any]:
     """The arguments of a data loader, except for its mapper, and what it is made by."""
     loader = _part(cfg, name)
     arguments = {key: instantiate(value) for key, value in loader.items() if key != "mapper"}
-    target = arguments.pop("_target_")
-    return {**arguments, "_target_": locate(target) if isinstance(target, str) else target}
+    return {**arguments, "_target_": target_of(loader)}
 
 
 def build_lazy_train_loader(cfg: LazyView, seed: int) -> Iterable:
@@ -148,8 +146,7 @@ def _evaluators(cfg: LazyView) -> List[DictConfig]:
 
 def has_own_evaluator(cfg: LazyView) -> bool:
     """Whether the config names an evaluator other than Detectron2's of COCO."""
-    targets = [x.get("_target_") for x in _evaluators(cfg)]
-    targets = [locate(x) if isinstance(x, str) else x for x in targets]
+    targets = [target_of(x) for x in _evaluators(cfg)]
     return targets not in ([], [COCOEvaluator])
 
 

@@ -161,6 +161,11 @@ class Trainer(DefaultTrainer):
             self._stop,
         ]
 
+    @property
+    def _plain_model(self) -> nn.Module:
+        """The model, without the ``DistributedDataParallel`` around it."""
+        return getattr(self.model, "module", self.model)
+
     def _build_best_model(self) -> HookBase:
         metric = self.cfg.MODEL.LIBRA.TRAINER.BEST_METRIC
         averaged = metric.split("/")[-2].endswith("_EMA") if "/" in metric else False
@@ -216,7 +221,7 @@ class Trainer(DefaultTrainer):
             losses: Dict[str, float] = {}
             for name in self.cfg.DATASETS.TEST:
                 found = validation_losses(
-                    getattr(self.model, "module", self.model),
+                    self._plain_model,
                     self.build_validation_loader(self.cfg, name),
                 )
                 several = len(self.cfg.DATASETS.TEST) > 1
@@ -278,8 +283,7 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if self.average is not None and not self.average.is_resumed:
             # Weights were loaded since it was made.
-            model = getattr(self.model, "module", self.model)
-            self.average.model.load_state_dict(model.state_dict())
+            self.average.model.load_state_dict(self._plain_model.state_dict())
         if comm.is_main_process() and self.start_iter > 0:
             path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
             remove_later_metrics(path, self.start_iter)
@@ -287,7 +291,7 @@ class Trainer(DefaultTrainer):
         if not resumed:
             return
         set_histories(self.storage, resumed["histories"])
-        set_normalizers(getattr(self.model, "module", self.model), resumed["normalizers"])
+        set_normalizers(self._plain_model, resumed["normalizers"])
         states = resumed["processes"]
         if len(states) != comm.get_world_size():
             logger.warning(
@@ -337,7 +341,7 @@ class Trainer(DefaultTrainer):
             **super().state_dict(),
             "_trainer": self._trainer.state_dict(),
             "processes": self._states,
-            "normalizers": get_normalizers(getattr(self.model, "module", self.model)),
+            "normalizers": get_normalizers(self._plain_model),
             "histories": get_histories(self.storage) if hasattr(self, "storage") else {},
         }
 

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
-from detectron2.utils.registry import _convert_target_to_string, locate
+from detectron2.utils.registry import _convert_target_to_string
 
 from ..errors import InputError
 from ..modeling import (
@@ -34,6 +34,7 @@ from ..modeling import (
     LowQualityMatcher,
     build_balanced_backbone,
 )
+from .target import target_of
 
 __all__ = ["balance", "turn_off"]
 
@@ -46,19 +47,13 @@ _RETINANET_BETA = 0.11  # mmdetection's libra_retinanet_r50_fpn_1x
 _RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min_pos_iou
 
 
-def _target(node: Any) -> Any:
-    """What a part of a LazyConfig is made with, a class or function; None if it is no part."""
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
-    return locate(target) if isinstance(target, str) else target
-
-
 def _is(node: Any, *classes: Type) -> bool:
-    target = _target(node)
+    target = target_of(node)
     return isinstance(target, type) and issubclass(target, classes)
 
 
 def _name(node: Any) -> str:
-    return getattr(_target(node), "__qualname__", repr(node))
+    return getattr(target_of(node), "__qualname__", repr(node))
 
 
 def _exchange(node: DictConfig, exchange: Dict[Type, Type], what: str, instead: str) -> bool:
@@ -71,8 +66,8 @@ def _exchange(node: DictConfig, exchange: Dict[Type, Type], what: str, instead: 
     Raises:
         InputError: if nothing takes the place of its class.
     """
-    if _target(node) in exchange:
-        node._target_ = exchange[_target(node)]
+    if target_of(node) in exchange:
+        node._target_ = exchange[target_of(node)]
         return True
     if _is(node, *exchange.values()):
         return False
@@ -132,24 +127,24 @@ def balance(
 
 
 def _balance_backbone(backbone: DictConfig, feature_pyramid: bool, reference: bool) -> None:
-    if _target(backbone) is not build_balanced_backbone:
+    if target_of(backbone) is not build_balanced_backbone:
         is_resnet = _is(backbone.get("bottom_up"), ResNet)
         train_affine = reference and is_resnet and "FrozenBN" in str(backbone.bottom_up)
         if not (feature_pyramid or train_affine):
             return
-        backbone.plain_backbone = _convert_target_to_string(_target(backbone))
+        backbone.plain_backbone = _convert_target_to_string(target_of(backbone))
         backbone._target_ = build_balanced_backbone
         backbone.balanced = feature_pyramid
         if train_affine:
             backbone.train_affine = True
     elif feature_pyramid:
         backbone.setdefault("balanced", True)
-    if reference and _target(backbone.get("top_block")) is LastLevelP6P7:
+    if reference and target_of(backbone.get("top_block")) is LastLevelP6P7:
         backbone.top_block._target_ = LinearLastLevelP6P7
 
 
 def _match_as_reference(node: DictConfig, min_iou: float) -> None:
-    if _target(node.get("anchor_matcher")) is Matcher:
+    if target_of(node.get("anchor_matcher")) is Matcher:
         node.anchor_matcher._target_ = LowQualityMatcher
         node.anchor_matcher.pop("allow_low_quality_matches", None)
         node.anchor_matcher.min_iou = min_iou
@@ -230,7 +225,7 @@ def turn_off(model: DictConfig, *ideas: str) -> List[str]:
     """
     overrides = []
     heads = model.get("roi_heads")
-    if "feature_pyramid" in ideas and _target(model.backbone) is build_balanced_backbone:
+    if "feature_pyramid" in ideas and target_of(model.backbone) is build_balanced_backbone:
         overrides.append("model.backbone.balanced=False")
     if "sampling" in ideas and heads is not None and "proposal_sampler" in heads:
         sampler = "model.roi_heads.proposal_sampler"

@@ -16,9 +16,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from detectron2.config import CfgNode, LazyConfig, get_cfg
-from detectron2.utils.registry import locate
 
 from ..config import add_libra_config
+from .target import target_of
 
 __all__ = ["LazyView", "is_lazy_config", "lazy_names", "view"]
 
@@ -134,9 +134,7 @@ def _plain(value: Any) -> Any:
 
 def _is_target(node: Any, name: str) -> bool:
     """Whether a part of a LazyConfig is made with a class of this name or one derived from it."""
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
-    target = locate(target) if isinstance(target, str) else target
-    return name in [x.__name__ for x in getattr(target, "__mro__", ())]
+    return name in [x.__name__ for x in getattr(target_of(node), "__mro__", ())]
 
 
 def _set_num_classes(node: Any, value: int) -> None:
