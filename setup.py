@@ -17,6 +17,7 @@ PROGRAMS = {
     "libra-d2-convert-mmdet": "libra_d2.tools.convert_mmdet",
     "libra-d2-dump-proposals": "libra_d2.tools.dump_proposals",
     "libra-d2-export-model": "libra_d2.tools.export_model",
+    "libra-d2-make-synthetic-dataset": "libra_d2.tools.make_synthetic_dataset",
     "libra-d2-voc-to-coco": "libra_d2.tools.voc_to_coco",
 }
 

@@ -22,22 +22,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from libra_d2 import model_zoo
+from libra_d2.config import VARIANTS, Recipe
 from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
-from libra_d2.data.display import display_metadata
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
-from libra_d2.plain_detector import variant_options
+from libra_d2.utils.display import display_metadata
 
 logger = logging.getLogger("libra_d2.demo")
 
-WEIGHTS = "train.init_checkpoint"  # MODEL.WEIGHTS of a LazyConfig
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -96,16 +94,15 @@ def find_images(inputs: List[str]) -> List[str]:
     return files
 
 
-def make_predictor(cfg: CfgNode, names: Optional[List[str]]) -> LibraPredictor:
+def make_predictor(recipe: Recipe, names: Optional[List[str]]) -> LibraPredictor:
     """
-    The predictor of ``cfg``, with as many classes as there are ``names``, if any.
+    The predictor of a recipe, with as many classes as there are ``names``, if any.
     """
-    cfg = cfg.clone()
     if names:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
-    if cfg.MODEL.LOAD_PROPOSALS:
-        raise InputError("MODEL.LOAD_PROPOSALS: images alone do not do for a model without RPN")
-    return LibraPredictor(cfg)
+        recipe.num_classes = len(names)
+    if recipe.needs_proposals:
+        raise InputError("a model without RPN needs proposals; images alone are not enough")
+    return LibraPredictor(recipe)
 
 
 def find_weights(name: str) -> str:
@@ -131,22 +128,21 @@ def find_weights(name: str) -> str:
 
 def setup(
     args: argparse.Namespace, config_file: str, opts: List[str], plain_weights: str = ""
-) -> CfgNode:
-    """The config of one of the two detectors; of the plain one, if its weights are named."""
+) -> Recipe:
+    """The recipe of one of the two detectors; of the plain one, if its weights are named."""
     name = config_file if config_file.endswith((".yaml", ".py")) else f"{config_file}.yaml"
     in_zoo = not os.path.exists(config_file)
     path = name if in_zoo else config_file
-    cfg = read_config(path, opts, output=False)
+    recipe = read_config(path, opts)
     if plain_weights and not args.plain_config_file:
-        cfg = read_config(path, [*opts, *variant_options(cfg, "baseline")], output=False)
-    weights_are_named = any(x.split("=")[0] in ("MODEL.WEIGHTS", WEIGHTS) for x in opts)
+        recipe = read_config(path, [*opts, *recipe.variant_options(VARIANTS["baseline"])])
+    weights_are_named = any(x.split("=")[0] == recipe.name_of("weights") for x in opts)
     if plain_weights:
-        cfg.MODEL.WEIGHTS = plain_weights
+        recipe.weights = plain_weights
     elif in_zoo and not weights_are_named:
-        cfg.MODEL.WEIGHTS = find_weights(name)
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
-    return cfg
+        recipe.weights = find_weights(name)
+    recipe.score_threshold = args.confidence_threshold
+    return recipe
 
 
 def save(image: np.ndarray, path: str) -> None:
@@ -303,13 +299,13 @@ def run(args: argparse.Namespace) -> None:
     if args.plain_config_file and not args.plain_weights:
         raise InputError("--plain-config-file goes with --plain-weights")
     files, source = (find_images(args.input), None) if args.input else ([], open_video(args))
-    cfg = setup(args, args.config_file, args.opts)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__unused")
+    recipe = setup(args, args.config_file, args.opts)
+    metadata = MetadataCatalog.get((*recipe.test_datasets, "__unused")[0])
     names = read_categories(args.categories) if args.categories else None
     if names:
         metadata = Metadata(thing_classes=names)
     metadata = display_metadata(metadata)
-    predictor = make_predictor(cfg, names)
+    predictor = make_predictor(recipe, names)
     if source:
         process_video(source, args, predictor, metadata)
         return

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 __all__ = [
     "ArgumentError",
@@ -35,29 +35,28 @@ class BrokenFileError(InputError):
 
 class ArgumentError(ValueError):
     """
-    An argument of a component is out of its range. The message names the argument; ``in_config``
-    is the same for users of a config, who know it by its key.
+    An argument of a component is out of its range. The message names the argument; a recipe, which
+    knows where it comes from, names the key of the config instead.
     """
 
-    def __init__(self, argument: str, value: Any, rule: str, key: Optional[str] = None):
+    def __init__(self, argument: str, value: Any, rule: str):
         """
         Args:
             argument: its name.
             value: that it has.
             rule: what to use instead, such as "use 1 or more".
-            key: of the config, if the argument comes from there.
         """
         super().__init__(f"{argument} is {value!r}: {rule}")
-        self.in_config = f"{key or argument} is {value!r}: {rule}"
+        self.argument, self.value, self.rule = argument, value, rule
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str], key: str) -> None:
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     """
     Raises:
         ArgumentError: if ``value`` is none of ``choices``.
     """
     if value not in choices:
-        raise ArgumentError(argument, value, f"use one of {tuple(choices)}", key)
+        raise ArgumentError(argument, value, f"use one of {tuple(choices)}")
 
 
 def one_line(error: Exception) -> str:

@@ -21,16 +21,18 @@ from torch import nn
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from .atomic_write import atomic_write
-from .checkpoint import LibraCheckpointer, build_model, build_trained_model
+from .checkpoint import LibraCheckpointer
 from .checkpoint.download import fetch
 from .checkpoint.mmdetection import to_detectron2_checkpoint
-from .checkpoint.safe_reading import read_weights, reading_weights
-from .config import add_libra_config
-from .lazy import view
+from .config import add_libra_config, make_recipe
+from .config.reading import detectron2_configs
+from .errors import InputError
+from .utils.atomic_write import atomic_write
+from .utils.safe_reading import read_weights, reading_weights
 
 __all__ = [
     "PREFIX",
+    "find_config",
     "get",
     "get_checkpoint_url",
     "get_config",
@@ -131,6 +133,28 @@ def get_config_file(config_path: str) -> str:
     )
 
 
+def find_config(name: str) -> str:
+    """
+    Args:
+        name: a path, a URL, or the name of a config of this model zoo or of Detectron2's.
+
+    Returns:
+        the path or URL.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    if not name or os.path.exists(name) or "://" in name:
+        return name
+    try:
+        return get_config_file(name)
+    except RuntimeError as e:
+        path = os.path.join(detectron2_configs(), name)
+        if os.path.isfile(path):
+            return path
+        raise InputError(f"{e}, nor one of Detectron2's") from e
+
+
 def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:
     """
     Args:
@@ -173,17 +197,15 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
         RuntimeError: see :func:`get_config`.
         InputError: if the weights cannot be had; see :class:`LibraCheckpointer`.
     """
-    cfg = get_config(config_path, trained)
-    if isinstance(cfg, DictConfig):
-        cfg = view(cfg)
+    recipe = make_recipe(get_config(config_path, trained))
     if device is None and not torch.cuda.is_available():
         device = "cpu"
     if device is not None:
-        cfg.MODEL.DEVICE = device
+        recipe.device = device
     if trained:
-        return build_trained_model(cfg).train()
-    model = build_model(cfg)
-    LibraCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        return recipe.build_trained_model().train()
+    model = recipe.build_model()
+    LibraCheckpointer(model).load(recipe.weights)
     return model
 
 

@@ -13,8 +13,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from libra_d2 import add_libra_config
-from libra_d2.data.synthetic import make_synthetic_dataset
+from libra_d2.config import make_recipe
 from libra_d2.tools.export_model import match
+from libra_d2.tools.make_synthetic_dataset import make_synthetic_dataset
 
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
@@ -69,6 +70,11 @@ def demo_cfg(config=DEMO_CONFIG, **overrides):
     for key, value in overrides.items():
         cfg.merge_from_list([key.replace("__", "."), value])
     return cfg
+
+
+def build_model(cfg):
+    """The model of a config of either language."""
+    return make_recipe(cfg).build_model()
 
 
 def random_inputs(*num_boxes, size=(96, 128)):

@@ -2,20 +2,21 @@
 """A batch in parts has the gradients of the batch."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, load_cfg, random_inputs
+from conftest import ROOT, build_model, load_cfg, random_inputs
+from torch import nn
 
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 
-from libra_d2.checkpoint import build_model
-from libra_d2.engine.accumulation import AccumulationTrainer
-from libra_d2.modeling.reference_recipe.normalizer import Normalizers, mean_over_batch
+from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
+from libra_d2.modeling.normalizer import mean_over_batch
 
-SYSTEMS = ("faster_rcnn_R_50", "faster_rcnn_R_101", "faster_rcnn_X_101_64x4d", "fast_rcnn_R_50")
-SYSTEMS = (*SYSTEMS, "retinanet_R_50")
+SYSTEMS = ("faster_rcnn_R_50", "fast_rcnn_R_50", "retinanet_R_50")
 CASCADE = "Misc/libra_cascade_rcnn_R_50_FPN_1x"
 
 
@@ -45,11 +46,11 @@ def make_batch(cfg):
     return batch
 
 
-def step(model, batch, num_parts):
+def step(model, batch, accumulation_steps):
     trainer = AccumulationTrainer(
         model, [copy.deepcopy(batch)], torch.optim.SGD(model.parameters(), lr=0.0)
     )
-    trainer.num_parts = num_parts
+    trainer.accumulation_steps = accumulation_steps
     torch.manual_seed(1)
     with EventStorage() as storage:
         trainer.run_step()
@@ -72,8 +73,8 @@ def test_gradients(path):
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(expected[name], p.grad, rtol=1e-3, atol=1e-5)
-    for num_parts in (2, 4):
-        found, found_scalars = step(model, batch, num_parts)
+    for accumulation_steps in (2, 4):
+        found, found_scalars = step(model, batch, accumulation_steps)
         assert found.keys() == expected.keys()
         total = torch.sqrt(sum(x.square().sum() for x in expected.values()))
         difference = torch.sqrt(sum((found[n] - expected[n]).square().sum() for n in expected))
@@ -83,44 +84,80 @@ def test_gradients(path):
             assert found_scalars[name] == pytest.approx(scalars[name], rel=1e-4)
 
 
-def test_parts_with_numbers_of_their_own_would_be_wrong():
-    """The bound above tells means over parts from the mean over the batch."""
-    model, cfg = build("COCO-Detection/libra_retinanet_R_50_FPN_1x")
-    batch = make_batch(cfg)
-    expected, _ = step(model, batch, 1)
-    model.zero_grad()
-    for i in (0, 2):
-        with EventStorage():
-            (sum(model(copy.deepcopy(batch[i : i + 2])).values()) / 2).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    total = torch.sqrt(sum(x.square().sum() for x in expected.values()))
-    difference = torch.sqrt(sum((found[n] - expected[n]).square().sum() for n in expected))
-    assert difference > 1e-2 * total
+def draw(number):
+    """Which of some images a model samples; all three generators take part."""
+    return torch.rand(number).double() + np.random.rand() + random.random() > 1.2
 
 
-def test_batch_norm_counts_once():
-    """The pass that counts does not change running statistics."""
-    models = [build_model(demo_cfg()) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    batch = random_inputs(2, 3)
-    step(models[0], batch, 2)
-    for image in batch:
-        with EventStorage():
-            models[1](copy.deepcopy([image]))
-    # What is behind the sampling depends on it.
-    backbones = (model.backbone for model in models)
-    for (name, a), (_, b) in zip(*(x.named_buffers() for x in backbones)):
-        assert torch.equal(a, b), name
+class Sampling(nn.Module):
+    """Draws what it computes; its normalizer is how many that are; its gradient draws, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.norm = nn.BatchNorm1d(1, dtype=torch.float64)
+        self.mean = nn.BatchNorm1d(1, momentum=None, dtype=torch.float64)
+        self.with_gradient = []
+
+    def forward(self, part):
+        x = torch.tensor(part, dtype=torch.float64)
+        self.norm(x[:, None]), self.mean(x[:, None])
+        self.with_gradient.append(torch.is_grad_enabled())
+        used = draw(len(x))
+        number = used.sum().double()
+        storage = get_event_storage()
+        storage.put_scalar("number", number)
+        storage.put_scalar("early" if x[0] < 5 else "late", x[0])
+        loss = (self.weight * x * used).sum() / mean_over_batch(number, self)
+        loss.requires_grad and loss.register_hook(
+            lambda gradient: 0 * torch.rand(5).sum() + gradient
+        )
+        return {"loss_a": loss, "loss_b": self.weight * x[0]}
 
 
-def test_normalizers():
-    normalizers = Normalizers()
-    for a, b in ((1.0, 10.0), (3.0, 30.0)):
-        with normalizers.count():
-            assert mean_over_batch(torch.tensor(a)) == a
-            assert mean_over_batch(torch.tensor(b)) == b
-    normalizers.finish()
-    for _ in range(2):
-        with normalizers.use():
-            assert [mean_over_batch(torch.tensor(9.0)).item() for _ in range(2)] == [2.0, 20.0]
-    assert mean_over_batch(torch.tensor(9.0)) == 9.0
+@pytest.mark.parametrize("amp", [False, True])
+def test_step(amp):
+    """Of three parts with samples, normalizers and scalars of their own, worked out by hand."""
+    batch, optimizer = [1.0, 2, 4, 8, 16, 32], torch.optim.SGD
+    model = Sampling()
+    model.weight.grad = torch.tensor(100.0, dtype=torch.float64)  # of an earlier step
+    args = (model, [batch], optimizer(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer = AMPAccumulationTrainer(*args, scaler) if amp else AccumulationTrainer(*args)
+    trainer.accumulation_steps = 3
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(4)
+    parts = [torch.tensor(x).double() for x in (batch[:2], batch[2:4], batch[4:])]
+    used = [draw(2) for _ in parts]
+    numbers = [x.sum().item() for x in used]
+    assert len(set(numbers)) > 1
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(4)
+    with EventStorage() as storage:
+        trainer.run_step()
+    sums = [(x * u).sum().item() for x, u in zip(parts, used)]
+    gradients = [a / (sum(numbers) / 3) + x[0].item() for a, x in zip(sums, parts)]
+    assert model.weight.item() == pytest.approx(1.5 - 0.1 * sum(gradients) / 3, rel=1e-6)
+    found = {name: history.values() for name, history in storage.histories().items()}
+    del found["data_time"]
+    losses = {"loss_a": 1.5 * sum(sums) / sum(numbers), "loss_b": 1.5 * (1 + 4 + 16) / 3}
+    expected = {**losses, "total_loss": sum(losses.values()), "number": sum(numbers) / 3}
+    expected.update(early=(1 + 4) / 2, late=16)
+    assert {name: [value for value, _ in values] for name, values in found.items()} == {
+        name: [pytest.approx(value, rel=1e-6)] for name, value in expected.items()
+    }
+    assert model.with_gradient == [False] * 3 + [True] * 3
+    # Running statistics count each part once.
+    assert model.norm.running_mean.item() == pytest.approx(0.1 * (0.81 * 1.5 + 0.9 * 6 + 24))
+    assert model.mean.running_mean.item() == pytest.approx((1.5 + 6 + 24) / 3)
+    assert model.norm.num_batches_tracked == model.mean.num_batches_tracked == 3
+    assert (model.norm.momentum, model.mean.momentum) == (0.1, None)
+
+
+def test_infinite_gradients():
+    """Mixed precision leaves out the step, and halves the scale."""
+    model, scaler = Sampling(), torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with EventStorage():
+        AMPAccumulationTrainer(model, [[1e300, 1e300]], optimizer, scaler).run_step()
+    assert (model.weight.item(), scaler.get_scale()) == (1.5, 2.0**119)

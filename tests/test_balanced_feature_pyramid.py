@@ -49,31 +49,31 @@ def test_hand_computed():
     torch.testing.assert_close(outputs[2].item(), 10 + 29 / 3)
 
 
-def test_non_local_hand_computed():
-    """
-    Two positions with the values 0 and ln 3, all embeddings the identity: the dot products of the
-    second position with the two are 0 and ln(3)^2, without scaling.
-    """
-    block = NonLocalBlock(1)
-    for conv in (block.theta, block.phi, block.g, block.conv_out):
-        torch.nn.init.ones_(conv.weight)
-    a = torch.tensor(3.0).log()
-    output = block(torch.stack([a * 0, a]).reshape(1, 1, 1, 2)).flatten()
-    weight = (a * a).exp() / (1 + (a * a).exp())
-    # The first position attends to both equally.
-    torch.testing.assert_close(output, torch.stack([a / 2, a + weight * a]))
-
-
 def test_starts_as_identity():
     """A fresh non-local block changes nothing, so that "non_local" starts as "none"."""
     features = pyramid(SIZES["odd"])
-    outputs = BalancedFeaturePyramid(8, 5)(features)
-    expected = BalancedFeaturePyramid(8, 5, refine_type="none")(features)
-    assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
+    bfp = BalancedFeaturePyramid(8, 5)
+    assert isinstance(bfp.refine, NonLocalBlock)
+    expected = BalancedFeaturePyramid(8, 5, refine_level=2, refine_type="none")(features)
+    assert all(torch.equal(a, b) for a, b in zip(bfp(features), expected))
+
+
+def test_initial_weights():
+    """Those of mmdetection: normal ones, none at all, and uniform ones for the convolution."""
+    block = NonLocalBlock(64)
+    for layer in (block.theta, block.phi, block.g):
+        # Of 4096 weights the standard deviation is known to 1.1%.
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    conv = REFINEMENT_REGISTRY.get("conv")(64)
+    bound = (6 / (9 * 64 + 9 * 64)) ** 0.5
+    assert conv.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert conv.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    zeros = (*(x.bias for x in (block.theta, block.phi, block.g, block.conv_out, conv)),)
+    assert not any(x.any() for x in (*zeros, block.conv_out.weight))
 
 
 @pytest.mark.parametrize("refine_type", REFINE_TYPES)
-@pytest.mark.parametrize("refine_level", [0, 1, 2, 4])
+@pytest.mark.parametrize("refine_level", [0, 2, 4])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_equals_reference(mmdet, refine_type, refine_level, sizes):
     """
@@ -121,21 +121,6 @@ def test_any_number_of_levels(num_levels):
         assert [x.shape for x in bfp(features)] == [x.shape for x in features]
 
 
-def test_wrong_number_of_levels():
-    with pytest.raises(AssertionError, match="2 levels, not 5"):
-        BalancedFeaturePyramid(8, 5)(pyramid(SIZES["odd"][:2]))
-
-
-@pytest.mark.parametrize("refine_type", REFINE_TYPES)
-def test_gradient(refine_type):
-    bfp = randomized(BalancedFeaturePyramid(2, 3, refine_level=1, refine_type=refine_type)).double()
-    features = [torch.randn(1, 2, s, s, dtype=torch.float64) for s in (4, 2, 1)]
-    # gradcheck perturbs by 1e-6; maxima that close to each other do not occur with this seed.
-    assert torch.autograd.gradcheck(
-        lambda *x: tuple(bfp(list(x))), [x.requires_grad_() for x in features]
-    )
-
-
 @pytest.mark.parametrize("refine_type", REFINE_TYPES)
 @pytest.mark.parametrize("convert", ["script", "trace"])
 def test_script_and_trace(refine_type, convert):
@@ -148,52 +133,39 @@ def test_script_and_trace(refine_type, convert):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("refine_type", REFINE_TYPES)
-def test_autocast(refine_type):
-    bfp = randomized(BalancedFeaturePyramid(8, 5, refine_type=refine_type))
-    features = pyramid(SIZES["odd"])
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = bfp(features)
-    for a, b in zip(outputs, bfp(features)):
-        # bfloat16 has 8 significant bits; outputs are of the order of 1.
-        torch.testing.assert_close(a.float(), b, rtol=0.03, atol=0.1)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"refine_level": 5}, "refine_level is 5: the pyramid has 5 levels, use .* 0 to 4"),
-        ({"refine_level": -1}, "refine_level is -1"),
+        (
+            {"refine_level": 5},
+            "refine_level is 5: the pyramid has 5 levels, use a value",
+        ),
+        ({"refine_level": -1}, "refine_level is -1: the pyramid has"),
         ({"refine_type": "gaussian"}, "refine_type is 'gaussian': use one of"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ArgumentError, match=message):
+    with pytest.raises(ArgumentError) as error:
         BalancedFeaturePyramid(8, 5, **kwargs)
+    assert str(error.value).startswith(message)
 
 
 def test_own_refinement():
     """A registered one is used by its name."""
 
     @REFINEMENT_REGISTRY.register()
-    def test_double(channels):
-        layer = torch.nn.Conv2d(channels, channels, 1, bias=False)
-        torch.nn.init.dirac_(layer.weight)
-        layer.weight.data *= 2
-        return layer
+    def test_flatten(channels):
+        return torch.nn.AvgPool2d(3, 1, padding=1)
 
-    features = pyramid(SIZES["regular"])
-    double, none = (
-        BalancedFeaturePyramid(8, 5, refine_type=name)(features) for name in ("test_double", "none")
-    )
-    for feature, a, b in zip(features, double, none):
-        torch.testing.assert_close(a - feature, 2 * (b - feature))
+    features = [torch.ones(1, 1, 3, 3)] * 2
+    bfp = BalancedFeaturePyramid(1, 2, refine_level=0, refine_type="test_flatten")
+    assert bfp(features)[1][0, 0, 0].tolist() == pytest.approx([1 + 4 / 9, 1 + 6 / 9, 1 + 4 / 9])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("refine_type", REFINE_TYPES)
 @pytest.mark.parametrize("magnitude", [1.0, 30.0, 20000.0])
-def test_half_precision(dtype, refine_type, magnitude):
+def test_autocast(dtype, refine_type, magnitude):
     """
     Under autocast: finite, and float32's result up to the rounding of the outputs, though the sum
     of the levels and the dot products of the attention exceed the largest float16.
@@ -209,6 +181,8 @@ def test_half_precision(dtype, refine_type, magnitude):
     inputs = [x.requires_grad_() for x in features]
     with torch.autocast("cpu", dtype=dtype):
         outputs = bfp(inputs)
+        if refine_type == "non_local":
+            assert bfp.refine(inputs[0]).dtype == torch.float32
     for output, exact, feature in zip(outputs, expected, features):
         assert output.dtype == dtype
         # Neither the sum nor what is added may exceed the largest float16.

@@ -2,9 +2,16 @@
 import numpy as np
 import pytest
 import torch
+from conftest import demo_cfg
 
 from libra_d2.errors import ArgumentError
-from libra_d2.modeling.balanced_sampling import MODES, BalancedSampler, iou_bins, iou_histogram
+from libra_d2.modeling.balanced_sampling import (
+    MODES,
+    BalancedSampler,
+    build_proposal_sampler,
+    iou_bins,
+    iou_histogram,
+)
 
 
 def proposals(positives_of=(), negative_ious=(), num_ignored=0):
@@ -32,12 +39,14 @@ def proposals(positives_of=(), negative_ious=(), num_ignored=0):
 
 def draw(args, num_samples, fraction=0.25, **kwargs):
     """Draw, and check what always holds."""
-    labels, _, _, _ = args
+    labels, _, matched, _ = args
     positive, negative, _, _ = BalancedSampler(**kwargs)(*args, num_samples, fraction)
     assert (labels[positive] == 1).all()
     assert (labels[negative] == 0).all()
+    assert (matched[positive].diff() >= 0).all()
     assert len(set(positive.tolist())) == len(positive) <= int(num_samples * fraction)
-    assert len(set(negative.tolist())) == len(negative) <= num_samples - len(positive)
+    assert len(set(negative.tolist())) == len(negative)
+    assert len(negative) == min(num_samples - len(positive), (labels == 0).sum())
     return positive, negative
 
 
@@ -51,54 +60,51 @@ def linear(num, low=0.0, high=0.5):
 @pytest.mark.parametrize(
     ("args", "num_positives", "num_negatives"),
     [
-        ({"negative_ious": [0.0] * 100}, 0, 64),  # no ground truth
-        ({"positives_of": (0, 0), "negative_ious": linear(100)}, 0, 64),  # no foreground
-        ({"positives_of": (5,), "negative_ious": linear(100)}, 5, 59),
+        ({"negative_ious": [0.0] * 100}, 0, 67),  # no ground truth
+        ({"positives_of": (0, 0), "negative_ious": linear(100)}, 0, 67),  # no foreground
+        ({"positives_of": (5,), "negative_ious": linear(100)}, 5, 62),
         ({"positives_of": (5, 3), "negative_ious": linear(7)}, 8, 7),  # fewer than asked
-        ({"positives_of": (5, 3), "negative_ious": linear(56)}, 8, 56),  # just as many
+        ({"positives_of": (5, 3), "negative_ious": linear(59)}, 8, 59),  # just as many
         ({"positives_of": (10,) * 4}, 16, 0),  # no background
-        ({"positives_of": (1,) * 50, "negative_ious": linear(99)}, 16, 48),  # more instances
-        ({"positives_of": (3,), "negative_ious": [0.2] * 100}, 3, 61),  # all in one bin
+        ({"positives_of": (1,) * 50, "negative_ious": linear(99)}, 16, 51),  # more instances
+        ({"positives_of": (3,), "negative_ious": [0.2] * 100}, 3, 64),  # all in one bin
         ({"positives_of": (2,), "negative_ious": [0.0] * 9, "num_ignored": 90}, 2, 9),
         ({"num_ignored": 5}, 0, 0),
         ({}, 0, 0),  # no proposals
     ],
 )
 def test_counts(mode, negatives, positives, args, num_positives, num_negatives):
+    """Of 67 at most a quarter, 16.75, are positives: that is 16."""
     kwargs = {"mode": mode, "negatives": negatives, "positives": positives}
-    positive, negative = draw(proposals(**args), 64, **kwargs)
+    positive, negative = draw(proposals(**args), 67, **kwargs)
     assert (len(positive), len(negative)) == (num_positives, num_negatives)
 
 
 @pytest.mark.parametrize("num_bins", [1, 2, 3, 5, 8])
-def test_paper_bins_are_equally_filled(num_bins):
-    """Equation 2: N / K from each bin, whatever the number of candidates in it."""
-    ious = [0.5 * u**3 for u in linear(4000, 0, 1)]
-    args = proposals((4,), ious)
-    _, negative = draw(args, 4 + 40 * num_bins, mode="paper", num_bins=num_bins)
-    assert iou_histogram(args[1][negative].numpy(), num_bins, 0.5).tolist() == [40] * num_bins
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 1.0])
+def test_paper_bins_are_equally_filled(num_bins, threshold):
+    """
+    Equation 2: N / K from each bin, whatever the number of candidates in it, the first one's being
+    without overlap; what is left of the division is drawn from any.
+    """
+    ious = [threshold * u for u in linear(4000, 0, 1) if u > 1 / num_bins]
+    args = proposals((4,), [0.0] * 700 + ious)
+    for surplus in {0, num_bins - 1}:
+        num = 4 + 40 * num_bins + surplus
+        positive, negative = draw(args, num, num_bins=num_bins, negative_iou_thresh=threshold)
+        counts = iou_histogram(args[1][negative].numpy(), num_bins, threshold)
+        assert len(positive) == 4
+        assert counts.min() >= 40
+        assert counts.sum() == 40 * num_bins + surplus
 
 
-def test_paper_bins_follow_the_threshold():
-    args = proposals((4,), linear(1000, 0, 0.3))
+@pytest.mark.parametrize("iou", [0.4, 0.55])
+def test_negatives_in_no_bin(iou):
+    """Those beyond the threshold are drawn like what is left over in the bins."""
+    args = proposals((4,), [*linear(60, 0, 0.3), *linear(500, 0, 0.1), *[iou] * 500])
     _, negative = draw(args, 94, num_bins=3, negative_iou_thresh=0.3)
-    assert iou_histogram(args[1][negative].numpy(), 3, 0.3).tolist() == [30, 30, 30]
-
-
-def test_what_a_bin_lacks_is_filled_from_the_others():
-    """10 of 30 in the last bin: the missing 20 come from the others, in proportion to the rest."""
-    ious = linear(330, 0, 1 / 6) + linear(130, 1 / 6, 1 / 3) + linear(10, 1 / 3, 0.5)
-    counts = []
-    for _ in range(300):
-        args = proposals((), ious)
-        _, negative = draw(args, 90)
-        counts.append(iou_histogram(args[1][negative].numpy(), 3, 0.5))
-    counts = np.stack(counts)
-    assert (counts[:, 2] == 10).all()
-    assert (counts.sum(axis=1) == 90).all()
-    # 300 and 100 candidates are left: 15 and 5 of the 20, hypergeometric with a standard deviation
-    # of 1.9; its mean over 300 draws is within 0.45 but for one seed in 25,000.
-    assert counts.mean(axis=0)[:2] == pytest.approx([45, 35], abs=0.45)
+    # 30, 20 and 20 from the bins, and of 990 left over 20, with a standard deviation of 2.2.
+    assert 0 < (args[1][negative] > 0.3).sum() < 20
 
 
 def test_uniform_within_a_bin():
@@ -113,57 +119,64 @@ def test_uniform_within_a_bin():
     assert statistic < 105  # 57 degrees of freedom exceed 105 with probability 1e-4
 
 
-def test_reference_mode_bins():
-    """
-    With ground truth added the bins end at 1: [0, 1/3), [1/3, 2/3), [2/3, 1). 90 draws take 30
-    from the first; of the second 30 are below 0.5, and the last is empty: 30 at random. Zero IoU
-    is not touched as long as there are others.
-    """
-    args = proposals((3,), [0.0] * 500 + linear(400, 0.01, 0.33) + linear(100, 0.34, 0.5))
-    labels, max_iou, *_ = args
-    upper_half = []
-    for _ in range(300):
-        _, negative = draw(args, 93, mode="reference")
-        assert len(negative) == 90
-        assert (max_iou[negative] > 0).all()
-        upper_half.append((max_iou[negative] > 1 / 3).sum().item())
-    # 30, and of 370 + 70 left in the first two bins 30 at random, 4.77 of them in the second, with
-    # a standard deviation of 1.94: the mean over 300 is within 0.45 but for one seed in 16,000.
-    assert np.mean(upper_half) == pytest.approx(30 + 30 * 70 / 440, abs=0.45)
-
-
 def test_reference_mode_draws_zero_iou_last():
-    args = proposals((3,), [0.0] * 500 + linear(50, 0.01, 0.5))
+    args = proposals((3,), [0.0] * 500 + [1e-4] * 10 + linear(50, 0.01, 0.5))
     _, negative = draw(args, 93, mode="reference")
-    assert (args[1][negative] > 0).sum() == 50
-    assert len(negative) == 90
+    assert (args[1][negative] > 0).sum() == 60
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_positives_are_balanced(mode):
-    """round(20 / 4) + 1 = 6 of each at most before trimming: nobody is left out."""
+    """Nobody is left out: at random it would be 14.9, 3.0, 1.2 and 0.9 of 20."""
     args = proposals((100, 20, 8, 6), linear(200))
-    matched = args[2]
-    total = torch.zeros(4)
-    for _ in range(200):
-        positive, _ = draw(args, 80, mode=mode)
-        count = matched[positive].bincount(minlength=4)
-        assert count.max() <= 6
-        assert count.min() >= 2
-        assert count.sum() == 20
-        total += count
-    # 5 on average for each; at random it would be 14.9, 3.0, 1.2 and 0.9. A count deviates by less
-    # than 1, its mean over 200 by 0.07.
-    assert (total / 200 - 5).abs().max() < 0.3
+    counts = torch.stack(
+        [args[2][draw(args, 80, mode=mode)[0]].bincount(minlength=4) for _ in range(200)]
+    )
+    assert (counts.sum(dim=1) == 20).all()
+    assert counts.min() >= 2
+    # A count deviates by less than 1, its mean over 200 by 0.07.
+    assert (counts.double().mean(dim=0) - 5).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("positives_of", "num", "quota"),
+    [
+        ((30,) * 5, 13, 4),  # 13 / 5 is rounded to 3
+        ((30,) * 5, 12, 3),  # and 12 / 5 to 2
+        ((30,) * 4, 20, 6),
+        ((30, 1), 9, 8),  # 4.5 is halfway: to the even number; the other one has less
+    ],
+)
+def test_quota(mode, positives_of, num, quota):
+    """At most round(n / instances) + 1 of each are drawn, and as many now and then."""
+    args = proposals(positives_of, linear(200))
+    positives = [draw(args, 4 * num, mode=mode)[0] for _ in range(50)]
+    most = max(args[2][x].bincount().max().item() for x in positives)
+    assert most == quota
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random(mode):
+    """At random, objects and IoUs have the shares that they have among the candidates."""
+    args = proposals((100, 20), [0.0] * 300 + linear(100, 0.01, 0.5))
+    counts = []
+    for _ in range(300):
+        positive, negative = draw(args, 84, mode=mode, positives="random", negatives="random")
+        assert len(positive) == 21
+        counts.append([(args[2][positive] == 1).sum(), (args[1][negative] == 0).sum()])
+    # Of 21 a sixth, and of 63 three quarters. Without replacement the standard deviations are 1.56
+    # and 3.16, those of the means 0.09 and 0.18.
+    few, zero = np.mean(counts, axis=0)
+    assert few == pytest.approx(3.5, abs=0.4)
+    assert zero == pytest.approx(47.25, abs=0.8)
 
 
 def test_paper_mode_tops_up_positives():
-    """Quotas of round(20 / 2) + 1 = 11 yield 3 + 11: 6 more come from the first instance."""
-    args = proposals((100, 3), linear(200))
+    """Quotas of round(20 / 2) + 1 = 11 yield 11 + 4: 5 more come from the first instance."""
+    args = proposals((100, 0, 4, *[0] * 5), linear(200))
     for _ in range(20):
-        positive, negative = draw(args, 80, mode="paper")
-        assert args[2][positive].bincount().tolist() == [17, 3]
-        assert len(negative) == 60
+        assert args[2][draw(args, 80, mode="paper")[0]].bincount().tolist() == [16, 0, 4]
 
 
 def oracle(args, num_samples, sampler):
@@ -238,18 +251,6 @@ def test_reference_mode_draws_as_reference(mmdet, name, candidates):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_state(mode):
-    """Equal random states give equal draws, from the first call on."""
-    args = proposals((9, 90), [0.0] * 100 + linear(300))
-    sampler, draws = BalancedSampler(mode=mode), []
-    for _ in range(3):
-        torch.manual_seed(5)
-        draws.append(torch.cat(sampler(*args, 64, 0.25)[:2]))
-    assert torch.equal(draws[0], draws[1])
-    assert torch.equal(draws[0], draws[2])
-
-
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
 def test_statistics(mode, negatives):
     """Counted from what was drawn, in the bins of the negatives' range, whatever the sampler."""
@@ -262,8 +263,26 @@ def test_statistics(mode, negatives):
 
 def test_iou_histogram():
     ious = np.float32([0.0, 0.1, 0.16, 0.17, 0.33, 0.34, 0.49, 0.5, 1.0])
+    assert iou_bins(ious, 3, 0.5).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert iou_histogram(ious, 3, 0.5).tolist() == [3, 2, 2]
     assert iou_histogram(ious[:0], 3, 0.5).tolist() == [0, 0, 0]
+
+
+NAMES = ("negatives", "positives", "mode", "num_bins", "negative_iou_thresh")
+DEFAULTS = dict(zip(NAMES, ("iou_balanced", "instance_balanced", "paper", 3, 0.5)))
+OTHERS = dict(zip(NAMES, ("random", "random", "reference", 5, 0.3)))
+
+
+@pytest.mark.parametrize("expected", [DEFAULTS, OTHERS])
+def test_config(expected):
+    """Every argument is read from its key, whose default is that of the argument."""
+    cfg = demo_cfg()
+    cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS = [expected["negative_iou_thresh"], 0.6]
+    for name in NAMES[:4] if expected is not DEFAULTS else ():
+        cfg.MODEL.LIBRA.SAMPLER[name.upper()] = expected[name]
+    samplers = [build_proposal_sampler(cfg), BalancedSampler(**expected)]
+    for sampler in samplers + [BalancedSampler()] * (expected is DEFAULTS):
+        assert {name: getattr(sampler, name) for name in NAMES} == expected
 
 
 @pytest.mark.parametrize(
@@ -271,27 +290,23 @@ def test_iou_histogram():
     [
         ({"num_bins": 0}, "num_bins is 0: use 1 or more"),
         ({"mode": "fast"}, "mode is 'fast': use one of"),
-        ({"negatives": "hard"}, "negatives is 'hard'"),
-        ({"positives": ""}, "positives is ''"),
-        ({"negative_iou_thresh": 0.0}, r"negative_iou_thresh is 0.0: use a value in \(0, 1\]"),
+        ({"negatives": "hard"}, "negatives is 'hard': use one of"),
+        ({"positives": ""}, "positives is '': use one of"),
+        ({"negative_iou_thresh": 0.0}, "negative_iou_thresh is 0.0: use a value"),
     ],
 )
 def test_bad_arguments(kwargs, message):
-    with pytest.raises(ArgumentError, match=message):
+    (argument,) = kwargs
+    with pytest.raises(ArgumentError, match=f"^{argument} is ") as error:
         BalancedSampler(**kwargs)
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_many_instances(mode):
-    """More than a byte can number: one positive of each is drawn, as there is room for."""
-    num_instances, num_each = 300, 4
-    matched_idxs = torch.arange(num_instances).repeat(num_each)
-    labels = torch.ones(len(matched_idxs), dtype=torch.int8)
-    sampler = BalancedSampler(mode=mode)
-    positive, negative, *_ = sampler(
-        labels, torch.full((len(labels),), 0.8), matched_idxs, num_instances, 1200, 0.25
-    )
-    assert len(positive) == 300
-    assert len(negative) == 0
-    per_instance = matched_idxs[positive].bincount(minlength=num_instances)
-    assert per_instance.max() <= 2  # round(300 / 300) + 1
+@pytest.mark.parametrize("num_instances", [250, 251, 300])  # with 5 other groups a byte is full
+def test_many_instances(mode, num_instances):
+    """More than a byte can number: at most round(1) + 1 of each; ignored ones are not drawn."""
+    args = proposals((4,) * num_instances, [], num_ignored=50)
+    positive, _ = draw(args, 4 * num_instances, mode=mode)
+    assert args[2][positive].bincount().max() == 2
+    assert len(positive) == num_instances

@@ -2,100 +2,37 @@
 import errno
 import os
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import ROOT, demo_cfg, load_cfg, reference_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import demo_cfg
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.checkpoint.mmdetection import to_mmdetection
-from libra_d2.errors import InputError
+from libra_d2.config import BASELINE, make_recipe
+from libra_d2.errors import BrokenFileError, InputError
 
 
-def plain_cfg(**overrides):
-    return demo_cfg(
-        MODEL__BACKBONE__NAME="build_resnet_fpn_backbone",
-        MODEL__ROI_HEADS__NAME="StandardROIHeads",
-        MODEL__ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE="smooth_l1",
-        MODEL__PROPOSAL_GENERATOR__NAME="RPN",
-        **overrides,
-    )
+def net(shapes, value=0.0):
+    """A model of weights with these names and shapes."""
+    model = torch.nn.Module()
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        setattr(module, leaf, torch.nn.Parameter(torch.full(shape, value), requires_grad=False))
+    return model
 
 
-@pytest.fixture(scope="module")
-def plain_file(tmp_path_factory):
-    """A checkpoint of a plain Detectron2 Faster R-CNN."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(3)
-    DetectionCheckpointer(build_model(plain_cfg()), str(folder)).save("plain")
-    return folder / "plain.pth"
-
-
-def load(path, complete=True, **overrides):
-    model = build_model(demo_cfg(**overrides))
-    checkpointer = LibraCheckpointer(model, complete=complete)
-    incompatible = []
-    log = checkpointer._log_incompatible_keys
-    checkpointer._log_incompatible_keys = lambda keys: (incompatible.append(keys), log(keys))
-    checkpointer.load(str(path), checkpointables=[])
-    return model, incompatible
-
-
-def test_plain_checkpoint(plain_file):
-    """Nothing but the weights of the balanced feature pyramid is missing, nothing is unexpected."""
-    model, (incompatible,) = load(plain_file)
-    names = ("theta", "phi", "g", "conv_out")
-    bfp = {f"backbone.bfp.refine.{n}.{kind}" for n in names for kind in ("weight", "bias")}
-    assert set(incompatible.missing_keys) == bfp
-    assert not incompatible.unexpected_keys
-    assert not incompatible.incorrect_shapes
-    for name, value in torch.load(plain_file)["model"].items():
-        assert torch.equal(model.state_dict()[name], value)
-
-
-def test_pkl(plain_file, tmp_path):
-    """Detectron2's model zoo has pickled arrays."""
-    state = {k: v.numpy() for k, v in torch.load(plain_file)["model"].items()}
-    path = tmp_path / "model.pkl"
-    path.write_bytes(pickle.dumps({"model": state, "__author__": "someone"}))
-    model, _ = load(path)
-    assert np.array_equal(
-        model.backbone.fpn_lateral2.weight.detach(), state["backbone.fpn_lateral2.weight"]
-    )
-
-
-def test_other_classes(plain_file):
-    """Refused for evaluation, accepted to start training from."""
-    with pytest.raises(InputError, match=r"4 weights are .* 'roi_heads.box_predictor.*\(shape"):
-        load(plain_file, MODEL__ROI_HEADS__NUM_CLASSES=7)
-    model, (incompatible,) = load(plain_file, complete=False, MODEL__ROI_HEADS__NUM_CLASSES=7)
-    assert len(incompatible.incorrect_shapes) == 4
-
-
-def test_other_model(tmp_path):
-    path = tmp_path / "other.pth"
-    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, path)
-    for complete in (True, False):
-        with pytest.raises(InputError, match="weights of another model.*the file has 'weight'"):
-            load(path, complete=complete)
-
-
-def test_backbone_only(plain_file, tmp_path):
-    """What training starts from is not enough to evaluate."""
-    state = torch.load(plain_file)["model"]
-    path = tmp_path / "backbone.pth"
-    torch.save({k: v for k, v in state.items() if k.startswith("backbone.bottom_up")}, path)
-    load(path, complete=False)
-    with pytest.raises(InputError, match="the first 'backbone.fpn_lateral2.* \\(missing\\)"):
-        load(path)
+def values(model):
+    """The value of each weight, which has one."""
+    return {name: x.flatten()[0].item() for name, x in model.state_dict().items()}
 
 
 def save(path, content):
@@ -103,329 +40,285 @@ def save(path, content):
     return path
 
 
-SYSTEMS = ["libra_faster_rcnn_R_50", "libra_fast_rcnn_R_50", "libra_retinanet_R_50"]
-
-
-@pytest.fixture(scope="module", params=SYSTEMS)
-def theirs(request, mmdet, tmp_path_factory):
-    """A model of mmdetection's with random weights: our config of it, its state, its folder."""
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-
-    register_all_modules()
-    torch.manual_seed(1)
-    name = request.param.replace("_R_50", "").replace("_", "-")
-    model = reference_config(mmdet, f"{name}_r50").model
-    model.backbone.init_cfg = None
-    model = MODELS.build(model)
-    model.init_weights()
-    state = model.state_dict()
-    for value in state.values():
-        if value.is_floating_point():
-            value.normal_()
-        else:
-            value.fill_(7)  # batches that a norm has seen
-    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{request.param}_FPN_1x.yaml")
-    cfg.MODEL.DEVICE = "cpu"
-    return cfg, model, tmp_path_factory.mktemp("mmdet")
-
-
-def rewrite_pickle(path, old, new):
-    """Replace text in the pickle inside of a ``.pth`` file, which must occur."""
-    with zipfile.ZipFile(path) as file:
-        content = {name: file.read(name) for name in file.namelist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
-        for name, data in content.items():
-            if name.endswith("data.pkl"):
-                assert old in data
-                data = data.replace(old, new)
-            file.writestr(name, data)
-
-
-def wrappings(state):
-    """Checkpoints of mmdetection as they occur; each must load as the first."""
-    from mmengine.logging import MessageHub
-
-    hub = MessageHub.get_instance("test_checkpoint")
-    hub.update_scalar("train/loss", 1.0)
-    hub.update_info("iter", 3)
-    meta = {"mmdet_version": "2.25.0", "CLASSES": ("a", "b"), "time": "today"}
-    optimizer = {"state": {0: torch.zeros(1)}, "param_groups": []}
-    doubled = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in state.items()}
-    return {
-        "bare": state,
-        "version 2": {"meta": meta, "state_dict": state, "optimizer": optimizer},
-        "version 3": {
-            "meta": {"mmengine_version": "0.10.0"},
-            "state_dict": state,
-            "message_hub": hub.state_dict(),
-            "ema_state_dict": {"steps": torch.tensor(3)},
-            "optimizer": optimizer,
-        },
-        "ema": {"meta": meta, "state_dict": {**state, **doubled}},
-        "data parallel": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
-    }
+RPN = {"proposal_generator.rpn_head.conv.weight": (1,)}
+BFP = {"backbone.bfp.refine.weight": (1,)}
+CLS, FIRST = "roi_heads.box_predictor.cls_score.weight", "backbone.bottom_up.res4.0.conv1.weight"
+SMALL = {FIRST: (1,), **RPN, **BFP, CLS: (4, 2)}
+OTHER = {**SMALL, CLS: (8, 2)}
+LIBRA = {name: shape for name, shape in SMALL.items() if name not in BFP}
+LACKING = {name: shape for name, shape in SMALL.items() if name not in RPN}
+BUT = " than the config's: {} weights are missing, too many or of another shape, the first "
+NONE = ": none of its names or shapes is one of this model's (the model has, e.g., "
 
 
 @pytest.mark.parametrize(
-    "wrapping", ["bare", "version 2", "version 3", "ema", "data parallel", "NumPy 1"]
+    ("shapes", "complete", "message"),
+    [
+        *((SMALL, True, ""), (LIBRA, True, ""), (OTHER, False, ""), (LACKING, False, "")),
+        (OTHER, True, f"{BUT.format(1)}'{CLS}' (shape (8, 2), not (4, 2)). Do"),
+        ({**LACKING, CLS: (8, 2)}, True, f"{BUT.format(2)}'{[*RPN][0]}' (missing)"),
+        ({"x": (1,), "y": (1,)}, False, f"{NONE}'{FIRST}'; the file has 'x')"),
+        ({k: (*v, 1) for k, v in SMALL.items()}, False, f"{NONE}'{FIRST}'; the file has 'no"),
+    ],
 )
-def test_mmdetection(theirs, wrapping, caplog):
-    """Converted while it is loaded; nothing is missing or left."""
-    cfg, model, folder = theirs
-    contents = wrappings(model.state_dict())
-    path = save(folder / f"{wrapping}.pth", contents.get(wrapping, contents["version 3"]))
-    if wrapping == "NumPy 1":  # as if saved with it: the pickle names a module that moved
-        rewrite_pickle(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
-    ours = build_model(cfg)
-    extra = LibraCheckpointer(ours, complete=True).load(str(path))
-    assert "Weights that were not loaded" not in caplog.text
-    assert not {"optimizer", "meta", "message_hub"} & extra.keys()
-    converted = to_mmdetection(ours.state_dict())
-    assert converted.keys() == model.state_dict().keys()
-    for key, value in model.state_dict().items():
-        if value.is_floating_point():
-            assert torch.equal(converted[key], value), key
+def test_what_must_be_there(shapes, complete, message, tmp_path):
+    """
+    For evaluation all weights but those of the balanced feature pyramid; for training to start
+    from, one. What fits is loaded.
+    """
+    model, path = net(SMALL), str(tmp_path / "a.pth")
+    save(path, {"model": net(shapes, 1.0).state_dict(), "iteration": 3})
+    checkpointer = LibraCheckpointer(model, complete=complete)
+    if not message:
+        assert checkpointer.load(path) == {"iteration": 3}
+        fits = {name: float(shapes.get(name) == shape) for name, shape in SMALL.items()}
+        assert values(model) == fits
+        return
+    with pytest.raises(InputError) as error:
+        checkpointer.load(path)
+    assert str(error.value).startswith(f"{path}: these are weights of another model{message}")
+    assert type(error.value) is InputError  # another file would do no better
+    save(path, {"running_mean": torch.ones(2)})  # buffers alone do not make it this model
+    with pytest.raises(InputError, match="weights of another model"):
+        LibraCheckpointer(torch.nn.BatchNorm1d(2)).load(path)
 
 
-def test_mmdetection_1(theirs, tmp_path):
-    """By its names, or by what it says."""
-    cfg, model, _ = theirs
-    state, ours = model.state_dict(), build_model(cfg)
-    path = save(tmp_path / "a.pth", {"meta": {"mmdet_version": "1.2.0"}, "state_dict": state})
-    with pytest.raises(InputError, match="a.pth: a checkpoint of mmdetection 1.x"):
-        LibraCheckpointer(ours).load(str(path))
-    if any(key.startswith("roi_head.") for key in state):
-        old = {key.replace("roi_head.", ""): value for key, value in state.items()}
-        with pytest.raises(InputError, match="b.pth: a checkpoint of mmdetection 1.x"):
-            LibraCheckpointer(ours).load(str(save(tmp_path / "b.pth", {"state_dict": old})))
-
-
-def test_another_architecture(theirs, tmp_path):
-    """The error says what the file is, and what the config's model is."""
-    cfg, model, folder = theirs
-    path = save(folder / "other.pth", {"state_dict": model.state_dict()})
-    is_retinanet = "Retina" in cfg.MODEL.META_ARCHITECTURE
-    other = SYSTEMS[0] if is_retinanet else SYSTEMS[2]
-    other = load_cfg(ROOT / f"configs/COCO-Detection/{other}_FPN_1x.yaml")
-    other.MODEL.DEVICE = "cpu"
-    kind = "RetinaNet" if is_retinanet else "Fast(er)? R-CNN"
-    wanted = "Libra Faster R-CNN" if is_retinanet else "Libra RetinaNet"
-    message = f"weights of a Libra {kind} R-50 with 80 classes, but .* is a {wanted} R-50 with 80"
-    with pytest.raises(InputError, match=message):
-        LibraCheckpointer(build_model(other), complete=True).load(str(path))
-
-
-def test_another_number_of_classes(theirs, caplog):
-    """Refused for evaluation; to start training from, all but the last layer is used."""
-    cfg, model, folder = theirs
-    path = save(folder / "other.pth", {"state_dict": model.state_dict()})
-    cfg = cfg.clone()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 3
-    ours = build_model(cfg)
-    with pytest.raises(InputError, match="with 80 classes, but the config's model .* with 3 cl"):
-        LibraCheckpointer(ours, complete=True).load(str(path))
-    LibraCheckpointer(ours).load(str(path))
-    assert "other shape" in caplog.text
-    assert "cls_score.weight" in caplog.text
-
-
-def test_table(plain_file, tmp_path, caplog):
-    """One message for all that was not loaded."""
-    state = torch.load(plain_file)["model"]
-    state["extra.layer.weight"] = torch.zeros(2)
-    del state["backbone.fpn_lateral2.weight"]
-    path = save(tmp_path / "changed.pth", {"model": state})
-    load(path, complete=False, MODEL__ROI_HEADS__NUM_CLASSES=7)
+def test_table(tmp_path, caplog):
+    """One message for all that was not loaded, by the first three parts of the names."""
+    state = {"a.b.c.d.weight": (2,), "a.b.c.e.weight": (2,), "a.b.weight": (3, 1), "f.bias": (1,)}
+    model = net({**state, "g.h.weight": (1,)})
+    state.update({"a.b.weight": (4, 1), "i.j.k.l": (1,), "i.j.k.m": (1,), "i.n": (1,)})
+    del state["a.b.c.d.weight"], state["a.b.c.e.weight"]
+    path = save(tmp_path / "a.pth", {"model": net(state).state_dict()})
+    LibraCheckpointer(model).load(str(path))
     (table,) = [r.message for r in caplog.records if "not loaded" in r.message]
     lines = table.splitlines()
     assert lines[0] == f"Weights that were not loaded from {path}:"
-    assert "(5, 32) in the file, (8, 32) in the model" in table
-    status = {line.split("|")[2].strip(): line.split("|")[1].strip() for line in lines[3:]}
-    assert status["backbone.fpn_lateral2.*"] == "missing"
-    assert status["backbone.bfp.refine.*"] == "missing"
-    assert status["extra.layer.*"] == "not used"
-    assert "8 weights" in table
+    assert [[x.strip() for x in line.split("|")[1:-1]] for line in lines[3:]] == [
+        ["other shape", "a.b.weight", "(4, 1) in the file, (3, 1) in the model"],
+        ["missing", "a.b.*", "1 weights"],
+        ["missing", "a.b.c.*", "2 weights"],
+        ["missing", "g.h.*", "1 weights"],
+        ["not used", "i.*", "1 weights"],
+        ["not used", "i.j.k.*", "2 weights"],
+    ]
 
 
-@pytest.mark.parametrize("name", ["R_50", "R_101", "X_101_64x4d"])
-def test_imagenet(name, tmp_path, caplog):
-    """All of the backbone comes from ImageNet weights, classifier included, of the same network."""
-    blocks = [3, 4, 6, 3] if name == "R_50" else [3, 4, 23, 3]
-    groups = {"groups": 64, "width_per_group": 4} if name.startswith("X") else {}
-    resnet = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, blocks, **groups)
-    path = save(tmp_path / "resnet.pth", resnet.state_dict())
-    cfg = load_cfg(ROOT / f"configs/COCO-Detection/libra_faster_rcnn_{name}_FPN_1x.yaml")
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    LibraCheckpointer(model).load(str(path))
-    assert "bottom_up" not in caplog.text
-    with torch.no_grad():
-        x = torch.rand(1, 3, 64, 64)
-        expected = torch.nn.Sequential(*list(resnet.eval().children())[:-2])(x)
-        torch.testing.assert_close(model.backbone.bottom_up(x)["res5"], expected)
+@pytest.mark.parametrize("author", [None, "someone"], ids=["Caffe2", "Detectron2"])
+def test_pickled_arrays(author, tmp_path, monkeypatch):
+    """Files of Detectron2's model zoo, by its names for them, under its names or older ones."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    path = tmp_path / "detectron2/ImageNetPretrained/model.pkl"
+    path.parent.mkdir(parents=True)
+    name = "backbone.bottom_up.stem.conv1.weight"
+    weight = np.arange(3, dtype=np.float32)
+    content = {"model": {name: weight}, "__author__": author} if author else {"conv1_w": weight}
+    path.write_bytes(pickle.dumps(content))
+    model = net({name: (3,), "backbone.bottom_up.res2.0.conv1.weight": (3,)})
+    for address in (str(path), "detectron2://ImageNetPretrained/model.pkl"):
+        model.backbone.bottom_up.stem.conv1.weight.zero_()
+        LibraCheckpointer(model).load(address)
+        assert model.backbone.bottom_up.stem.conv1.weight.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("content", [{}, [], {"state_dict": {}}, {"a": "text"}, {"model": None}])
-def test_no_weights(tmp_path, content):
-    path = save(tmp_path / "empty.pth", content)
-    with pytest.raises(InputError, match="empty.pth: not a checkpoint"):
-        load(path, complete=False)
+def test_matching_heuristics(tmp_path):
+    """With the suffix that upstream has for them, names may be ends of the model's."""
+    model = net({"bottom_up.layer.weight": (2,), "a.b": (1,)})
+    path = save(tmp_path / "a.pth", {"model": net({"layer.weight": (2,)}, 3.0).state_dict()})
+    checkpointer = LibraCheckpointer(model)
+    checkpointer.load(f"{path}?matching_heuristics=True")
+    assert values(model) == {"bottom_up.layer.weight": 3, "a.b": 0}
+    for suffix, message in (("?other=True", "no such weights file"), ("", "another model")):
+        with pytest.raises(InputError, match=message):
+            checkpointer.load(f"{path}{suffix}")
 
 
-@pytest.mark.parametrize("size", [0, 100, 0.5, 0.99])
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_cut_short(plain_file, tmp_path, size, suffix):
-    if suffix == ".pth":
-        content = plain_file.read_bytes()
-    else:
-        state = {k: v.numpy() for k, v in torch.load(plain_file)["model"].items()}
-        content = pickle.dumps({"model": state, "__author__": "someone"})
-    path = tmp_path / f"cut{suffix}"
-    path.write_bytes(content[: int(size * len(content)) if size < 1 else size])
-    with pytest.raises(InputError, match=f"{path}: not .*cut short") as error:
-        load(path)
-    assert "\n" not in str(error.value)
+def test_addresses(tmp_path):
+    """Of a file; of none, with the reason; no address leaves the model alone."""
+    path = save(tmp_path / "a.pth", {"model": net(SMALL, 2.0).state_dict()})
+    model = net(SMALL)
+    checkpointer = LibraCheckpointer(model, complete=True)
+    assert checkpointer.load("") == {}
+    assert set(values(model).values()) == {0}
+    checkpointer.load(f"file://{path}")
+    assert set(values(model).values()) == {2}
+    for address in ("nowhere.pth", "s3://bucket/a.pth", "file:///none.pth", "x://y"):
+        with pytest.raises(BrokenFileError, match=f"^{address}: no such weights file"):
+            checkpointer.load(address)
+    for address in ("http://127.0.0.1:9/x.pth", "https://127.0.0.1:9/x.pth"):
+        with pytest.raises(BrokenFileError, match=f"^{address}: the weights cannot be .* put it "):
+            checkpointer.load(address)
 
 
-def test_missing():
-    with pytest.raises(InputError, match="nowhere.pth: no such weights file"):
-        load("nowhere.pth")
+def checkpoints(folder, *names, **kwargs):
+    """A checkpointer and its model, with checkpoints whose weights are 1, 2, ..., oldest first."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    checkpointer = LibraCheckpointer(model, str(folder), optimizer=optimizer, **kwargs)
+    for i, name in enumerate(names, start=1):
+        torch.nn.init.constant_(model.weight, i)
+        optimizer.param_groups[0]["lr"] = float(i)
+        checkpointer.save(name, iteration=10 * i)
+        os.utime(folder / f"{name}.pth", (i, i))
+    torch.nn.init.zeros_(model.weight)
+    optimizer.param_groups[0]["lr"] = 0.0
+    return checkpointer, model, optimizer
 
 
-def test_no_connection():
-    with pytest.raises(InputError, match="http://127.0.0.1:9/x.pth: the weights cannot be read: "):
-        load("http://127.0.0.1:9/x.pth")
-
-
-class Exploit:
-    def __reduce__(self):
-        return (pytest.fail, ("code of the checkpoint was executed",))
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_runs_no_code(tmp_path, suffix):
-    path = tmp_path / f"evil{suffix}"
-    content = {"model": {"x": Exploit()}, "__author__": "someone"}
-    if suffix == ".pth":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content))
-    with pytest.raises(InputError, match="must not hold anything but arrays"):
-        load(path)
+def test_resume(tmp_path):
+    """The one that was tagged, with its optimizer; other weights come without their optimizer."""
+    checkpointer, model, optimizer = checkpoints(tmp_path, "c", "b", "a")
+    (tmp_path / "last_checkpoint").write_text("b.pth")
+    assert checkpointer.resume_or_load(str(tmp_path / "a.pth"))["iteration"] == 20
+    assert model.weight[0, 0] == optimizer.param_groups[0]["lr"] == 2
+    checkpointer.resume_or_load(str(tmp_path / "a.pth"), resume=False)
+    assert (model.weight[0, 0], optimizer.param_groups[0]["lr"]) == (3, 2)
+    (tmp_path / "last_checkpoint").unlink()
+    checkpointer.resume_or_load(str(tmp_path / "c.pth"), resume=True)
+    assert (model.weight[0, 0], optimizer.param_groups[0]["lr"]) == (1, 2)
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "missing", "other content"])
 def test_resume_past_a_broken_file(tmp_path, how, caplog):
-    """The checkpoint before it is loaded, all of it, and the broken one is named."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    checkpointer = LibraCheckpointer(model, str(tmp_path), optimizer=optimizer)
-    for iteration in (4, 9):
-        torch.nn.init.constant_(model.weight, iteration)
-        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        os.utime(tmp_path / f"model_{iteration:07d}.pth", (iteration, iteration))
-    broken = tmp_path / "model_0000009.pth"
+    """The youngest of the others is loaded, all of it, and the broken one is named."""
+    checkpointer, model, optimizer = checkpoints(tmp_path, "c", "d", "a", "b")
+    broken = tmp_path / "b.pth"
     if how == "missing":
         broken.unlink()
     else:
         content = {"cut short": broken.read_bytes()[:800], "empty": b"", "other content": b"abc"}
         broken.write_bytes(content[how])
     extra = checkpointer.resume_or_load("", resume=True)
-    assert extra["iteration"] == 4
-    assert (model.weight == 4).all()
-    assert f"trying the one before: {broken}: " in caplog.text
-    (tmp_path / "model_0000004.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="--resume: none of the . checkpoints in .* can be read"):
+    assert extra["iteration"] == 30
+    assert (model.weight == 3).all()
+    assert optimizer.param_groups[0]["lr"] == 3
+    assert caplog.text.count(f"trying the one before: {broken}: ") == 1
+    assert caplog.text.count("trying the one before") == 1
+    (tmp_path / "a.pth").write_bytes(b"")
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 20
+    for name in "cd":
+        (tmp_path / f"{name}.pth").write_bytes(b"")
+    message = f"none of the 4 checkpoints in {tmp_path} can be read, the last one because: {broken}"
+    with pytest.raises(InputError, match=message):
         checkpointer.resume_or_load("", resume=True)
 
 
-def test_files_are_written_whole(tmp_path, monkeypatch):
-    """When writing fails, the checkpoint before and the record of it stay as they were."""
-    model = torch.nn.Linear(3, 2)
+@pytest.mark.parametrize(
+    ("shapes", "detail"),
+    [
+        ({**LIBRA}, f"the first '{[*BFP][0]}' (missing)"),
+        ({**SMALL, "a.more": (1,)}, "the first 'a.more' (not in the model)"),
+        (OTHER, f"the first '{CLS}' (shape (8, 2), not (4, 2))"),
+    ],
+)
+def test_resume_needs_all_weights(shapes, detail, tmp_path):
+    """And no other ones; what does for a start of training does so after it was refused."""
+    for name, content in (("before", SMALL), ("last", shapes)):
+        LibraCheckpointer(net(content, 1.0), str(tmp_path)).save(name)
+    model = net(SMALL)
     checkpointer = LibraCheckpointer(model, str(tmp_path))
-    checkpointer.save("model_0000004")
+    with pytest.raises(InputError, match="1 weights are missing, too many or of ano") as error:
+        checkpointer.resume_or_load("")
+    assert detail in str(error.value)
+    checkpointer.load(str(tmp_path / "last.pth"))
+
+
+def test_what_is_saved(tmp_path):
+    """Weights, optimizer and what else is given; it is the one to resume from, unless not so."""
+    checkpointer, model, optimizer = checkpoints(tmp_path, "a", "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pth", "b.pth", "last_checkpoint"}
+    assert (tmp_path / "last_checkpoint").read_text() == "b.pth"
+    content = torch.load(tmp_path / "b.pth")
+    assert content.keys() == {"model", "optimizer", "iteration"}
+    assert (content["model"]["weight"] == 2).all()
+    assert content["optimizer"]["param_groups"][0]["lr"] == 2
+    checkpoints(tmp_path, "best", tag=False)
+    assert (tmp_path / "last_checkpoint").read_text() == "b.pth"
+    (tmp_path / "other").mkdir()
+    torch.nn.init.constant_(model.bias, torch.nan)  # which another process says
+    LibraCheckpointer(model, str(tmp_path / "other"), save_to_disk=False).save("c")
+    LibraCheckpointer(model).save("c")
+    assert not list((tmp_path / "other").iterdir())
+    assert not list(tmp_path.rglob("c.pth*"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("no\nwr")])
+def test_files_are_written_whole(tmp_path, monkeypatch, error):
+    """When writing fails, the checkpoint before and the record of it stay as they were."""
+    checkpointer = checkpoints(tmp_path, "model_4")[0]
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def fail(data, f):
         f.write(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(InputError, match=r"model_9.pth: cannot be written: .*No space left"):
-        checkpointer.save("model_9")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    path, reason = tmp_path / "model_4.pth", "no wr" if error.args == ("no\nwr",) else str(error)
+    for name in ("model_4", "model_9"):
+        with pytest.raises(InputError) as raised:
+            checkpointer.save(name)
+        assert str(raised.value) == (
+            f"{tmp_path}/{name}.pth: cannot be written: {reason}. Is the disk full? "
+            f"Training can be resumed from {path}"
+        )
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    model = torch.nn.Linear(3, 2)
-    checkpointer = LibraCheckpointer(model, str(tmp_path))
+def test_folders_elsewhere():
+    """Addresses are left to Detectron2's path manager, which knows none of them here."""
+    checkpointer = LibraCheckpointer(torch.nn.Linear(1, 1), "nowhere://folder")
+    with pytest.raises(InputError, match="cannot be written: .*: 'nowhere:/+folder/a.pth'. Is the"):
+        checkpointer.save("a")
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("names", [["0.bias"], ["1.running_var"], ["0.weight", "0.bias", "1.bias"]])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value, names):
+    """Not one number of them; the first weight with such a number is named, and what is left."""
+    model, path = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), str(tmp_path)
+    left = f"Training can be resumed from {path}/before.pth"
+    for advice in ("There is no earlier checkpoint", left):
+        files = set(tmp_path.iterdir())
+        for name in names:
+            model.state_dict()[name].view(-1)[-1] = value
+        reason = f"{names[0]} is not finite: the training has diverged"
+        with pytest.raises(InputError) as error:
+            LibraCheckpointer(model, path).save("a")
+        assert str(error.value) == f"{path}/a.pth: not written, because {reason}. {advice}"
+        assert set(tmp_path.iterdir()) == files
+        LibraCheckpointer(torch.nn.Linear(1, 1), path).save("before")
+
+
+def test_trained_model(tmp_path, caplog):
+    """
+    A plain detector has all but the balanced feature pyramid. With ``resume`` the last checkpoint
+    is loaded, without it the weights that are named.
+    """
+    cfg, plain, none = demo_cfg(), demo_cfg(), demo_cfg(MODEL__WEIGHTS="")
+    plain.merge_from_list([*BASELINE, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"])
+    plain.MODEL.ROI_HEADS.NAME, plain.MODEL.PROPOSAL_GENERATOR.NAME = "StandardROIHeads", "RPN"
+    (tmp_path / "plain").mkdir()
+    DetectionCheckpointer(build_model(plain), str(tmp_path / "plain")).save("plain")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "plain/plain.pth")
+    model = make_recipe(cfg).build_trained_model()
+    assert not model.training
+    (table,) = [r.message for r in caplog.records if "not loaded" in r.message]
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    assert rows == [["missing", "backbone.bfp.refine.*", "8 weights"]]
+    state = torch.load(cfg.MODEL.WEIGHTS)["model"]
+    for name, value in state.items():
+        assert torch.equal(model.state_dict()[name], value)
+    with pytest.raises(InputError, match="MODEL.WEIGHTS: name the weights of a trained model"):
+        make_recipe(none).build_trained_model(str(tmp_path))
     with torch.no_grad():
-        model.bias[1] = float("nan")
-    with pytest.raises(InputError, match="not written, because bias is not finite.*no earlier"):
-        checkpointer.save("model_1")
-    assert not list(tmp_path.iterdir())
-
-
-class Small(torch.nn.Module):
-    """A model with few weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(3, 2)
-
-
-def test_address_of_a_file(tmp_path):
-    torch.save({"model": Small().state_dict()}, tmp_path / "a.pth")
-    model = Small()
-    LibraCheckpointer(model, complete=True).load(f"file://{tmp_path}/a.pth")
-    expected = torch.load(tmp_path / "a.pth")["model"]["layer.weight"]
-    assert torch.equal(model.layer.weight, expected)
-
-
-@pytest.mark.parametrize("path", ["s3://bucket/a.pth", "file:///none.pth", "x://y"])
-def test_address_of_nothing(path):
-    with pytest.raises(InputError, match=f"{path}: no such weights file"):
-        LibraCheckpointer(Small()).load(path)
-
-
-@pytest.mark.parametrize(
-    "weight",
-    [
-        torch.eye(3)[:2].to_sparse(),
-        torch.zeros(2, 3, device="meta"),
-        torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
-    ],
-    ids=["sparse", "meta", "quantized"],
-)
-def test_other_tensors(weight, tmp_path):
-    state = {**Small().state_dict(), "layer.weight": weight}
-    torch.save({"model": state}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"a.pth: .*(plain tensors|cut short)"):
-        LibraCheckpointer(Small()).load(str(tmp_path / "a.pth"))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
-    st.floats(0.5, 1),
-    st.sampled_from(["a.pth", "a.pkl"]),
-)
-def test_mutated_files(tmp_path_factory, changes, length, name):
-    """Bytes that were changed or cut off: the weights, or one line; never another exception."""
-    path = tmp_path_factory.mktemp("mutated") / name
-    state = {"model": {k: v.numpy() for k, v in Small().state_dict().items()}, "__author__": "x"}
-    if name.endswith(".pkl"):
-        path.write_bytes(pickle.dumps(state))
-    else:
-        torch.save({"model": Small().state_dict()}, path)
-    content = bytearray(path.read_bytes())
-    for position, byte in changes:
-        content[int(position * (len(content) - 1))] = byte
-    path.write_bytes(content[: int(length * len(content))])
-    message = ""
-    try:
-        LibraCheckpointer(Small()).load(str(path))
-    except InputError as e:
-        message = str(e)
-    assert "\n" not in message
+        model.roi_heads.box_predictor.bbox_pred.bias.fill_(5)
+    LibraCheckpointer(model, str(tmp_path)).save("model_5")
+    with pytest.raises(InputError, match="MODEL.WEIGHTS: name the weights"):
+        make_recipe(none).build_trained_model()
+    for x, resume, bias in ((none, True, 5), (cfg, False, 0)):
+        found = make_recipe(x).build_trained_model(str(tmp_path) if resume else "")
+        assert (found.roi_heads.box_predictor.bbox_pred.bias == bias).all()
+    backbone = {k: v for k, v in state.items() if k.startswith("backbone.bottom_up")}
+    cfg.MODEL.WEIGHTS = str(save(tmp_path / "backbone.pth", backbone))
+    with pytest.raises(InputError, match="the first 'backbone.fpn_lateral2.*' \\(missing\\)"):
+        make_recipe(cfg).build_trained_model()

@@ -3,19 +3,21 @@ import copy
 import gzip
 import json
 import logging
-import shutil
+from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from libra_d2.data.coco_json import check_images, read_coco_json, register_coco_json
-from libra_d2.data.dataset_mapper import LibraDatasetMapper
-from libra_d2.data.image_reading import read_image
+from libra_d2.data.coco_json import (
+    check_images,
+    class_colors,
+    read_categories,
+    read_coco_json,
+    register_coco_json,
+)
 from libra_d2.errors import InputError
 
 DATASET = {
@@ -24,18 +26,13 @@ DATASET = {
         {"id": 9, "file_name": "b.png", "width": 60, "height": 60},
     ],
     "annotations": [
-        {
-            "id": 1,
-            "image_id": 7,
-            "category_id": 20,
-            "bbox": [10, 20, 30, 40],
-            "iscrowd": 0,
-            "area": 9,
-        },
-        {"id": 2, "image_id": 9, "category_id": 3, "bbox": [0, 0, 60, 60], "iscrowd": 1, "area": 9},
+        {"id": 1, "image_id": 7, "category_id": 20, "bbox": [10, 20, 30, 40]},
+        {"id": 2, "image_id": 9, "category_id": 3, "bbox": [0, 0, 60, 60]},
     ],
     "categories": [{"id": 20, "name": "cat"}, {"id": 3, "name": "dog"}],
 }
+for crowd, entry in enumerate(DATASET["annotations"]):
+    entry.update(iscrowd=crowd, area=9)
 
 
 @pytest.fixture
@@ -64,79 +61,119 @@ def changed(*changes):
 
 
 def test_good_data_is_used_as_it_is(folder):
+    """Registered again, under a name that had other data."""
+    other = changed(("annotations", 0, "bbox", [1, 2, 3, 4]), ("categories", 0, "name", "cow"))
+    register_coco_json("test_good", write(folder, other), str(folder), str(folder / "cache"))
     path = write(folder, DATASET)
     classes = register_coco_json("test_good", path, str(folder), str(folder / "cache"))
     assert classes == ["dog", "cat"]  # by category id
-    assert MetadataCatalog.get("test_good").json_file == path
     assert not (folder / "cache").exists()
-    dicts = DatasetCatalog.get("test_good")
-    assert [d["annotations"][0]["category_id"] for d in dicts] == [1, 0]
+    for i, record in enumerate(DatasetCatalog.get("test_good")):
+        image, expected = DATASET["images"][i], DATASET["annotations"][i]
+        assert record["file_name"] == str(folder / image["file_name"])
+        assert (record["image_id"], record["height"]) == (image["id"], image["height"])
+        (annotation,) = record["annotations"]
+        assert annotation["bbox"] == expected["bbox"]
+        assert (annotation["category_id"], annotation["iscrowd"]) == (1 - i, i)
+    metadata = MetadataCatalog.get("test_good").as_dict()
+    assert metadata.pop("thing_dataset_id_to_contiguous_id") == {3: 0, 20: 1}
+    assert metadata == {
+        **{"name": "test_good", "json_file": path, "image_root": str(folder), "num_images": 2},
+        **{"evaluator_type": "coco", "thing_classes": classes},
+        "thing_colors": [(0, 113, 188), (216, 82, 24)],
+    }
 
 
-def test_boxes_are_clipped_and_dropped(folder, caplog):
-    dataset = changed(("annotations", 0, "bbox", [-10, 70, 30, 40]))
-    for i, box in enumerate(([5, 5, 0, 9], [5, 5, 9, -2], [100, 0, 9, 9], [50, 79.999, 50.005, 9])):
-        dataset["annotations"].append({**DATASET["annotations"][0], "id": 10 + i, "bbox": box})
-    logging.getLogger("libra_d2").propagate = True
-    register_coco_json("test_clip", write(folder, dataset), str(folder), str(folder / "cache"))
-    assert "2 boxes reached out of their image and were clipped, 3 boxes had no area" in caplog.text
-    # Evaluation reads the changed annotations, too.
-    used = COCO(MetadataCatalog.get("test_clip").json_file)
-    boxes = [a["bbox"] for a in used.loadAnns(used.getAnnIds(imgIds=7))]
-    assert boxes == [[0, 70, 20, 10], [50, 79.999, 50, pytest.approx(0.001)]]
-    assert len(DatasetCatalog.get("test_clip")[0]["annotations"]) == 2
+def test_colors():
+    """Those of Detectron2, over and over if there are more classes."""
+    colors = class_colors(75)
+    assert colors[:3] == [(0, 113, 188), (216, 82, 24), (236, 176, 31)]
+    assert (len(colors), len(set(colors)), colors[74]) == (75, 70, colors[0])
 
 
-def test_rounding_is_no_reason_to_clip(folder):
-    _, changes = read_coco_json(
-        write(folder, changed(("annotations", 1, "bbox", [0, 0, 60.001, 60])))
-    )
-    assert not changes
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        *(([-0.5, 20, 30.5, 40], [0, 20, 30, 40]), ([10, -0.5, 30, 40.5], [10, 0, 30, 40])),
+        *(([70, 20, 30.5, 40], [70, 20, 30, 40]), ([10, 40, 30, 40.5], [10, 40, 30, 40])),
+        *(([-9, -8, 999, 999], [0, 0, 100, 80]), ([-0.011, 20, 30, 40], [0, 20, 29.989, 40])),
+        *(([10, 20, 90.011, 60], [10, 20, 90, 60]), ([0, 0, 100, 80], None)),
+        *(([10.25, 20.5, 89.75, 59.5], None), ([-0.009, 20, 90, 60.009], None)),
+        *(([5, 5, 0, 9], []), ([5, 5, 9, 0], []), ([5, 5, 9, -2], []), ([5, 5, -2, 9], [])),
+        *(([100, 0, 9, 9], []), ([0, 80, 9, 9], []), ([-9, 5, 9, 9], []), ([5, -9, 9, 9], [])),
+        *(([99, 79, 9, 9], [99, 79, 1, 1]), ([-8, -8, 9, 9], [0, 0, 1, 1])),
+        *(([5, 5, 1e-3, 9], None), ([99.999, 5, 9, 9], [99.999, 5, pytest.approx(1e-3), 9])),
+    ],
+)
+def test_clipping(folder, box, expected):
+    """To an image of 100 x 80; what sums of rounded numbers are too large by is left."""
+    dataset = changed()
+    dataset["annotations"].append({**DATASET["annotations"][0], "id": 3, "bbox": box})
+    dataset, changes = read_coco_json(write(folder, dataset))
+    boxes = [annotation["bbox"] for annotation in dataset["annotations"]]
+    assert boxes[:2] == [annotation["bbox"] for annotation in DATASET["annotations"]]
+    assert boxes[2:] == ([box] if expected is None else [expected] if expected else [])
+    assert changes == ({} if expected is None else {"clipped" if expected else "dropped": 1})
 
 
-def test_lvis(folder):
-    """LVIS names images by URL and has no crowds; pycocotools takes id 0 for "not matched"."""
-    dataset = changed(
-        ("images", 0, "file_name", None),
-        ("images", 0, "coco_url", "http://images.cocodataset.org/val2017/a.png"),
-        ("annotations", 0, "iscrowd", None),
-        ("annotations", 0, "area", None),
-        ("annotations", 0, "id", 0),
-    )
-    (folder / "val2017").mkdir()
-    shutil.copy(folder / "a.png", folder / "val2017/a.png")
-    register_coco_json("test_lvis", write(folder, dataset), str(folder), str(folder / "cache"))
-    used = json.loads((folder / "cache/test_lvis.json").read_text())
-    assert used["images"][0]["file_name"] == "val2017/a.png"
-    annotation = used["annotations"][0]
-    assert (annotation["iscrowd"], annotation["area"], annotation["id"]) == (0, 1200, 1)
+@pytest.mark.parametrize("what", ["clipped", "dropped", "both"])
+def test_changed_data(folder, caplog, what):
+    """Evaluation reads the changed annotations, too. What was changed is in the log."""
+    dataset = changed(("images", 0, "width", 100.0))
+    boxes = {"clipped": [[-10, 70, 30, 40], [50, 79, 50.5, 9]], "dropped": [[5, 5, 0, 9]] * 3}
+    used = [box for key in boxes if what in (key, "both") for box in boxes[key]]
+    for i, box in enumerate(used):
+        entry = {**DATASET["annotations"][0], "id": 10 + i, "bbox": box, "iscrowd": None}
+        dataset["annotations"].append(entry)
+    path, caplog.handler.level = write(folder, dataset), logging.WARNING
+    register_coco_json("test_clip", path, str(folder), str(folder / "cache"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: {2 * (what != 'dropped')} boxes reached out of their image and were clipped, "
+        f"{3 * (what != 'clipped')} boxes had no area in their image and were dropped.",
+        f"{path}: put right or filled in: image width of 1, annotation iscrowd of {len(used)}",
+    ]
+    assert MetadataCatalog.get("test_clip").json_file == str(folder / "cache/test_clip.json")
+    coco = COCO(MetadataCatalog.get("test_clip").json_file)
+    boxes = [[10, 20, 30, 40], *([[0, 70, 20, 10], [50, 79, 50, 1]] if what != "dropped" else [])]
+    assert [a["bbox"] for a in coco.loadAnns(coco.getAnnIds(imgIds=7))] == boxes
+    assert [a["bbox"] for a in DatasetCatalog.get("test_clip")[0]["annotations"]] == boxes
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        *(([5, 2**31 - 1], None), ([1, 0], [1, 2]), ([7, 2**31], [1, 2]), ([-1, 7], [1, 2])),
+        *((["a", "b"], [1, 2]), ([5, 1.5], [1, 2]), ([0, 5], [1, 2])),
+    ],
+)
+def test_annotation_ids(folder, ids, expected):
+    """Those that pycocotools cannot use are numbered anew, together with the others."""
+    dropped = {**DATASET["annotations"][0], "id": "z" if "a" in ids else 0.5, "bbox": [0, 0, 0, 0]}
+    dataset = changed(*(("annotations", i, "id", id) for i, id in enumerate(ids)))
+    dataset["annotations"].insert(0, dropped)
+    dataset, changes = read_coco_json(write(folder, dataset))
+    assert [a["id"] for a in dataset["annotations"]] == (expected or ids)
+    assert [a["image_id"] for a in dataset["annotations"]] == [7, 9]
+    assert changes == {"dropped": 1, **({"annotation id": 2} if expected else {})}
 
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (json.dumps(DATASET)[:200], "not valid JSON, is the file cut short"),
-        ("", "not valid JSON"),
-        ("[" * 10**5, "not valid JSON"),
+        *(
+            (text, "not valid JSON, is the fi")
+            for text in (json.dumps(DATASET)[:200], "", "[" * 10**5)
+        ),
         ([], "there is no list 'images'"),
-        ({"images": []}, "there are no images|there is no list 'annotations'"),
-        ({**DATASET, "categories": []}, "there are no categories"),
-        ({**DATASET, "annotations": [3]}, "annotation number 0 must be an object, not 3"),
+        *(({**DATASET, key: {}}, f"there is no list '{key}'") for key in DATASET),
+        *(({**DATASET, key: []}, f"there are no {key}") for key in ("images", "categories")),
+        (changed(("images", 1, "file_name", "a.png")), "image ids 7 and 9 have the same file_name"),
+        (changed(("categories", 1, "name", "cat")), "category ids 20 and 3 have the same name"),
         (changed(("images", 1, "width", None)), "image id 9 has no 'width'"),
-        (changed(("images", 1, "width", "60")), "image id 9 has the width '60'"),
-        (changed(("images", 1, "height", 0)), "image id 9 has the height 0"),
-        (changed(("images", 1, "id", 7)), "image id 7 occurs more than once"),
-        (changed(("images", 0, "file_name", None)), "image id 7 has no 'file_name'"),
+        (changed(("categories", 1, "id", 20)), "category id 20 occurs more than once"),
         (changed(("annotations", 1, "id", 1)), "annotation id 1 occurs more than once"),
         (changed(("annotations", 0, "image_id", 8)), "annotation id 1 names image id 8"),
         (changed(("annotations", 0, "category_id", 1)), "annotation id 1 names category id 1"),
-        (changed(("annotations", 0, "bbox", [1, 2, 3])), "annotation id 1 has the bbox"),
-        (changed(("annotations", 0, "bbox", [1, 2, 3, "4"])), "must be 4 numbers"),
-        (changed(("annotations", 0, "bbox", [1, 2, float("nan"), 4])), "must be 4 numbers"),
-        (
-            changed(("annotations", 0, "ignore", 1)),
-            "annotation id 1 has the ignore 1; it must be absent",
-        ),
         (changed(("annotations", 0, "iscrowd", 1)), "there are no objects in it"),
         ({**DATASET, "annotations": []}, "there are no objects in it"),
     ],
@@ -152,31 +189,32 @@ def test_broken_annotations(folder, dataset, message):
 def test_missing_files(folder):
     with pytest.raises(InputError, match="none.json: no such annotation file"):
         read_coco_json(str(folder / "none.json"))
+    with pytest.raises(InputError, match="/proc/self/mem: cannot be read: .*Input/output error"):
+        read_coco_json("/proc/self/mem")
     with pytest.raises(InputError, match="elsewhere: no such image directory"):
         check_images(DATASET, str(folder / "elsewhere"), "x.json")
-    (folder / "b.png").unlink()
-    with pytest.raises(InputError, match="b.png: no such image; x.json names it"):
-        check_images(DATASET, str(folder), "x.json")
+    wrong = Image.new("RGB", (60, 61))
+    wrong.save(folder / "b.png")
+    for message, change in (
+        ("the image is 60 x 61 pixels, but x.json says 60 x 60$", Path.touch),
+        ("not a readable image", lambda path: path.write_bytes(b"no image")),
+        ("not a readable image .not a TIFF", lambda path: wrong.save(path, exif=b"no Exif")),
+        ("no such image; x.json names it", Path.unlink),
+    ):
+        change(folder / "b.png")
+        with pytest.raises(InputError, match=f"b.png: {message}"):
+            check_images(DATASET, str(folder), "x.json")
 
 
 POLYGON = [[10, 20, 40, 20, 40, 60]]
 RUN_LENGTHS = {"size": [80, 100], "counts": [10, 20, 7970]}
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "mask_format"),
-    [(POLYGON, "polygon"), (POLYGON, "bitmask"), (RUN_LENGTHS, "bitmask")],
-)
-def test_masks(folder, segmentation, mask_format):
-    """Crowds need none."""
-    path = write(folder, changed(("annotations", 0, "segmentation", segmentation)))
-    _, changes = read_coco_json(path, mask_format)
-    assert not changes
+SMALL = {"size": [60, 60], "counts": [10, 20, 3570]}
 
 
 @pytest.mark.parametrize(
     ("segmentation", "mask_format", "message"),
     [
+        *((POLYGON, "polygon", None), (POLYGON, "bitmask", None), (RUN_LENGTHS, "bitmask", None)),
         ([], "polygon", "has no 'segmentation'"),
         ("x", "polygon", "a polygon must be a list of 6 or more numbers, .*; found 'x'"),
         ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of 6 or more numbers"),
@@ -187,78 +225,81 @@ def test_masks(folder, segmentation, mask_format):
         ({"size": [80, 100]}, "bitmask", "must have 'counts'"),
     ],
 )
-def test_bad_masks(folder, segmentation, mask_format, message):
-    """Found before training, if the model has masks."""
+def test_masks(folder, segmentation, mask_format, message):
+    """What is wrong is found before training, if the model has masks. Crowds need none."""
     path = write(folder, changed(("annotations", 0, "segmentation", segmentation)))
+    if message is None:
+        assert not read_coco_json(path, mask_format)[1]
+        return
     with pytest.raises(InputError, match=f"instances.json: annotation id 1.*{message}"):
         read_coco_json(path, mask_format)
-    read_coco_json(path)
 
 
-def test_masks_are_registered_if_wanted(folder):
-    path = write(folder, changed(("annotations", 0, "segmentation", POLYGON)))
-    for mask_format in ("polygon", None):
-        register_coco_json("test_masks", path, str(folder), str(folder), mask_format)
-        annotation = DatasetCatalog.get("test_masks")[0]["annotations"][0]
-        assert ("segmentation" in annotation) == (mask_format is not None)
+@pytest.mark.parametrize("mask_format", [None, "bitmask"])
+@pytest.mark.parametrize(
+    ("segmentation", "readable"),
+    [
+        *((x, True) for x in (None, [], [[]], [[1, 2, 3]], POLYGON, SMALL)),
+        *((x, False) for x in (0, "", "x", 3, {}, [3], [[1], 3], {**SMALL, "counts": [9]})),
+    ],
+)
+def test_masks_that_are_not_used(folder, segmentation, readable, mask_format):
+    """Those of crowds, and all of a model without masks: taken out if Detectron2 breaks on them."""
+    dataset = changed(("annotations", 0, "segmentation", POLYGON))
+    dataset["annotations"][1]["segmentation"] = segmentation
+    dataset, changes = read_coco_json(write(folder, dataset), mask_format)
+    masks = [annotation["segmentation"] for annotation in dataset["annotations"]]
+    assert masks == [POLYGON, segmentation if readable else []]
+    assert changes == ({} if readable else {"annotation segmentation": 1})
+    path = write(folder, dataset)
+    register_coco_json("test_masks", path, str(folder), str(folder), mask_format)
+    (registered,) = DatasetCatalog.get("test_masks")[0]["annotations"]
+    assert registered.get("segmentation") == (POLYGON if mask_format else None)
 
 
-def test_wrong_images(folder):
-    Image.new("RGB", (60, 61)).save(folder / "b.png")
-    with pytest.raises(InputError, match="b.png: the image is 60 x 61 pixels, but x.json says 60"):
-        check_images(DATASET, str(folder), "x.json")
-    (folder / "b.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="b.png: not a readable image"):
-        check_images(DATASET, str(folder), "x.json")
-
-
-def test_orientation(folder):
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(folder, orientation, suffix):
     """Cameras store portraits as landscapes with a tag. Detectron2 turns them, and so do we."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (80, 100)).save(folder / "a.jpg", exif=exif)
-    dataset = changed(("images", 0, "file_name", "a.jpg"))
+    exif, is_turned = Image.Exif(), orientation >= 5
+    exif[0x0112] = orientation
+    stored = (80, 100) if is_turned else (100, 80)
+    Image.new("RGB", stored).save(folder / f"a.{suffix}", exif=exif)
+    dataset = changed(("images", 0, "file_name", f"a.{suffix}"))
     check_images(dataset, str(folder), "x.json")
-    mapper = LibraDatasetMapper(is_train=False, augmentations=[], image_format="RGB")
-    mapped = mapper({"file_name": str(folder / "a.jpg"), "width": 100, "height": 80})
-    assert mapped["image"].shape == (3, 80, 100)
+    if suffix == "png" and is_turned:
+        return  # the tag may be at the end of the file, and is looked for if it has to be there
+    dataset["images"][0].update(width=80, height=100)
+    message = f"a.{suffix}: the image is 100 x 80 pixels, but x.json says 80 x 100$"
+    with pytest.raises(InputError, match=message):
+        check_images(dataset, str(folder), "x.json")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_image_cut_short(folder, num_workers):
-    """Found before training; in the middle of one, the error is one line."""
-    from torch.utils.data import DataLoader
-
-    path = folder / "a.png"
-    Image.effect_noise((100, 80), 50).save(path)
-    path.write_bytes(path.read_bytes()[:2000])
-    mapper = LibraDatasetMapper(is_train=False, augmentations=[], image_format="RGB")
-    with pytest.raises(InputError, match="a.png: the image cannot be used: "):
-        check_images(DATASET, str(folder), "x.json")
-
-    class Dataset(list):
-        def __getitem__(self, i):
-            return mapper({"file_name": str(path), "width": 100, "height": 80})
-
-    with pytest.raises(InputError) as error:
-        next(iter(DataLoader(Dataset([0]), num_workers=num_workers)))
-    assert str(error.value).startswith(f"{path}: the image cannot be used: ")
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_progress(folder, monkeypatch, capsys, rank):
+    """One of several processes shows it."""
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
+    check_images(DATASET, str(folder), "x.json")
+    assert ("checking images: 100%" in capsys.readouterr().err) == (rank == 0)
 
 
 @pytest.mark.parametrize(
-    ("encode", "message"),
+    ("encoding", "message"),
     [
-        (lambda text: text.encode("utf-16"), "encoded in UTF-16; save it as UTF-8"),
-        (lambda text: text.encode("utf-16-le"), "encoded in UTF-16; save it as UTF-8"),
-        (lambda text: gzip.compress(text.encode()), "compressed with gzip; unpack it"),
-        (lambda text: text.encode("latin-1"), "not encoded in UTF-8 .* perhaps in Latin-1"),
+        *(
+            (name, "encoded in UTF-16; save it as UTF-8")
+            for name in ("utf-16", "utf-16-le", "utf-16-be")
+        ),
+        *(("latin-1", "perhaps in Latin-1; save it as UTF-8"), (None, "compressed with gzip; unp")),
     ],
 )
-def test_other_encodings(folder, encode, message):
-    dataset = changed(("categories", 0, "name", "K\u00e4tzchen"))
+def test_other_encodings(folder, encoding, message):
+    text = json.dumps(changed(("categories", 0, "name", "K\u00e4tzchen")), ensure_ascii=False)
     path = folder / "instances.json"
-    path.write_bytes(encode(json.dumps(dataset, ensure_ascii=False)))
+    text = "\ufeff" * (encoding == "utf-16-be") + text
+    path.write_bytes(text.encode(encoding) if encoding else gzip.compress(text.encode()))
+    if "Latin" in message:
+        message = f"not encoded in UTF-8 .byte {path.read_bytes().index(0xE4)} is 0xe4.*{message}"
     with pytest.raises(InputError, match=message) as error:
         read_coco_json(str(path))
     assert "cut short" not in str(error.value)
@@ -266,14 +307,13 @@ def test_other_encodings(folder, encode, message):
 
 def test_byte_order_mark(folder):
     """As Windows writes it; evaluation reads the file, too."""
-    path = folder / "instances.json"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(DATASET).encode())
-    register_coco_json("test_mark", str(path), str(folder), str(folder / "cache"))
+    path = write(folder, "\ufeff" + json.dumps(DATASET))
+    register_coco_json("test_mark", path, str(folder), str(folder / "cache"))
     assert len(DatasetCatalog.get("test_mark")) == 2
     assert COCO(MetadataCatalog.get("test_mark").json_file).getCatIds() == [20, 3]
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/hostname", "x/../../a.png"])
+@pytest.mark.parametrize("name", ["../a.png", "/etc/hostname", "x/../../a.png", ".."])
 def test_images_elsewhere(folder, name):
     """Nothing outside of the image directory is opened unless it is asked for."""
     (folder / "inner").mkdir()
@@ -282,51 +322,63 @@ def test_images_elsewhere(folder, name):
         check_images(dataset, str(folder / "inner"), "x.json")
 
 
-def test_absolute_paths_on_request(folder):
-    names = [str(folder / name) for name in ("a.png", "b.png")]
-    images = [("images", i, "file_name", name) for i, name in enumerate(names)]
-    check_images(changed(*images), "/", "x.json")
-    check_images(changed(*images), str(folder), "x.json")  # they are in it
+@pytest.mark.parametrize("name", ["{}/..b.png", "{}/x/../..b.png", "..b.png", "x/../..b.png"])
+def test_unusual_paths(folder, name):
+    """Absolute ones that are in the directory, such as /, and names with two dots in front."""
+    (folder / "b.png").rename(folder / "..b.png")
+    (folder / "x").mkdir()
+    for root in (folder, "/")[: 1 + ("{}" in name)]:
+        names = (str(folder / "a.png"), name.format(folder))
+        dataset = changed(*(("images", i, "file_name", x) for i, x in enumerate(names)))
+        check_images(dataset, str(root), "x.json")
 
 
-@pytest.mark.parametrize(("size", "new"), [((2, 20000), "0 x 1333"), ((20000, 2), "1333 x 0")])
-def test_too_small_to_resize(folder, size, new):
+@pytest.mark.parametrize(
+    ("size", "lengths", "limit", "new"),
+    [
+        *(((2, 20000), (800,), 1333, "0 x 1333"), ((20000, 2), (800,), 1333, "1333 x 0")),
+        *(((2666, 1), (800,), 1333, None), ((2667, 1), (800,), 1333, "1333 x 0")),
+        *(((64, 64), (9, 8192), 10**5, None), ((64, 64), (9, 8193), 10**5, "8193 x 8193")),
+        *(((2, 20000), (0,), 1333, None), ((20000, 10), (0, 800), 10**7, "1600000 x 800")),
+    ],
+)
+def test_resized(folder, size, lengths, limit, new):
+    """To a pixel or more and 2^26 or less, by each pair of keys; a length of 0 leaves the size."""
     Image.new("RGB", size).save(folder / "a.png")
     dataset = changed(("images", 0, "width", size[0]), ("images", 0, "height", size[1]))
-    limits = {"INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST": ((800,), 1333)}
-    message = f"a.png: {size[0]} x {size[1]} pixels become {new} with INPUT.MIN_SIZE_TEST and"
-    with pytest.raises(InputError, match=message):
-        check_images(dataset, str(folder), "x.json", limits)
-    check_images(dataset, str(folder), "x.json")
+    limits = {"INPUT.A and INPUT.B": ((0,), 1), "INPUT.C and INPUT.D": (lengths, limit)}
+    arguments = (str(folder), "x.json", limits)
+    if new is None:
+        check_images(dataset, *arguments)
+        return
+    message = f"a.png: {size[0]} x {size[1]} pixels become {new} with INPUT.C and INPUT.D "
+    with pytest.raises(InputError, match=f"{message}.{lengths[-1]}, {limit}., which no network"):
+        check_images(dataset, *arguments)
+    check_images(dataset, *arguments[:2])
 
 
-def test_too_large_when_resized(folder):
-    Image.new("RGB", (20000, 10)).save(folder / "a.png")
-    dataset = changed(("images", 0, "width", 20000), ("images", 0, "height", 10))
-    limits = {"INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN": ((0, 800), 10**7)}
-    with pytest.raises(InputError, match="become 1600000 x 800 with INPUT.MIN_SIZE_TRAIN"):
-        check_images(dataset, str(folder), "x.json", limits)
-
-
-@pytest.mark.parametrize("missing", [2, 20, 1500])
-def test_jpeg_cut_short(folder, caplog, missing):
-    """Read as OpenCV reads it, with a warning, which comes before training."""
-    Image.effect_noise((100, 80), 50).convert("RGB").save(folder / "a.jpg")
-    content = (folder / "a.jpg").read_bytes()
-    (folder / "a.jpg").write_bytes(content[:-missing])
-    check_images(changed(("images", 0, "file_name", "a.jpg")), str(folder), "x.json")
-    assert f"{folder}/a.jpg: the file is cut short; what is missing is gray" in caplog.text
-    expected = cv2.imread(str(folder / "a.jpg"))
-    assert np.array_equal(read_image(str(folder / "a.jpg")), expected)
-
-
-@pytest.mark.parametrize("suffix", ["bmp", "tif", "gif", "webp"])
-def test_other_formats_cut_short(folder, suffix):
-    """Found before training."""
-    Image.effect_noise((100, 80), 50).save(folder / f"a.{suffix}")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "gif", "webp"])
+def test_cut_short(folder, suffix, caplog):
+    """Found before training; of a JPEG file the rest is gray."""
+    path, arguments = folder / f"a.{suffix}", (str(folder), "x.json")
+    Image.effect_noise((100, 80), 50).save(path)
     dataset = changed(("images", 0, "file_name", f"a.{suffix}"))
-    check_images(dataset, str(folder), "x.json")
-    content = (folder / f"a.{suffix}").read_bytes()
-    (folder / f"a.{suffix}").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"a.{suffix}: "):
-        check_images(dataset, str(folder), "x.json")
+    check_images(dataset, *arguments)
+    assert not caplog.records
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if suffix == "jpg":
+        check_images(dataset, *arguments)
+        assert f"{path}: the file is cut short; what is missing is gray" in caplog.text
+    else:
+        with pytest.raises(InputError, match=f"{path}: "):
+            check_images(dataset, *arguments)
+
+
+def test_categories(folder):
+    """Their names in the order of their ids, or what is wrong with the file."""
+    names = [{"id": 20, "name": "cat"}, {"id": 3, "name": 7}]
+    assert read_categories(write(folder, {"categories": names})) == ["7", "cat"]
+    for content in ({}, [], {"categories": [{"id": 3}]}, {"categories": 3}, "{", None):
+        path = str(folder / "none.json") if content is None else write(folder, content)
+        with pytest.raises(InputError, match=f"^{path}: no COCO JSON with categorie"):
+            read_categories(path)

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import DEMO_CONFIG, ROOT, load_cfg
+from matplotlib.figure import Figure
 from test_config import ablations
 from test_train_net import TINY, own_data
 
-from libra_d2.plain_detector import VARIANTS, variant_options
-from libra_d2.tools.compare_ideas import build_argument_parser, differences, main, summarize
+from libra_d2.config import VARIANTS, make_recipe
+from libra_d2.tools.compare_ideas import differences, main, plot, table, uncertainty
+
+PLAIN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.NAME"]
+PLAIN += ["StandardROIHeads"]
+
+
+def options_of(variant):
+    """What the command line says of a variant."""
+    recipe = make_recipe(load_cfg(DEMO_CONFIG))
+    return recipe.variant_options(VARIANTS[variant], reference_bins=variant == "all_reference")
 
 
 def test_variants():
@@ -17,90 +33,209 @@ def test_variants():
         if name == "all_reference":
             continue
         configs = [load_cfg(DEMO_CONFIG) for _ in range(2)]
-        configs[0].merge_from_list(variant_options(configs[0], name))
+        configs[0].merge_from_list(options_of(name))
         configs[1].merge_from_list(ablations()[names.get(name, name)])
         for cfg in configs:
             cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "balanced_l1"
         assert configs[0] == configs[1], name
 
 
-def test_trainings_and_summary(synthetic, tmp_path, capsys):
-    """Two variants, both at a time; the second call trains nothing."""
-    out = tmp_path / "out"
-    args = [
-        *("--config-file", DEMO_CONFIG, *own_data(synthetic, "train", "val"), "--seeds", 2),
-        *("--variants", "baseline", "all", "--jobs", 2, "--output", out, *TINY),
-    ]
-    args = [str(a) for a in args]
-    main(args)
-    text = (out / "summary/results.md").read_text()
-    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    assert rows == ["", "baseline", "all"]
-    assert len(list((out / "summary/metrics").iterdir())) == 2
-    assert (out / "summary/curves.png").stat().st_size > 5000
-    changed = {p: p.stat().st_mtime_ns for p in out.rglob("model_final.pth")}
-    assert len(changed) == 2
-    for name in ("baseline", "all"):
-        config = (out / f"{name}/seed_2/config.yaml").read_text()
-        assert "SEED: 2" in config
-        assert f"ENABLED: {str(name == 'all').lower()}\n      REFINE_LEVEL" in config
-    main(args)
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("model_final.pth")} == changed
-    assert "| baseline |" in capsys.readouterr().out
+@pytest.fixture
+def trainings(monkeypatch):
+    """Trainings that take no time: the (variant, seed, command, environment) of each."""
+    started = []
 
-
-def test_table(tmp_path):
-    """Mean and standard deviation of the last evaluation."""
-    for seed, ap in ((1, 40.0), (2, 44.0)):
-        folder = tmp_path / f"all/seed_{seed}"
-        folder.mkdir(parents=True)
+    def run(command, stdout, stderr, env):
+        folder = Path(command[command.index("OUTPUT_DIR") + 1])
+        started.append((folder.parent.name, folder.name, command, env))
+        if "FAILS" in os.environ:
+            time.sleep(0.1)
+            stdout.write(os.environ["FAILS"])
+            return subprocess.CompletedProcess("command", 3)
         (folder / "model_final.pth").touch()
-        entries = [{"iteration": i, "bbox/AP": ap - 20 + i, "bbox/AP-a": 1.0} for i in (9, 20)]
-        (folder / "metrics.json").write_text("\n".join(map(json.dumps, entries)))
-    args = ["--config-file", "a.yaml", *(str(x) for x in own_data(ROOT, "train", "val"))]
-    args = build_argument_parser().parse_args([*args, "--output", str(tmp_path)])
-    rows = summarize(args, ["baseline", "all"]).splitlines()
-    assert [x.strip() for x in rows[0].split("|")[1:-1]] == ["", "AP", "AP a"]
-    assert [x.strip() for x in rows[2].split("|")[1:-1]] == ["all", "42.0 ± 2.8", "1.0 ± 0.0"]
-    assert len(rows) == 5
-    # Both runs differ by 2 from their mean: a variance of 8 with one degree of freedom.
-    assert "standard deviation of 2.83" in rows[4]
-    assert "two means of 2 runs one of 2.83" in rows[4]
+        ap = int(folder.name[5:]) * (1 if folder.parent.name == "baseline" else 3)
+        lines = [json.dumps({"iteration": i, "bbox/AP": ap + i - 8}) for i in (3, 8)]
+        (folder / "metrics.json").write_text("\n".join(lines))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return started
 
 
-def test_failed_training(synthetic, tmp_path, capsys):
-    """Its own message, and no summary."""
-    data = own_data(synthetic, "train", "val")
-    data[1] = tmp_path / "none.json"
-    args = ["--config-file", DEMO_CONFIG, *data, "--variants", "all", "--seeds", 1]
-    args += ["--output", tmp_path / "out", *TINY]
+def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
+    """Run the program; returns its first arguments, which it gives to the trainings."""
+    data = [*own_data(synthetic, "train", "val"), "--val-proposals", "p.pkl"]
+    args = ["--config-file", ROOT / f"configs/Demo/libra_{config}_R_18_FPN.yaml", *data]
+    main([str(x) for x in [*args, "--output", out, *options, "--jobs", jobs, *TINY, *opts]])
+    return [str(x) for x in args]
+
+
+def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
+    """Seed by seed, each with the arguments and its share of the cores; what is not there yet."""
+    monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "b"])
+    options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
+    args = compare(synthetic, tmp_path, *options)
+    printed = capsys.readouterr().out
+    order = [(v, f"seed_{seed}") for seed in (5, 7) for v in ("baseline", "sampling")]
+    assert [x[:2] for x in trainings] == order
+    for variant, seed, command, env in trainings:
+        assert command == [
+            *(sys.executable, "-m", "libra_d2.engine.main", "--resume", *args),
+            *("OUTPUT_DIR", str(tmp_path / variant / seed), "SEED", seed[5:], *TINY),
+            *options_of(variant),
+        ]
+        assert env == {**os.environ, "OMP_NUM_THREADS": "8"}
+    summary = tmp_path / "summary"
+    table = printed.replace(f"{summary / 'results.md'}\n", "")
+    assert (summary / "results.md").read_text() == (
+        "# libra_faster_rcnn_R_18_FPN\n\nSeeds 5, 7: mean and standard deviation of AP (%) on "
+        f"`{synthetic / 'instances.json'}`.\n\n{table}\n![AP](curves.png)\n\n"
+        "```bash\npython tools/compare_ideas.py a b\n```\n"
+    )
+    assert [row[:4] for row in cells(table) if row[0] in ("baseline", "sampling")] == [
+        *(["baseline", "6.0 ± 1.4"], ["sampling", "18.0 ± 4.2"]),
+        ["sampling", "2", "+12.00", "2.00"],  # of 10 and 14
+    ]
+    assert {p.name: p.read_text() for p in (summary / "metrics").iterdir()} == {
+        f"{v}_{seed}.json": (tmp_path / v / seed / "metrics.json").read_text() for v, seed in order
+    }
+    assert (summary / "curves.png").exists()
+    (tmp_path / "baseline/seed_7/model_final.pth").unlink()
+    with open(tmp_path / "sampling/seed_5/metrics.json", "a") as f:
+        f.write('\n{"iteration": 9}')  # trained on, not evaluated
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    compare(synthetic, tmp_path, *options)
+    assert [x[:2] for x in trainings[4:]] == order[1:3]
+    assert {x[3]["OMP_NUM_THREADS"] for x in trainings[4:]} == {"5"}
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "variants"),
+    [
+        ("faster_rcnn", [], [*VARIANTS]),
+        ("retinanet", [], ["baseline", "feature_pyramid", "balanced_l1", "all"]),
+        ("faster_rcnn", PLAIN, ["baseline"]),
+    ],
+)
+def test_default_variants(trainings, synthetic, tmp_path, config, opts, variants, capsys):
+    """All that a model can have."""
+    compare(synthetic, tmp_path, config=config, jobs=3, opts=opts)
+    printed = capsys.readouterr().out
+    assert [row[0] for row in cells(printed)][2 : 2 + len(variants)] == variants
+    assert {x[:2] for x in trainings} == {(v, f"seed_{i}") for v in variants for i in (1, 2, 3)}
+    assert {x[3]["OMP_NUM_THREADS"] for x in trainings} == {"2"}
+    assert ("has nothing of Libra R-CNN" in printed) == bool(opts)
+
+
+@pytest.mark.parametrize("output", ["start\nits own message\n", ""])
+def test_failed_training(trainings, synthetic, tmp_path, capsys, monkeypatch, output):
+    """Its last line, no summary, and those that have not begun do not."""
+    monkeypatch.setenv("FAILS", output)
     with pytest.raises(SystemExit, match="2"):
-        main([str(a) for a in args])
-    assert "none.json" in capsys.readouterr().err
-    assert not (tmp_path / "out/summary").exists()
+        compare(synthetic, tmp_path)
+    message = "its own message" if output else "CompletedProcess"
+    assert re.search(rf"/seed_1: the training failed: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "summary").exists()
+    assert len(trainings) < 10
+    with pytest.raises(SystemExit, match="2"):
+        compare(synthetic, tmp_path, jobs=0)
+    assert "--jobs is 0: use 1 or more" in capsys.readouterr().err
+
+
+def runs(*aps, first_seed=1, **metrics):
+    """Of one variant: the last evaluation of each seed."""
+    return {
+        seed: [{"bbox/AP": 99.0}, {"bbox/AP": ap, **metrics}]
+        for seed, ap in enumerate(aps, first_seed)
+    }
+
+
+def cells(text):
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[x.strip() for x in row.split("|")[1:-1]] for row in rows]
+
+
+def test_table():
+    """Mean and standard deviation of the last evaluation; sizes before classes."""
+    metrics = {f"bbox/{k}": v for k, v in {"AP-b": 2.0, "AP-a": 1.0, "APl": 5.0}.items()}
+    metrics.update({"bbox/APs": float("nan"), "bbox/AP75": 3.0, "segm/AP": 7.0, "bbox/AP50": 4.0})
+    found = cells(
+        table({"baseline": runs(40.0, 44.0, 45.0, **metrics), "all": runs(30.0, **metrics)})
+    )
+    assert found[0] == ["", "AP", "AP50", "AP75", "APl", "AP a", "AP b"]
+    # 3, 1 and 2 from their mean: the root of 14 / 2.
+    assert found[2][:3] == ["baseline", "43.0 ± 2.6", "4.0 ± 0.0"]
+    assert found[3] == ["all", "30.0", "4.0", "3.0", "5.0", "1.0", "2.0"]
+
+
+def test_uncertainty():
+    """Variances of 8 and 9, with 1 and 2 degrees of freedom: the root of (8 + 18) / 3."""
+    several = {"baseline": runs(40.0, 44.0), "all": runs(10.0, 13.0, 16.0)}
+    text = (
+        "A run's AP has a standard deviation of 2.94 (pooled over all variants, 3 degrees of "
+        "freedom), the difference of two means of {} runs one of {}."
+    )
+    assert uncertainty(several) == text.format(2, 2.94)
+    assert uncertainty({**several, "sampling": runs(1.0)}) == text.format(1, 4.16)
+    assert uncertainty({"all": runs(1.0)}).startswith("One run of each does not say")
 
 
 def test_differences():
     """Pair by pair: what is common to a seed does not count."""
-
-    def runs(*aps):
-        return {seed: [{"bbox/AP": ap}] for seed, ap in enumerate(aps, 1)}
-
-    text = differences(
-        {
-            "baseline": runs(10.0, 50.0, 30.0),
-            "sampling": runs(11.0, 51.1, 30.9),
-            "feature_pyramid": runs(9.0, 49.1, 28.9),
-            "balanced_l1": runs(13.0, 47.0),
-            "all": runs(20.0),
-        }
-    )
-    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
-    # Differences 1.0, 1.1 and 0.9: their standard error is 0.1 / sqrt(3), Student's t 4.303.
-    assert rows[0] == ["sampling", "3", "+1.00", "0.06", "+0.75 to +1.25", "helps"]
-    assert rows[1][0] == "feature_pyramid"
-    assert rows[1][-1] == "harms"
-    assert rows[2][1:3] == ["2", "+0.00"]
-    assert rows[2][-1] == "cannot be told from chance"
-    assert len(rows) == 3
+    found = {
+        "baseline": runs(10.0, 50.0, 30.0),
+        "sampling": runs(11.0, 51.1, 30.9),
+        "feature_pyramid": runs(9.0, 49.1, 28.9),
+        "balanced_l1": runs(51.0, 32.0, 7.0, first_seed=2),
+        "all_reference": runs(13.0, 47.0),
+        "all": runs(20.0),
+    }
+    headers, _, *rows = cells(differences(found))
+    assert headers == [
+        *("AP, less the baseline's", "pairs", "mean", "standard error"),
+        *("95% confidence interval", "which says that it"),
+    ]
+    # Differences 1.0, 1.1 and 0.9: their standard error is 0.1 / sqrt(3), Student's t 4.303; of
+    # two, 1 and 2 or 3 and -3, half their distance, and 12.706.
+    assert rows == [
+        ["sampling", "3", "+1.00", "0.06", "+0.75 to +1.25", "helps"],
+        ["feature_pyramid", "3", "-1.00", "0.06", "-1.25 to -0.75", "harms"],
+        ["balanced_l1", "2", "+1.50", "0.50", "-4.85 to +7.85", "cannot be told from chance"],
+        ["all_reference", "2", "+0.00", "3.00", "-38.12 to +38.12", "cannot be told from chance"],
+    ]
+    headers, _, row, *_ = cells(differences(found, level=0.9))
+    assert (headers[4], row[4]) == ("90% confidence interval", "+0.83 to +1.17")  # t 2.920
     assert differences({"all": runs(1.0, 2.0)}) == ""
+
+
+def test_plot(tmp_path, monkeypatch):
+    """Mean and range where all runs were evaluated; each run, and the mean, at the end."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: figures.append(self))
+    points = {
+        "baseline": {1: {9: 10.0, 20: 30.0}, 2: {9: 20.0, 14: 90.0, 20: 60.0}},
+        "all": {1: {9: 5.0, 12: None, 20: 40.0}},
+    }
+    found = {
+        variant: {
+            seed: [{"iteration": i, **({"bbox/AP": x} if x else {})} for i, x in by_step.items()]
+            for seed, by_step in by_seed.items()
+        }
+        for variant, by_seed in points.items()
+    }
+    plot(found, tmp_path / "a.png")
+    left, right = figures[0].axes
+    curves = [(x.get_label(), x.get_color(), *map(list, x.get_data())) for x in left.lines]
+    assert curves == [("baseline", "C0", [10, 20], [15, 45]), ("all", "C1", [10, 20], [5, 40])]
+    corners = [set(map(tuple, x.get_paths()[0].vertices.tolist())) for x in left.collections]
+    assert corners == [{(10, 10), (10, 20), (20, 30), (20, 60)}, {(10, 5), (20, 40)}]
+    ends = [(x.get_marker(), x.get_color(), *map(list, x.get_data())) for x in right.lines]
+    assert ends == [
+        *(("o", "C0", [30, 60], [0, 0]), ("|", "C0", [45], [0])),
+        *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
+    ]
+    assert [t.get_text() for t in right.get_yticklabels()] == list(points)
+    assert right.yaxis_inverted()
+    assert [t.get_text() for t in left.get_legend().get_texts()] == list(points)

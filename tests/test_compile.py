@@ -5,11 +5,9 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, build_model, demo_cfg, random_inputs
 
 from detectron2.utils.events import EventStorage
-
-from libra_d2.checkpoint import build_model
 
 
 @pytest.mark.parametrize("system", ["faster_rcnn", "retinanet"])

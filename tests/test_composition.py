@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, build_model, demo_cfg, random_inputs
 from test_lazy import inputs_for
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from detectron2.modeling import build_backbone
 from detectron2.utils.events import EventStorage
 
-from libra_d2.checkpoint import build_model
 from libra_d2.errors import InputError
 
 

@@ -1,61 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
 import pickle
+import re
 
 import pytest
 import torch
-from test_checkpoint import save, theirs  # noqa: F401
+from conftest import ROOT, load_cfg, reference_config
+from test_checkpoint import save
+from test_mmdetection import STATE, equal
+
+from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.tools.convert_mmdet import main
 
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a
-    )
+# Numbers of weights: ours have no counters of batches.
+SYSTEMS = {"Faster R-CNN": 303, "Fast R-CNN": 297, "RetinaNet": 309}
 
 
-def test_round_trip(theirs, tmp_path, capsys):  # noqa: F811
+@pytest.fixture(scope="module", params=SYSTEMS)
+def theirs(request, mmdet):
+    """A model of mmdetection's with random weights, and our model of that config."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules()
+    torch.manual_seed(1)
+    name = "libra_" + request.param.lower().replace(" r-", "_r")
+    model = reference_config(mmdet, f"{name.replace('_', '-')}_r50").model
+    model.backbone.init_cfg = None
+    model = MODELS.build(model)
+    for value in model.state_dict().values():
+        value.normal_() if value.is_floating_point() else value.fill_(7)  # batches that were seen
+    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{name}_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    return request.param, model, build_model(cfg)
+
+
+def test_round_trip(theirs, tmp_path, capsys, caplog):
     """From mmdetection and back, bit by bit, counters included; either side loads its own."""
-    from detectron2.modeling import build_model
-
-    cfg, model, _ = theirs
-    meta = {"mmdet_version": "2.25.0", "CLASSES": ["a"]}
-    original = {"meta": meta, "state_dict": model.state_dict(), "optimizer": {}}
-    source = save(tmp_path / "theirs.pth", original)
-    main([str(source), str(tmp_path / "ours.pth")])
-    printed = capsys.readouterr().out
-    assert "ours.pth: Libra " in printed
-    assert "R-50 with 80 classes" in printed
-    main([str(tmp_path / "ours.pth"), str(tmp_path / "back.pth")])
-    back = torch.load(tmp_path / "back.pth")
-    assert equal(back["state_dict"], model.state_dict())
+    name, model, ours = theirs
+    files = [str(tmp_path / f"{x}.pth") for x in ("theirs", "ours", "back")]
+    state, meta = model.state_dict(), {"mmdet_version": "2.25.0", "CLASSES": ["a"]}
+    save(files[0], {"meta": meta, "state_dict": state, "optimizer": {}})
+    main(files[:2])
+    main(files[1:])
+    what = f"{SYSTEMS[name]} weights, for"
+    printed = [f"{files[1]}: {what} Detectron2", f"{files[2]}: {what} mmdetection"]
+    assert capsys.readouterr().out.splitlines() == printed
+    converted, back = torch.load(files[1]), torch.load(files[2])
+    assert back.keys() == {"meta", "state_dict"}
     assert back["meta"] == meta
-    model.load_state_dict(back["state_dict"], strict=True)
+    assert equal(back["state_dict"], state)
+    assert converted.keys() == {"model", "__author__", "mmdetection"}
+    for file in files[:2]:
+        ours.load_state_dict({k: torch.zeros_like(v) for k, v in ours.state_dict().items()})
+        LibraCheckpointer(ours, complete=True).load(file)
+        assert equal(dict(ours.state_dict()), converted["model"])
+    assert "Weights that were not loaded" not in caplog.text
 
-    ours = build_model(cfg)
-    LibraCheckpointer(ours, complete=True).load(str(tmp_path / "ours.pth"))
-    assert ours.load_state_dict(torch.load(tmp_path / "ours.pth")["model"], strict=True)
 
-
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_from_detectron2(theirs, tmp_path, suffix):  # noqa: F811
+def test_from_detectron2(theirs, tmp_path):
     """A model trained here, old files of Detectron2 included, is one of mmdetection's."""
-    from detectron2.modeling import build_model
-
-    cfg, model, _ = theirs
-    ours = build_model(cfg)
+    name, model, ours = theirs
     state = {**ours.state_dict(), "pixel_mean": torch.zeros(3, 1, 1)}
     state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
-    if suffix == ".pth":
-        source = save(tmp_path / "a.pth", {"model": state, "iteration": 3})
-    else:
-        source = tmp_path / "a.pkl"
+    source = tmp_path / ("a.pkl" if name == "RetinaNet" else "a.pth")
+    if name == "RetinaNet":
         state = {key: value.numpy() for key, value in state.items()}
         source.write_bytes(pickle.dumps({"model": state, "__author__": "a"}))
+    else:
+        save(source, {"model": state, "iteration": 3})
     main([str(source), str(tmp_path / "theirs.pth")])
     content = torch.load(tmp_path / "theirs.pth")
+    assert content["meta"] == {}
     model.load_state_dict(content["state_dict"], strict=True)
+    assert {v.item() for k, v in content["state_dict"].items() if "num_batches" in k} == {0}
     main([str(tmp_path / "theirs.pth"), str(tmp_path / "back.pth")])
     assert equal(torch.load(tmp_path / "back.pth")["model"], dict(ours.state_dict()))
 
@@ -65,28 +84,24 @@ class Malicious:
         return (open, ("executed", "w"))
 
 
+ONE = torch.ones(1)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "source.pth: the weights cannot be read: .*No such file"),
-        (b"", "source.pth: not a checkpoint, or cut short"),
-        (b"PK\x03\x04 no archive", "source.pth: not a checkpoint, or cut short"),
-        (b"plain text", "source.pth: not loaded"),
-        ({"model": {"a.weight": torch.zeros(1)}}, "source.pth: 'a.weight' has no counterpart"),
-        ({"state_dict": {}}, "source.pth: not a checkpoint"),
-        ([1], "source.pth: not a checkpoint: it holds a list"),
+        (None, "the weights cannot be read: .*No such file"),
+        (b"", "not a checkpoint, or cut short"),
+        (b"PK\x03\x04 no archive", "not a checkpoint, or cut short"),
+        (b"plain text", "not loaded"),
+        ({"model": {"a.weight": ONE}}, "'a.weight' has no counterpart"),
+        ([1], "not a checkpoint: it holds a list"),
         (
-            {
-                "meta": {"mmdet_version": "1.2.0"},
-                "state_dict": {"backbone.conv1.weight": torch.zeros(1)},
-            },
-            "source.pth: a checkpoint of mmdetection 1.x",
+            {"meta": {"mmdet_version": "1.2.0"}, "state_dict": STATE},
+            "a checkpoint of mmdetection 1.x",
         ),
-        (Malicious(), "source.pth: not loaded, .*short: Unsupported global: GLOBAL io.open$"),
-        (
-            {"state_dict": {"backbone.conv1.weight": torch.zeros(1), "mask": torch.zeros(1)}},
-            "source.pth: '.?mask' has no counterpart",
-        ),
+        (Malicious(), "not loaded, .*short: Unsupported global: GLOBAL io.open$"),
+        ({"state_dict": {**STATE, "mask": ONE}}, "'.?mask' has no counterpart"),
     ],
 )
 def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
@@ -96,19 +111,15 @@ def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
         (tmp_path / "source.pth").write_bytes(content)
     elif content is not None:
         save(tmp_path / "source.pth", content)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="2"):
         main(["source.pth", "target.pth"])
-    assert exit.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    import re
-
-    assert re.match(f"error: {message}", line), line
+    assert re.match(f"error: source.pth: {message}", line), line
     assert {p.name for p in tmp_path.iterdir()} <= {"source.pth"}
 
 
-def test_bad_target(theirs, tmp_path, capsys):  # noqa: F811
-    _, model, _ = theirs
-    source = save(tmp_path / "a.pth", model.state_dict())
-    with pytest.raises(SystemExit):
+def test_bad_target(tmp_path, capsys):
+    source = save(tmp_path / "a.pth", STATE)
+    with pytest.raises(SystemExit, match="2"):
         main([str(source), str(tmp_path / "none/b.pth")])
     assert "none/b.pth: cannot be written: " in capsys.readouterr().err

@@ -8,15 +8,14 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, build_model, demo_cfg, random_inputs
 from simulated_device import DEVICE, SimulatedDevice
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from libra_d2.checkpoint import build_model
+from libra_d2.config import BASELINE, DETECTRON2_RECIPE
 from libra_d2.modeling import balanced_feature_pyramid
-from libra_d2.plain_detector import DETECTRON2_RECIPE, without
 
 # The parent of each system, by its keys.
 PARENTS = {
@@ -26,7 +25,7 @@ PARENTS = {
     "cascade_rcnn": ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"],
     "retinanet": ["MODEL.META_ARCHITECTURE", "RetinaNet"],
 }
-PLAIN = [*without("sampling", "feature_pyramid", "balanced_l1"), *DETECTRON2_RECIPE]
+PLAIN = [*BASELINE, *DETECTRON2_RECIPE]
 GPUS = ["cuda"] * torch.cuda.is_available()
 
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Which evaluator a dataset gets, and COCO's numbers."""
+
 import importlib.util
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import demo_cfg
-from PIL import Image
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.lvis import load_lvis_json
 from detectron2.evaluation import (
     COCOEvaluator,
     LVISEvaluator,
@@ -23,53 +25,43 @@ from detectron2.structures import Boxes, Instances
 from libra_d2.data import register_coco_json
 from libra_d2.engine import Trainer
 from libra_d2.errors import InputError
-from libra_d2.evaluation import (
-    LibraCOCOEvaluator,
-    PredictionPictures,
-    build_evaluator,
-    coco_evaluator,
-)
+from libra_d2.evaluation import LibraCOCOEvaluator, build_evaluator, coco_evaluator
 from libra_d2.evaluation.coco_evaluator import choose_coco_eval
+
+# Detectron2's as well, where it was compiled.
+COMPILED = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
+EVALUATORS = list(dict.fromkeys([COCOeval, coco_evaluator._faster_coco_eval, COMPILED]))
 
 
 @pytest.fixture
-def dataset(synthetic, tmp_path):
-    name = "test_evaluation"
-    register_coco_json(
-        name, str(synthetic / "instances.json"), str(synthetic / "images"), str(tmp_path)
-    )
-    return name
+def registered(synthetic, tmp_path):
+    """Registers the synthetic dataset, with changes to its JSON."""
+
+    def register(name, change=lambda dataset: None, mask_format=None):
+        dataset = json.loads((synthetic / "instances.json").read_text())
+        change(dataset)
+        path, out = tmp_path / f"{name}.json", tmp_path / name
+        path.write_text(json.dumps(dataset))
+        register_coco_json(name, str(path), str(synthetic / "images"), str(out), mask_format)
+        return name
+
+    return register
 
 
-@pytest.mark.parametrize("evaluator_type", ["coco", "lvis"])
-def test_coco(dataset, evaluator_type, tmp_path):
-    metadata = MetadataCatalog.get(dataset)
-    MetadataCatalog.remove(dataset)
-    MetadataCatalog.get(dataset).set(**{**metadata.as_dict(), "evaluator_type": evaluator_type})
-    assert isinstance(build_evaluator(dataset, str(tmp_path)), COCOEvaluator)
-
-
-def compiled_evaluator():
-    """Detectron2's, where it was compiled."""
-    found = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
-    return [] if found is COCOeval else [found]
-
-
-EVALUATORS = [COCOeval, coco_evaluator._faster_coco_eval, *compiled_evaluator()]
-
-
-def detections_near(record, rng, num=3, masks=False):
-    """The ground truth of an image ``num`` times, moved a little, with wrong classes."""
+def detections(record, rng=None, num=1, masks=False):
+    """The ground truth of an image; with ``rng``, moved a little, with wrong classes."""
     annotations = num * record["annotations"]
     instances = Instances((record["height"], record["width"]))
     boxes = torch.tensor([a["bbox"] for a in annotations]).float().view(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    boxes += 3 * torch.randn(boxes.shape, generator=rng)
     classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.long)
-    wrong = torch.rand(len(boxes), generator=rng) < 0.2
-    instances.pred_boxes = Boxes(boxes)
-    instances.pred_classes = torch.where(wrong, (classes + 1) % 4, classes)
-    instances.scores = torch.rand(len(boxes), generator=rng)
+    instances.scores = torch.ones(len(boxes))
+    if rng is not None:
+        boxes += 3 * torch.randn(boxes.shape, generator=rng)
+        wrong = torch.rand(len(boxes), generator=rng) < 0.2
+        classes = torch.where(wrong, (classes + 1) % 4, classes)
+        instances.scores = torch.rand(len(boxes), generator=rng)
+    instances.pred_boxes, instances.pred_classes = Boxes(boxes), classes
     if masks:
         ys, xs = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
         x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
@@ -77,146 +69,129 @@ def detections_near(record, rng, num=3, masks=False):
     return instances
 
 
-def evaluate(evaluator, detections):
+def evaluate(evaluator, found, *img_ids):
     """Results for the detections in each image, by its id."""
     evaluator.reset()
-    for image_id, instances in detections.items():
+    for image_id, instances in found.items():
         evaluator.process([{"image_id": image_id}], [{"instances": instances}])
-    return evaluator.evaluate()
+    return evaluator.evaluate(*img_ids)
 
 
-@pytest.mark.parametrize("coco_eval", EVALUATORS)
-@pytest.mark.parametrize("config", ["faster", "mask"])
-def test_evaluators_agree(synthetic, tmp_path, config, coco_eval):
-    """All numbers, per class and of masks as well, are those of Detectron2 with pycocotools."""
-    name, masks = f"test_fast_{config}", config == "mask"
-    paths = (str(synthetic / "instances.json"), str(synthetic / "images"), str(tmp_path))
-    register_coco_json(name, *paths, "bitmask" if masks else None)
-    rng = torch.Generator().manual_seed(0)
-    records = DatasetCatalog.get(name)
-    found = {r["image_id"]: detections_near(r, rng, masks=masks) for r in records}
-    arguments = (name, ("bbox", "segm") if masks else ("bbox",), False)
-    expected = evaluate(COCOEvaluator(*arguments, use_fast_impl=False), found)
-    results = evaluate(LibraCOCOEvaluator(*arguments, coco_eval=coco_eval), found)
+def assert_equal_results(results, expected):
     assert results.keys() == expected.keys()
-    assert expected["bbox"]["AP50"] > 5
     for task, numbers in expected.items():
         assert results[task] == pytest.approx(numbers, abs=1e-10, nan_ok=True)
 
 
 @pytest.mark.parametrize("coco_eval", EVALUATORS)
-def test_more_than_100_detections(dataset, coco_eval):
-    """All 300 of an image count, as with pycocotools' limit set to 300."""
-    rng = torch.Generator().manual_seed(1)
-    records = DatasetCatalog.get(dataset)
-    found = {r["image_id"]: detections_near(r, rng, num=60) for r in records}
-    assert max(map(len, found.values())) > 200
-    at_100, at_300 = (
-        evaluate(
-            LibraCOCOEvaluator(
-                dataset, ("bbox",), False, max_dets_per_image=n, coco_eval=coco_eval
-            ),
-            found,
-        )["bbox"]
-        for n in (100, 300)
-    )
-    coco = COCO(MetadataCatalog.get(dataset).json_file)
-    ids = coco.getCatIds()
-    results = [x for i, found_i in found.items() for x in instances_to_coco_json(found_i, i)]
-    for result in results:
-        result["category_id"] = ids[result["category_id"]]
-    expected = COCOeval(coco, coco.loadRes(results), "bbox")
-    expected.params.maxDets = [1, 10, 300]
-    expected.evaluate()
-    expected.accumulate()
-    precision = expected.eval["precision"][:, :, :, 0, -1]
-    assert at_300["AP"] == pytest.approx(100 * precision[precision > -1].mean(), abs=1e-10)
-    assert at_300["AP"] > at_100["AP"]
+@pytest.mark.parametrize(
+    ("masks", "tasks", "limit"),
+    [(False, None, 100), (True, None, 100), (True, ("bbox",), 100), (False, None, 300)],
+)
+def test_evaluators_agree(registered, masks, tasks, limit, coco_eval):
+    """
+    All numbers, per class and of masks as well, are those of Detectron2 with pycocotools: with
+    crowds, of chosen images, of more than 100 detections in an image.
+    """
+
+    def crowds(dataset):
+        for annotation in dataset["annotations"][::3]:
+            annotation["iscrowd"] = 1
+
+    name = registered("test_agree", crowds, "bitmask" if masks else None)
+    rng, num = torch.Generator().manual_seed(0), 40 if limit > 100 else 3
+    records = [r for r in DatasetCatalog.get(name) if r["annotations"]]
+    found = {r["image_id"]: detections(r, rng, num, masks) for r in records}
+    assert (max(map(len, found.values())) > 100) == (limit > 100)
+    options = {"distributed": False, "max_dets_per_image": limit}
+    expected_tasks = tasks or ("bbox", "segm")[: 1 + masks]
+    theirs = COCOEvaluator(name, expected_tasks, use_fast_impl=False, **options)
+    ours = LibraCOCOEvaluator(name, tasks, coco_eval=coco_eval, **options)
+    for img_ids in (None, list(found)[2:5]):
+        expected = evaluate(theirs, found, img_ids)
+        assert expected["bbox"]["AP50"] > 2
+        assert_equal_results(evaluate(ours, found, img_ids), expected)
 
 
-def test_limit_is_the_models(dataset, tmp_path):
-    """What the model may return counts, and never less than COCO looks at."""
-    for limit, expected in ((20, 100), (100, 100), (300, 300)):
-        evaluator = build_evaluator(dataset, str(tmp_path), limit)
-        assert evaluator._max_dets_per_image == [1, 10, expected]
+@pytest.mark.parametrize(
+    ("rank", "limit", "expected"),
+    [
+        *((50, 20, 100 / 50), (100, 20, 100 / 100), (101, 20, 0), (101, 100, 0)),
+        *((101, 101, 100 / 101), (300, 300, 100 / 300), (301, 300, 0), (101, None, 0)),
+    ],
+)
+def test_limit(registered, tmp_path, rank, limit, expected):
+    """
+    Of a class with one object, which is found at a rank: AP is the precision there, if the model
+    may return that many, or COCO looks at it.
+    """
 
+    def one_object(dataset):
+        dataset["annotations"] = dataset["annotations"][:1]
 
-@pytest.mark.parametrize("coco_eval", EVALUATORS)
-def test_perfect_predictions(dataset, coco_eval):
-    """The ground truth is worth 100 AP."""
-    found = {}
-    for record in DatasetCatalog.get(dataset):
-        instances = Instances((96, 96))
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float().view(-1, 4)
-        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        instances.pred_classes = torch.tensor(
-            [a["category_id"] for a in record["annotations"]], dtype=torch.long
-        )
-        instances.scores = torch.ones(len(boxes))
-        found[record["image_id"]] = instances
-    results = evaluate(LibraCOCOEvaluator(dataset, ("bbox",), False, coco_eval=coco_eval), found)
-    assert results["bbox"]["AP"] == pytest.approx(100)
+    name = registered("test_limit", one_object)
+    (record,) = (r for r in DatasetCatalog.get(name) if r["annotations"])
+    found = detections(record, num=rank)
+    found.pred_boxes.tensor[:-1] = torch.tensor([0.0, 0, 1, 1])
+    found.scores = 1 - torch.arange(rank) / 1000
+    evaluator = build_evaluator(name, str(tmp_path), *([limit] if limit else []))
+    results = evaluate(evaluator, {record["image_id"]: found})["bbox"]
+    assert results["AP"] == pytest.approx(expected, rel=1e-9)
+    assert (tmp_path / "coco_instances_results.json").exists()
 
 
 BIG = 2**62
-NUMBERINGS = {
-    "as it is": {},
-    "negative annotations": {"annotation": lambda i: -i},
-    "annotations around zero": {"annotation": lambda i: i - 20},
-    "large annotations": {"annotation": lambda i: BIG + i},
-    "annotations of text": {"annotation": lambda i: f"a{i}"},
-    "negative categories": {"category": lambda i: 3 * i - 20},
-    "large categories": {"category": lambda i: BIG + i},
-    "categories of text": {"category": lambda i: f"c{i:03d}"},
-    "images close to each other": {"image": lambda i: 1 + i * 2**-50},
-    "large images": {"image": lambda i: 2**53 + i},
-    "negative images": {"image": lambda i: -i},
-    "images of text": {"image": lambda i: f"img-{i:03d}"},
-}
+NUMBERINGS = [
+    {},
+    {"image": lambda i: -i, "annotation": lambda i: i - 20, "category": lambda i: 3 * i - 20},
+    {"annotation": lambda i: BIG + i, "category": lambda i: BIG + i},
+    {"image": lambda i: 1 + i * 2**-50, "annotation": "a{}".format, "category": "c{:03d}".format},
+    *({"image": lambda i: 2**53 + i}, {"image": "img-{:03d}".format}),
+]
+
+
+def renumber(dataset, image=int, annotation=int, category=int):
+    for x in dataset["annotations"]:
+        x.update(id=annotation(x["id"]), image_id=image(x["image_id"]))
+        x["category_id"] = category(x["category_id"])
+    for kind, number in (("images", image), ("categories", category)):
+        for x in dataset[kind]:
+            x["id"] = number(x["id"])
 
 
 @pytest.mark.parametrize("coco_eval", EVALUATORS)
-@pytest.mark.parametrize("numbering", NUMBERINGS)
-def test_numbering(synthetic, tmp_path, numbering, coco_eval):
+def test_numbering(registered, tmp_path, coco_eval):
     """The same detections have the same AP, whatever the ids are; files have the dataset's."""
-
-    def renumber(dataset, image=int, annotation=int, category=int):
-        for x in dataset["annotations"]:
-            x.update(id=annotation(x["id"]), image_id=image(x["image_id"]))
-            x["category_id"] = category(x["category_id"])
-        for x in dataset["images"]:
-            x["id"] = image(x["id"])
-        for x in dataset["categories"]:
-            x["id"] = category(x["id"])
-
-    results = []
-    for kind in ("as it is", numbering):
-        dataset = json.loads((synthetic / "instances.json").read_text())
-        renumber(dataset, **NUMBERINGS[kind])
-        (tmp_path / "ids.json").write_text(json.dumps(dataset))
-        name = f"test_ids_{len(results)}"
-        out = tmp_path / f"{len(results)}"
-        register_coco_json(name, str(tmp_path / "ids.json"), str(synthetic / "images"), str(out))
-        rng = torch.Generator().manual_seed(4)
+    expected = None
+    for i, numbers in enumerate(NUMBERINGS):
+        name = registered(f"test_numbering_{i}", partial(renumber, **numbers))
+        rng, out = torch.Generator().manual_seed(4), tmp_path / name
         records = sorted(DatasetCatalog.get(name), key=lambda r: r["file_name"])
-        found = {r["image_id"]: detections_near(r, rng) for r in records}
-        evaluator = LibraCOCOEvaluator(name, ("bbox",), False, str(out), coco_eval=coco_eval)
-        results.append(evaluate(evaluator, found))
-        written = json.loads((out / "coco_instances_results.json").read_text())
-        assert {x["image_id"] for x in written} <= {x["id"] for x in dataset["images"]}
-        assert {x["category_id"] for x in written} <= {x["id"] for x in dataset["categories"]}
-    assert results[0]["bbox"]["AP"] > 5
-    assert results[1]["bbox"] == pytest.approx(results[0]["bbox"], abs=1e-10, nan_ok=True)
+        found = {r["image_id"]: detections(r, rng, 3) for r in records}
+        evaluator = LibraCOCOEvaluator(name, None, False, str(out), coco_eval=coco_eval)
+        results = evaluate(evaluator, found)
+        expected = expected or results
+        assert results["bbox"]["AP"] > 5
+        assert_equal_results(results, expected)
+        dataset = json.loads((tmp_path / f"{name}.json").read_text())
+        ids = sorted(x["id"] for x in dataset["categories"])
+        written = [x for i, y in found.items() for x in instances_to_coco_json(y, i)]
+        written = [{**x, "category_id": ids[x["category_id"]]} for x in written]
+        assert json.loads((out / "coco_instances_results.json").read_text()) == written
 
 
-def lvis_dataset(synthetic, tmp_path, name):
-    """The synthetic dataset as Detectron2 registers LVIS: without a map of ids."""
-    from detectron2.data.datasets.lvis import load_lvis_json
-
+@pytest.mark.parametrize("installed", [False, True])
+def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
+    """
+    The synthetic dataset as Detectron2 registers LVIS, without a map of ids. The ground truth has
+    100 AP by COCO's metrics, and by those of the package lvis where it is installed.
+    """
+    if installed:
+        pytest.importorskip("lvis")
+        monkeypatch.setattr(np, "float", float, raising=False)  # the package needs an older NumPy
     dataset = json.loads((synthetic / "instances.json").read_text())
     for image in dataset["images"]:
-        name_of_file = image.pop("file_name")
-        image["coco_url"] = f"http://x/val2017/{name_of_file}"
+        image["coco_url"] = f"http://x/val2017/{image.pop('file_name')}"
         image.update(neg_category_ids=[1, 2, 3, 4], not_exhaustive_category_ids=[])
     for annotation in dataset["annotations"]:
         del annotation["iscrowd"]
@@ -224,44 +199,26 @@ def lvis_dataset(synthetic, tmp_path, name):
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     for category in dataset["categories"]:
         category.update(frequency="f", image_count=9, instance_count=9, synset="x", synonyms=["x"])
-    path = tmp_path / "lvis.json"
+    name, path = f"test_lvis_{installed}", tmp_path / "lvis.json"
     path.write_text(json.dumps(dataset))
     DatasetCatalog.register(name, lambda: load_lvis_json(str(path), str(synthetic)))
-    names = [c["name"] for c in dataset["categories"]]
     MetadataCatalog.get(name).set(
-        json_file=str(path), image_root=str(synthetic), evaluator_type="lvis", thing_classes=names
+        **{"json_file": str(path), "image_root": str(synthetic), "evaluator_type": "lvis"},
+        thing_classes=[c["name"] for c in dataset["categories"]],
     )
-
-
-@pytest.mark.parametrize("installed", [False, True])
-def test_perfect_predictions_on_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
-    """With COCO's metrics, and with those of the package lvis where it is installed."""
-    name = f"test_lvis_{installed}"
-    if installed:
-        pytest.importorskip("lvis")
-        monkeypatch.setattr(np, "float", float, raising=False)  # the package needs an older NumPy
-    lvis_dataset(synthetic, tmp_path, name)
     evaluator = build_evaluator(name, str(tmp_path / "out"))
     assert type(evaluator) is (LVISEvaluator if installed else LibraCOCOEvaluator)
     assert ("evaluated with COCO's metrics" in caplog.text) != installed
-    found = {}
-    for record in DatasetCatalog.get(name):
-        instances = Instances((96, 96))
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).float().view(-1, 4)
-        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        instances.scores = torch.ones(len(boxes))
-        found[record["image_id"]] = instances
+    found = {r["image_id"]: detections(r) for r in DatasetCatalog.get(name)}
     assert evaluate(evaluator, found)["bbox"]["AP"] == pytest.approx(100)
-    DatasetCatalog.remove(name)
+    assert list((tmp_path / "out").glob("*_instances_results.json"))
 
 
-def test_nothing_found(dataset):
+def test_nothing_found(registered):
     """No detections at all: no number, as in Detectron2."""
-    empty = Instances((96, 96), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
-    empty.pred_classes = torch.zeros(0, dtype=torch.long)
-    found = {r["image_id"]: empty for r in DatasetCatalog.get(dataset)}
-    results = evaluate(LibraCOCOEvaluator(dataset, ("bbox",), False), found)
+    (record, *_) = DatasetCatalog.get(registered("test_nothing_found"))
+    found = {record["image_id"]: detections({**record, "annotations": []})}
+    results = evaluate(build_evaluator("test_nothing_found", ""), found)
     assert np.isnan(results["bbox"]["AP"])
 
 
@@ -279,65 +236,26 @@ def test_choice_of_the_evaluator(monkeypatch):
     assert "pip install faster-coco-eval" in messages[0]
 
 
-def test_voc(tmp_path):
-    for folder in ("Annotations", "ImageSets/Main"):
-        (tmp_path / folder).mkdir(parents=True)
-    MetadataCatalog.get("test_voc").set(
-        evaluator_type="pascal_voc",
-        dirname=str(tmp_path),
-        split="val",
-        year=2012,
-        thing_classes=["a"],
-    )
+def test_types(tmp_path):
+    voc = {"evaluator_type": "pascal_voc", "dirname": str(tmp_path), "split": "val", "year": 2012}
+    MetadataCatalog.get("test_voc").set(**voc, thing_classes=["a"])
     assert isinstance(build_evaluator("test_voc", ""), PascalVOCDetectionEvaluator)
+    MetadataCatalog.get("test_unknown").set(evaluator_type="cityscapes")
+    with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
+        build_evaluator("test_unknown", "")
 
 
-def test_registered_by_a_function(dataset, tmp_path):
+def test_registered_by_a_function(registered, tmp_path):
     """A dataset with classes and nothing else, as in Detectron2's tutorial."""
-    records = DatasetCatalog.get(dataset)
+    records = DatasetCatalog.get(registered("test_complete"))
     name = "test_registered_by_a_function"
     DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=MetadataCatalog.get(dataset).thing_classes)
-    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=2, DATALOADER__NUM_WORKERS=0)
+    MetadataCatalog.get(name).set(thing_classes=MetadataCatalog.get("test_complete").thing_classes)
+    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=1, DATALOADER__NUM_WORKERS=0)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.SOLVER.IMS_PER_BATCH = (96,), 96, 2
     cfg.MODEL.LIBRA.NUM_PICTURES = 0
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
     trainer = Trainer(cfg)
     trainer.train()
     assert "AP" in trainer.results["bbox"]
     assert (tmp_path / f"inference/{name}_coco_format.json").exists()
-
-
-def test_unknown():
-    MetadataCatalog.get("test_unknown").set(evaluator_type="cityscapes")
-    with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
-        build_evaluator("test_unknown", "")
-
-
-def detect(image, score):
-    instances = Instances((image["height"], image["width"]))
-    instances.pred_boxes = Boxes(torch.tensor([[10.0, 10, 60, 60]]))
-    instances.scores = torch.tensor([score])
-    instances.pred_classes = torch.tensor([1])
-    return {"instances": instances}
-
-
-@pytest.mark.parametrize("score", [0.9, 0.1])
-def test_pictures(dataset, tmp_path, score):
-    """
-    Two images, detections left of the ground truth; what is below the threshold is not drawn.
-    """
-    pictures = PredictionPictures(dataset, str(tmp_path / "p"), num_images=2, min_size=96)
-    images = DatasetCatalog.get(dataset)[:3]
-    for _ in range(2):  # evaluations
-        pictures.reset()
-        for image in images:
-            pictures.process([image], [detect(image, score)])
-        assert pictures.evaluate() is None
-    files = sorted((tmp_path / "p").iterdir())
-    assert [f.name for f in files] == ["000000.jpg", "000001.jpg"]
-    picture = np.asarray(Image.open(files[0])).astype(int)
-    original = np.asarray(Image.open(images[0]["file_name"])).astype(int)
-    assert picture.shape == (96, 192, 3)
-    left, right = (np.abs(half - original).max() > 60 for half in np.split(picture, 2, axis=1))
-    assert left == (score > 0.5)
-    assert right

@@ -3,6 +3,8 @@ import math
 
 import pytest
 import torch
+from conftest import demo_cfg
+from test_normalizer import another_process
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -40,28 +42,29 @@ def test_hand_computed(cls_agnostic):
     deltas[2, 0] = torch.tensor([0, 0, 3.0, 0])
     if cls_agnostic:
         deltas = torch.stack([deltas[0, 2], deltas[1, 0], deltas[2, 0], deltas[3, 0]])
-    loss = predictor.box_reg_loss(BOXES, BOXES, deltas.flatten(1), torch.tensor([2, 3, 0, 3]))
+    classes = torch.tensor([2, 3, 0, -1])  # of the others one is background, and one has none
+    loss = predictor.box_reg_loss(BOXES, BOXES, deltas.flatten(1), classes)
     expected = (2 * (math.log(2) - 0.5) + 3.5 * math.log(3) - 1) / 4
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_beta_and_form():
-    """Three different losses, the first being that of the paper."""
-    deltas, classes = torch.full((4, 12), 0.05), torch.tensor([0, 1, 2, 3])
-    parameters = ({}, {"beta": 0.11}, {"beta": 0.11, "form": "reference"})
-    losses = [
-        build(balanced_l1=BalancedL1Loss(**p)).box_reg_loss(BOXES, BOXES, deltas, classes).item()
-        for p in parameters
-    ]
-    assert losses[0] == build().box_reg_loss(BOXES, BOXES, deltas, classes)
-    assert losses[1] == pytest.approx(0.11 * losses_at(0.05 / 0.11), rel=1e-5)
-    assert losses[2] > 1.5 * losses[1]
-
-
-def losses_at(error):
-    """The paper's loss of 12 errors, divided by 4 proposals."""
-    b = math.expm1(3)
-    return 3 * (0.5 / b * (b * error + 1) * math.log(b * error + 1) - 0.5 * error)
+@pytest.mark.parametrize(
+    "parameters", [{}, {"beta": 0.11}, {"alpha": 0.4, "gamma": 1.2, "form": "reference"}]
+)
+def test_targets_and_parameters(parameters):
+    """Deltas that move boxes to the ground truth, by the loss given, or else by the paper's."""
+    loss = BalancedL1Loss(**parameters)
+    predictor = build(balanced_l1=loss) if parameters else build()
+    deltas, classes = torch.randn(4, 3, 4), torch.tensor([0, 1, 2, 1])
+    truth = BOXES.clone()
+    truth[0] += torch.tensor([-1.0, 0, 1, 0])  # 10 pixels wide, now 12
+    truth[1] += torch.tensor([1.0, -2, 1, -2])  # 20 pixels wide and high
+    targets = torch.zeros(4, 4)
+    targets[0, 2] = 5 * math.log(1.2)
+    targets[1, :2] = torch.tensor([10 * 1 / 20, 10 * -2 / 20])
+    expected = loss(deltas[range(4), classes], targets, "sum") / 4
+    found = predictor.box_reg_loss(BOXES, truth, deltas.flatten(1), classes)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
@@ -74,29 +77,47 @@ def test_other_losses_are_the_parents(loss_type):
     assert torch.equal(libra, plain)
 
 
-def test_plain_detectron2_does_not_know_the_loss():
-    """What this class is there for; the parent raises rather than training with something else."""
-    with pytest.raises((ValueError, AssertionError), match="balanced_l1"):
-        build(FastRCNNOutputLayers).box_reg_loss(
-            BOXES, BOXES, torch.zeros(4, 12), torch.tensor([0, 1, 2, 3])
-        )
+def proposals(num, num_foreground=0):
+    """With boxes 1 pixel off their objects of class 1."""
+    result = Instances((32, 32), proposal_boxes=Boxes(BOXES[:num]))
+    result.gt_classes = torch.full((num,), 3)
+    result.gt_classes[:num_foreground] = 1
+    if num_foreground:
+        result.gt_boxes = Boxes(BOXES[:num] + 1)
+    return result
+
+
+def losses(predictor, *images):
+    torch.manual_seed(0)
+    predictions = predictor(torch.randn(sum(map(len, images)), 8))
+    with EventStorage():
+        return predictor.losses(predictions, list(images))
 
 
 @pytest.mark.parametrize(("num_proposals", "num_foreground"), [(0, 0), (4, 0), (4, 4)])
 def test_losses_have_gradients(num_proposals, num_foreground):
     predictor = build()
-    proposals = Instances((32, 32), proposal_boxes=Boxes(BOXES[:num_proposals]))
-    proposals.gt_classes = torch.full((num_proposals,), 3)
-    proposals.gt_classes[:num_foreground] = 1
-    if num_foreground:
-        proposals.gt_boxes = Boxes(BOXES[:num_proposals] + 1)
-    predictions = predictor(torch.randn(num_proposals, 8))
-    with EventStorage():
-        losses = predictor.losses(predictions, [proposals])
-    assert (losses["loss_box_reg"] > 0) == (num_foreground > 0)
-    sum(losses.values()).backward()
+    found = losses(predictor, proposals(num_proposals, num_foreground))
+    assert (found["loss_box_reg"] > 0) == (num_foreground > 0)
+    sum(found.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in predictor.parameters())
 
 
-def test_state_dict_of_the_parent():
-    assert build().state_dict().keys() == build(FastRCNNOutputLayers).state_dict().keys()
+def test_several_processes(monkeypatch):
+    """Both losses are divided by the mean of the numbers of proposals, or by 1 if there is none."""
+    predictor, images = build(), [proposals(3, 2), proposals(1, 1)]
+    alone = losses(predictor, *images)
+    another_process(monkeypatch, 10)
+    together = losses(predictor, *images)
+    assert len(alone) == 2
+    for name, loss in alone.items():
+        torch.testing.assert_close(together[name], loss * 4 / 7)
+    another_process(monkeypatch, 0)
+    assert [x.item() for x in losses(predictor, proposals(0)).values()] == [0, 0]
+
+
+def test_config():
+    """The loss has the parameters of the config."""
+    cfg = demo_cfg(MODEL__LIBRA__BALANCED_L1__ALPHA=0.4, MODEL__LIBRA__BALANCED_L1__BETA=0.3)
+    loss = LibraFastRCNNOutputLayers(cfg, ShapeSpec(channels=8)).balanced_l1
+    assert loss.arguments == {"alpha": 0.4, "gamma": 1.5, "beta": 0.3, "form": "scaled"}

@@ -1,209 +1,185 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Best model, early stopping, averaged weights, validation loss: by the program, resumed, off."""
+"""Best model, early stopping, averaged weights, number of checkpoints, signals."""
 
-import copy
-import shutil
+import os
+import signal
 
 import pytest
 import torch
-from conftest import DEMO_CONFIG, demo_cfg, random_inputs
+from conftest import DEMO_CONFIG
 from test_train_net import TINY, own_data
+from test_trainer import SECTION, ToyTrainer, lines, run, weights
+from test_trainer import toy_data as toy_data
+from test_trainer import whole as whole
 
-from detectron2.utils.events import EventStorage
-
-from libra_d2.checkpoint import build_model
-from libra_d2.data.random_state import get_random_state
-from libra_d2.engine import Trainer
-from libra_d2.engine.hooks import EarlyStopping
 from libra_d2.engine.main import main
 from libra_d2.evaluation import read_metrics
-from libra_d2.evaluation.validation_loss import validation_losses
-
-SECTION = "MODEL.LIBRA.TRAINER."
-OPTIONS = [
-    *(f"{SECTION}BEST_METRIC", "bbox_EMA/AP50", f"{SECTION}EMA_DECAY", "0.8"),
-    *(f"{SECTION}VALIDATION_LOSS", "True", "SOLVER.CHECKPOINT_PERIOD", "2"),
-    *("TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "8", "MODEL.DEVICE", "cpu"),
-    *("MODEL.LIBRA.NUM_PICTURES", "0", "SEED", "3", f"{SECTION}MAX_CHECKPOINTS", "0"),
-]
 
 
-def run(synthetic, out, *args):
-    data = [str(x) for x in own_data(synthetic, "train", "val")]
-    args = [str(x) for x in args]
-    flags = [x for x in args if x.startswith("--")]
-    opts = [x for x in args if not x.startswith("--")]
-    main(["--config-file", str(DEMO_CONFIG), *flags, *data, *TINY, "OUTPUT_DIR", str(out), *opts])
+def program(synthetic, out, *opts):
+    data = own_data(synthetic, "train", "val")
+    args = ["--config-file", DEMO_CONFIG, *data, *TINY, "OUTPUT_DIR", out, "MODEL.DEVICE", "cpu"]
+    main([str(x) for x in [*args, *opts]])
 
 
-@pytest.fixture(scope="module")
-def trained(synthetic, tmp_path_factory):
-    out = tmp_path_factory.mktemp("hooks") / "out"
-    run(synthetic, out, *OPTIONS)
-    return out
-
-
-def test_what_is_written(trained):
+def test_program(synthetic, tmp_path):
     """Losses and balance on the validation images, AP of averaged weights, the best model."""
-    metrics = read_metrics(str(trained / "metrics.json"))
-    evaluated = [m for m in metrics if "bbox/AP" in m]
-    assert len(evaluated) == 4
+    opts = [f"{SECTION}BEST_METRIC", "bbox_EMA/AP50", f"{SECTION}EMA_DECAY", 0.8]
+    program(synthetic, tmp_path, *opts, f"{SECTION}VALIDATION_LOSS", True, "TEST.EVAL_PERIOD", 2)
+    evaluated = [m for m in read_metrics(str(tmp_path / "metrics.json")) if "bbox/AP" in m]
+    assert [m["iteration"] for m in evaluated] == [1, 4]
     for entry in evaluated:
-        assert {"bbox_EMA/AP", "validation/total_loss", "validation/loss_cls"} <= entry.keys()
-        assert "validation/roi_head/num_bg_iou_bin_0" in entry
-    losses = [m["validation/total_loss"] for m in evaluated]
-    assert all(0 < x < 20 for x in losses)
-    assert len(set(losses)) == 4
+        assert {"bbox_EMA/AP", "validation/roi_head/num_bg_iou_bin_0"} <= entry.keys()
+        assert 0 < entry["validation/loss_cls"] < entry["validation/total_loss"] < 20
     best = max(evaluated, key=lambda m: m["bbox_EMA/AP50"])
-    state = torch.load(trained / "model_best.pth")
-    assert set(state) == {"model", "iteration"}
-    assert state["iteration"] == best["iteration"]
-    assert "best: bbox_EMA/AP50" in (trained / "results.md").read_text()
-    assert (trained / "last_checkpoint").read_text() == "model_final.pth"
+    assert torch.load(tmp_path / "model_best.pth")["iteration"] == best["iteration"]
+    line = f"best: bbox_EMA/AP50 {best['bbox_EMA/AP50']:.1f} after {min(best['iteration'] + 1, 4)}"
+    assert f"{line} iterations, {tmp_path}/model_best.pth" in (tmp_path / "results.md").read_text()
 
 
-def test_averaged_weights(trained):
-    """The average is that of the checkpoints' weights, and a model by itself."""
-    average = torch.load(trained / "model_final_ema.pth")["model"]
-    final = torch.load(trained / "model_final.pth")["model"]
-    name = "roi_heads.box_predictor.cls_score.weight"
-    assert average.keys() == final.keys()
-    assert not torch.equal(average[name], final[name])
-    buffer = "backbone.bottom_up.stem.conv1.norm.running_mean"
-    assert torch.equal(average[buffer], final[buffer])
+@pytest.mark.parametrize("names", [("one",), ("toy", "one")])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_average_and_best(toy_data, tmp_path, names, averaged):
+    """The average of the weights of all iterations; the best model is what the metric is of."""
+    several, ema = len(names) > 1, "_EMA" * averaged
+    metric = f"one{ema}/bbox/AP" if several else f"bbox{ema}/AP"
+    opts = ["DATASETS.TEST", names, f"{SECTION}BEST_METRIC", metric, "TEST.EVAL_PERIOD", 2]
+    run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    states = [weights(tmp_path, f"model_{i:07d}") for i in range(11)]
+    averages = [states[0][0]]
+    for weight, *_ in states[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * weight)
+    # Buffers are copies.
+    assert weights(tmp_path, "model_final_ema") == pytest.approx([averages[-1], *states[-1][1:]])
+    evaluated = {min(x["iteration"], 10): x[metric] for x in lines(tmp_path) if metric in x}
+    values = averages if averaged else [weight for weight, *_ in states]
+    assert evaluated == pytest.approx({i: values[i] for i in (1, 3, 5, 7, 9, 10)})
+    best = max(evaluated, key=evaluated.get)
+    assert weights(tmp_path, "model_best") == pytest.approx([values[best], *states[best][1:]])
+    state = torch.load(tmp_path / "model_best.pth")
+    assert (state.keys(), state["iteration"]) == ({"model", "iteration"}, best)
+    prefixes = [f"{name}/" for name in names] if several else [""]
+    totals = {k for x in lines(tmp_path) for k in x if k.endswith("/total_loss")}
+    assert totals == {f"validation/{x}total_loss" for x in prefixes}
 
 
-def test_resumed(trained, synthetic, tmp_path):
-    """The average, the best model and the metrics are those of the uninterrupted training."""
-    for name in ("model_0000003.pth", "metrics.json", "model_best.pth"):
-        shutil.copy(trained / name, tmp_path)
-    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
-    run(synthetic, tmp_path, "--resume", *OPTIONS)
-    for name in ("model_final.pth", "model_final_ema.pth", "model_best.pth"):
-        a, b = (torch.load(folder / name)["model"] for folder in (trained, tmp_path))
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    lines = [
-        [
-            {k: v for k, v in m.items() if "time" not in k and "eta" not in k}
-            for m in read_metrics(str(folder / "metrics.json"))
-        ]
-        for folder in (trained, tmp_path)
-    ]
-    assert lines[0] == lines[1]
+@pytest.mark.parametrize("before", [None, 3, 5, 7])
+def test_patience(toy_data, tmp_path, before, caplog):
+    """
+    It ends at the second evaluation in a row that is not above the best one, 4 at iteration 3,
+    resumed or not; the best model stays that one. What has ended so does not go on.
+    """
+    caplog.set_level("INFO")
+    scores, augmented = [3, 4, float("nan"), 4, 9, 9], {"bbox_TTA": {"AP": 5}}
+
+    class Scored(ToyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": left.pop(0)}}
+
+        @classmethod
+        def test_with_TTA(cls, cfg, model):
+            return augmented
+
+    opts = ["TEST.EVAL_PERIOD", 2, f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}PATIENCE", 2]
+    opts += ["TEST.AUG.ENABLED", True, f"{SECTION}VALIDATION_LOSS", False]
+    left = scores[:]
+    if before:
+        run(tmp_path, *opts, until=before, trainer=Scored)
+        left = scores[before // 2 :]
+    trainer = run(tmp_path, *opts, trainer=Scored)
+    assert len(left) == 2
+    assert trainer.results == {"bbox": {"AP": 4}, **augmented}
+    found = [(x["iteration"], x["bbox/AP"]) for x in lines(tmp_path) if x.get("bbox/AP", 0) > 0]
+    assert found == [(1, 3), (3, 4), (7, 4)]
+    assert lines(tmp_path)[-1] == {"iteration": 8, "bbox_TTA/AP": 5}
+    assert "bbox/AP has not risen above 4.00 in 2 evaluations" in caplog.text
+    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 3
+    run(tmp_path, *opts, trainer=Scored)
+    assert "This training has ended early" in caplog.text
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 7
 
 
-def test_average_begins_with_the_weights(trained, synthetic, tmp_path):
-    """Also in a training that had none before it was resumed."""
-    shutil.copy(trained / "model_0000003.pth", tmp_path)
-    path = tmp_path / "model_0000003.pth"
-    state = torch.load(path)
-    del state["trainer"]["hooks"]["AverageWeights"]
-    torch.save(state, path)
-    (tmp_path / "last_checkpoint").write_text(path.name)
-    run(synthetic, tmp_path, "--resume", *OPTIONS, "SOLVER.BASE_LR", 1e-20)
-    average = torch.load(tmp_path / "model_final_ema.pth")["model"]
-    name = "roi_heads.box_predictor.cls_score.weight"
-    # Four small steps away from them; other random weights would be a hundred times as far.
-    torch.testing.assert_close(average[name], state["model"][name], rtol=0, atol=1e-3)
-    assert state["model"][name].std() > 5e-3
+def test_number_of_checkpoints(toy_data, tmp_path):
+    """
+    The last three, those from before the training was resumed included; not those of an earlier
+    training, and neither the best model nor other files count.
+    """
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}VALIDATION_LOSS", False]
+    (tmp_path / "model_0000099.pth").touch()
+    run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 4, "SOLVER.MAX_ITER", 6)
+    others = {"model_0000003.pth.0", "model_00000100.pth", "other_0000007.pth"}
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / "model_0000099.pth").unlink()
+    run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 3, "SOLVER.MAX_ITER", 8)
+    kept = {f"model_{i:07d}.pth" for i in (2, 5, 6, 7)}
+    kept |= {"model_best.pth", "model_final.pth", "model_final_ema.pth"}
+    assert {p.name for p in tmp_path.glob("*.pth*")} == kept | others
 
 
-def test_early_stopping(synthetic, tmp_path, capsys):
-    """A learning rate of nearly 0 changes nothing: it ends after the second evaluation."""
-    opts = [*OPTIONS, f"{SECTION}PATIENCE", 1, "SOLVER.BASE_LR", 1e-12, "SOLVER.MAX_ITER", 40]
-    opts += [f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}BEST_METRIC", "", "SOLVER.WARMUP_ITERS", 0]
-    opts += ["MODEL.BACKBONE.FREEZE_AT", 5, "MODEL.RESNETS.NORM", "FrozenBN"]
-    opts += ["MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", ""]
-    run(synthetic, tmp_path, *opts)
-    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 3
-    assert "The training ends early: bbox/AP has not risen" in (tmp_path / "log.txt").read_text()
-    evaluations = [m for m in read_metrics(str(tmp_path / "metrics.json")) if "bbox/AP" in m]
-    assert [m["iteration"] for m in evaluations] == [1, 3]
-    run(synthetic, tmp_path, "--resume", *opts)
-    assert "This training has ended early" in (tmp_path / "log.txt").read_text()
-    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 3
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def test_patience():
-    class FakeTrainer:
-        max_iter, ended = 100, False
-
-        def __init__(self):
-            self.storage = EventStorage(0)
-
-        def end_early(self, reason):
-            self.ended = True
-
-    hook = EarlyStopping(1, "bbox/AP", patience=2)
-    hook.trainer = FakeTrainer()
-    seen = []
-    for i, ap in enumerate([1.0, float("nan"), 2.0, 1.5, 2.0]):
-        hook.trainer.iter = hook.trainer.storage.iter = i
-        hook.trainer.storage.put_scalar("bbox/AP", ap)
-        hook.after_step()
-        seen.append(hook.trainer.ended)
-    assert seen == [False, False, False, False, True]
+def send(*numbers):
+    return lambda *_: [os.kill(os.getpid(), number) for number in numbers]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_validation_leaves_the_model_alone(training):
-    """Its mode, its buffers and the random state; the losses are the same each time."""
-    model = build_model(demo_cfg()).train(training)
-    before = copy.deepcopy(model.state_dict())
-    random = get_random_state()["torch"]
-    batches = [random_inputs(3), random_inputs(1)]
-    losses = [validation_losses(model, copy.deepcopy(batches)) for _ in range(2)]
-    assert losses[0] == losses[1]
-    assert losses[0]["total_loss"] == pytest.approx(
-        sum(v for k, v in losses[0].items() if k.startswith("loss"))
-    )
-    assert model.training == model.backbone.training == training
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
-    assert not torch.equal(random, get_random_state()["torch"])  # by random_inputs above
+class Signaled(ToyTrainer):
+    """Is sent a signal while it evaluates."""
+
+    numbers = ()
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        numbers, Signaled.numbers = Signaled.numbers, ()
+        send(*numbers)()
+        return super().test(cfg, model)
 
 
-def test_off_by_default(synthetic, tmp_path):
-    run(synthetic, tmp_path, "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 2)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
-        "model_0000001.pth",
-        "model_final.pth",
-    ]
-    metrics = {k for m in read_metrics(str(tmp_path / "metrics.json")) for k in m}
-    assert not any("EMA" in k or "validation" in k for k in metrics)
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("until", "saved"), [(4, 4), (5, 5), (None, 2)])
+def test_signals(whole, tmp_path, capsys, number, until, saved):
+    """
+    In an iteration, in one that is to be evaluated, and in an evaluation: saved, said, and the
+    exit status that shells expect; the training goes on as if nothing had been.
+    """
+    handlers = [signal.getsignal(x) for x in SIGNALS]
+    Signaled.numbers = () if until else (number,)
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        run(tmp_path, *opts, until=until, action=send(number), trainer=Signaled)
+    assert [signal.getsignal(x) for x in SIGNALS] == handlers
+    message = f"{number.name}: stopped after iteration {saved}; --resume continues\n"
+    assert capsys.readouterr().err.endswith(message)
+    saved_files = {p.name for p in tmp_path.glob("*.pth")} - {"model_best.pth"}
+    assert saved_files == {f"model_{saved:07d}.pth"}
+    assert not any("bbox/AP" in x for x in lines(tmp_path) if x["iteration"] == saved)
+    run(tmp_path, *opts, seed=99)
+    assert weights(tmp_path) == weights(whole)
+    assert weights(tmp_path, "model_final_ema") == weights(whole, "model_final_ema")
+
+
+def test_second_interrupt(toy_data, tmp_path):
+    """Stops at once, without a checkpoint; behind another signal it does not."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", until=4, action=send(signal.SIGINT, signal.SIGINT))
+    assert not (tmp_path / "a/model_0000004.pth").exists()
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path / "b", until=4, action=send(signal.SIGTERM, signal.SIGINT))
+    assert (tmp_path / "b/model_0000004.pth").exists()
 
 
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        ([f"{SECTION}BEST_METRIC", "bbox/AP"], "BEST_METRIC needs evaluations"),
-        ([f"{SECTION}PATIENCE", 2], "PATIENCE needs evaluations"),
-        ([f"{SECTION}EMA_DECAY", 1.0], "EMA_DECAY is 1.0: use a value in"),
-        (
-            [f"{SECTION}ACCUMULATION_STEPS", 3],
-            "ACCUMULATION_STEPS is 3, which does not divide the 2",
-        ),
+        (["BEST_METRIC", "bbox/AP"], "BEST_METRIC needs evaluations"),
+        (["PATIENCE", 2], "PATIENCE needs evaluations"),
+        (["EMA_DECAY", 1.0], "EMA_DECAY is 1.0: use a value in"),
+        (["ACCUMULATION_STEPS", 3], "ACCUMULATION_STEPS is 3, which does not divide the 2"),
     ],
 )
 def test_impossible_values(synthetic, tmp_path, capsys, opts, message):
     with pytest.raises(SystemExit, match="2"):
-        run(synthetic, tmp_path, *opts)
+        program(synthetic, tmp_path, SECTION + opts[0], opts[1])
     assert message in capsys.readouterr().err
-
-
-def test_trainer_takes_another_loader(tmp_path, caplog):
-    """One of the user's cannot be resumed, and that is said."""
-
-    class OwnTrainer(Trainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
-            return [random_inputs(2)] * 10
-
-    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=2)
-    cfg.DATASETS.TEST = ()
-    OwnTrainer(cfg).train()
-    cfg.SOLVER.MAX_ITER = 3
-    trainer = OwnTrainer(cfg)
-    trainer.resume_or_load(resume=True)
-    caplog.set_level("WARNING")
-    trainer.train()
-    assert "a list cannot go on where it was: the order of the images starts anew" in caplog.text

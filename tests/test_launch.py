@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes, started by torchrun or with SLURM's variables, on CPUs with gloo."""
 
+import errno
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, demo_cfg
 from test_train_net import own_data
+from torch.multiprocessing import ProcessExitedException
 
+from detectron2.utils import comm
+
+from libra_d2.config import check_run, checks, make_recipe
 from libra_d2.engine.launch import (
     Process,
     join_processes,
+    launch,
     read_environment,
     report_errors,
 )
@@ -35,6 +44,7 @@ EXHAUSTIVE = [
     *("MODEL.LIBRA.RPN.MAX_NEG_PER_POS", "-1", "MODEL.LIBRA.NUM_PICTURES", "0"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
 ]
+NOT_WRITABLE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -91,12 +101,12 @@ def test_as_one_process(synthetic, tmp_path, system, num_processes, num_parts):
     assert files[1] - events - logs == files[0] - events
 
 
-def test_bad_batch_size(synthetic, tmp_path):
-    """Each process says what cannot be."""
-    result = train(synthetic, "retinanet", 2, tmp_path, "SOLVER.IMS_PER_BATCH", 3)
-    assert result.returncode != 0
-    assert "SOLVER.IMS_PER_BATCH is 3, which 2 processes cannot share" in result.stderr
-    assert not (tmp_path / "model_final.pth").exists()
+def test_bad_batch_size(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    cfg = demo_cfg(SOLVER__IMS_PER_BATCH=3, DATASETS__TRAIN=("coco_2017_train",))
+    monkeypatch.setattr(checks, "check_datasets", lambda names: None)
+    with pytest.raises(InputError, match="IMS_PER_BATCH is 3, which 2 processes cannot share"):
+        check_run(make_recipe(cfg), train=True, resume=False)
 
 
 def slurm(rank, tasks_per_node, num_tasks=4, local_rank=1):
@@ -108,6 +118,11 @@ def slurm(rank, tasks_per_node, num_tasks=4, local_rank=1):
     }
 
 
+def torchrun(*numbers):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: str(number) for name, number in zip(names, numbers)}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -115,96 +130,170 @@ def slurm(rank, tasks_per_node, num_tasks=4, local_rank=1):
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script outside of srun
         (slurm(3, "2(x2)"), Process(3, 4, 1, 2)),
         (slurm(1, "4"), Process(1, 4, 1, 4)),
-        (
-            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            Process(5, 8, 1, 4),
-        ),
-        # torchrun within a step of SLURM's, one for each machine
-        (
-            {
-                **slurm(1, "1(x2)", 2),
-                "RANK": "3",
-                "WORLD_SIZE": "4",
-                "LOCAL_RANK": "1",
-                "LOCAL_WORLD_SIZE": "2",
-            },
-            Process(3, 4, 1, 2),
-        ),
+        (slurm(0, "1", 1), None),
+        (slurm(19, "16(x3)", 48, 3), Process(19, 48, 3, 16)),
+        (torchrun(5, 8, 1, 4), Process(5, 8, 1, 4)),
+        # Within a step of SLURM's, one for each machine.
+        ({**slurm(1, "1(x2)", 2), **torchrun(3, 4, 1, 2)}, Process(3, 4, 1, 2)),
     ],
 )
 def test_read_environment(environment, expected):
     assert read_environment(environment) == expected
 
 
-def test_uneven_machines():
-    with pytest.raises(InputError, match=r"SLURM_STEP_TASKS_PER_NODE is 3,1: use as many tasks"):
-        read_environment(slurm(0, "3,1"))
+@pytest.mark.parametrize("tasks", ["3,1", "3(x2),1"])
+def test_uneven_machines(tasks):
+    match = re.escape(f"SLURM_STEP_TASKS_PER_NODE is {tasks}: use as many tasks")
+    with pytest.raises(InputError, match=match):
+        read_environment(slurm(0, tasks))
 
 
 JOIN = """
-import torch
+import os, sys, torch
 from detectron2.utils import comm
-import os
-from libra_d2.engine import join_processes, read_environment
-from libra_d2.modeling.reference_recipe.normalizer import mean_over_batch
-join_processes(read_environment(os.environ))
-mean = mean_over_batch(torch.tensor(comm.get_rank()))
-print(comm.get_rank(), comm.get_local_rank(), comm.get_local_size(), mean.item())
+from libra_d2.engine import launch
+from libra_d2.modeling.normalizer import mean_over_batch
+def main(args):
+    mean = mean_over_batch(torch.tensor(comm.get_rank()), torch.nn.Identity()).item()
+    line = (comm.get_rank(), comm.get_local_rank(), comm.get_local_size(), mean)
+    os.write(1, f"{line}\\n".encode())
+for rank in range(4):
+    if os.fork() == 0:
+        os.environ.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank % 2))
+        launch(main, type("", (), {"num_gpus": 1, "num_machines": 1}))
+        os._exit(torch.distributed.is_initialized())
+sys.exit(max(os.wait()[1] for _ in range(4)))
 """
 
 
-def test_slurm_processes(tmp_path):
-    """Two processes on as many machines find each other, and know that they are alone on theirs."""
+def test_slurm_processes():
+    """Two on each of two machines find each other, know who shares theirs, and say goodbye."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", JOIN],
-            env={**environment, **slurm(rank, "1(x2)", 2, 0)},
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    lines = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert lines == ["0 0 1 0.5", "1 0 1 0.5"]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", JOIN],
+        env={**environment, **slurm(0, "2(x2)")},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    found = sorted(result.stdout.splitlines())
+    assert found == [f"({rank}, {rank % 2}, 2, 1.5)" for rank in range(4)]
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2, 3])
+def test_meeting_place(monkeypatch, num_gpus):
+    """An address and a port of the job's own where nobody has named any; a GPU for each process."""
+    joined, given = [], {"MASTER_ADDR": "host", "MASTER_PORT": "7"} if num_gpus else {}
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_JOB_ID": "135246", **given}.items():
+        monkeypatch.setenv(name, value)
+
+    def init(*args, **kwargs):
+        joined.append((*args, *kwargs.items()))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    message = "are 3 processes on this machine, but only 2 GPUs" if num_gpus == 2 else None
+    with pytest.raises(InputError if message else ZeroDivisionError, match=message):
+        join_processes(Process(2, 6 if num_gpus else 3, 1, 3))
+    if message is None:
+        place = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")]
+        assert place == (["host", "7"] if num_gpus else ["127.0.0.1", "35246"])
+        one, several = ("gloo", ("rank", 2), ("world_size", 3)), ("nccl", ("rank", 2))
+        assert joined == ([1, (*several, ("world_size", 6))] if num_gpus else [one])
 
 
 def test_several_machines_need_an_address(monkeypatch):
-    for name, value in slurm(0, "2(x2)").items():
-        monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match="MASTER_ADDR is not set"):
-        join_processes(read_environment(os.environ))
+        join_processes(read_environment(slurm(0, "2(x2)")))
+
+
+def arguments(num_gpus, num_machines=1):
+    machine = {"machine_rank": num_machines - 1, "dist_url": "tcp://x:1"}
+    return Namespace(num_gpus=num_gpus, num_machines=num_machines, **machine)
+
+
+def test_launch(monkeypatch):
+    """In this process; or what is wrong with the number of GPUs; or by Detectron2's launcher."""
+    called, spawned = [], []
+    for number in (1, 0):
+        launch(called.append, arguments(number))
+    assert called == [arguments(1), arguments(0)]
+    for args in (arguments(2), arguments(1, 2)):
+        with pytest.raises(SystemExit, match="error: --num-gpus: this machine has no GPU that"):
+            launch(fail, args)
+    with monkeypatch.context() as m:
+        for name, value in torchrun(1, 2, 1, 2).items():
+            m.setenv(name, value)
+        with pytest.raises(SystemExit, match="torchrun or SLURM has started the processes already"):
+            launch(fail, arguments(2))
+
+    def spawn(function, nprocs, args, daemon):
+        main, *numbers, given, _ = args
+        spawned.append((nprocs, *numbers))
+        if len(spawned) == 2:
+            raise ProcessExitedException("x", 0, 0, exit_code=3)
+        main(*given)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    launch(called.append, arguments(2, 3))
+    assert called[2:] == [arguments(2, 3)]
+    with pytest.raises(SystemExit, match="3"):
+        launch(fail, arguments(2, 3))
+    assert spawned == [(2, 6, 2, 2, "tcp://x:1")] * 2
+
+
+def fail(*args):
+    raise InputError("MODEL.DEVICE: broken")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (InputError("a.json: broken"), "error: a.json: broken"),
-        (
-            PermissionError(13, "Permission denied", "out/a.jpg"),
-            "error: out/a.jpg cannot be written",
+        *(
+            (OSError(getattr(errno, x), x, "a.jpg"), f"error: a.jpg cannot be written: {x}")
+            for x in NOT_WRITABLE
         ),
-        (OSError(28, "No space left on device", "out"), "error: out cannot be written: No space"),
+        (OSError(errno.ENOSPC, "No space"), "error: a file cannot be written: No space"),
         (KeyboardInterrupt(), "interrupted."),
-        (Interrupted("There is no earlier checkpoint"), "interrupted. There is no earlier"),
+        (Interrupted("There is none"), "interrupted. There is none"),
     ],
 )
-def test_errors_in_one_line(error, message, capsys):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_errors_in_one_line(error, message, processes, capsys, monkeypatch):
+    """With the process that says it, where there are several."""
+
     def main():
         raise error
 
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
     with pytest.raises(SystemExit) as exit:
         report_errors(main)
     assert exit.value.code == (130 if "interrupted" in message else 2)
-    assert capsys.readouterr().err.startswith(message)
+    assert capsys.readouterr().err == f"[process 1] {message}\n"[0 if processes > 1 else 12 :]
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")])
-def test_defects_keep_their_traceback(error):
+def test_defects_keep_their_traceback(error, caplog):
+    """Also in the log, where an InputError has none."""
+
     def main():
+        for e in (error, InputError("y")):
+            logging.getLogger("detectron2.engine.train_loop").error("y", exc_info=e)
+        logging.getLogger("detectron2.engine.train_loop").error("z")
         raise error
 
     with pytest.raises(type(error)):
         report_errors(main)
+    assert [record.message for record in caplog.records] == ["y", "z"]
+    assert caplog.records[0].exc_info[1] is error

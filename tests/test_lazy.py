@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libra_d2.lazy: balancing LazyConfigs from anywhere, and what the programs see of them."""
+"""libra_d2.lazy: balancing LazyConfigs from anywhere."""
 
 import copy
 
@@ -11,16 +11,18 @@ from omegaconf import OmegaConf
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2.modeling import StandardROIHeads
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, RetinaNet, StandardROIHeads, build_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
+from detectron2.utils.registry import locate
 
-from libra_d2.checkpoint import build_model
-from libra_d2.engine import read_config
-from libra_d2.engine.lazy_config import read_lazy_config
 from libra_d2.errors import InputError
-from libra_d2.lazy import balance, is_lazy_config, lazy_names, turn_off, view
+from libra_d2.lazy import balance, disable, target_of
 from libra_d2.modeling import (
     BalancedSamplingMixin,
     LibraCascadeROIHeads,
@@ -28,6 +30,9 @@ from libra_d2.modeling import (
     LibraRes5ROIHeads,
     LibraRetinaNet,
     LibraROIHeads,
+    LibraRPN,
+    LinearLastLevelP6P7,
+    LowQualityMatcher,
 )
 
 FPN_MODELS = ("mask_rcnn_fpn", "cascade_rcnn", "keypoint_rcnn_fpn", "panoptic_fpn", "retinanet")
@@ -35,8 +40,14 @@ C4 = "mask_rcnn_c4"
 
 
 def zoo_model(name):
-    """Detectron2's LazyConfig of that model, with ResNet-18 and batch norm to be trained."""
+    """Detectron2's LazyConfig of that model, smaller, and with batch norm to be trained."""
     model = model_zoo.get_config(f"common/models/{name}.py").model
+    heads = model.get("roi_heads", {})
+    for head in heads.get("box_heads", [heads.box_head] if "box_head" in heads else []):
+        head.fc_dims = [16, 1024]
+    for kind in ("mask_head", "keypoint_head"):
+        if kind in heads and name != C4:
+            heads[kind].conv_dims = [16] * 5
     if name != C4:
         bottom_up = model.backbone.bottom_up
         bottom_up.stages.depth = 18
@@ -74,6 +85,7 @@ def test_balance(name):
         losses = [model]
         assert model.balanced_l1.arguments["beta"] == 0.11
         assert (model.normalizer, model.clip_boxes) == ("moving_average", False)
+        assert model.padding_anchors
     else:
         kinds = {"cascade_rcnn": LibraCascadeROIHeads, C4: LibraRes5ROIHeads}
         assert type(model.roi_heads) is kinds.get(name, LibraROIHeads)
@@ -128,36 +140,122 @@ def test_keys_and_references_stay(name):
     assert instantiate(plain).state_dict().keys() == {k for k in weights if "bfp." not in k}
 
 
-@pytest.mark.parametrize("name", FPN_MODELS)
-@pytest.mark.parametrize("idea", ["sampling", "feature_pyramid", "balanced_l1"])
+IDEAS = ("sampling", "feature_pyramid", "balanced_l1")
+
+
+def what_is_on(model):
+    """The ideas in a model: its pyramid, how it samples negatives and positives, its box losses."""
+    kinds = (FastRCNNOutputLayers, RetinaNet)
+    losses = {m.box_reg_loss_type for m in model.modules() if isinstance(m, kinds)}
+    sampler = getattr(getattr(model, "roi_heads", None), "proposal_sampler", None)
+    drawn = sampler and (sampler.negatives, sampler.positives)
+    return hasattr(model.backbone, "bfp"), drawn, losses
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_fpn", "cascade_rcnn", "retinanet"])
+@pytest.mark.parametrize("idea", IDEAS)
 def test_each_idea_alone(name, idea):
-    """By the argument of balance(), and by what turn_off() returns."""
-    ideas = ("sampling", "feature_pyramid", "balanced_l1")
-    by_argument = instantiate(balanced(name, **{x: x == idea for x in ideas}))
+    """By the argument of balance(), and by what disable() returns."""
+    by_argument = instantiate(balanced(name, **{x: x == idea for x in IDEAS}))
     config = OmegaConf.create({"model": balanced(name)}, flags={"allow_objects": True})
-    off = turn_off(config.model, *(x for x in ideas if x != idea))
+    off = disable(config.model, *(x for x in IDEAS if x != idea))
     by_override = instantiate(LazyConfig.apply_overrides(config, off).model)
-    for model in (by_argument, by_override):
-        assert hasattr(model.backbone, "bfp") == (idea == "feature_pyramid")
-        losses = {
-            m.box_reg_loss_type
-            for m in model.modules()
-            if isinstance(m, (FastRCNNOutputLayers, LibraRetinaNet))
-        }
-        if name != "retinanet" or idea == "balanced_l1":
-            assert losses == {"balanced_l1" if idea == "balanced_l1" else "smooth_l1"}
-        heads = getattr(model, "roi_heads", None)
-        samples = isinstance(heads, BalancedSamplingMixin)
-        assert samples == (name != "retinanet" and (idea == "sampling" or model is by_override))
-        if samples:
-            drawn = heads.proposal_sampler.negatives
-            assert drawn == ("iou_balanced" if idea == "sampling" else "random")
+    pyramid = idea == "feature_pyramid"
+    loss = "balanced_l1" if idea == "balanced_l1" else "smooth_l1"
+    drawn = ("iou_balanced", "instance_balanced") if idea == "sampling" else ("random", "random")
+    has_sampler = name != "retinanet"
+    assert what_is_on(by_override) == (pyramid, drawn if has_sampler else None, {loss})
+    has_sampler &= idea == "sampling"
+    assert what_is_on(by_argument) == (pyramid, drawn if has_sampler else None, {loss})
 
 
-def test_nothing_on_is_the_plain_model():
-    plain = zoo_model("mask_rcnn_fpn")
-    off = balance(copy.deepcopy(plain), sampling=False, feature_pyramid=False, balanced_l1=False)
-    assert off == plain
+def test_disable():
+    """One override for each place, of what is on."""
+    pyramid, heads = "model.backbone.balanced=False", "model.roi_heads"
+    sampler = [f"{heads}.proposal_sampler.{x}=random" for x in ("negatives", "positives")]
+    losses = [f"{heads}.box_predictors.{i}.box_reg_loss_type=smooth_l1" for i in range(3)]
+    assert disable(balanced("cascade_rcnn"), *IDEAS) == [pyramid, *sampler, *losses]
+    assert disable(balanced("cascade_rcnn"), "sampling") == sampler
+    retinanet = balanced("retinanet")
+    assert disable(retinanet, *IDEAS) == [pyramid, "model.box_reg_loss_type=smooth_l1"]
+    for name in (*FPN_MODELS, C4):
+        assert disable(zoo_model(name), *IDEAS) == disable(balanced(name)) == []
+
+
+_MATCHER = {
+    "anchor_matcher._target_": (Matcher, LowQualityMatcher),
+    "anchor_matcher.allow_low_quality_matches": (True, None),
+}
+# What balance() sets, in the paper's form and with reference=True; None for a class's own default.
+RECIPES = {
+    "cascade_rcnn": {
+        "backbone.train_affine": (None, True),
+        "roi_heads.proposal_sampler.mode": ("paper", "reference"),
+        "roi_heads.box_predictors[2].balanced_l1.form": ("scaled", "reference"),
+        "roi_heads.box_predictors[2].balanced_l1.beta": (None, None),
+        "proposal_generator._target_": (RPN, LibraRPN),
+        "proposal_generator.anchor_matcher.min_iou": (None, 0.3),
+        **{f"proposal_generator.{key}": values for key, values in _MATCHER.items()},
+    },
+    "retinanet": {
+        "backbone.train_affine": (None, True),
+        "backbone.top_block._target_": (LastLevelP6P7, LinearLastLevelP6P7),
+        "normalizer": ("moving_average", None),
+        "clip_boxes": (False, None),
+        "padding_anchors": (True, None),
+        "balanced_l1.form": ("scaled", "reference"),
+        "balanced_l1.beta": (0.11, 0.11),
+        "anchor_matcher.min_iou": (None, 0.0),
+        **_MATCHER,
+    },
+}
+
+
+def settings(model, keys):
+    """Values of a LazyConfig, with classes in place of their names."""
+    values = {key: OmegaConf.select(model, key) for key in keys}
+    names = [key for key in keys if key.endswith("_target_") and isinstance(values[key], str)]
+    return {**values, **{key: locate(values[key]) for key in names}}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    """With the ideas, and without them: all of the recipe that is no idea remains."""
+    plain = model_zoo.get_config(f"common/models/{name}.py").model
+    for reference in (False, True):
+        expected = {key: values[reference] for key, values in RECIPES[name].items()}
+        model = balance(copy.deepcopy(plain), reference=reference)
+        assert settings(model, expected) == expected
+        assert model.backbone.balanced
+    off = balance(plain, reference=True, **dict.fromkeys(IDEAS, False))
+    parts = ("balanced_l1.", "proposal_sampler.")
+    expected = {k: None if any(x in k for x in parts) else v for k, v in expected.items()}
+    assert settings(off, expected) == expected
+    assert off.backbone.balanced is False
+    if name == "retinanet":
+        assert (target_of(off), off.get("box_reg_loss_type")) == (LibraRetinaNet, None)
+
+
+def test_recipe_on_other_norms():
+    """Batch norm that is trained is left alone; the rest of the recipe does not depend on it."""
+    ideas = dict.fromkeys(IDEAS, False)
+    backbone = balance(zoo_model("retinanet"), reference=True, **ideas).backbone
+    assert target_of(backbone) is FPN
+    assert target_of(backbone.top_block) is LinearLastLevelP6P7
+    assert "train_affine" not in balanced("retinanet", reference=True).backbone
+
+
+def test_what_is_left_alone():
+    """All, if no idea is asked for; and what is set already."""
+    model = zoo_model("mask_rcnn_fpn")
+    before = copy.deepcopy(model)
+    assert balance(model, **dict.fromkeys(IDEAS, False)) == before
+    model = balanced("mask_rcnn_fpn")
+    model.backbone.refine_type = "conv"
+    model.roi_heads.proposal_sampler.num_bins = 5
+    model.roi_heads.box_predictor.balanced_l1.alpha = 0.3
+    before = copy.deepcopy(model)
+    assert balance(model) == before
 
 
 def test_sampler_follows_the_matcher():
@@ -167,20 +265,17 @@ def test_sampler_follows_the_matcher():
     assert instantiate(model).roi_heads.proposal_sampler.negative_iou_thresh == 0.4
 
 
-def test_what_is_set_already_stays():
-    model = balanced("mask_rcnn_fpn")
-    model.backbone.refine_type = "conv"
-    model.roi_heads.proposal_sampler.num_bins = 5
-    model.roi_heads.box_predictor.balanced_l1.alpha = 0.3
-    before = copy.deepcopy(model)
-    assert balance(model) == before
-
-
 def test_forgotten_loss_type():
-    """A predictor that knows balanced L1 loss, and was not told to use it."""
+    """A predictor and a RetinaNet that know balanced L1 loss, and were not told to use it."""
     model = zoo_model("mask_rcnn_fpn")
     model.roi_heads.box_predictor._target_ = LibraFastRCNNOutputLayers
-    assert instantiate(balance(model)).roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
+    assert balance(model).roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
+    model = zoo_model("retinanet")
+    model._target_ = LibraRetinaNet
+    model.box_reg_loss_type = "giou"
+    assert balance(model).box_reg_loss_type == "giou"
+    del model["box_reg_loss_type"]
+    assert balance(model).box_reg_loss_type == "balanced_l1"
 
 
 class OwnROIHeads(StandardROIHeads):
@@ -191,137 +286,41 @@ class OwnLibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     pass
 
 
+class OwnMatcher:
+    pass
+
+
+def own_pyramid(channels):
+    cfg = demo_cfg(MODEL__LIBRA__BFP__ENABLED=False, MODEL__FPN__OUT_CHANNELS=channels)
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
 def test_own_classes():
-    """One that nothing takes the place of is named; one with the mixin is balanced."""
-    model = zoo_model("mask_rcnn_fpn")
-    model.roi_heads._target_ = OwnROIHeads
-    with pytest.raises(
-        InputError, match="roi_heads._target_ is OwnROIHeads.*BalancedSamplingMixin"
-    ):
-        balance(model)
+    """ROI heads with the mixin, and any function that returns a pyramid."""
     model = zoo_model("mask_rcnn_fpn")
     model.roi_heads._target_ = OwnLibraROIHeads
-    assert type(instantiate(balance(model)).roi_heads) is OwnLibraROIHeads
+    assert type(instantiate(balance(model).roi_heads)) is OwnLibraROIHeads
+    model.backbone = L(own_pyramid)(channels=16)
+    assert instantiate(balance(model).backbone).bfp.refine.theta.in_channels == 16
 
 
 def test_what_cannot_be_balanced():
-    with pytest.raises(InputError, match="pass its .model"):
-        balance(OmegaConf.create({"model": {"backbone": {}}}))
+    heads, matcher = zoo_model("mask_rcnn_fpn"), zoo_model("mask_rcnn_fpn")
+    heads.roi_heads._target_ = OwnROIHeads
+    matcher.roi_heads.proposal_matcher = L(OwnMatcher)()
     fcos = model_zoo.get_config("common/models/fcos.py").model
-    with pytest.raises(InputError, match="FCOS has neither"):
-        balance(fcos)
+    for model, message in (
+        (OmegaConf.create({"model": {"backbone": {}}}), "pass its .model"),
+        (OmegaConf.create({}), "detector, with a backbone$"),
+        (heads, "roi_heads._target_ is OwnROIHeads.*BalancedSamplingMixin"),
+        (matcher, "roi_heads.proposal_matcher has no thresholds"),
+        (fcos, "FCOS has neither"),
+    ):
+        with pytest.raises(InputError, match=message):
+            balance(model)
     balance(fcos, sampling=False, balanced_l1=False)
     assert hasattr(instantiate(fcos.backbone), "bfp")
-
-
-def test_no_level_of_stride_16():
     model = balanced("mask_rcnn_fpn")
-    model.backbone.in_features = ["res5"]
-    model.backbone.top_block = None
+    model.backbone.update(in_features=["res5"], top_block=None)
     with pytest.raises(ValueError, match="no level has a stride of 16"):
-        instantiate(model)
-
-
-# The view.
-
-
-def lazy_config(name="mask_rcnn_fpn"):
-    config = OmegaConf.create({}, flags={"allow_objects": True})
-    config.model = balanced(name)
-    config.dataloader = model_zoo.get_config("common/data/coco.py").dataloader
-    config.train = model_zoo.get_config("common/train.py").train
-    return config
-
-
-@pytest.mark.parametrize("name", FPN_MODELS)
-def test_class_counts(name):
-    """In every head that counts things, and nowhere else."""
-    cfg = view(lazy_config(name))
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 3
-    cfg.MODEL.DEVICE = "cpu"
-    weights = build_model(cfg).state_dict()
-    counts = {
-        key: value.shape[0] for key, value in weights.items() if key.endswith("cls_score.bias")
-    }
-    assert set(counts.values()) == ({27} if name == "retinanet" else {4})
-    if "roi_heads.mask_head.predictor.bias" in weights:
-        assert len(weights["roi_heads.mask_head.predictor.bias"]) == 3
-    if name == "panoptic_fpn":
-        assert len(weights["sem_seg_head.predictor.bias"]) == 54
-    assert lazy_config(name) == cfg.lazy  # which is what was given
-
-
-def test_changes_go_back():
-    cfg = view(lazy_config("cascade_rcnn"))
-    cfg.OUTPUT_DIR, cfg.SEED, cfg.DATASETS.TRAIN = "elsewhere", 7, ("a", "b")
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.4
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.4  # as the demo does, whatever the model
-    lazy = cfg.clone().current()
-    assert (lazy.train.output_dir, lazy.train.seed) == ("elsewhere", 7)
-    assert lazy.dataloader.train.dataset.names == ["a", "b"]
-    assert [p.test_score_thresh for p in lazy.model.roi_heads.box_predictors] == [0.4] * 3
-    assert "test_score_thresh" not in lazy.model
-
-
-def test_plain_view():
-    """What both systems say about Detectron2's plain models."""
-    names = {"mask_rcnn_R_50_FPN_1x": "COCO-InstanceSegmentation"}
-    names["retinanet_R_50_FPN_1x"] = "COCO-Detection"
-    for name, folder in names.items():
-        lazy = view(model_zoo.get_config(f"{folder}/{name}.py"))
-        cfg = read_config(f"{folder}/{name}.yaml", [], output=False)
-        assert lazy.INPUT.FORMAT == cfg.INPUT.FORMAT
-        assert lazy.MODEL.META_ARCHITECTURE == cfg.MODEL.META_ARCHITECTURE
-        assert lazy.MODEL.MASK_ON == cfg.MODEL.MASK_ON
-        assert lazy.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        assert lazy.SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER
-
-
-def test_is_lazy_config(tmp_path):
-    path = tmp_path / "config.yaml"
-    LazyConfig.save(lazy_config(), str(path))
-    assert is_lazy_config(str(path))
-    path.write_text("MODEL:\n  MASK_ON: True\n")
-    assert not is_lazy_config(str(path))
-    path.write_text("model: [broken")
-    assert not is_lazy_config(str(path))
-    assert is_lazy_config("anything.py")
-    assert not is_lazy_config("http://host/config.yaml")
-
-
-def test_names_in_messages():
-    assert lazy_names("MODEL.WEIGHTS: name them") == "train.init_checkpoint: name them"
-    assert lazy_names("SOLVER.MAX_ITER is 0") == "train.max_iter is 0"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.max_iter", "write what is set in a LazyConfig as key=value"),
-        ("model.backbone.botom_up.freeze_at=2", "no such key"),
-        ("dataloder.train.num_workers=0", "no such key"),
-        ("train.max_iter=[1", "command line:"),
-    ],
-)
-def test_bad_override(override, message, tmp_path):
-    path = str(tmp_path / "config.yaml")
-    LazyConfig.save(lazy_config(), path)
-    with pytest.raises(InputError, match=message):
-        read_lazy_config(path, [override])
-
-
-def test_own_target_is_kept_in_the_backbone():
-    """balance() takes any function that returns a pyramid."""
-    config = demo_cfg()
-    model = zoo_model("mask_rcnn_fpn")
-    model.backbone = L(_own_pyramid)(channels=config.MODEL.FPN.OUT_CHANNELS)
-    backbone = instantiate(balance(model).backbone)
-    assert backbone.bfp.refine.theta.in_channels == config.MODEL.FPN.OUT_CHANNELS
-
-
-def _own_pyramid(channels):
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import build_backbone
-
-    cfg = demo_cfg(MODEL__LIBRA__BFP__ENABLED=False, MODEL__FPN__OUT_CHANNELS=channels)
-    return build_backbone(cfg, ShapeSpec(channels=3))
+        instantiate(model.backbone)

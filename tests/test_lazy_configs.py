@@ -12,9 +12,7 @@ from detectron2.config import LazyConfig
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from libra_d2.checkpoint import build_model
-from libra_d2.engine import Trainer
-from libra_d2.lazy import view
+from libra_d2.config import make_recipe
 
 PAIRS = sorted(
     path.relative_to(ROOT / "configs").with_suffix("").as_posix()
@@ -25,12 +23,13 @@ PAIRS = sorted(
 
 @pytest.fixture(params=PAIRS)
 def pair(request):
-    """The same config in both systems, on the CPU."""
-    yaml_cfg = load_cfg(ROOT / f"configs/{request.param}.yaml")
-    lazy_cfg = view(LazyConfig.load(str(ROOT / f"configs/{request.param}.py")))
-    for cfg in (yaml_cfg, lazy_cfg):
-        cfg.MODEL.DEVICE = "cpu"
-    return yaml_cfg, lazy_cfg
+    """The recipes of the same config in both languages, on the CPU."""
+    path = ROOT / f"configs/{request.param}"
+    configs = (load_cfg(f"{path}.yaml"), LazyConfig.load(f"{path}.py"))
+    recipes = [make_recipe(config) for config in configs]
+    for recipe in recipes:
+        recipe.device = "cpu"
+    return recipes
 
 
 def test_all_systems_are_there():
@@ -41,26 +40,33 @@ def test_all_systems_are_there():
 
 def test_same_settings(pair):
     """What is no part of the model: data, input, schedule, starting weights."""
-    of_yaml, of_lazy = pair
-    for key in (
-        *("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.FORMAT", "INPUT.MIN_SIZE_TRAIN"),
-        *("INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "SOLVER.MAX_ITER"),
-        *("SOLVER.IMS_PER_BATCH", "MODEL.WEIGHTS", "MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON"),
-        *("MODEL.LIBRA.INPUT", "MODEL.LIBRA.BALANCED_L1", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+    for setting in (
+        *("train_datasets", "test_datasets", "image_format", "interpolation", "max_iter"),
+        *(
+            "batch_size",
+            "learning_rate",
+            "weights",
+            "needs_proposals",
+            "has_masks",
+            "max_detections",
+        ),
+        *("alpha", "beta", "gamma", "form", "num_classes"),
+        *("score_threshold", "nms_threshold"),
     ):
-        a, b = of_yaml, of_lazy
-        for name in key.split("."):
-            a, b = a[name], b[name]
-        assert a == b, key
+        of_yaml, of_lazy = (getattr(recipe, setting) for recipe in pair)
+        assert of_yaml == of_lazy, setting
+    for is_train in (True, False):
+        assert pair[0].sizes(is_train) == pair[1].sizes(is_train)
+    assert [*pair[0].iou_thresholds] == [*pair[1].iou_thresholds]
 
 
 def test_same_schedule(pair):
     """Learning rates of each parameter group, at every change of the schedule."""
     rates = []
-    for cfg in pair:
+    for recipe in pair:
         layer = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
-        optimizer = Trainer.build_optimizer(cfg, layer)
-        scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
+        optimizer = recipe.build_optimizer(layer)
+        scheduler = recipe.build_lr_scheduler(optimizer)
         steps = {name: optimizer.defaults[name] for name in ("momentum", "nesterov")}
         groups = []
         for iteration in (0, 1, 250, 498, 499, 500, 58639, 58640, 80629, 80630, 87959):
@@ -79,16 +85,16 @@ def test_same_model(pair):
     """The same weights and seed give the same losses, gradients and detections, to the last bit."""
     results, weights = [], None
     inputs = random_inputs(3, 2, size=(64, 96))
-    if pair[0].MODEL.LOAD_PROPOSALS:
+    if pair[0].needs_proposals:
         for image in inputs:
             corner = torch.rand(40, 2) * 40
             boxes = torch.cat([corner, corner + 4 + 20 * torch.rand(40, 2)], dim=1)
             image["proposals"] = Instances(
                 (64, 96), proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(40)
             )
-    for cfg in pair:
+    for recipe in pair:
         torch.manual_seed(1)
-        model = build_model(cfg)
+        model = recipe.build_model()
         for value in model.state_dict().values():
             # Fewer digits for activations that do not explode with random weights.
             if value.is_floating_point() and value.dim() == 4:
@@ -101,6 +107,12 @@ def test_same_model(pair):
             losses = model(copy.deepcopy(inputs))
         sum(losses.values()).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        # At the real depth, all is trained but stem and res2.
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert gradients.keys() == trained
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+        assert not [name for name in trained if "stem" in name or "res2" in name]
+        assert [name for name in trained if "res3.0.conv1.weight" in name]
         model.eval()
         for part in model.modules():
             if hasattr(part, "test_score_thresh"):

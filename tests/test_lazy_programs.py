@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs with a LazyConfig: what they do with a YAML config, they do with it."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from conftest import ROOT
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from omegaconf import OmegaConf
 from PIL import Image
-from test_train_net import own_data
+from test_train_net import OneNumber, number, own_data, small_data
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.solver.build import get_default_optimizer_params
 
 from libra_d2.demo import demo
-from libra_d2.engine import read_config
+from libra_d2.engine import LibraPredictor, read_config
 from libra_d2.engine.main import main as train_net
 from libra_d2.errors import InputError
-from libra_d2.tools import analyze_balance, compare_ideas, dump_proposals, export_model
 
 CONFIG = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
 TINY = [
@@ -27,10 +39,8 @@ TINY = [
 
 
 def run(*args, data, out, opts=()):
-    train_net(
-        ["--config-file", CONFIG, *map(str, [*args, *data])]
-        + [f"train.output_dir={out}", *TINY, *map(str, opts)]
-    )
+    opts = [f"train.output_dir={out}", *TINY, *opts]
+    train_net(["--config-file", CONFIG, *map(str, [*args, *data]), *opts])
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +51,6 @@ def trained(synthetic, tmp_path_factory):
     return out
 
 
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
-    return {key: value for line in lines for key, value in line.items()}
-
-
 def test_training(trained):
     """Weights with the classes of the data, metrics, config, log, curves, tables and pictures."""
     checkpoint = torch.load(trained / "model_final.pth")
@@ -53,28 +58,25 @@ def test_training(trained):
     weights = checkpoint["model"]
     assert len(weights["roi_heads.box_predictor.cls_score.bias"]) == 4 + 1
     assert len(weights["roi_heads.mask_head.predictor.bias"]) == 4
-    assert {"segm/AP", "roi_head/num_bg_iou_bin_0", "loss_mask"} <= metrics(trained).keys()
+    lines = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
+    metrics = {key: value for line in lines for key, value in line.items()}
+    assert {"segm/AP", "roi_head/num_bg_iou_bin_0", "loss_mask"} <= metrics.keys()
     for name in ("config.yaml", "log.txt", "curves.png", "results.md"):
         assert (trained / name).stat().st_size > 0
     assert len(list((trained / "pictures/own_val").glob("*.jpg"))) == 2
 
 
-def test_saved_config_evaluates_the_same(trained, synthetic, tmp_path, capsys):
-    """--eval-only, with the config.yaml that the training has written."""
-    for config in (CONFIG, str(trained / "config.yaml")):
-        train_net(
-            [
-                *("--eval-only", "--config-file", config, *map(str, own_data(synthetic, "val"))),
-                *(f"train.init_checkpoint={trained}/model_final.pth", *TINY),
-                f"train.output_dir={tmp_path}",
-            ]
-        )
-        found = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
-        expected = json.loads((trained / "inference/coco_instances_results.json").read_text())
-        assert found == expected
+def test_saved_config(trained, synthetic, tmp_path):
+    """The config.yaml that a training has written evaluates the same."""
+    config = ["--eval-only", "--config-file", trained / "config.yaml"]
+    opts = [f"train.init_checkpoint={trained}/model_final.pth", f"train.output_dir={tmp_path}"]
+    train_net([str(x) for x in (*config, *own_data(synthetic, "val"), *TINY, *opts)])
+    paths = (x / "inference/coco_instances_results.json" for x in (tmp_path, trained))
+    found, expected = (json.loads(path.read_text()) for path in paths)
+    assert found == expected
 
 
-def test_resume(trained, synthetic, tmp_path, caplog):
+def test_resume(trained, synthetic, tmp_path):
     """From the last checkpoint; what has changed is said."""
     for name in ("model_0000001.pth", "last_checkpoint", "config.yaml"):
         shutil.copy(trained / name, tmp_path)
@@ -88,111 +90,88 @@ def test_resume(trained, synthetic, tmp_path, caplog):
     assert log.count("--resume: ") == 1
 
 
-@pytest.mark.parametrize(
-    ("opts", "message"),
-    [
-        (["train.max_iter=0"], "train.max_iter is 0: use 1 or more"),
-        (["SOLVER.MAX_ITER", "10"], "write what is set in a LazyConfig as key=value"),
-        (["model.roi_heads.box_predictor.box_reg_loss_type=l3"], "knows smooth_l1, giou"),
-        (["model.backbone.refine_level=9"], "refine_level is 9: the pyramid has 5 levels"),
-        (["model.backbone.refine=conv"], "unexpected keyword argument 'refine'"),
-        (["train.init_checkpoint=none.pth"], "train.init_checkpoint: none.pth: no such file"),
-        (["train.device=cuda:9"], "train.device is 'cuda:9': this machine has"),
-        (["dataloader.train.total_batch_size=0"], "dataloader.train.total_batch_size is 0"),
-        (["train.amp.enabled=True"], "train.amp.enabled: Detectron2 trains with mixed precision"),
-    ],
-)
-def test_errors(opts, message, synthetic, tmp_path, capsys):
-    if torch.cuda.is_available() and "amp" in opts[0]:
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="2"):
-        run(data=own_data(synthetic, "train"), out=tmp_path, opts=opts)
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
-    assert message in line
+def own_loader(dataset, mapper, total_batch_size, num_workers):
+    """The first images in each batch."""
+    while True:
+        yield [mapper(x) for x in dataset[:total_batch_size]]
 
 
-def test_broken_file(tmp_path, capsys):
-    for text, message in (("model = 3\n", "needs a model"), ("model = dict(\n", "config.py")):
-        (tmp_path / "config.py").write_text(text)
-        with pytest.raises(InputError, match=message):
-            read_config(str(tmp_path / "config.py"), [])
+class OwnEvaluator(DatasetEvaluator):
+    """How many images a dataset has; its name has to be told."""
+
+    def __init__(self, dataset_name):
+        self.name, self.number = dataset_name, 0
+
+    def process(self, inputs, outputs):
+        self.number += len(inputs)
+
+    def evaluate(self):
+        return {f"of_{self.name}": {"AP": float(self.number)}}
+
+
+def test_own_parts(tmp_path):
+    """Loader, evaluators, schedule and mapper are those of the config, for each of its datasets."""
+    for name, box in (("first", (8, 8, 32, 24)), ("second", (0, 0, 8, 8))):
+        folder = small_data(tmp_path / name, box=box)
+        register_coco_instances(name, {}, str(folder / "instances.json"), str(folder / "images"))
+    config = OmegaConf.create({}, flags={"allow_objects": True})
+    config.model = L(OneNumber)(num_classes=2, proposal_generator="none")
+    config.optimizer = L(torch.optim.SGD)(
+        params=L(get_default_optimizer_params)(weight_decay_norm=0.0), lr=0.5
+    )
+    config.lr_multiplier = L(MultiStepParamScheduler)(
+        values=[1.0, 0.5], milestones=[2], num_updates="${train.max_iter}"
+    )
+    config.train = model_zoo.get_config("common/train.py").train
+    config.train.update(max_iter=4, log_period=1, device="cpu", output_dir=str(tmp_path / "out"))
+    config.train.num_pictures = 1
+    config.dataloader = model_zoo.get_config("common/data/coco.py").dataloader
+    loaders = config.dataloader
+    loaders.train.update(num_workers=0, total_batch_size=2)
+    loaders.train.dataset.names, loaders.test.dataset.names = "first", ["first", "second"]
+    loaders.train._target_, loaders.test.num_workers = own_loader, 0
+    loaders.evaluator = [L(COCOEvaluator)(dataset_name="?"), L(OwnEvaluator)(dataset_name="?")]
+    path = tmp_path / "config.yaml"
+    LazyConfig.save(config, str(path))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train_net(["--config-file", str(path)])
+    assert re.findall("^(?:first|second) .*", printed.getvalue(), re.MULTILINE) == [
+        "first bbox: AP 100.0, AP50 100.0, AP75 100.0",
+        "first of_first: AP 2.0",
+        "second bbox: AP 0.0, AP50 0.0, AP75 0.0",
+        "second of_second: AP 2.0",
+    ]
+    pictures = f"pictures: {tmp_path}/out/pictures/first, {tmp_path}/out/pictures/second"
+    assert printed.getvalue().splitlines()[-1] == pictures
+    assert number(tmp_path / "out/model_final.pth") == 2 * 0.5 + 2 * 0.25
+    lines = (tmp_path / "out/metrics.json").read_text().splitlines()
+    rates = [json.loads(line)["lr"] for line in lines if '"lr"' in line]
+    assert rates == [0.5, 0.5, 0.25, 0.25]
+    opts = [f"train.init_checkpoint={tmp_path}/out/model_final.pth"]
+    recipe = read_config(str(path), opts)
+    (batch,) = [batch for batch, _ in zip(recipe.build_train_loader(0), range(1))]
+    assert [x["image_id"] for x in batch] == [1, 2]
+    LibraPredictor(recipe)
+    loaders.test.mapper.augmentations = [*loaders.test.mapper.augmentations] * 2
+    LazyConfig.save(config, str(path))
+    with pytest.raises(InputError, match="single augmentation, but the config has 2 for eval"):
+        LibraPredictor(read_config(str(path), opts))
+    for name in ("first", "second"):
+        DatasetCatalog.remove(name)
 
 
 def test_demo(trained, synthetic, tmp_path):
     """With a plain detector, the same config without the ideas, beside it."""
-    image = next((synthetic / "images").iterdir())
+    image = str(next((synthetic / "images").iterdir()))
     weights = torch.load(trained / "model_final.pth")["model"]
     weights = {key: value for key, value in weights.items() if "bfp" not in key}
     torch.save({"model": weights}, tmp_path / "plain.pth")
     demo.main(
         [
-            *("--config-file", CONFIG, "--input", str(image), "--output", str(tmp_path / "a.png")),
+            *("--config-file", CONFIG, "--input", image, "--output", str(tmp_path / "a.png")),
             *("--categories", str(synthetic / "instances.json"), "--confidence-threshold", "0.1"),
             *("--plain-weights", str(tmp_path / "plain.pth"), "--opts", "train.device=cpu"),
             f"train.init_checkpoint={trained}/model_final.pth",
         ]
     )
     assert Image.open(tmp_path / "a.png").size == (1280, 640)
-
-
-def test_analysis(trained, synthetic, tmp_path):
-    arguments = ["--config-file", CONFIG, "--num-images", "2", *own_data(synthetic, "val")]
-    opts = [f"train.init_checkpoint={trained}/model_final.pth", f"train.output_dir={tmp_path}"]
-    analyze_balance.main([*map(str, arguments), *opts, *TINY])
-    numbers = json.loads((tmp_path / "balance/balance.json").read_text())
-    assert set(numbers) == {"num_images", "features", "samples", "objective"}
-    assert "added" in numbers["features"]
-
-
-def test_export(trained, synthetic, tmp_path):
-    image = next((synthetic / "images").iterdir())
-    export_model.main(
-        [
-            *("--config-file", CONFIG, "--sample-image", str(image)),
-            *("--output", str(tmp_path / "model.ts"), *TINY),
-            "model.roi_heads.num_classes=4",
-            f"train.init_checkpoint={trained}/model_final.pth",
-        ]
-    )
-    description = json.loads((tmp_path / "model.ts.json").read_text())
-    assert description["input"]["shorter_side"] == 96
-    assert "libra_d2.modeling" in description["config"]
-
-
-def test_proposals(trained, synthetic, tmp_path):
-    arguments = ["--config-file", CONFIG, *map(str, own_data(synthetic, "val"))]
-    opts = [f"train.init_checkpoint={trained}/model_final.pth", f"train.output_dir={tmp_path}"]
-    dump_proposals.main([*arguments, *opts, *TINY])
-    assert (tmp_path / "proposals/own_val.pkl").exists()
-
-
-def test_comparison(synthetic, tmp_path):
-    """Variants differ in what is on; the plain detector has no balanced pyramid."""
-    arguments = ["--config-file", CONFIG, *own_data(synthetic, "train", "val")]
-    arguments += ["--variants", "baseline", "all", "--seeds", "1", "--output", tmp_path, *TINY]
-    compare_ideas.main([str(x) for x in arguments])
-    keys = {
-        variant: set(torch.load(tmp_path / variant / "seed_1/model_final.pth")["model"])
-        for variant in ("baseline", "all")
-    }
-    assert {k for k in keys["all"] if "bfp" not in k} == keys["baseline"] != keys["all"]
-    assert "| baseline" in (tmp_path / "summary/results.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
-        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
-        "COCO-Detection/retinanet_R_50_FPN_1x.py",
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
-    ],
-)
-def test_names_of_detectron2(name):
-    """Its zoo's configs and weights, for the plain detector."""
-    cfg = read_config(name, [], output=False)
-    assert cfg.SOLVER.MAX_ITER == 90000
-    assert demo.find_weights(name).startswith("https://")
-    assert not compare_ideas.has_ideas(cfg)
-    ours = read_config("COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.py", [], output=False)
-    assert compare_ideas.has_ideas(ours)

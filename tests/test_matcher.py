@@ -7,6 +7,7 @@ from detectron2.modeling import build_backbone, build_proposal_generator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling import LowQualityMatcher
 from libra_d2.modeling.reference_recipe.matcher import build_anchor_matcher
 
@@ -53,9 +54,14 @@ def test_rule():
     assert matches[:2].tolist() == [1, 1]  # the first one goes to the later box
     parent = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
     assert parent(ious)[0][:2].tolist() == [0, 1]  # Detectron2's rule is another one
-    matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], 0.0)(ious)
-    assert labels.tolist() == [1, 1, -1, 1, 0]
-    assert matches[3] == 2
+    for min_iou in (0.0, float(ious[2, 3])):
+        matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], min_iou)(ious)
+        assert labels.tolist() == [1, 1, -1, 1, 0]
+        assert matches[3] == 2
+    assert LowQualityMatcher([0.3, 0.7], [0, -1, 1], 1.0)(ious)[1].tolist() == [1, -1, -1, 0, 0]
+    for shape in ((0, 4), (3, 0)):
+        matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], 0.3)(torch.zeros(shape))
+        assert labels.tolist() == matches.tolist() == [0] * shape[1]
 
 
 def test_key():
@@ -66,10 +72,17 @@ def test_key():
         assert type(rpn.anchor_matcher) is expected
         assert rpn.anchor_matcher.thresholds == [-float("inf"), 0.3, 0.7, float("inf")]
         assert rpn.anchor_matcher.labels == [0, -1, 1]
-    parent = Matcher([0.5], [0, 1], allow_low_quality_matches=True)
+    parent = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
     assert build_anchor_matcher(parent, -1.0) is parent
+    matcher = build_anchor_matcher(parent, 0.0)
+    assert type(matcher) is LowQualityMatcher
+    assert (matcher.thresholds, matcher.labels) == (parent.thresholds, parent.labels)
 
 
-def test_bad_iou():
-    with pytest.raises(ValueError, match="min_iou is 1.5: use a value in"):
-        LowQualityMatcher([0.5], [0, 1], 1.5)
+@pytest.mark.parametrize("min_iou", [-0.1, 1.5])
+def test_bad_iou(min_iou):
+    with pytest.raises(ArgumentError, match=f"^min_iou is {min_iou}: use a value in"):
+        LowQualityMatcher([0.5], [0, 1], min_iou)
+    if min_iou > 0:  # a negative one asks for Detectron2's rule
+        with pytest.raises(ArgumentError, match="^min_iou is 1.5"):
+            build_anchor_matcher(Matcher([0.5], [0, 1]), min_iou)

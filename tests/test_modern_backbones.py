@@ -12,6 +12,7 @@ from detectron2.config import LazyConfig, instantiate
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.engine.main import main
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling import BalancedFeaturePyramid, TimmBackbone
 
 BOTTOM_UP = "model.backbone.bottom_up"
@@ -97,17 +98,27 @@ def smaller_images(name):
 
 
 def test_timm_backbone():
-    """Features of the stated shapes; what is wrong is said."""
+    """The levels asked for, in that order, of the stated shapes; what is wrong is said."""
     pytest.importorskip("timm")
-    backbone = TimmBackbone("convnext_atto", out_features=["res3", "res5"])
-    features = backbone(torch.randn(1, 3, 64, 96))
+    arguments = {"in_chans": 1, "drop_path_rate": 0.5, "out_features": ["res5", "res3"]}
+    backbone = TimmBackbone("convnext_atto", **arguments).eval()
+    image = torch.randn(1, 1, 64, 96)
+    features, levels = backbone(image), backbone.net(image)
+    assert list(features) == list(backbone.output_shape()) == ["res5", "res3"]
+    assert torch.equal(features["res5"], levels[3])
+    assert torch.equal(features["res3"], levels[1])
     for name, shape in backbone.output_shape().items():
         size = (64 // shape.stride, 96 // shape.stride)
         assert features[name].shape == (1, shape.channels, *size)
+    assert max(getattr(x, "drop_prob", 0) for x in backbone.modules()) == 0.5
     assert backbone.size_divisibility == 32
-    with pytest.raises(ValueError, match="use a model of timm, such as .*convnext"):
+    shapes = TimmBackbone("convnext_atto").output_shape()
+    assert [(name, x.stride) for name, x in shapes.items()] == [
+        *(("res2", 4), ("res3", 8), ("res4", 16), ("res5", 32))
+    ]
+    with pytest.raises(ArgumentError, match="use a model of timm, such as .*convnext"):
         TimmBackbone("convnext_tinny")
-    with pytest.raises(ValueError, match="has the levels"):
+    with pytest.raises(ArgumentError, match="has the levels"):
         TimmBackbone("convnext_atto", out_features=["res9"])
 
 

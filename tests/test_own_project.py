@@ -5,9 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, demo_cfg, random_inputs
+from conftest import ROOT, build_model, demo_cfg, random_inputs
 
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 TEXT = (ROOT / "docs/own_project.md").read_text()

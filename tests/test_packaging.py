@@ -120,13 +120,18 @@ def test_console_scripts():
 
 
 def test_every_module_imports(restricted):
+    """None is missing, and none changes Detectron2's config or datasets."""
     code = """
 import importlib, pkgutil, libra_d2
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+before = get_cfg().dump(), DatasetCatalog.list()
 assert libra_d2.__file__.startswith(sys.path[0]), libra_d2.__file__
 modules = [m.name for m in pkgutil.walk_packages(libra_d2.__path__, "libra_d2.")]
 assert len(modules) > 40
 for name in modules:
     importlib.import_module(name)
+assert (get_cfg().dump(), DatasetCatalog.list()) == before
 """
     result = restricted(code)
     assert result.returncode == 0, result.stderr
@@ -181,40 +186,3 @@ def test_nothing_is_patched():
         text = path.read_text()
         assert "mock" not in text, path
         assert not re.search(r"\bsetattr\((?!parent, name, Affine)", text), path
-
-
-def test_installed_package_works_from_anywhere(wheel, tmp_path):
-    """Import from the unpacked wheel, and merge one of its configs with its bases."""
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
-import libra_d2
-from pathlib import Path
-from detectron2.config import get_cfg
-folder = Path(libra_d2.__file__).parent
-assert str(folder) == {str(tmp_path / "libra_d2")!r}, folder
-cfg = get_cfg()
-libra_d2.add_libra_config(cfg)
-cfg.merge_from_file(
-    str(folder / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"), allow_unsafe=False
-)
-"""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_import_changes_nothing():
-    """No config and no dataset of Detectron2 is touched by the import."""
-    code = """
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
-before = get_cfg().dump(), DatasetCatalog.list()
-import libra_d2, libra_d2.data, libra_d2.evaluation, libra_d2.checkpoint
-assert (get_cfg().dump(), DatasetCatalog.list()) == before
-"""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr

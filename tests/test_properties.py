@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for any input: searched for counterexamples, with the same ones in each run."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libra_d2.modeling import BalancedFeaturePyramid, BalancedSampler, balanced_l1_loss
+from libra_d2.modeling import BalancedSampler, balanced_l1_loss
 from libra_d2.modeling.balanced_sampling import MODES, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS
 
 search = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -87,10 +86,6 @@ def test_loss(pairs, alpha, gamma, beta, form, dtype):
     values = torch.tensor(pairs, dtype=dtype).reshape(-1, 2)
     input, target = values[:, 0].clone().requires_grad_(), values[:, 1]
     arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}
-    if gamma / alpha > 80:
-        with pytest.raises(ValueError, match="must be at most 80"):
-            balanced_l1_loss(input, target, **arguments)
-        return
     loss = balanced_l1_loss(input, target, **arguments)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
@@ -105,37 +100,3 @@ def test_loss(pairs, alpha, gamma, beta, form, dtype):
         assert (input.grad.abs() <= gamma * (1 + 1e-4)).all()
     mean = balanced_l1_loss(input, target, **arguments, reduction="mean")
     assert torch.isfinite(mean)
-
-
-@search
-@given(
-    st.integers(1, 3),
-    st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=5),
-    st.integers(0, 4),
-    st.sampled_from(["none", "conv", "non_local"]),
-    st.sampled_from([torch.float32, torch.float64]),
-    st.sampled_from([1e-6, 1.0, 1e3]),
-)
-def test_balanced_feature_pyramid(num_images, sizes, refine_level, refine_type, dtype, scale):
-    """
-    Any number of levels of any sizes, not halved ones only: outputs of the same shapes, finite,
-    with finite gradients at all levels. What is added has the values of one map.
-    """
-    torch.manual_seed(0)
-    refine_level = min(refine_level, len(sizes) - 1)
-    module = BalancedFeaturePyramid(
-        4, len(sizes), refine_level=refine_level, refine_type=refine_type
-    ).to(dtype)
-    levels = [
-        (scale * torch.randn(num_images, 4, *size, dtype=dtype)).requires_grad_() for size in sizes
-    ]
-    outputs = module(levels)
-    assert [x.shape for x in outputs] == [x.shape for x in levels]
-    sum(x.square().sum() for x in outputs).backward()
-    for level, output in zip(levels, outputs):
-        assert output.dtype == dtype
-        assert torch.isfinite(output).all()
-        assert torch.isfinite(level.grad).all()
-    added = [(output - level).detach() for level, output in zip(levels, outputs)]
-    highest = added[refine_level].abs().max()
-    assert all(x.abs().max() <= highest * (1 + 1e-3) + 1e-6 * scale for x in added)

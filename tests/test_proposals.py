@@ -9,7 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, load_proposals_into
 from detectron2.structures import BoxMode
 
 from libra_d2.data import prepare_proposals, register_coco_json
-from libra_d2.data.proposals import PartialProposals, is_complete, write_proposals
 from libra_d2.errors import InputError
 
 NAME = "test_proposals"
@@ -53,9 +52,9 @@ def detectron2s(ids):
 
 
 def test_from_mmdetection(ids, tmp_path):
-    """Each image gets its own boxes, in the order of their scores."""
+    """Each image gets its own boxes, in the order of their scores, of which it gets the logits."""
     theirs = arrays(len(ids))
-    theirs[3][0, 4], theirs[3][1, 4] = 1.0, 1 - 1e-7
+    theirs[3][[0, 1, -1], 4] = 1.0, 1 - 1e-7, 0.0
     path = prepare_proposals(write(tmp_path, theirs), NAME, str(tmp_path / "cache"))
     assert path == str(tmp_path / f"cache/{NAME}.pkl")
     read = load_proposals_into_dataset(DatasetCatalog.get(NAME), path)
@@ -63,20 +62,32 @@ def test_from_mmdetection(ids, tmp_path):
     for record in read:
         expected = theirs[ids.index(record["image_id"])]
         np.testing.assert_array_equal(record["proposal_boxes"], expected[:, :4])
-        probability = 1 / (1 + np.exp(-record["proposal_objectness_logits"].astype(np.float64)))
-        np.testing.assert_allclose(probability, expected[:, 4], atol=1e-6)
+        score = expected[:, 4].astype(np.float64).clip(1e-12, 1 - 1e-12)
+        logits = record["proposal_objectness_logits"]
+        np.testing.assert_allclose(logits, np.log(score) - np.log1p(-score), rtol=1e-5, atol=1e-6)
         assert record["proposal_bbox_mode"] == BoxMode.XYXY_ABS
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_from_detectron2(ids, tmp_path, older):
-    """The file is used as it is; Detectron's older names are known."""
-    content = detectron2s(ids)
-    if older:
-        content["indexes"], content["scores"] = content.pop("ids"), content.pop("objectness_logits")
+def older(content):
+    content["indexes"], content["scores"] = content.pop("ids"), content.pop("objectness_logits")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda content: None, older),
+        lambda content: content.update(ids=list(map(str, content["ids"]))),
+        lambda content: content.update(bbox_mode=int(BoxMode.XYWH_ABS)),
+        lambda content: content.pop("bbox_mode"),
+    ],
+)
+def test_from_detectron2(ids, tmp_path, change):
+    """The file is used as it is, under the names that Detectron used, with ids of more images."""
+    content = detectron2s([*ids, 99])
+    change(content)
     path = write(tmp_path, content)
-    assert prepare_proposals(path, NAME, str(tmp_path)) == path
-    assert len(load_proposals_into_dataset(DatasetCatalog.get(NAME), path)) == len(ids)
+    assert prepare_proposals(path, NAME, str(tmp_path / "cache")) == path
+    assert not (tmp_path / "cache").exists()
 
 
 class Malicious:
@@ -84,23 +95,35 @@ class Malicious:
         return (open, ("executed", "w"))
 
 
-def without(key):
-    def change(content):
-        del content[key]
-
-    return change
+def put(key, position, value):
+    return lambda content: content[key].__setitem__(position, value)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c["boxes"].pop(), "not proposals, which are 'ids', 'boxes' and 'obj"),
-        (without("ids"), "not proposals, .* found 'boxes', 'objectness_logits', 'bbox_mode'"),
-        (lambda c: c["boxes"].__setitem__(2, np.zeros((3, 5))), "boxes of image number 2 must"),
-        (lambda c: c["boxes"].__setitem__(2, [[0, 0, 1, 1]]), "boxes of image number 2 .* list"),
+        (lambda c: c.pop("ids"), "not .*; found 'boxes', 'objectness_logits', 'bbox_mode'$"),
+        (
+            lambda c: c["objectness_logits"].pop(),
+            "'objectness_logits' of equal length; found 'ids'",
+        ),
+        (lambda c: c.clear(), "'objectness_logits' of equal length; found nothing"),
+        (put("boxes", 2, np.zeros((3, 5))), "boxes of image number 2 must .* of shape .3, 5.$"),
+        (put("boxes", 2, [[0, 0, 1, 1]]), "boxes of image number 2 .* list"),
+        (put("boxes", 0, np.zeros((11, 2, 4))), "number 0 must .* R x 4 .* shape .11, 2, 4"),
+        (put("boxes", 2, np.zeros((9, 4), int)), "boxes of image number 2 must"),
         (lambda c: c["boxes"][1].__setitem__(0, np.nan), "number 1 must be a finite R x 4 array"),
-        (lambda c: c["boxes"].__setitem__(1, np.zeros((2, 4))), "11 has 2 boxes, but 10 scores"),
-        (lambda c: c["ids"].__setitem__(0, 99), "no proposals for 1 images .* first of them id 12"),
+        (lambda c: c.update(objectness_logits=c["boxes"]), "logits of image number 0 must .* R ar"),
+        (
+            put("objectness_logits", 2, np.zeros(())),
+            "logits of image number 2 must .* of shape ..$",
+        ),
+        (put("boxes", 1, np.zeros((2, 4))), "image id 11 has 2 boxes, but 10 scores"),
+        (put("boxes", 2, np.zeros((11, 4))), "image id 10 has 11 boxes, but 9 scores"),
+        (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
+        (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
+        (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
         (lambda c: c.update(bbox_mode=Malicious()), "not loaded, .* refers to .*open"),
     ],
 )
@@ -118,7 +141,7 @@ def test_bad_detectron2_file(ids, tmp_path, monkeypatch, change, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([np.zeros((2, 5), np.float32)], "has proposals for 1 images, but dataset .* has 12"),
+        *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),
         ([np.zeros((2, 4), np.float32)] * 12, "proposals of image number 0 must .* R x 5"),
         ([Malicious()] * 12, "not loaded, .* refers to .*open, which may run code"),
         (pickle.dumps(arrays(12))[:500], "not loaded, .* cut short"),
@@ -135,48 +158,11 @@ def test_bad_file(ids, tmp_path, monkeypatch, content, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["instances.json", "proposals.pkl"]
 
 
-def test_no_file(ids):
+def test_no_file(ids, tmp_path):
+    """And no JSON: mmdetection's are in the order of one, Detectron2's name their images."""
     with pytest.raises(InputError, match="none.pkl: no such proposal file; tools/dump_proposals"):
         prepare_proposals("none.pkl", NAME, "none")
-
-
-def run(path, identity, total, stop=None):
-    """Add arrays until ``total`` or ``stop`` of them are there; returns how many were read."""
-    with PartialProposals(str(path), identity) as partial:
-        before = len(partial.arrays)
-        for array in arrays(total)[before:stop]:
-            partial.append(array[:, :4], array[:, 4])
-        if stop is None:
-            partial.finish(str(path.with_suffix(".pkl")), list(range(total)))
-    return before
-
-
-@pytest.mark.parametrize("lost_bytes", [0, 1, 30, 100, 10**6])
-def test_going_on(tmp_path, lost_bytes):
-    """After a stop in the middle of writing, whole arrays are kept; the result is the same."""
-    path = tmp_path / "x.partial"
-    run(path, "a", 12, stop=7)
-    content = path.read_bytes()
-    path.write_bytes(content[: max(len(content) - lost_bytes, 0)])
-    kept = run(path, "a", 12)
-    assert kept == {0: 7, 1: 6, 30: 6, 100: 6, 10**6: 0}[lost_bytes]
-    assert not path.exists()
-    assert is_complete(str(tmp_path / "x.pkl"), "a")
-    assert not is_complete(str(tmp_path / "x.pkl"), "b")
-    with open(tmp_path / "x.pkl", "rb") as f:
-        result = pickle.load(f)
-    for boxes, logits, expected in zip(
-        result["boxes"], result["objectness_logits"], arrays(12), strict=True
-    ):
-        np.testing.assert_array_equal(np.column_stack([boxes, logits]), expected)
-
-
-def test_another_computation_is_not_continued(tmp_path):
-    path = tmp_path / "x.partial"
-    run(path, "a", 12, stop=7)
-    assert run(path, "b", 12) == 0
-
-
-def test_nothing_left_behind(tmp_path):
-    write_proposals(str(tmp_path / "a/b.pkl"), [1], [np.zeros((0, 4))], [np.zeros(0)])
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.pkl"]
+    MetadataCatalog.remove(NAME)
+    with pytest.raises(InputError, match=f"order of a COCO JSON, and dataset '{NAME}' has none"):
+        prepare_proposals(write(tmp_path, arrays(12)), NAME, str(tmp_path))
+    prepare_proposals(write(tmp_path, detectron2s(ids)), NAME, str(tmp_path))

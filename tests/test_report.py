@@ -2,45 +2,95 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from libra_d2.evaluation import plot_learning_curves, read_metrics, write_results
 
 
-@pytest.fixture
-def metrics_file(tmp_path):
-    """Of a training that was stopped while it wrote, and resumed two lines back."""
-    entries = [{"iteration": i, "total_loss": 3.0 - i / 10, "lr": 0.1} for i in (0, 10, 20)]
+def test_read_metrics(tmp_path):
+    """
+    Of a training that was stopped while it wrote, and resumed with more lines: the last value
+    counts, of each metric by itself, in the order of the iterations.
+    """
+    entries = [{"iteration": i, "total_loss": 3.0 - i / 10, "lr": 0.1} for i in (0, 20, 30)]
     entries += [{"iteration": i, "total_loss": 1.0, "bbox/AP": 20.0 + i} for i in (10, 20)]
     lines = [json.dumps(entry) for entry in entries]
-    lines.insert(3, lines[2][:20])
-    path = tmp_path / "metrics.json"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+    lines.insert(3, lines[2][:20])  # cut short
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert read_metrics(str(tmp_path / "metrics.json")) == [
+        {"iteration": 0, "total_loss": 3.0, "lr": 0.1},
+        {"iteration": 10, "total_loss": 1.0, "bbox/AP": 30.0},
+        {"iteration": 20, "total_loss": 1.0, "lr": 0.1, "bbox/AP": 40.0},
+        {"iteration": 30, "total_loss": 0.0, "lr": 0.1},
+    ]
 
 
-def test_read_metrics(metrics_file):
-    metrics = read_metrics(metrics_file)
-    assert [entry["iteration"] for entry in metrics] == [0, 10, 20]
-    assert [entry["total_loss"] for entry in metrics] == [3.0, 1.0, 1.0]
-    assert metrics[2]["bbox/AP"] == 40
+def panels(metrics, tmp_path, monkeypatch):
+    """Each panel that is drawn of them, with its curves by their label."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: figures.append(save(self, *a, **k) or self)
+    )
+    plot_learning_curves(metrics, str(tmp_path / "curves.png"))
+    lines = [(axis, axis.lines) for figure in figures for axis in figure.axes]
+    return [(a, {x.get_label(): tuple(map(list, x.get_data())) for x in b}) for a, b in lines]
 
 
-def test_plot_learning_curves(metrics_file, tmp_path):
-    """One panel for losses, one for AP; none, and no file, without either."""
-    plot_learning_curves(read_metrics(metrics_file), str(tmp_path / "curves.png"))
-    assert Image.open(tmp_path / "curves.png").size == (1080, 432)
-    plot_learning_curves([{"iteration": 0, "lr": 1.0}], str(tmp_path / "none.png"))
-    assert not (tmp_path / "none.png").exists()
+def test_curves(tmp_path, monkeypatch):
+    """
+    All losses, AP, and the samples' bins, each where it was measured, with iterations counted from
+    1; the evaluation after the last iteration at that one.
+    """
+    metrics = [
+        {"iteration": 0, "total_loss": 3.0, "loss_cls": 2.0, "lr": 0.1, "time": 1.0},
+        {"iteration": 19, "total_loss": 2.0, "loss_cls": 1.5, "roi_head/num_bg_iou_bin_1": 7.0},
+        {"iteration": 29, "bbox/AP": 10.0, "bbox/AP75": 4.0, "bbox/AP-cat": 5.0},
+        {"iteration": 39, "total_loss": 1.0, "loss_cls": 0.5, "validation/loss_cls": 0.75},
+        {"iteration": 40, "bbox/AP": 20.0, "bbox/AP50": 40.0, "segm/AP": 15.0, "bbox/APs": 1.0},
+    ]
+    drawn = panels(metrics, tmp_path, monkeypatch)
+    losses = {
+        "loss cls": ([1, 20, 40], [2.0, 1.5, 0.5]),
+        "total loss": ([1, 20, 40], [3.0, 2.0, 1.0]),
+        "validation/loss cls": ([40], [0.75]),
+    }
+    precisions = {"bbox/AP": ([30, 40], [10.0, 20.0]), "bbox/AP50": ([40], [40.0])}
+    precisions.update({"bbox/AP75": ([30], [4.0]), "segm/AP": ([40], [15.0])})
+    assert [(axis.get_ylabel(), curves) for axis, curves in drawn] == [
+        *(("loss", losses), ("average precision (%)", precisions)),
+        ("negatives drawn", {"IoU bin 1": ([20], [7.0])}),
+    ]
+    for axis, curves in drawn:
+        assert (axis.get_xlabel(), axis.get_xlim()[0], axis.get_ylim()[0]) == ("iteration", 0, 0)
+        assert [text.get_text() for text in axis.get_legend().get_texts()] == list(curves)
+    # 4.5 x 3.6 inches each, 120 dots per inch
+    assert Image.open(tmp_path / "curves.png").size == (3 * 540, 432)
 
 
-def test_write_results(tmp_path):
+@pytest.mark.parametrize("num", [0, 29, 30])
+def test_points(tmp_path, monkeypatch, num):
+    """Up to 29 are marked; without losses, iterations are as they are filed; no file of nothing."""
+    metrics = [{"iteration": i, "lr": 1.0, **({"bbox/AP": i} if i else {})} for i in range(num + 1)]
+    drawn = panels(metrics, tmp_path, monkeypatch)
+    assert [list(*curves.values()) for _, curves in drawn] == (num > 0) * [
+        [list(range(2, num + 2)), list(range(1, num + 1))]
+    ]
+    assert [a.lines[0].get_marker() for a, _ in drawn] == {0: [], 29: ["o"], 30: ["None"]}[num]
+    assert (tmp_path / "curves.png").exists() == (num > 0)
+
+
+def test_write_results(tmp_path, monkeypatch):
     """All numbers, by size and by class; those that do not exist stay empty."""
-    bbox = {"AP": 41.23, "AP50": 60.0, "APs": float("nan"), "AP-cat": 30.0, "AP-dog-house": 52.44}
-    write_results(str(tmp_path / "results.md"), {"own_val": {"bbox": bbox}}, "Title")
-    text = (tmp_path / "results.md").read_text()
-    assert text.startswith("# Title\n\n## bbox on own_val\n")
-    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
-    assert rows[0] == ["AP", "AP50", "APs"]
-    assert rows[2] == ["41.2", "60.0", ""]
-    assert rows[5:] == [["cat", "30.0"], ["dog-house", "52.4"]]
+    bbox = {"AP": 41.26, "AP50": 60.0, "APs": float("nan"), "AP-cat": 30.0, "AP-AP-dog|": 52.44}
+    results = {"a_val": {"bbox": bbox, "segm": {"AP": 5.0}}, "b_val": None, "c_val": {}}
+    write_results(str(tmp_path / "new/results.md"), results, "Title", "Remark")
+    assert (tmp_path / "new/results.md").read_text() == (
+        "# Title\n\nRemark\n\n## bbox on a_val\n\n"
+        "| AP   | AP50   | APs   |\n|------|--------|-------|\n| 41.3 | 60.0   |       |\n\n"
+        "| class    | AP   |\n|----------|------|\n| cat      | 30.0 |\n| AP-dog\\| | 52.4 |\n\n"
+        "## segm on a_val\n\n| AP   |\n|------|\n| 5.0  |\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    write_results("results.md", {}, "Title")
+    assert (tmp_path / "results.md").read_text() == "# Title\n"

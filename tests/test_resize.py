@@ -10,28 +10,21 @@ from PIL import Image
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
+from libra_d2.config import check_values, make_recipe
 from libra_d2.data import LibraDatasetMapper, build_augmentation
-from libra_d2.data.resize import OpenCVResizeShortestEdge, OpenCVResizeTransform
+from libra_d2.data.resize import (
+    OpenCVResizeShortestEdge,
+    OpenCVResizeTransform,
+    with_interpolation,
+)
 from libra_d2.engine import LibraPredictor
 from libra_d2.errors import InputError
 
 CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"
 SIZES = [  # height, width
-    (480, 640),
-    (427, 640),
-    (640, 427),
-    (800, 1333),
-    (799, 1333),
-    (800, 1332),
-    (801, 1334),
-    (1333, 800),
-    (1334, 799),
-    (900, 1200),
-    (1800, 2400),
-    (2400, 1351),
-    (100, 1000),
-    (1000, 61),
-    (3, 5),
+    *((480, 640), (427, 640), (640, 427), (800, 1333), (799, 1333), (800, 1332), (801, 1334)),
+    *((1333, 800), (1334, 799), (900, 1200), (1800, 2400), (2400, 1351), (100, 1000)),
+    *((1000, 61), (3, 5)),
 ]
 
 
@@ -71,9 +64,7 @@ def assert_same_input(both, path):
     """Of the networks, for the image in ``path``."""
     cfg, model, reference, preprocessor = both
     with Image.open(path) as image:
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:
-            width, height = height, width
+        width, height = image.size[:: -1 if image.getexif().get(0x0112, 1) >= 5 else 1]
     record = {"file_name": str(path), "image_id": 1, "height": height, "width": width}
     mapped = LibraDatasetMapper(cfg, is_train=False)(record)
     ours = model.preprocess_image([mapped])
@@ -138,33 +129,39 @@ def test_training(both, tmp_path):
     torch.testing.assert_close(ours["instances"].gt_boxes.tensor, theirs, rtol=4 * eps, atol=4e-4)
 
 
-def test_rounding_of_sizes(mmdet):
-    """The new size of any image is mmdetection's; Detectron2's differs now and then."""
-    from mmcv.image.geometric import rescale_size
-
-    rng, others = np.random.default_rng(0), 0
-    for height, width, short, long in zip(
-        rng.integers(1, 4000, 20000),
-        rng.integers(1, 4000, 20000),
-        rng.integers(1, 1000, 20000),
-        rng.integers(1000, 1500, 20000),
-    ):
-        size = (int(height), int(width), int(short), int(long))
-        new_width, new_height = rescale_size((size[1], size[0]), (size[3], size[2]))
-        ours = OpenCVResizeShortestEdge.get_output_shape(*size)
-        assert ours == (new_height, new_width), size
-        others += T.ResizeShortestEdge.get_output_shape(*size) != ours
-    assert others < 100
-
-
 @pytest.mark.parametrize("channels", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_shapes(channels, dtype):
-    shape = (10, 12) if channels is None else (10, 12, channels)
-    image = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
-    resized = OpenCVResizeTransform(10, 12, 5, 7).apply_image(image)
-    assert resized.shape == (5, 7, *shape[2:])
-    assert resized.dtype == dtype
+def test_values(channels, dtype):
+    """Between the centers of four pixels, however many a new one covers."""
+
+    def resize(image, height, width):
+        image = np.array(image, dtype)
+        if channels is not None:
+            image = np.repeat(image[:, :, None], channels, axis=2)
+        resized = OpenCVResizeTransform(*image.shape[:2], height, width).apply_image(image)
+        assert resized.shape == (height, width, *image.shape[2:])
+        assert resized.dtype == dtype
+        return (resized if channels is None else resized[:, :, -1]).tolist()
+
+    larger = [[0, 25, 75, 100], [40, 65, 115, 140]]
+    assert resize([[0, 100], [40, 140]], 2, 4) == larger
+    assert resize([[0, 40], [100, 140]], 4, 2) == np.transpose(larger).tolist()
+    # In the middle between the rows; of three columns the one in the middle.
+    assert resize([[0, 10, 90, 90, 40, 0], [6, 70, 0, 5, 100, 5]], 1, 2) == [[40, 70]]
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "expected"),
+    [
+        *(((50, 40), (96, 100), (100, 80)), ((50, 42), (100, 119), (119, 100))),
+        *(((40, 50), ((60, 60), 10**9), (60, 75)), ((40, 50), (20,), (20, 25))),
+    ],
+)
+def test_shortest_edge(size, arguments, expected):
+    """The shorter side is as long as wanted, unless the longer one were too long."""
+    transform = OpenCVResizeShortestEdge(*arguments).get_transform(np.zeros((*size, 3), np.uint8))
+    assert (transform.h, transform.w, transform.new_h, transform.new_w) == (*size, *expected)
+    assert type(transform) is OpenCVResizeTransform
 
 
 def test_segmentation_takes_the_nearest_pixel():
@@ -180,41 +177,48 @@ def test_key(interpolation, tmp_path):
     """In evaluation, training and the predictor alike; Pillow's is Detectron2's own class."""
     cfg = demo_cfg(MODEL__LIBRA__INPUT__INTERPOLATION=interpolation)
     expected = {"pillow": T.ResizeShortestEdge, "opencv": OpenCVResizeShortestEdge}[interpolation]
-    for is_train in (True, False):
-        resize = LibraDatasetMapper(cfg, is_train=is_train).augmentations.augs[0]
-        assert type(resize) is expected
-        assert type(build_augmentation(cfg, is_train)[0]) is expected
+    train, test = (build_augmentation(cfg, is_train)[0] for is_train in (True, False))
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
-    assert type(LibraPredictor(cfg).aug) is expected
+    assert [type(x) for x in (train, test, LibraPredictor(cfg).aug)] == [expected] * 3
+    assert train.short_edge_length == cfg.INPUT.MIN_SIZE_TRAIN
+    assert test.short_edge_length == (cfg.INPUT.MIN_SIZE_TEST,) * 2
 
 
-def test_crops_and_several_sizes():
-    """What Detectron2 does besides is left as it is."""
+@pytest.mark.parametrize(("sampling", "drawn"), [("choice", ()), ("range", [(121, 97)])])
+def test_crops_and_several_sizes(sampling, drawn):
+    """What Detectron2 does besides is left as it is; lengths are drawn as the config says."""
     cfg = demo_cfg(
         MODEL__LIBRA__INPUT__INTERPOLATION="opencv",
         INPUT__CROP__ENABLED=True,
-        INPUT__MIN_SIZE_TRAIN=(96, 128, 160),
-        INPUT__MIN_SIZE_TRAIN_SAMPLING="choice",
+        **{"INPUT__MIN_SIZE_TRAIN": (96, 99), "INPUT__MAX_SIZE_TRAIN": 123},
+        INPUT__MIN_SIZE_TRAIN_SAMPLING=sampling,
     )
     crop, resize, flip = LibraDatasetMapper(cfg, is_train=True).augmentations.augs
     assert (type(crop), type(flip)) == (T.RandomCrop, T.RandomFlip)
     np.random.seed(0)
     image = np.zeros((50, 40, 3), np.uint8)
-    widths = {resize.get_transform(image).new_w for _ in range(40)}
-    assert widths == {96, 128, 160}
-    resize = OpenCVResizeShortestEdge((96, 98), 200, "range")
-    assert {resize.get_transform(image).new_w for _ in range(40)} == {96, 97, 98}
+    sizes = {(t.new_h, t.new_w) for t in (resize.get_transform(image) for _ in range(60))}
+    assert sizes == {(120, 96), (123, 98), *drawn}  # 99 x 123.75 would be too large
     assert isinstance(OpenCVResizeShortestEdge(0).get_transform(image), T.NoOpTransform)
 
 
-def test_unknown_interpolation():
-    cfg = demo_cfg(MODEL__LIBRA__INPUT__INTERPOLATION="area")
+def test_own_augmentation():
+    """One of the user's is left as it is."""
+    own = [type("Own", (T.ResizeShortestEdge,), {})(96), T.Resize((3, 4))]
+    assert with_interpolation(own, "opencv") == own
+
+
+def test_unusable_interpolation(monkeypatch):
+    with pytest.raises(ValueError, match="interpolation is 'area': use one of"):
+        with_interpolation([], "area")
+    recipe = make_recipe(demo_cfg(MODEL__LIBRA__INPUT__INTERPOLATION="area"))
     with pytest.raises(InputError, match="MODEL.LIBRA.INPUT.INTERPOLATION is 'area': use one of"):
-        build_augmentation(cfg, is_train=False)
-
-
-def test_without_opencv(monkeypatch):
+        check_values(recipe)
+    recipe.interpolation = "opencv"
+    check_values(recipe)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="is 'opencv', .* `pip install opencv-python"):
-        build_augmentation(load_cfg(CONFIG), is_train=False)
+        check_values(recipe)
+    recipe.interpolation = "pillow"
+    check_values(recipe)

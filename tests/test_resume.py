@@ -4,28 +4,35 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import test_trainer as toy
 import torch
-from conftest import DEMO_CONFIG, ROOT, demo_cfg
+from conftest import DEMO_CONFIG, ROOT
 from test_train_net import TINY, own_data
 
-from libra_d2.data import register_coco_json
-from libra_d2.engine import Trainer
-from libra_d2.evaluation import read_metrics
+from detectron2.utils.events import EventStorage
 
-STEPS = 40
+from libra_d2.engine.main import main
+from libra_d2.engine.resuming import _get_histories, _remove_later_metrics, _set_histories
+from libra_d2.errors import InputError
+
+MOMENTS = ("step", "checkpoint", "evaluation")
+toy_data, whole = toy.toy_data, toy.whole
 
 
 def start(synthetic, out, *extra, processes=1, **kwargs):
-    """Start or resume a training of 40 steps with a checkpoint every 5."""
+    """Start or resume a training with a checkpoint every 5 steps."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [sys.executable, "-W", "ignore", *(several if processes > 1 else [])]
     config, extra = [DEMO_CONFIG], [*extra]
@@ -33,18 +40,55 @@ def start(synthetic, out, *extra, processes=1, **kwargs):
         config, extra = extra[1:2], extra[2:]
     command += [ROOT / "train_net.py", "--resume", "--config-file"]
     command += [*config, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
-    command += ["SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 20]
+    command += ["SOLVER.CHECKPOINT_PERIOD", 5, "TEST.EVAL_PERIOD", 20]
     command += ["MODEL.LIBRA.NUM_PICTURES", 0, *extra]
-    return subprocess.Popen(
-        [str(x) for x in command],
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **{"stdout": subprocess.PIPE, **kwargs},
-    )
+    kwargs.update(env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # A pipe would stop the training when it is full.
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    kwargs.update(stdout=output, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([str(x) for x in command], **kwargs)
+    process.output = output
+    return process
 
 
-def wait_for(condition, process, seconds=120):
+def finish(process, timeout=None):
+    """Wait for the end of a training; returns what it has printed."""
+    process.wait(timeout)
+    with process.output as f:
+        f.seek(0)
+        return f.read()
+
+
+def processes_of(out):
+    """Those with this folder on their command line: torchrun's ranks have sessions of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it may have ended meanwhile
+            if f"OUTPUT_DIR\0{out}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill_all(out):
+    """Kill the processes of a training and wait until they are gone; returns how many."""
+    killed, end = set(), time.monotonic() + 60
+    while found := processes_of(out):
+        assert time.monotonic() < end, found
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed.update(found)
+        time.sleep(0.01)
+    return len(killed)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_left(tmp_path):
+    yield
+    assert kill_all(tmp_path) == 0
+
+
+def wait_for(condition, process, seconds=300):
     """Wait until ``condition()`` is true, or the process has ended."""
     end = time.monotonic() + seconds
     while process.poll() is None and not condition():
@@ -54,78 +98,74 @@ def wait_for(condition, process, seconds=120):
 
 def last_iteration(out):
     """The iteration of the checkpoint that --resume takes; -1 if there is none."""
-    try:
-        name = (out / "last_checkpoint").read_text()
-    except FileNotFoundError:
+    if not (out / "last_checkpoint").exists():
         return -1
-    return torch.load(out / name)["iteration"]
+    return torch.load(out / (out / "last_checkpoint").read_text())["iteration"]
 
 
-def wait_for_moment(moment, out, process, rng):
-    """Wait for the writing of a checkpoint, an evaluation, or a step."""
-    log, before = out / "log.txt", last_iteration(out)
+def kill_and_resume(synthetic, out, moments, *args, processes=1):
+    """
+    Kill a training at each of ``moments``, and let it end: nothing is lost but the steps since the
+    last checkpoint.
+    """
+    log = out / "log.txt"
 
     def num_evaluations():
         return log.read_text().count("Start inference") if log.exists() else 0
 
-    seen, target = num_evaluations(), before + rng.randint(1, 6)
-    conditions = {
-        "checkpoint": lambda: any(out.glob("model_*.pth.0")),
-        "evaluation": lambda: num_evaluations() > seen,
-        "step": lambda: last_iteration(out) >= target,
-    }
-    wait_for(conditions[moment], process)
-    time.sleep(rng.choice([0, 0.3]) * rng.random())
+    def num_saved():
+        return len([*out.glob("model_0*.pth")])
+
+    for moment in (*moments, ""):
+        before, seen, num = last_iteration(out), num_evaluations(), num_saved()
+        process = start(synthetic, out, *args, processes=processes)
+        conditions = {
+            # The second one at the latest: a short one may be missed.
+            "checkpoint": lambda n=num: any(out.glob("model_*.pth.0")) or num_saved() > n + 1,
+            "evaluation": lambda seen=seen: num_evaluations() > seen,
+            "step": lambda num=num: num_saved() > num,
+        }
+        if moment:
+            wait_for(conditions[moment], process)
+            time.sleep(random.choice([0, 0.3]) * random.random())
+            assert kill_all(out) >= processes + (processes > 1)
+        output = finish(process)
+        for first in re.findall(r"Starting training from iteration (\d+)", output):
+            assert int(first) == before + 1
+        assert process.returncode == (-signal.SIGKILL if moment else 0), output
+        assert "restart" not in output
+        assert (out / "model_final.pth").exists() == (not moment)
 
 
-def kill_and_resume(synthetic, out, rng, num_kills, num_steps=STEPS):
-    """
-    Kill a training ``num_kills`` times, at moments that are chosen at random from its steps, the
-    writing of its checkpoints and its evaluations, and let it end.
-
-    Returns:
-        the moments; and for each run the iteration of the checkpoint it found, and its first one.
-    """
-    moments, began = [], []
-    while True:
-        before = last_iteration(out)
-        process = start(synthetic, out, "SOLVER.MAX_ITER", num_steps)
-        if len(moments) < num_kills:
-            moment = rng.choice(["step", "checkpoint", "evaluation"])
-            wait_for_moment(moment, out, process, rng)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                moments.append(moment)
-        output = process.communicate()[0]
-        resumed = [x for x in output.splitlines() if "Starting training from iteration" in x]
-        if resumed:
-            began.append((before, int(resumed[0].split()[-1])))
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, output
-            return moments, began
+def assert_same(out, whole):
+    """Weights and metrics without times, to the last bit, and nothing written twice."""
+    weights, expected = (torch.load(x / "model_final.pth")["model"] for x in (out, whole))
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value), key
+    assert toy.lines(out) == toy.lines(whole)
+    assert "bbox/AP" in toy.lines(out)[-1]
 
 
-def check(out, began, num_steps=STEPS):
-    """Nothing was lost but the steps since the last checkpoint, and no file is half written."""
-    for before, first in began:
-        assert first == before + 1
-    assert torch.load(out / "model_final.pth")["iteration"] == num_steps - 1
-    for path in out.glob("*.pth"):
-        assert set(torch.load(path)) == {"model", "trainer", "iteration"}
-    metrics = read_metrics(str(out / "metrics.json"))
-    assert "bbox/AP" in metrics[-1]
-
-
-def test_killed(synthetic, tmp_path):
-    """Twice; as a script this file does it as often as it is told."""
-    moments, began = kill_and_resume(synthetic, tmp_path / "out", random.Random(1), 2)
-    assert len(moments) == 2
-    check(tmp_path / "out", began)
+@pytest.mark.parametrize(
+    ("system", "num_processes", "num_workers", "moments"),
+    [
+        ("retinanet", 1, 0, ["evaluation", "step"]),
+        ("faster_rcnn", 2, 2, ["step", "checkpoint"]),
+    ],
+)
+def test_killed(synthetic, tmp_path, system, num_processes, num_workers, moments):
+    """Twice, it is the uninterrupted training; as a script this file does it as often as told."""
+    config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
+    args = ["--config-file", config, "SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SEED", 5]
+    args += ["DATALOADER.NUM_WORKERS", num_workers, "SOLVER.CHECKPOINT_PERIOD", 4]
+    for name, chosen in (("whole", []), ("out", moments)):
+        kill_and_resume(synthetic, tmp_path / name, chosen, *args, processes=num_processes)
+    assert_same(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     ("number", "num_processes"),
-    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2)],
+    [(signal.SIGINT, 1), (signal.SIGTERM, 2)],
 )
 def test_signals(synthetic, tmp_path, number, num_processes):
     """
@@ -139,7 +179,7 @@ def test_signals(synthetic, tmp_path, number, num_processes):
     log = out / "log.txt"
     wait_for(lambda: log.exists() and "iter: 19" in log.read_text(), process)
     os.killpg(process.pid, number)
-    output = process.communicate(timeout=90)[0]
+    output = finish(process, timeout=90)
     saved = last_iteration(out)
     assert saved >= 19, output
     name = signal.Signals(number).name
@@ -151,138 +191,105 @@ def test_signals(synthetic, tmp_path, number, num_processes):
     assert state["iteration"] == saved
     assert state["hooks"]["LRScheduler"]["last_epoch"] == saved + 1  # it has seen this iteration
     assert len(state["processes"]) == num_processes
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert not processes_of(out)
 
 
-def test_signal_during_evaluation(synthetic, tmp_path):
-    """What was trained before it is saved at once; the next run goes on behind it."""
-    out = tmp_path / "out"
-    args = ["SOLVER.CHECKPOINT_PERIOD", 1000, "TEST.EVAL_PERIOD", 3, "SOLVER.MAX_ITER", 9]
-    process = start(synthetic, out, *args)
-    log = out / "log.txt"
-    wait_for(lambda: log.exists() and "Start inference" in log.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, output
-    assert last_iteration(out) in (2, 3), output
+def test_later_metrics(tmp_path):
+    """Lines of iterations to come, and those that are cut short, go; the file stays the same."""
+    path = tmp_path / "metrics.json"
+    _remove_later_metrics(str(path), 0)
+    assert not path.exists()
+    lines = [f'{{"x": {i}.50, "iteration": {i}}}\n' for i in (3, 8, 9, 10, 9, 8, 11)]
+    text = "".join([*lines[:2], '{"x": 1}\n', "[1]\n", "7\n", *lines[2:], '{"iteration": 3'])
+    path.write_text(text)
+    with path.open("a") as already_open:
+        _remove_later_metrics(str(path), 9)
+        assert path.read_text() == lines[0] + lines[1] + lines[5]
+        already_open.write("next\n")
+    assert path.read_text() == lines[0] + lines[1] + lines[5] + "next\n"
 
 
-def final(out):
-    """Weights at the end, and metrics without times."""
-    weights = torch.load(out / "model_final.pth")["model"]
-    lines = read_metrics(str(out / "metrics.json"))
-    lines = [{k: v for k, v in x.items() if "time" not in k and "eta" not in k} for x in lines]
-    return weights, lines
-
-
-@pytest.mark.parametrize(
-    ("system", "num_processes", "num_workers"),
-    [("faster_rcnn", 1, 2), ("retinanet", 1, 0), ("faster_rcnn", 2, 2)],
-)
-def test_same_as_uninterrupted(synthetic, tmp_path, system, num_processes, num_workers):
-    """Killed twice, the second time with other workers: weights and metrics to the last bit."""
-    config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
-    args = ["--config-file", config, "SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SEED", 5]
-    args += ["DATALOADER.NUM_WORKERS", num_workers, "SOLVER.CHECKPOINT_PERIOD", 4]
-    whole = tmp_path / "whole"
-    process = start(synthetic, whole, *args, processes=num_processes)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    out = tmp_path / "out"
-    for iteration in (3, 11):
-        quiet = {"start_new_session": True, "stdout": subprocess.DEVNULL}
-        process = start(synthetic, out, *args, processes=num_processes, **quiet)
-        wait_for(lambda least=iteration: last_iteration(out) >= least, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    process = start(synthetic, out, *args, processes=num_processes)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "start anew" not in output
-    weights, metrics = final(out)
-    expected_weights, expected_metrics = final(whole)
-    for key, value in expected_weights.items():
-        assert torch.equal(weights[key], value), key
-    assert metrics == expected_metrics
-    iterations = [json.loads(x)["iteration"] for x in (out / "metrics.json").open()]
-    assert sorted(set(iterations)) == [x["iteration"] for x in metrics]
-
-
-@pytest.fixture(scope="module")
-def trained(synthetic, tmp_path_factory):
-    """Output of a training with checkpoints after 5 and 10 steps, stopped there."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    process = start(synthetic, out, "SOLVER.MAX_ITER", 10, "TEST.EVAL_PERIOD", 0)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    (out / "model_final.pth").unlink()
-    (out / "last_checkpoint").write_text("model_0000009.pth")
-    return out
-
-
-@pytest.fixture
-def resumable(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "out")
-
-
-def test_broken_checkpoint(synthetic, resumable):
-    """The one before it is taken, and said so."""
-    cut_short(resumable / "model_0000009.pth")
-    process = start(synthetic, resumable, "SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 0)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "This checkpoint is broken, trying the one before" in output
-    assert "model_0000009.pth" in output
-    assert "Starting training from iteration 5" in output
+def test_histories():
+    """The last twenty values behind each median, but for times, with their iterations."""
+    storages = [EventStorage(0), EventStorage(30)]
+    for i in range(30):
+        storages[0].iter = i
+        storages[0].put_scalars(loss=i * i, data_time=i)
+        storages[0].put_scalar("bbox/AP", i, smoothing_hint=False)
+    histories = json.loads(json.dumps(_get_histories(storages[0])))
+    assert histories == {"loss": [[i * i, i] for i in range(10, 30)]}
+    _set_histories(storages[1], histories)
+    assert storages[1].iter == 30
+    medians = [storage.latest_with_smoothing_hint(20)["loss"] for storage in storages]
+    assert medians == [((19**2 + 20**2) / 2, 29)] * 2
 
 
 def cut_short(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("with_optimizer", [True, False])
-def test_optimizer_and_schedule_are_resumed(synthetic, resumable, with_optimizer, caplog):
-    """Momentum, learning rate and iteration are those of the checkpoint."""
-    path = resumable / "model_0000009.pth"
-    state = torch.load(path)
-    momentum = state["trainer"]["_trainer"]["optimizer"]["state"]
-    assert len(momentum) > 20
-    assert sum(x["momentum_buffer"].abs().sum() for x in momentum.values()) > 0
-    if not with_optimizer:  # as Detectron2 0.6 writes it
-        del state["trainer"]["_trainer"]
-        for name in ("processes", "normalizers", "histories"):  # which only this project has
-            del state["trainer"][name]
-        torch.save(state, path)
-    cfg = demo_cfg(DEMO_CONFIG)
-    cfg.merge_from_list([*TINY, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(resumable)])
-    register_coco_json(
-        "test_resume", str(synthetic / "instances.json"), str(synthetic / "images"), str(resumable)
-    )
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("test_resume",), ()
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == 10
-    assert trainer.scheduler.last_epoch == 10
-    resumed = trainer._trainer.optimizer.state_dict()["state"]
-    if not with_optimizer:
-        assert "The checkpoint lacks the optimizer's state" in caplog.text
-        assert "random numbers start anew" in caplog.text
-        return
-    assert resumed.keys() == momentum.keys()
-    for key, value in momentum.items():
-        assert torch.equal(resumed[key]["momentum_buffer"], value["momentum_buffer"])
+def test_broken_checkpoints(whole, tmp_path, caplog):
+    """The one before is taken, and not the best model, and said so; if there is none, that."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    (out / "last_checkpoint").write_text("model_0000009.pth")
+    cut_short(out / "model_0000009.pth")
+    (out / "model_final.pth").unlink()
+    (out / "model_best.pth").touch()
+    assert toy.run(out).start_iter == 8
+    assert "This checkpoint is broken, trying the one before" in caplog.text
+    assert "model_0000009.pth" in caplog.text
+    toy.assert_same(out, whole)
+    for path in out.glob("*.pth"):
+        cut_short(path)
+    with pytest.raises(InputError, match="none of the 6 checkpoints in"):
+        toy.run(out)
 
 
-def test_other_settings(synthetic, resumable):
+def test_full_disk(toy_data, tmp_path):
+    """
+    A checkpoint for which there is no room (here: beyond the largest file that the process may
+    write) ends the training with one line. What was there stays, and serves to resume.
+    """
+    toy.run(tmp_path, until=6)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "model_0000005.pth").stat().st_size // 2
+    for name in ("metrics.json", *(p.name for p in tmp_path.glob("events*"))):
+        assert (tmp_path / name).stat().st_size < size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        match = "model_0000007.pth: cannot be written.*Is the disk full. Training can be resumed"
+        with pytest.raises(InputError, match=match):
+            toy.run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == [
+        f"model_{i:07d}.pth" for i in (1, 3, 5)
+    ]
+    assert last_iteration(tmp_path) == 5
+
+
+def resume(synthetic, out, *args, json_file="instances.json"):
+    """Train one more step than none, in this process."""
+    data = ["--train-json", synthetic / json_file, "--train-images", synthetic / "images"]
+    command = ["--resume", "--config-file", DEMO_CONFIG, *data, *TINY, "OUTPUT_DIR", out, *args]
+    main([str(x) for x in [*command, "SOLVER.MAX_ITER", 1, "MODEL.DEVICE", "cpu"]])
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "out"
+    resume(synthetic, out)
+    return out
+
+
+def test_other_settings(synthetic, trained, tmp_path):
     """What differs from the training that is resumed is said, value by value."""
-    args = ["SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 0, "SOLVER.BASE_LR", 0.01]
-    process = start(synthetic, resumable, *args)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert "--resume: SOLVER.BASE_LR is 0.01, but was 0.04 before" in output
-    assert "--resume: SOLVER.MAX_ITER is 11, but was 10 before" in output
-    assert output.count("but was") == 2
+    out = shutil.copytree(trained, tmp_path / "out")
+    resume(synthetic, out, "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 7)
+    log = (out / "log.txt").read_text()
+    assert "--resume: SOLVER.BASE_LR is 0.01, but was 0.04 before" in log
+    assert "--resume: SOLVER.CHECKPOINT_PERIOD is 7, but was 2 before" in log
+    assert log.count("but was") == 2
 
 
 @pytest.mark.parametrize(
@@ -291,82 +298,28 @@ def test_other_settings(synthetic, resumable):
         (["MODEL.ROI_BOX_HEAD.FC_DIM", 64], "the first 'roi_heads.box_head.fc1."),
         (["MODEL.LIBRA.BFP.ENABLED", False], "the first 'backbone.bfp.refine.* (not in the model)"),
         (["MODEL.LIBRA.BFP.REFINE_TYPE", "conv"], "the first 'backbone.bfp.refine."),
+        ([], "with 4 classes, but the config's model is a"),
     ],
 )
-def test_another_model_is_not_resumed(synthetic, resumable, args, message):
-    process = start(synthetic, resumable, *args)
-    output = process.communicate()[0]
-    assert process.returncode == 2, output
-    line = output.splitlines()[-1]
-    assert "model_0000009.pth: these are weights of a" in line
-    for part in message.split("*"):
-        assert part in line
-
-
-def test_other_classes_are_not_resumed(synthetic, resumable, tmp_path):
+def test_another_model_is_not_resumed(synthetic, trained, tmp_path, capsys, args, message):
     dataset = json.loads((synthetic / "instances.json").read_text())
     dataset["categories"].append({"id": 99, "name": "another"})
     (tmp_path / "five.json").write_text(json.dumps(dataset))
-    data = ["--train-json", tmp_path / "five.json", "--train-images", synthetic / "images"]
-    command = [sys.executable, "-W", "ignore", ROOT / "train_net.py", "--resume", "--config-file"]
-    command += [DEMO_CONFIG, *data, "OUTPUT_DIR", resumable, *TINY]
-    result = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert "with 4 classes, but the config's model is a" in result.stderr.splitlines()[-1]
-
-
-def test_number_of_checkpoints(synthetic, resumable):
-    """The last two, those from before the training was resumed included."""
-    args = ["SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 0]
-    process = start(synthetic, resumable, *args, "MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS", 2)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert sorted(p.name for p in resumable.glob("model*")) == [
-        "model_0000009.pth",
-        "model_0000014.pth",
-        "model_final.pth",
-    ]
-
-
-def test_all_checkpoints_broken(synthetic, resumable):
-    for path in resumable.glob("*.pth"):
-        cut_short(path)
-    process = start(synthetic, resumable)
-    output = process.communicate()[0]
-    assert process.returncode == 2, output
-    assert "error: --resume: none of the 2 checkpoints in" in output.splitlines()[-1]
-
-
-def test_full_disk(synthetic, resumable):
-    """
-    A checkpoint for which there is no room (here: beyond the largest file that the process may
-    write) ends the training with one line. What was there stays, and serves to resume.
-    """
-    limit = (resumable / "model_0000009.pth").stat().st_size // 2
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = start(
-        synthetic, resumable, "SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, preexec_fn=limit_files
-    )
-    output = process.communicate()[0]
-    assert process.returncode == 2, output
-    line = output.splitlines()[-1]
-    assert "model_0000014.pth: cannot be written" in line
-    assert "Is the disk full? The last checkpoint is" in line
-    assert sorted(p.name for p in resumable.glob("model*")) == [
-        "model_0000004.pth",
-        "model_0000009.pth",
-    ]
-    assert last_iteration(resumable) == 9
+    json_file = "instances.json" if args else tmp_path / "five.json"
+    with pytest.raises(SystemExit, match="2"):
+        resume(synthetic, trained, *args, json_file=json_file)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model_final.pth: these are weights of another model" in line
+    for part in message.split("*"):
+        assert part in line
 
 
 if __name__ == "__main__":
     # python tests/test_resume.py DATASET OUTPUT NUM_KILLS
     dataset, output, num = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    steps = 10 * num
-    all_moments, all_began = kill_and_resume(dataset, output, random.Random(0), num, steps)
-    check(output, all_began, steps)
-    print(f"killed {len(all_moments)} times: {', '.join(all_moments)}")
-    print(f"(checkpoint, first iteration): {all_began}")
+    chosen = random.choices(MOMENTS, k=num)
+    steps = ["SOLVER.MAX_ITER", 10 * num]
+    kill_and_resume(dataset, output / "whole", [], *steps)
+    kill_and_resume(dataset, output / "out", chosen, *steps)
+    assert_same(output / "out", output / "whole")
+    print(f"killed {len(chosen)} times: {', '.join(chosen)}")

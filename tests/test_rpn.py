@@ -2,10 +2,15 @@
 import pytest
 import torch
 from conftest import demo_cfg, random_inputs
+from test_normalizer import another_process
 
 from detectron2.modeling import build_backbone, build_proposal_generator
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.utils.events import EventStorage
+
+from libra_d2.errors import ArgumentError
+from libra_d2.modeling import LibraRPN
 
 IMAGE_SIZE = (96, 128)
 
@@ -55,7 +60,7 @@ def test_negatives_are_drawn_uniformly():
 
 
 def losses(rpn, gt_instances):
-    """Losses of fixed predictions, without sampling (batch size exceeds the number of anchors)."""
+    """Losses of fixed predictions of two images, and labels of the anchors."""
     features = {f"p{i + 2}": torch.zeros(2, 16, 24 // 2**i, 32 // 2**i) for i in range(5)}
     anchors = rpn.anchor_generator([features[f"p{i + 2}"] for i in range(5)])
     torch.manual_seed(1)
@@ -66,8 +71,11 @@ def losses(rpn, gt_instances):
         return rpn.losses(anchors, logits, gt_labels, deltas, gt_boxes), torch.stack(gt_labels)
 
 
-def test_normalizer():
-    """Both losses times 128 * 2 over the number of sampled anchors, at least 1 + 1 per image."""
+def test_normalizer(monkeypatch):
+    """
+    Both losses times 128 * 2 over the number of sampled anchors, at least 1 + 1 per image; of
+    several processes the mean of these.
+    """
     gt_instances = [x["instances"] for x in random_inputs(4, 0, size=IMAGE_SIZE)]
     plain, _ = losses(build(LIBRA__RPN__NORMALIZER="batch_size"), gt_instances)
     libra, gt_labels = losses(build(), gt_instances)
@@ -75,8 +83,11 @@ def test_normalizer():
     assert num_positive[1] == 0
     num_sampled = 6 * num_positive[0] + 1 + 5
     assert (gt_labels >= 0).sum() == num_sampled - 1
+    another_process(monkeypatch, float(num_sampled + 10))
+    both, _ = losses(build(), gt_instances)
     for name in ("loss_rpn_cls", "loss_rpn_loc"):
         torch.testing.assert_close(libra[name], plain[name] * 256 / num_sampled)
+        torch.testing.assert_close(both[name], plain[name] * 256 / (num_sampled + 5))
 
 
 def test_all_off_is_the_parent():
@@ -91,51 +102,20 @@ def test_all_off_is_the_parent():
     assert losses(off, gt_instances)[0] == losses(plain, gt_instances)[0]
 
 
-@pytest.mark.parametrize("num_boxes", [(2, 0), (0, 0), (5, 3)])
-def test_train_step(num_boxes):
-    rpn = build()
-    features = {
-        f"p{i + 2}": torch.randn(2, 16, 24 // 2**i, 32 // 2**i, requires_grad=True)
-        for i in range(5)
-    }
-    inputs = random_inputs(*num_boxes, size=IMAGE_SIZE)
-    images = ImageList(torch.zeros(2, 3, *IMAGE_SIZE), [IMAGE_SIZE] * 2)
-    with EventStorage() as storage:
-        proposals, loss = rpn(images, features, [x["instances"] for x in inputs])
-        assert "rpn/num_neg_anchors" in storage.latest()
-    sum(loss.values()).backward()
-    assert len(proposals) == 2
-    assert all(torch.isfinite(x.grad).all() for x in (*features.values(), *rpn.parameters()))
-
-
 def test_bad_normalizer():
-    with pytest.raises(ValueError, match="normalizer is 'images': use one of"):
+    with pytest.raises(ArgumentError, match="^normalizer is 'images': use one of"):
         build(LIBRA__RPN__NORMALIZER="images")
 
 
-def test_matches_reference_sampler(mmdet):
-    """The numbers of sampled anchors are those of mmdetection's sampler with neg_pos_ub = 5."""
-    from mmdet.models.task_modules.assigners import AssignResult
-    from mmdet.models.task_modules.samplers import RandomSampler
-    from mmengine.structures import InstanceData
-
-    rpn = build()
-    sampler = RandomSampler(num=128, pos_fraction=0.5, neg_pos_ub=5, add_gt_as_proposals=False)
-    for num_positive, num_negative in ((0, 900), (3, 900), (9, 20), (200, 900)):
-        label = labels(num_positive, num_negative)
-        result = sampler.sample(
-            AssignResult(1, label.long(), label.float(), label.long()),
-            InstanceData(priors=torch.zeros(len(label), 4)),
-            InstanceData(bboxes=torch.zeros(1, 4), labels=torch.zeros(1).long()),
-        )
-        ours = rpn._subsample_labels(label)
-        assert (ours == 1).sum() == len(result.pos_inds)
-        assert (ours == 0).sum() == len(result.neg_inds)
-
-
-def test_boxes_are_not_touched():
-    """The ground truth of the caller is not modified."""
-    instances = Instances(IMAGE_SIZE, gt_boxes=Boxes(torch.tensor([[1.0, 2.0, 30.0, 40.0]])))
-    instances.gt_classes = torch.zeros(1).long()
-    losses(build(), [instances, instances])
-    assert instances.gt_boxes.tensor.tolist() == [[1, 2, 30, 40]]
+def test_defaults():
+    """Of the arguments, and what is read from a config."""
+    cfg = demo_cfg()
+    shape = build_backbone(cfg).output_shape()
+    names = ("max_neg_per_pos", "normalizer", "padding_anchors")
+    rpn = LibraRPN(**RPN.from_config(cfg, shape))
+    assert [getattr(rpn, name) for name in names] == [5, "sampled", False]
+    assert type(rpn.anchor_matcher) is Matcher
+    keys = {"MAX_NEG_PER_POS": 3, "PADDING_ANCHORS": True, "LOW_QUALITY_IOU": 0.1}
+    rpn = build(LIBRA__RPN__NORMALIZER="batch_size", **{f"LIBRA__RPN__{k}": keys[k] for k in keys})
+    assert [getattr(rpn, name) for name in names] == [3, "batch_size", True]
+    assert rpn.anchor_matcher.min_iou == 0.1

@@ -3,28 +3,23 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 
-from libra_d2.data.run_lengths import _decode, check_run_lengths
+from libra_d2.data.run_lengths import check_run_lengths
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_pycocotools_writes(seed):
-    """Masks of any size are taken, compressed or not, and the lengths add up."""
+    """Masks of any size are taken, compressed or not, if the lengths add up to that size."""
     rng = np.random.default_rng(seed)
     height, width = (int(x) for x in rng.integers(1, 90, 2))
     mask = (rng.random((height, width)) < rng.random()).astype(np.uint8)
-    encoded = mask_utils.encode(np.asfortranarray(mask))
-    text = encoded["counts"].decode()
-    check_run_lengths({"size": [height, width], "counts": text}, height, width)
-    counts = _decode(text)
-    flat, runs = mask.flatten(order="F"), []
-    value = 0
-    while len(flat):
-        ends = np.flatnonzero(flat != value)
-        length = int(ends[0]) if len(ends) else len(flat)
-        runs.append(length)
-        flat, value = flat[length:], 1 - value
-    assert counts == runs
-    check_run_lengths({"size": [height, width], "counts": runs}, height, width)
+    text = mask_utils.encode(np.asfortranarray(mask))["counts"].decode()
+    # Column after column, beginning with zeros.
+    changes = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
+    runs = np.diff(changes, prepend=0, append=mask.size).tolist()
+    for counts in (text, runs):
+        check_run_lengths({"size": [height, width], "counts": counts}, height, width)
+        with pytest.raises(ValueError, match=f"up to {mask.size}, not to {height} x {width + 1}"):
+            check_run_lengths({"size": [height, width + 1], "counts": counts}, height, width + 1)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +38,13 @@ def test_what_pycocotools_writes(seed):
         ({"size": [3, 4], "counts": "\u00e9"}, "is no run length"),
         ({"size": [3, 4], "counts": " "}, "is no run length"),
         ({"size": [3, 4], "counts": "P"}, "cut short"),
-        ({"size": [3, 4], "counts": "oooooooooo"}, "is no run length"),
+        ({"size": [3, 4], "counts": "ooooooo0"}, "'0' in its counts is no run length"),
+        ({"size": [3, 4], "counts": "oooooo0"}, f"add up to {2**30 - 1}, not to 3 x 4"),
+        ({"size": [3, 4], "counts": "p"}, "'p' in its counts is no run length"),
+        ({"size": [3, 4], "counts": "/"}, "'/' in its counts is no run length"),
+        *(({"size": [3, 4], "counts": c}, f"up to {n},") for c, n in (("0", 0), ("_0", 15))),
+        # 5, 1, 2; then 1 + 2, 2 - 1 and 3 + 31: differences to the one before the last.
+        ({"size": [3, 4], "counts": "5122Oo0"}, "add up to 46, not to 3 x 4"),
         ({"size": [3, 4], "counts": "@"}, "integers of 0 or more"),
     ],
 )

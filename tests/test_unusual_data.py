@@ -10,16 +10,15 @@ import pytest
 import torch
 from conftest import ROOT, demo_cfg
 from PIL import Image
-from test_train_net import TINY, own_data, train_net
+from test_train_net import TINY, own_data
 
-from detectron2.data import DatasetCatalog, build_detection_train_loader, detection_utils
+from detectron2.data import DatasetCatalog, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from libra_d2.data import LibraDatasetMapper, read_image, register_coco_json
+from libra_d2.data import LibraDatasetMapper, register_coco_json
 from libra_d2.engine import main as script
-from libra_d2.errors import InputError
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -33,47 +32,35 @@ def unusual(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unusual")
     rotated = Image.Exif()
     rotated[0x0112] = 6  # turn by 90 degrees
+    box, colors = [4, 4, 30, 30], noise(64, 80, 3)
     images = {  # file, stored as, boxes
-        "gray.png": (Image.fromarray(noise(64, 80)), [[4, 4, 30, 30]]),
-        "gray16.png": (Image.fromarray(noise(64, 80, dtype=np.uint16)), [[4, 4, 30, 30]]),
-        "cmyk.jpg": (Image.fromarray(noise(64, 80, 4), mode="CMYK"), [[4, 4, 30, 30]]),
-        "palette.png": (Image.fromarray(noise(64, 80, 3)).quantize(16), [[4, 4, 30, 30]]),
-        "transparent.png": (Image.fromarray(noise(64, 80, 4)), [[4, 4, 30, 30]]),
-        "black_and_white.png": (Image.fromarray(noise(64, 80) > 128), [[4, 4, 30, 30]]),
-        "turned.jpg": (Image.fromarray(noise(64, 80, 3)), [[4, 4, 30, 60]]),
-        "empty.png": (Image.fromarray(noise(64, 80, 3)), []),
-        "pixels.png": (Image.fromarray(noise(64, 80, 3)), [[i, i, 1, 1] for i in range(20)]),
-        "tiny.png": (Image.fromarray(noise(64, 80, 3)), [[3, 3, 0.1, 0.1], [70.5, 2, 0.01, 9]]),
-        "crowded.png": (
-            Image.fromarray(noise(64, 80, 3)),
-            [[x % 25 * 3, x // 25 * 3, 2 + x % 7, 2 + x % 5] for x in range(500)],
-        ),
-        "the_same.png": (Image.fromarray(noise(64, 80, 3)), [[4, 4, 30, 30]] * 9),
-        "whole.png": (Image.fromarray(noise(64, 80, 3)), [[0, 0, 80, 64]]),
-        "wide.png": (Image.fromarray(noise(8, 640, 3)), [[0, 0, 640, 8], [5, 2, 3, 3]]),
-        "high.png": (Image.fromarray(noise(640, 8, 3)), [[0, 0, 8, 640]]),
-        "crowd_only.png": (Image.fromarray(noise(64, 80, 3)), [[4, 4, 30, 30]]),
-        "with_crowd.png": (Image.fromarray(noise(64, 80, 3)), [[4, 4, 30, 30], [0, 0, 80, 64]]),
-        "uniform.png": (Image.new("RGB", (80, 64), (255, 255, 255)), [[4, 4, 30, 30]]),
+        "gray16.png": (noise(64, 80, dtype=np.uint16), [box]),
+        "cmyk.jpg": (Image.fromarray(noise(64, 80, 4), mode="CMYK"), [box]),
+        "turned.jpg": (colors, [[4, 4, 30, 60]]),
+        "empty.png": (colors, []),
+        "pixels.png": (colors, [[i, i, 1, 1] for i in range(20)]),
+        "tiny.png": (colors, [[3, 3, 0.1, 0.1], [70.5, 2, 0.01, 9]]),
+        "many.png": (colors, [[i % 25 * 3, i // 25 * 3, 2 + i % 7, 2 + i % 5] for i in range(500)]),
+        "the_same.png": (colors, [box] * 9),
+        "whole.png": (colors, [[0, 0, 80, 64]]),
+        "wide.png": (noise(8, 640, 3), [[0, 0, 640, 8], [5, 2, 3, 3]]),
+        "high.png": (noise(640, 8, 3), [[0, 0, 8, 640]]),
+        "crowd_only.png": (colors, [box]),
+        "with_crowd.png": (colors, [box, [0, 0, 80, 64]]),
+        "uniform.png": (np.full_like(colors, 255), [box]),
     }
     dataset = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
     (folder / "images").mkdir()
     for i, (name, (image, boxes)) in enumerate(images.items(), 1):
+        image = image if name == "cmyk.jpg" else Image.fromarray(image)
         width, height = image.size[::-1] if name == "turned.jpg" else image.size
         image.save(folder / "images" / name, **({"exif": rotated} if name == "turned.jpg" else {}))
         dataset["images"].append({"id": i, "file_name": name, "width": width, "height": height})
         for k, box in enumerate(boxes):
-            crowd = "crowd" in name and "crowded" not in name and k == len(boxes) - 1
-            dataset["annotations"].append(
-                {
-                    "id": len(dataset["annotations"]) + 1,
-                    "image_id": i,
-                    "category_id": 1,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": int(crowd),
-                }
-            )
+            crowd = "crowd" in name and k == len(boxes) - 1
+            ids = {"id": len(dataset["annotations"]) + 1, "image_id": i, "category_id": 1}
+            shape = {"bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+            dataset["annotations"].append({**ids, **shape})
     (folder / "instances.json").write_text(json.dumps(dataset))
     return folder
 
@@ -112,42 +99,26 @@ def test_trains_on(unusual, tmp_path, system):
                 if parameter.grad is not None:
                     assert torch.isfinite(parameter.grad).all(), (files[-2:], name)
             optimizer.step()
-    assert len(set(files)) == len(records) == 18
+    assert len(set(files)) == len(records) == 14
 
 
-def test_read_image(unusual, tmp_path):
-    """16 bits are scaled, the camera's orientation applied, others read as Detectron2 does."""
-    images = unusual / "images"
-    gray = noise(64, 80, dtype=np.uint16)
-    assert np.array_equal(
-        read_image(str(images / "gray16.png"), "BGR"),
-        np.repeat((gray / 257).round().astype(np.uint8)[:, :, None], 3, axis=2),
-    )
-    assert read_image(str(images / "turned.jpg"), "RGB").shape == (80, 64, 3)
-    for path in sorted(images.iterdir()):
-        if path.name != "gray16.png":
-            expected = detection_utils.read_image(str(path), "BGR")
-            assert np.array_equal(read_image(str(path), "BGR"), expected), path
-    Image.new("F", (4, 4)).save(tmp_path / "f.tif")
-    with pytest.raises(InputError, match=r"f\.tif: floating point pixels: save it with 8 bits"):
-        read_image(str(tmp_path / "f.tif"))
+def fails(capsys, system, *args):
+    """What the training script says in its only line on an error."""
+    args = ["--config-file", ROOT / f"configs/Demo/{system}_R_18_FPN.yaml", *args]
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(a) for a in args])
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    return line
 
 
 @pytest.mark.parametrize("system", SYSTEMS[:2])
-def test_divergence(synthetic, tmp_path, system):
-    """A loss that is not finite ends the training; what to know is in one line."""
-    config = ROOT / f"configs/Demo/{system}_R_18_FPN.yaml"
+def test_divergence(synthetic, tmp_path, system, capsys):
+    """A loss that is not finite ends the training; what is written before is finite."""
     args = [*TINY, "SOLVER.BASE_LR", "1e18", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "20"]
     args += ["SOLVER.CHECKPOINT_PERIOD", "1", "OUTPUT_DIR", tmp_path]
-    result = train_net(*own_data(synthetic, "train"), *args, config=config)
-    assert result.returncode == 2, result.stderr
-    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error:")]
+    line = fails(capsys, system, *own_data(synthetic, "train"), *args)
     # Either the loss of the next step is not finite, or the weights are already.
-    if "a loss is not finite at iteration" in line:
-        assert "loss_cls" in line
-        assert line.count(f"{synthetic}/images/") == 2
-    else:
-        assert "is not finite: the training has diverged" in line
+    assert ("a loss is not finite at" in line) != ("is not finite: the training has div" in line)
     for path in tmp_path.glob("model*.pth"):
         for name, weight in torch.load(path)["model"].items():
             assert torch.isfinite(weight.float()).all(), (path, name)
@@ -168,15 +139,12 @@ def test_divergence_names_images(synthetic, tmp_path, monkeypatch, capsys):
         return model
 
     monkeypatch.setattr(script.Trainer, "build_model", staticmethod(build_model_that_fails))
-    args = ["--config-file", ROOT / f"configs/Demo/{SYSTEMS[0]}_R_18_FPN.yaml"]
-    args += [*own_data(synthetic, "train"), *TINY, "SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path]
-    with pytest.raises(SystemExit, match="2"):
-        script.main([str(a) for a in args])
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    args = [*own_data(synthetic, "train"), *TINY, "SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path]
+    line = fails(capsys, SYSTEMS[0], *args)
     assert "a loss is not finite at iteration 3 (" in line
     assert "loss_cls nan" in line
     assert line.count(f"{synthetic}/images/") == 2
-    assert f"The last checkpoint is {tmp_path}/model_0000001.pth: --resume continues" in line
+    assert f"Training can be resumed from {tmp_path}/model_0000001.pth" in line
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

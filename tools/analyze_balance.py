@@ -14,20 +14,19 @@ DATASETS.TRAIN.
 
 import argparse
 import json
-import logging
 import os
 from typing import Any, Dict, List
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
-from detectron2.utils.logger import setup_logger
 
 from libra_d2.analysis import (
     Recording,
+    box_loss_name,
     feature_statistics,
     objective_statistics,
     plot_gradient_shares,
@@ -39,21 +38,18 @@ from libra_d2.analysis import (
     sample_statistics,
 )
 from libra_d2.analysis.html_page import Section, write_page
-from libra_d2.checkpoint import build_trained_model
-from libra_d2.data import build_augmentation, build_mapper, read_image
+from libra_d2.config import Recipe, check_datasets
+from libra_d2.data import read_image
 from libra_d2.engine import (
     add_data_arguments,
-    check_datasets,
     config_argument_parser,
+    prepare_output_dir,
     prepare_proposal_files,
     read_config,
     register_own_data,
     report_errors,
 )
 from libra_d2.errors import InputError
-from libra_d2.plain_detector import box_loss_name
-
-logger = logging.getLogger("libra_d2.analyze_balance")
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -64,20 +60,20 @@ def build_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_images(cfg: CfgNode, dataset: str, split: str, num_images: int) -> List[Dict[str, Any]]:
+def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> List[Dict[str, Any]]:
     """
     Inputs of a model in training, of images spread over a dataset, not augmented.
 
     Args:
-        cfg: for image sizes, and proposals if the model needs them.
+        recipe: for image sizes, and proposals if the model needs them.
         dataset: a registered dataset.
-        split: "TRAIN" or "TEST", where ``cfg.DATASETS`` names it.
+        split: "train" or "test", where the recipe names it.
         num_images: at most so many, of those with annotations.
     """
-    files = cfg.DATASETS[f"PROPOSAL_FILES_{split}"] if cfg.MODEL.LOAD_PROPOSALS else None
+    files = getattr(recipe, f"{split}_proposals") if recipe.needs_proposals else None
     records = get_detection_dataset_dicts([dataset], proposal_files=files)
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
-    mapper = build_mapper(cfg, is_train=True, augmentations=build_augmentation(cfg, is_train=False))
+    mapper = recipe.build_mapper(True, augmentations=recipe.build_augmentations(False))
     return [mapper(records[i]) for i in chosen]
 
 
@@ -94,72 +90,79 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: str) -> Dict:
-    """
-    Write figures and page into ``folder``.
+class Report:
+    """Figures, texts and numbers, one imbalance after the other."""
 
-    Returns:
-        the numbers: "samples", "features" and "objective", as far as the model has them.
-    """
-    recording = merge([record(model, [[image]]) for image in tqdm(images, unit="image")])
-    numbers: Dict[str, Any] = {"num_images": len(images)}
-    sections: List[Section] = []
+    def __init__(self, folder: str):
+        """Args: folder: for the figures."""
+        self.folder = folder
+        self.sections: List[Section] = []
+        self.numbers: Dict[str, Any] = {}
 
-    def add(figure, name: str, title: str, text: str) -> None:
-        path = os.path.join(folder, f"{name}.png")
+    def add(self, figure: Figure, name: str, title: str, text: str) -> None:
+        """Save a figure as ``name``.png and add a section with it."""
+        path = os.path.join(self.folder, f"{name}.png")
         figure.savefig(path, dpi=130)
-        sections.append(Section(title, text, path))
+        self.sections.append(Section(title, text, path))
 
-    if recording.candidates:
-        numbers["samples"] = samples = sample_statistics(
-            recording.candidates,
-            num_bins=cfg.MODEL.LIBRA.SAMPLER.NUM_BINS,
-            negative_iou_thresh=cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
-        )
-        easy = [percent(samples[name]["negatives"][0]) for name in ("candidates", "random")]
-        paper = samples["balanced, paper's bins"]
-        add(
-            plot_sampling(samples),
-            "samples",
-            "Samples: which negatives the second stage is trained on",
-            f"{easy[0]} of the negative proposals, and {easy[1]} of those drawn at random, overlap "
-            f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. Drawn equally "
-            f"from each bin (dotted lines) it is {percent(paper['negatives'][0])}, as far as the "
-            "bins hold enough; and each object gets the same number of positives.",
-        )
-    numbers["features"] = features = feature_statistics(recording.levels)
-    names = sorted(
-        model.backbone.output_shape(), key=lambda name: model.backbone.output_shape()[name].stride
+
+def report_samples(report: Report, recipe: Recipe, recording: Recording) -> None:
+    """Which proposals the second stage is trained on."""
+    report.numbers["samples"] = samples = sample_statistics(
+        recording.candidates,
+        num_bins=recipe.num_bins,
+        negative_iou_thresh=recipe.iou_thresholds[0],
     )
+    easy = [percent(samples[name]["negatives"][0]) for name in ("candidates", "random")]
+    paper = samples["balanced, paper's bins"]
+    report.add(
+        plot_sampling(samples),
+        "samples",
+        "Samples: which negatives the second stage is trained on",
+        f"{easy[0]} of the negative proposals, and {easy[1]} of those drawn at random, overlap "
+        f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. Drawn equally "
+        f"from each bin (dotted lines) it is {percent(paper['negatives'][0])}, as far as the "
+        "bins hold enough; and each object gets the same number of positives.",
+    )
+
+
+def report_features(
+    report: Report, model: torch.nn.Module, recording: Recording, image: np.ndarray
+) -> None:
+    """What the levels of the pyramid hold."""
+    report.numbers["features"] = features = feature_statistics(recording.levels)
+    shapes = model.backbone.output_shape()
+    names = sorted(shapes, key=lambda name: shapes[name].stride)
     if "added" in features:
-        size = model.backbone.bfp.refine_level
         text = (
             "The balanced feature pyramid adds the same features, the refined average of all "
-            f"levels at the size of {names[size]}, to every level (middle bars). The levels "
-            "resemble each other more the more they share: compare the two matrices."
+            f"levels at the size of {names[model.backbone.bfp.refine_level]}, to every level "
+            "(middle bars). The levels resemble each other more the more they share: compare the "
+            "two matrices."
         )
     else:
         text = (
             "This model has no balanced feature pyramid. The bars show the energy of each level, "
             "the matrix how much the levels resemble each other at the same place."
         )
-    add(plot_levels(features, names), "levels", "Features: what the pyramid's levels hold", text)
-    add(
-        plot_heat_maps(recording.levels[0], names, _thumbnail(images[0])),
+    title = "Features: what the pyramid's levels hold"
+    report.add(plot_levels(features, names), "levels", title, text)
+    report.add(
+        plot_heat_maps(recording.levels[0], names, image),
         "heat_maps",
         "Features: the levels of one image",
         "Bright places have large features; each map has a scale of its own. Where the first and "
         "the last level of a plain pyramid see different things, after balancing both hold what "
         "all levels have seen.",
     )
-    retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
-    losses = {name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()}
-    # That of the baseline, which libra_d2.plain_detector defines.
-    beta = (
-        cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA if retina else cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA
-    )
+
+
+def report_objective(report: Report, recipe: Recipe, recording: Recording) -> None:
+    """Which errors set the gradient of the box loss."""
+    losses = {name: getattr(recipe, name) for name in ("alpha", "gamma", "beta", "form")}
+    beta = recipe.smooth_l1_beta  # of the baseline
     loss_name = box_loss_name(beta)
-    add(
+    report.add(
         plot_losses(**losses, smooth_l1_beta=beta),
         "losses",
         f"Objective: balanced L1 and {loss_name}",
@@ -167,29 +170,46 @@ def analyze(cfg: CfgNode, model: torch.nn.Module, images: List[Dict], folder: st
         "Gamma is the gradient of all larger errors, the outliers.",
     )
     errors = torch.cat(recording.box_errors) if recording.box_errors else torch.empty(0)
-    if len(errors):
-        numbers["objective"] = objective = objective_statistics(
-            errors.cpu(), **losses, smooth_l1_beta=beta
-        )
-        shares = {k: percent(v["inlier_gradient"]) for k, v in objective.items() if "L1" in k}
-        add(
-            plot_gradient_shares(objective),
-            "gradient_shares",
-            "Objective: who sets the gradient in these images",
-            f"{percent(objective['inliers'])} of the errors are inliers. They contribute "
-            f"{shares[loss_name]} of the gradient of {loss_name} loss, the plain detector's; "
-            f"{shares[box_loss_name(losses['beta'])]} of that of smooth L1 loss with the same "
-            f"beta, which the paper compares with; and {shares['balanced L1']} of that of balanced "
-            "L1 loss.",
-        )
+    if not len(errors):
+        return
+    report.numbers["objective"] = objective = objective_statistics(
+        errors.cpu(), **losses, smooth_l1_beta=beta
+    )
+    shares = {k: percent(v["inlier_gradient"]) for k, v in objective.items() if "L1" in k}
+    report.add(
+        plot_gradient_shares(objective),
+        "gradient_shares",
+        "Objective: who sets the gradient in these images",
+        f"{percent(objective['inliers'])} of the errors are inliers. They contribute "
+        f"{shares[loss_name]} of the gradient of {loss_name} loss, the plain detector's; "
+        f"{shares[box_loss_name(losses['beta'])]} of that of smooth L1 loss with the same "
+        f"beta, which the paper compares with; and {shares['balanced L1']} of that of balanced "
+        "L1 loss.",
+    )
+
+
+def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: str) -> Dict:
+    """
+    Write figures and page into ``folder``.
+
+    Returns:
+        the numbers: "samples", "features" and "objective", as far as the model has them.
+    """
+    recording = merge([record(model, [[image]]) for image in tqdm(images, unit="image")])
+    report = Report(folder)
+    report.numbers["num_images"] = len(images)
+    if recording.candidates:
+        report_samples(report, recipe, recording)
+    report_features(report, model, recording, _thumbnail(images[0]))
+    report_objective(report, recipe, recording)
     write_page(
         os.path.join(folder, "index.html"),
         "Balance of a detector",
-        f"{os.path.basename(cfg.MODEL.WEIGHTS) or 'A model with random weights'}, "
+        f"{os.path.basename(recipe.weights) or 'A model with random weights'}, "
         f"{len(images)} images. Proposals, features and errors are those of training.",
-        sections,
+        report.sections,
     )
-    return numbers
+    return report.numbers
 
 
 def _thumbnail(image: Dict[str, Any]) -> np.ndarray:
@@ -201,20 +221,22 @@ def run(args: argparse.Namespace) -> None:
     """Read config, data and weights, and analyze."""
     if args.num_images < 1:
         raise InputError(f"--num-images is {args.num_images}: use 1 or more")
-    cfg = read_config(args.config_file, args.opts)
-    setup_logger(name="libra_d2", output=cfg.OUTPUT_DIR)
-    own = register_own_data(cfg, args)
-    dataset = (own or cfg.DATASETS.TRAIN or [None])[0]
+    recipe = read_config(args.config_file, args.opts)
+    prepare_output_dir(recipe)
+    own = register_own_data(recipe, args)
+    dataset = (*own, *recipe.train_datasets, None)[0]
     if dataset is None:
-        raise InputError("no images: use --train-json and --train-images, or set DATASETS.TRAIN")
-    split = "TRAIN" if dataset in cfg.DATASETS.TRAIN else "TEST"
+        name = recipe.name_of("train_datasets")
+        raise InputError(f"no images: use --train-json and --train-images, or set {name}")
+    split = "train" if dataset in recipe.train_datasets else "test"
     check_datasets([dataset])
-    prepare_proposal_files(cfg, (split,))
-    model = build_trained_model(cfg)
-    folder = os.path.join(cfg.OUTPUT_DIR, "balance")
+    prepare_proposal_files(recipe, (split,))
+    model = recipe.build_trained_model()
+    folder = os.path.join(recipe.output_dir, "balance")
     os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)
-    numbers = analyze(cfg, model, read_images(cfg, dataset, split, args.num_images), folder)
+    images = read_images(recipe, dataset, split, args.num_images)
+    numbers = analyze(recipe, model, images, folder)
     with open(os.path.join(folder, "balance.json"), "w", encoding="utf-8") as f:
         json.dump(numbers, f, indent=1)
     print(os.path.join(folder, "index.html"))

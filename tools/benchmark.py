@@ -43,13 +43,13 @@ from detectron2.utils.events import EventStorage
 
 from libra_d2 import model_zoo
 from libra_d2.checkpoint.mmdetection import to_mmdetection
+from libra_d2.config import BASELINE, DISABLED
 from libra_d2.modeling import (
     BalancedFeaturePyramid,
     BalancedSampler,
     NonLocalBlock,
     balanced_l1_loss,
 )
-from libra_d2.plain_detector import BASELINE, without
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
 PARTS = ("attention", "non-local", "pyramid", "sampling", "loss", "models")
@@ -246,7 +246,7 @@ def sampling(meter: Meter, reference: bool) -> Iterator[Result]:
     for name, config in ((OURS, "LibraROIHeads"), (PLAIN, "StandardROIHeads")):
         cfg = faster_rcnn_config(OURS, meter.device)
         cfg.MODEL.ROI_HEADS.NAME = config
-        cfg.merge_from_list(without("balanced_l1"))
+        cfg.merge_from_list(DISABLED["balanced_l1"])
         heads[name] = build_model(cfg).roi_heads
     size = (1000, 1000)
     targets = [Instances(size, gt_boxes=Boxes(gt), gt_classes=torch.arange(12, device=gt.device))]

@@ -27,9 +27,7 @@ from scipy.stats import t as student_t
 from tabulate import tabulate
 from tqdm import tqdm
 
-from detectron2.config import CfgNode
-
-from libra_d2.atomic_write import atomic_write
+from libra_d2.config import VARIANTS, Recipe
 from libra_d2.engine import (
     add_data_arguments,
     config_argument_parser,
@@ -38,8 +36,7 @@ from libra_d2.engine import (
 )
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
-from libra_d2.lazy import LazyView
-from libra_d2.plain_detector import VARIANTS, has_ideas, variant_options
+from libra_d2.utils.atomic_write import atomic_write
 
 # Metrics of each run, by variant and seed.
 Runs = Dict[str, Dict[int, List[Dict[str, float]]]]
@@ -67,13 +64,13 @@ def is_finished(folder: Path) -> bool:
     return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
 
 
-def train(args: argparse.Namespace, cfg: CfgNode, variant: str, seed: int) -> None:
+def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
     """
     Train and evaluate one model, or continue with it.
 
     Args:
         args: of the command line.
-        cfg: the config that they name.
+        recipe: that they name.
         variant: of :data:`VARIANTS`.
         seed: of the training.
 
@@ -90,11 +87,9 @@ def train(args: argparse.Namespace, cfg: CfgNode, variant: str, seed: int) -> No
         for what in ("json", "images", "proposals"):
             value = getattr(args, f"{split}_{what}")
             command += [f"--{split}-{what}", value] if value else []
-    if isinstance(cfg, LazyView):
-        command += [f"train.output_dir={folder}", f"train.seed={seed}"]
-    else:
-        command += ["OUTPUT_DIR", str(folder), "SEED", str(seed)]
-    command += [*args.opts, *variant_options(cfg, variant)]
+    command += recipe.options({"output_dir": folder, "seed": seed})
+    bins = variant == "all_reference"
+    command += [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
@@ -257,16 +252,15 @@ def run(args: argparse.Namespace) -> None:
     """Train what is not there yet, and summarize."""
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}: use 1 or more")
-    cfg = read_config(args.config_file, args.opts, output=False)
-    retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
-    variants = args.variants or list(WITHOUT_SAMPLING if retina else VARIANTS)
-    if not has_ideas(cfg) and set(variants) != {"baseline"}:
+    recipe = read_config(args.config_file, args.opts)
+    variants = args.variants or list(WITHOUT_SAMPLING if recipe.is_retinanet else VARIANTS)
+    if not recipe.has_ideas and set(variants) != {"baseline"}:
         print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
         variants = ["baseline"]
     error: Optional[InputError] = None
     with ThreadPoolExecutor(args.jobs) as pool:
         # Seed by seed, so that all variants can be compared early.
-        jobs = [pool.submit(train, args, cfg, v, seed) for seed in args.seeds for v in variants]
+        jobs = [pool.submit(train, args, recipe, v, seed) for seed in args.seeds for v in variants]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
             try:
                 job.result()

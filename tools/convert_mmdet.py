@@ -16,8 +16,6 @@ from typing import Any, Dict
 
 import torch
 
-from libra_d2.atomic_write import atomic_write
-from libra_d2.checkpoint.description import describe_weights
 from libra_d2.checkpoint.mmdetection import (
     COUNTER,
     from_mmdetection,
@@ -25,9 +23,10 @@ from libra_d2.checkpoint.mmdetection import (
     to_mmdetection,
     unwrap_mmdetection,
 )
-from libra_d2.checkpoint.safe_reading import read_weights, reading_weights
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError
+from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.safe_reading import read_weights, reading_weights
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -77,12 +76,11 @@ def run(args: argparse.Namespace) -> None:
             torch.save(converted, f)
     except (OSError, RuntimeError) as e:
         raise InputError(f"{args.target}: cannot be written: {e}") from e
+    framework, model = "mmdetection", "state_dict"
     if "model" in converted:
-        framework, model = "Detectron2", converted["model"]
-    else:
-        framework, model = "mmdetection", from_mmdetection(converted["state_dict"])
-    shapes = {key: tuple(value.shape) for key, value in model.items()}
-    print(f"{args.target}: {describe_weights(shapes)}, {len(shapes)} weights, for {framework}")
+        framework, model = "Detectron2", "model"
+    number = sum(not key.endswith(COUNTER) for key in converted[model])
+    print(f"{args.target}: {number} weights, for {framework}")
 
 
 def main(argv=None) -> None:

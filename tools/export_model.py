@@ -27,16 +27,14 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 
-from libra_d2.atomic_write import atomic_write
-from libra_d2.checkpoint import build_trained_model
-from libra_d2.data import build_augmentation, read_image
+from libra_d2.config import Recipe
+from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
 from libra_d2.engine import (
     config_argument_parser,
@@ -44,6 +42,7 @@ from libra_d2.engine import (
     report_errors,
 )
 from libra_d2.errors import InputError, one_line
+from libra_d2.utils.atomic_write import atomic_write
 
 Exported = Callable[..., Tuple]
 FIELDS = ("pred_boxes", "pred_classes", "scores", "pred_masks")
@@ -220,22 +219,21 @@ def other_images(image: torch.Tensor) -> List[torch.Tensor]:
     return [*resized, image.transpose(1, 2).contiguous(), torch.full_like(image, 114)]
 
 
-def read_sample(cfg: CfgNode, path: str) -> torch.Tensor:
+def read_sample(recipe: Recipe, path: str) -> torch.Tensor:
     """The image as the model gets it, (3, H, W) float32, resized as in evaluation."""
-    augmented = AugInput(read_image(path, cfg.INPUT.FORMAT))
-    AugmentationList(build_augmentation(cfg, is_train=False))(augmented)
+    augmented = AugInput(read_image(path, recipe.image_format))
+    AugmentationList(recipe.build_augmentations(False))(augmented)
     image = torch.from_numpy(augmented.image.copy()).permute(2, 0, 1)
-    return image.float().to(cfg.MODEL.DEVICE)
+    return image.float().to(recipe.device)
 
 
-def class_names(cfg: CfgNode, path: Optional[str]) -> List[str]:
+def class_names(recipe: Recipe, path: Optional[str]) -> List[str]:
     """Names of the model's classes: from a COCO JSON, of its dataset, or numbers."""
-    retina = cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet")
-    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    number = recipe.num_classes
     if path:
         names = read_categories(path)
     else:
-        datasets = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
+        datasets = recipe.test_datasets or recipe.train_datasets
         names = MetadataCatalog.get(datasets[0]).get("thing_classes") if datasets else None
     if path and len(names) != number:
         raise InputError(f"--categories: {path}: {len(names)} classes, but the model has {number}")
@@ -244,32 +242,31 @@ def class_names(cfg: CfgNode, path: Optional[str]) -> List[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Build, export, check and write."""
-    cfg = read_config(args.config_file, args.opts, output=False)
-    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+    recipe = read_config(args.config_file, args.opts)
+    if recipe.is_proposal_network:
         raise InputError("only models that detect objects can be exported")
     to_onnx = args.output.endswith(".onnx")
     if to_onnx:
-        cfg.MODEL.DEVICE = "cpu"
-    names = class_names(cfg, args.categories)
-    image = read_sample(cfg, args.sample_image)
-    model = build_trained_model(cfg)
+        recipe.device = "cpu"
+    names = class_names(recipe, args.categories)
+    image = read_sample(recipe, args.sample_image)
+    model = recipe.build_trained_model()
     torch.manual_seed(0)
-    sample, *others = (
-        make_input(x, cfg.MODEL.LOAD_PROPOSALS) for x in (image, *other_images(image))
-    )
+    sample, *others = (make_input(x, recipe.needs_proposals) for x in (image, *other_images(image)))
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    (shorter, *_), longer = recipe.sizes(False)
     description = {
         "input": {
             "names": list(sample),
-            "format": cfg.INPUT.FORMAT,
-            "interpolation": cfg.MODEL.LIBRA.INPUT.INTERPOLATION,
-            "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
-            "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
-            "device": cfg.MODEL.DEVICE,
+            "format": recipe.image_format,
+            "interpolation": recipe.interpolation,
+            "shorter_side": shorter,
+            "longer_side_at_most": longer,
+            "device": recipe.device,
         },
-        "output": list(FIELDS[: 4 if cfg.MODEL.MASK_ON else 3]),
+        "output": list(FIELDS[: 4 if recipe.has_masks else 3]),
         "classes": names,
-        "config": cfg.dump(),
+        "config": recipe.dump(),
     }
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.onnx")

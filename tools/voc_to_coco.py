@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from libra_d2.atomic_write import atomic_write
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError, one_line
+from libra_d2.utils.atomic_write import atomic_write
 
 
 def build_argument_parser() -> argparse.ArgumentParser:

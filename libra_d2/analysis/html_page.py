@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from typing import List
 
-from ..atomic_write import atomic_write
+from ..utils.atomic_write import atomic_write
 
 __all__ = ["Section", "write_page"]
 

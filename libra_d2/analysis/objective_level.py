@@ -8,11 +8,15 @@ import torch
 from fvcore.nn import smooth_l1_loss
 
 from ..modeling import balanced_l1_loss
-from ..plain_detector import box_loss_name
 
-__all__ = ["objective_statistics", "plot_gradient_shares", "plot_losses"]
+__all__ = ["box_loss_name", "objective_statistics", "plot_gradient_shares", "plot_losses"]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def box_loss_name(beta: float) -> str:
+    """What a smooth L1 loss with this beta is, such as "L1" or "smooth L1 (beta 0.1)"."""
+    return f"smooth L1 (beta {beta:g})" if beta > 0 else "L1"
 
 
 def _smooth_l1(beta: float) -> Loss:

@@ -8,15 +8,15 @@ from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..atomic_write import atomic_write
 from ..errors import BrokenFileError, InputError, one_line
-from .description import describe_weights
+from ..utils.atomic_write import atomic_write
+from ..utils.safe_reading import check_declared_sizes, load_arrays, reading_weights
 from .download import fetch
 from .mmdetection import to_detectron2_checkpoint
-from .safe_reading import check_declared_sizes, load_arrays, reading_weights
 
 __all__ = ["LibraCheckpointer"]
 
+_WEIGHTS_ALONE = ("model_best.pth", "model_final_ema.pth")
 # Behind a path: weights have the ends of the model's names, as in Detectron2's main branch.
 _HEURISTICS = "?matching_heuristics=True"
 
@@ -96,7 +96,6 @@ class LibraCheckpointer(DetectionCheckpointer):
             ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """See :meth:`DetectionCheckpointer.tag_last_checkpoint`."""
         if self.tag:
             super().tag_last_checkpoint(last_filename_basename)
 
@@ -104,7 +103,7 @@ class LibraCheckpointer(DetectionCheckpointer):
         """What is left when a training stops."""
         if not self.has_checkpoint():
             return "There is no earlier checkpoint"
-        return f"The last checkpoint is {self.get_checkpoint_file()}: --resume continues from it"
+        return f"Training can be resumed from {self.get_checkpoint_file()}"
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """
@@ -116,7 +115,9 @@ class LibraCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         newest = self.get_checkpoint_file()
-        others = (file for file in self.get_all_checkpoint_files() if file != newest)
+        # Weights alone are nothing to go on with.
+        alone = tuple(os.path.join(self.save_dir, name) for name in _WEIGHTS_ALONE)
+        others = (f for f in self.get_all_checkpoint_files() if f not in (newest, *alone))
         files = [newest, *sorted(others, key=os.path.getmtime, reverse=True)]
         errors = []
         self._resuming = True
@@ -130,8 +131,8 @@ class LibraCheckpointer(DetectionCheckpointer):
         finally:
             self._resuming = False
         raise InputError(
-            f"--resume: none of the {len(files)} checkpoints in {self.save_dir} can be read, the "
-            f"last one because: {errors[0]}. Without --resume the training starts over"
+            f"none of the {len(files)} checkpoints in {self.save_dir} can be read, the last one "
+            f"because: {errors[0]}. Without resuming the training starts over"
         )
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
@@ -157,7 +158,7 @@ class LibraCheckpointer(DetectionCheckpointer):
             # An address that nothing is registered for comes back as it is.
             local = self.path_manager.get_local_path(local)
         if not os.path.isfile(local):
-            raise BrokenFileError(f"{path}: no such weights file (MODEL.WEIGHTS, or --resume)")
+            raise BrokenFileError(f"{path}: no such weights file")
         return path if path.startswith("detectron2://") else local
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -169,38 +170,36 @@ class LibraCheckpointer(DetectionCheckpointer):
         return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        shapes = {key: tuple(value.shape) for key, value in checkpoint["model"].items()}
+        found = set(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         reshaped = {key: shapes for key, *shapes in incompatible.incorrect_shapes}
         absent = {*incompatible.missing_keys, *reshaped}
-        names = {key: tuple(value.shape) for key, value in self.model.named_parameters()}
-        found, wanted = describe_weights(shapes), describe_weights(names)
-        what = f"a {found}" if found else "another model"
+        names = [name for name, _ in self.model.named_parameters()]
         if absent.issuperset(names):
             example = next(iter(incompatible.unexpected_keys), "none")
             raise InputError(
-                f"{self._path}: these are weights of {what}: none of its names or shapes "
-                f"is one of this model's (the model has, e.g., {next(iter(names))!r}; "
-                f"the file has {example!r})"
+                f"{self._path}: these are weights of another model: none of its names or shapes is "
+                f"one of this model's (the model has, e.g., {names[0]!r}; the file has {example!r})"
             )
         if self._resuming:
-            absent = sorted({*absent, *incompatible.unexpected_keys})
+            absent.update(incompatible.unexpected_keys)
         else:
-            absent = sorted(key for key in absent if not key.startswith("backbone.bfp."))
+            absent = {key for key in absent if not key.startswith("backbone.bfp.")}
         if (self.complete or self._resuming) and absent:
             self._log_incompatible_keys(incompatible)
+            first = min(absent)
             detail = (
-                "shape {}, not {}".format(*reshaped[absent[0]])
-                if absent[0] in reshaped
+                "shape {}, not {}".format(*reshaped[first])
+                if first in reshaped
                 else "not in the model"
-                if absent[0] in shapes
+                if first in found
                 else "missing"
             )
             raise InputError(
-                f"{self._path}: these are weights of {what}, but the config's model is a {wanted}: "
+                f"{self._path}: these are weights of another model than the config's: "
                 f"{len(absent)} weights are missing, too many or of another shape, the first "
-                f"{absent[0]!r} ({detail}). Do the config and the number of classes belong to "
-                "these weights?"
+                f"{first!r} ({detail}). Do the config and the number of classes belong to these "
+                "weights?"
             )
         return incompatible
 

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
-from detectron2.utils.colormap import colormap
 
-from ..atomic_write import atomic_write
 from ..errors import InputError, one_line
+from ..utils.atomic_write import atomic_write
+from ..utils.display import class_colors
 from .coco_schema import check_entries, is_number, shorten
 from .image_reading import is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
@@ -264,12 +264,6 @@ def check_images(
             read_image(path)
 
 
-def class_colors(num_classes: int) -> List[Tuple[int, int, int]]:
-    """Colors of Detectron2's, RGB in 0 to 255, for pictures in which each class has one."""
-    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
-    return [tuple(colors[i % len(colors)]) for i in range(num_classes)]
-
-
 def register_coco_json(
     name: str,
     json_file: str,
@@ -346,4 +340,4 @@ def read_categories(path: str) -> List[str]:
             categories = json.load(f)["categories"]
         return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--categories: {path}: no COCO JSON with categories ({e})") from e
+        raise InputError(f"{path}: no COCO JSON with categories ({e})") from e

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Dict
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import (
@@ -16,11 +15,10 @@ from detectron2.data.detection_utils import (
 )
 
 from ..errors import InputError, one_line
-from ..lazy import LazyView, target_of
 from .image_reading import read_image
-from .resize import Augmentations, with_interpolation
+from .resize import with_interpolation
 
-__all__ = ["LibraDatasetMapper", "build_mapper"]
+__all__ = ["LibraDatasetMapper"]
 
 
 class LibraDatasetMapper(DatasetMapper):
@@ -74,30 +72,3 @@ class LibraDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, size)
         return dataset_dict
-
-
-def build_mapper(
-    cfg: CfgNode, is_train: bool, augmentations: Optional[Augmentations] = None
-) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
-    """
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`, or a view of a LazyConfig.
-        is_train: whether the inputs are for training.
-        augmentations: in place of the config's.
-
-    Returns:
-        a :class:`LibraDatasetMapper`, or another that a LazyConfig names.
-
-    Raises:
-        InputError: if a LazyConfig has none.
-    """
-    replaced = {} if augmentations is None else {"augmentations": augmentations}
-    if not isinstance(cfg, LazyView):
-        return LibraDatasetMapper(cfg, is_train=is_train, **replaced)
-    place = f"dataloader.{'train' if is_train else 'test'}.mapper"
-    node = OmegaConf.select(cfg.current(), place)
-    if node is None:
-        raise InputError(f"{place}: the LazyConfig lacks it")
-    arguments = {name: instantiate(value) for name, value in node.items() if name != "_target_"}
-    target = target_of(node)
-    return (LibraDatasetMapper if target is DatasetMapper else target)(**{**arguments, **replaced})

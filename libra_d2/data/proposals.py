@@ -11,28 +11,24 @@ import json
 import logging
 import os
 import pickle
-from typing import Any, Iterator, List, Tuple
+from typing import Any, List, Tuple
 
 import numpy as np
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ..atomic_write import atomic_write
-from ..checkpoint.safe_reading import load_arrays
 from ..errors import InputError, one_line
+from ..utils.atomic_write import atomic_write
+from ..utils.safe_reading import load_arrays
 
-__all__ = ["PartialProposals", "is_complete", "prepare_proposals", "write_proposals"]
+__all__ = ["prepare_proposals", "write_proposals"]
 
 logger = logging.getLogger(__name__)
 
 
 def write_proposals(
-    path: str,
-    ids: List,
-    boxes: List[np.ndarray],
-    objectness_logits: List[np.ndarray],
-    identity: str = "",
+    path: str, ids: List, boxes: List[np.ndarray], objectness_logits: List[np.ndarray]
 ) -> None:
     """
     Write proposals in Detectron2's format. The file appears once it is complete.
@@ -41,7 +37,6 @@ def write_proposals(
         path: the file; its directory is created.
         ids: image ids.
         boxes, objectness_logits: for each image (R, 4) and (R,), see the module.
-        identity: describes how the proposals were made; Detectron2 ignores it.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path) as f:
@@ -51,7 +46,6 @@ def write_proposals(
                 "boxes": boxes,
                 "objectness_logits": objectness_logits,
                 "bbox_mode": int(BoxMode.XYXY_ABS),
-                "identity": identity,
             },
             f,
             protocol=4,
@@ -168,74 +162,3 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
         write_proposals(path, ids, boxes, logits)
         logger.info(f"Converted mmdetection's proposals to {path}")
     return path
-
-
-def is_complete(path: str, identity: str) -> bool:
-    """Whether ``path`` holds the proposals that :func:`write_proposals` wrote for ``identity``."""
-    try:
-        content = load_arrays(path)
-    except Exception:  # there is no such file, or not a whole one
-        return False
-    return isinstance(content, dict) and content.get("identity") == identity
-
-
-class PartialProposals:
-    """
-    Proposals that are being computed, image after image, in a file that can be continued. It holds
-    NumPy arrays one after the other; the first identifies what is being computed.
-    """
-
-    def __init__(self, path: str, identity: str):
-        """
-        Args:
-            path: the file, which need not exist.
-            identity: describes how the proposals are made. A file with another one is not
-                continued but replaced.
-
-        It is a context manager, inside of which the file is open.
-        """
-        self.path = path
-        self.identity = identity
-        self.arrays: List[np.ndarray] = []
-
-    def __enter__(self) -> "PartialProposals":
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        end = 0
-        if os.path.isfile(self.path):
-            with open(self.path, "rb") as f:
-                for array in self._read(f):
-                    self.arrays.append(array)
-                    end = f.tell()
-        self._file = open(self.path, "r+b" if end else "wb")  # noqa: SIM115
-        self._file.truncate(end)  # what was being written when the program was stopped
-        self._file.seek(end)
-        if end == 0:
-            np.save(self._file, np.frombuffer(self.identity.encode(), dtype=np.uint8))
-            self._file.flush()
-        return self
-
-    def _read(self, f) -> Iterator[np.ndarray]:
-        """Read the whole arrays of a file; none if it is another computation's."""
-        try:
-            identity = np.load(f, allow_pickle=False).tobytes().decode(errors="replace")
-            while identity == self.identity:
-                yield np.load(f, allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            return
-
-    def __exit__(self, *args) -> None:
-        self._file.close()
-
-    def append(self, boxes: np.ndarray, objectness_logits: np.ndarray) -> None:
-        """Add the proposals of the next image, (R, 4) and (R,)."""
-        array = np.column_stack([boxes, objectness_logits]).astype(np.float32)
-        np.save(self._file, array)
-        self._file.flush()
-        self.arrays.append(array)
-
-    def finish(self, path: str, ids: List) -> None:
-        """Write all of them to ``path``, see :func:`write_proposals`, and remove this file."""
-        boxes, logits = [a[:, :4] for a in self.arrays], [a[:, 4] for a in self.arrays]
-        write_proposals(path, ids, boxes, logits, self.identity)
-        self._file.close()
-        os.remove(self.path)

@@ -7,25 +7,21 @@ reads four of them, however much the image shrinks. Weights that were trained wi
 with the other: where images grow they differ by a gray level at most, where they shrink by many.
 """
 
-import importlib.util
 from typing import List, Optional, Tuple, Union
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation as build_detectron2_augmentation
 
-from ..errors import InputError
-from ..lazy import LazyView
+from ..errors import check_choice
 
 __all__ = [
     "INTERPOLATIONS",
     "OpenCVResizeShortestEdge",
     "OpenCVResizeTransform",
     "build_augmentation",
-    "check_interpolation",
     "with_interpolation",
 ]
 
@@ -93,22 +89,6 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
         return int(oldh * scale + 0.5), int(oldw * scale + 0.5)
 
 
-def check_interpolation(interpolation: str) -> None:
-    """
-    Raises:
-        InputError: if ``MODEL.LIBRA.INPUT.INTERPOLATION`` has no such value, or OpenCV is missing.
-    """
-    if interpolation not in INTERPOLATIONS:
-        raise InputError(
-            f"MODEL.LIBRA.INPUT.INTERPOLATION is {interpolation!r}: use one of {INTERPOLATIONS}"
-        )
-    if interpolation == "opencv" and importlib.util.find_spec("cv2") is None:
-        raise InputError(
-            "MODEL.LIBRA.INPUT.INTERPOLATION is 'opencv', as mmdetection resizes: "
-            "`pip install opencv-python-headless`"
-        )
-
-
 def with_interpolation(augmentations: Augmentations, interpolation: str) -> Augmentations:
     """
     Args:
@@ -119,9 +99,9 @@ def with_interpolation(augmentations: Augmentations, interpolation: str) -> Augm
         the same, in which ``interpolation`` does the work of :class:`ResizeShortestEdge`.
 
     Raises:
-        InputError: see :func:`check_interpolation`.
+        ArgumentError: a ValueError, if ``interpolation`` is neither.
     """
-    check_interpolation(interpolation)
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     if interpolation == "pillow":
         return augmentations
     return [
@@ -139,17 +119,8 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> Augmentations:
     Detectron2's function of this name, with the interpolation that ``cfg`` chooses.
 
     Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`, or a view of a LazyConfig.
+        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
         is_train: whether for training.
-
-    Raises:
-        InputError: if a LazyConfig has none; see also :func:`check_interpolation`.
     """
-    if isinstance(cfg, LazyView):
-        place = f"dataloader.{'train' if is_train else 'test'}.mapper.augmentations"
-        augmentations = OmegaConf.select(cfg.current(), place)
-        if augmentations is None:
-            raise InputError(f"{place}: the LazyConfig lacks it")
-        return list(instantiate(augmentations))
     augmentations = build_detectron2_augmentation(cfg, is_train)
     return with_interpolation(augmentations, cfg.MODEL.LIBRA.INPUT.INTERPOLATION)

@@ -12,7 +12,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from .random_state import keep_random_state, seeded
+from ..utils.random_state import keep_random_state, seeded
 
 __all__ = ["ResumableLoader"]
 

@@ -6,7 +6,7 @@ from .hooks import CheckpointHook, StopOnSignal
 from .launch import join_processes, launch, read_environment, report_errors
 from .predictor import LibraPredictor
 from .setup import (
-    check_datasets,
+    prepare_output_dir,
     prepare_proposal_files,
     read_config,
     register_own_data,
@@ -22,10 +22,10 @@ __all__ = [
     "Trainer",
     "WatchedLoader",
     "add_data_arguments",
-    "check_datasets",
     "config_argument_parser",
     "join_processes",
     "launch",
+    "prepare_output_dir",
     "prepare_proposal_files",
     "read_config",
     "read_environment",

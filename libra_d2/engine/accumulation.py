@@ -1,89 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that are computed in parts, one after the other, for want of memory."""
+"""Gradient accumulation over micro-batches."""
 
 import time
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List
+from contextlib import contextmanager, nullcontext
+from typing import Any, ContextManager, Dict, Iterator, List
 
 import numpy as np
 import torch
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from ..data.random_state import get_random_state, set_random_state
-from ..modeling.reference_recipe.normalizer import Normalizers
+from ..modeling.normalizer import Normalizers
+from ..utils.random_state import get_random_state, set_random_state
 
 __all__ = ["AMPAccumulationTrainer", "AccumulationTrainer"]
 
+Inputs = List[Dict[str, Any]]
 Losses = Dict[str, torch.Tensor]
 
 
 class AccumulationTrainer(SimpleTrainer):
     """
-    :class:`SimpleTrainer` that computes each batch in parts, and makes one optimizer step of their
-    gradients. They are those of the whole batch: what the losses of libra_d2 are divided by is
-    counted over all parts (and processes) first, without gradients, which costs a forward pass.
-    Losses of other classes are means over the parts. Batch norm that is not frozen normalizes over
-    one part.
+    :class:`SimpleTrainer` that splits each batch into micro-batches and accumulates their gradients
+    for one optimizer step. They are the gradients of the whole batch: the normalizers of libra_d2's
+    losses are counted over all micro-batches (and processes) first, in a forward pass without
+    gradients. Losses of other classes are averaged over the micro-batches. Batch norm that is not
+    frozen normalizes over a micro-batch.
     """
 
-    num_parts: int = 1
+    #: number of micro-batches in a batch
+    accumulation_steps: int = 1
 
     def run_step(self) -> None:
-        """See :meth:`SimpleTrainer.run_step`."""
         assert self.model.training, "the model is in evaluation mode"
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        size = len(batch) // self.num_parts
-        parts = [batch[i * size : (i + 1) * size] for i in range(self.num_parts)]
-        # Both passes must draw the same samples.
-        states, normalizers = [], Normalizers()
-        before = get_random_state()
-        for part in parts:
-            states.append(get_random_state())
-            with normalizers.count(), EventStorage(), _statistics_kept(self.model):
-                self._count(part)
-        normalizers.finish()
-        set_random_state(before)
-
+        size = len(batch) // self.accumulation_steps
+        micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
+        normalizers = Normalizers()
+        states = self._count(micro_batches, normalizers)
         self.optimizer.zero_grad()
         losses: List[Losses] = []
         scalars: List[Dict[str, float]] = []
-        for i, (part, state) in enumerate(zip(parts, states)):
+        for i, (micro_batch, state) in enumerate(zip(micro_batches, states)):
             set_random_state(state)
-            last = i == len(parts) - 1
-            with normalizers.use(), EventStorage() as storage, self._synchronized(last):
-                losses.append(self._forward(part))
-                self._backward(sum(losses[-1].values()) / self.num_parts)
+            is_last = i == len(micro_batches) - 1
+            with normalizers.active(), EventStorage() as storage, self._synchronized(is_last):
+                losses.append(self._forward(micro_batch))
+                self._backward(sum(losses[-1].values()) / len(micro_batches))
             scalars.append({name: value for name, (value, _) in storage.latest().items()})
-        for name in scalars[0]:
+        for name in dict.fromkeys(name for found in scalars for name in found):
             values = [found[name] for found in scalars if name in found]
             get_event_storage().put_scalar(name, np.mean(values))
-        mean = {name: sum(x[name].detach() for x in losses) / len(parts) for name in losses[0]}
+        mean = {name: sum(x[name].detach() for x in losses) / len(losses) for name in losses[0]}
         self._write_metrics(mean, data_time)
         self._step()
 
-    def _count(self, part: List[Dict[str, Any]]) -> None:
-        """Compute the losses for what is counted on the way."""
+    @torch.no_grad()
+    def _count(self, micro_batches: List[Inputs], normalizers: Normalizers) -> List[Dict[str, Any]]:
+        """
+        Compute the losses for what is counted on the way.
+
+        Returns:
+            the random state in front of each micro-batch; both passes must draw the same samples.
+        """
         model = self.model
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        with torch.no_grad(), self._precision():
-            model(part)
+        states, before = [], get_random_state()
+        with normalizers.active(), EventStorage(), _frozen_statistics(model), self._precision():
+            for micro_batch in micro_batches:
+                states.append(get_random_state())
+                model(micro_batch)
+        normalizers.finish()
+        set_random_state(before)
+        return states
 
-    def _synchronized(self, last: bool) -> ContextManager:
-        """Gradients are averaged over the processes once, with those of the last part."""
-        if last or not isinstance(self.model, DistributedDataParallel):
+    def _synchronized(self, is_last: bool) -> ContextManager:
+        """Gradients are averaged over the processes once, with those of the last micro-batch."""
+        if is_last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
 
-    def _forward(self, part: List[Dict[str, Any]]) -> Losses:
+    def _forward(self, micro_batch: Inputs) -> Losses:
         with self._precision():
-            return self.model(part)
+            return self.model(micro_batch)
 
     def _precision(self) -> ContextManager:
         return nullcontext()
@@ -109,19 +114,17 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
         self.grad_scaler.update()
 
 
-class _statistics_kept:
-    """Batch norm does not take account of what is computed inside."""
-
-    def __init__(self, model: nn.Module):
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-
-    def __enter__(self) -> None:
-        self.settings = [(m.momentum, m.num_batches_tracked) for m in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked = norm.num_batches_tracked.clone()
-
-    def __exit__(self, *error) -> None:
-        for norm, (momentum, counter) in zip(self.norms, self.settings):
+@contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Running statistics of batch norm are not updated inside."""
+    norms = get_bn_modules(model)
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, settings):
             norm.momentum, norm.num_batches_tracked = momentum, counter

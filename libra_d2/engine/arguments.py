@@ -3,10 +3,7 @@
 
 import argparse
 
-__all__ = ["SPLITS", "add_data_arguments", "config_argument_parser"]
-
-#: command line prefix and config suffix of the two kinds of datasets
-SPLITS = (("train", "TRAIN"), ("val", "TEST"))
+__all__ = ["add_data_arguments", "config_argument_parser"]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -20,7 +17,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
     data = parser.add_argument_group(
         "your own data", "in COCO format; sets the number of classes. Instead of DATASETS.*"
     )
-    for split, _ in SPLITS:
+    for split in ("train", "val"):
         data.add_argument(
             f"--{split}-json",
             metavar="FILE",

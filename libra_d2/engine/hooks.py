@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens besides the steps of a training, between them."""
+"""Training hooks: checkpoints, signals, best model, early stopping, moving average of weights."""
 
 import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from typing import Any, Dict, Optional
 
 import torch
+from fvcore.common.checkpoint import Checkpointer
 from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer, PeriodicCheckpointer
 from detectron2.utils import comm
+
+from ..checkpoint import LibraCheckpointer
+from .resuming import ExactResume
 
 __all__ = [
     "AverageWeights",
@@ -31,13 +36,21 @@ class TrainingEnded(BaseException):
 
 class CheckpointHook(PeriodicCheckpointer):
     """
-    Detectron2's hook, which with ``max_to_keep`` also removes the checkpoints that were written
-    before the training was resumed. It is there in all processes, each of which has a state to
-    save; the main one writes.
+    :class:`PeriodicCheckpointer` whose ``max_to_keep`` includes the checkpoints that were written
+    before the training was resumed. All processes have it, since each has a state to save; the main
+    one writes.
     """
 
+    def __init__(self, checkpointer: Checkpointer, resume: ExactResume, period: int, **kwargs):
+        """
+        Args:
+            checkpointer, period, kwargs: see :class:`PeriodicCheckpointer`.
+            resume: knows the states of all processes.
+        """
+        super().__init__(checkpointer, period, **kwargs)
+        self.resume = resume
+
     def before_train(self) -> None:
-        """See :meth:`HookBase.before_train`."""
         super().before_train()
         if self.max_to_keep is None or self.trainer.start_iter == 0:
             return
@@ -46,13 +59,12 @@ class CheckpointHook(PeriodicCheckpointer):
         self.recent_checkpoints = sorted(files)[-self.max_to_keep :]
 
     def after_step(self) -> None:
-        """See :meth:`HookBase.after_step`."""
         self.max_iter = self.trainer.max_iter  # the training may end early
         next_iter = self.trainer.iter + 1
         if next_iter % self.period == 0 or next_iter >= self.max_iter:
-            self.trainer.collect_states()
-        if comm.is_main_process():
-            super().after_step()
+            with self.resume.held():
+                if comm.is_main_process():
+                    super().after_step()
 
 
 class StopOnSignal(HookBase):
@@ -84,9 +96,14 @@ class StopOnSignal(HookBase):
             self._group = distributed.new_group(backend="gloo")
 
     def after_train(self) -> None:
-        """Stop to listen. See :meth:`HookBase.after_train`."""
+        """Stop to listen, and leave nothing pending. See :meth:`HookBase.after_train`."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._pending is not None:
+            # A thread that is still at it when the interpreter ends would abort the process.
+            with suppress(RuntimeError):  # another process may be gone
+                self._pending[0].wait()
+            self._pending = None
 
     def _receive(self, number: int, frame) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -112,7 +129,6 @@ class StopOnSignal(HookBase):
             work.wait()
             if number.item():
                 self.received = signal.Signals(number.item())
-                self.trainer.collect_states()
                 self.stop()
         number = torch.tensor(self.received or 0)
         work = distributed.all_reduce(
@@ -146,12 +162,20 @@ class BestModel(BestCheckpointer):
     It writes ``model_best.pth``, weights alone.
     """
 
+    def describe(self) -> str:
+        """The best model, in a line; "" if there is none."""
+        if self.best_metric is None:
+            return ""
+        # Detectron2 files the last evaluation under the iteration after the last one.
+        iterations = min(self.best_iter + 1, self.trainer.max_iter)
+        path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
+        value = f"{self._val_metric} {self.best_metric:.1f}"
+        return f"best: {value} after {iterations} iterations, {path}"
+
     def state_dict(self) -> Dict[str, Any]:
-        """See :meth:`HookBase.state_dict`."""
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """See :meth:`HookBase.load_state_dict`."""
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
 
@@ -172,11 +196,9 @@ class EarlyStopping(HookBase):
         self.num_bad = 0
 
     def state_dict(self) -> Dict[str, Any]:
-        """See :meth:`HookBase.state_dict`."""
         return {"best": self.best, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """See :meth:`HookBase.load_state_dict`."""
         self.best, self.num_bad = state["best"], state["num_bad"]
 
     @property
@@ -205,30 +227,40 @@ class AverageWeights(HookBase):
     are copies.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, output_dir: str):
         """
         Args:
             model: whose weights are averaged, not in a ``DistributedDataParallel``.
             decay: in (0, 1), share of the average that a step keeps.
+            output_dir: directory for ``model_final_ema.pth``.
         """
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.is_resumed = False
+        self.output_dir = output_dir
+        self._is_resumed = False
 
     @property
     def model(self) -> nn.Module:
         """The model with averaged weights."""
         return self.average.module
 
+    def before_train(self) -> None:
+        """See :meth:`HookBase.before_train`; weights were loaded since this hook was made."""
+        if not self._is_resumed:
+            model = getattr(self.trainer.model, "module", self.trainer.model)
+            self.model.load_state_dict(model.state_dict())
+
     def after_step(self) -> None:
-        """See :meth:`HookBase.after_step`."""
         model = self.trainer.model
         self.average.update_parameters(getattr(model, "module", model))
 
+    def after_train(self) -> None:
+        """See :meth:`HookBase.after_train`; writes the averaged weights of a whole training."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            LibraCheckpointer(self.model, self.output_dir, tag=False).save("model_final_ema")
+
     def state_dict(self) -> Dict[str, Any]:
-        """See :meth:`HookBase.state_dict`."""
         return self.average.state_dict()
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """See :meth:`HookBase.load_state_dict`."""
         self.average.load_state_dict(state)
-        self.is_resumed = True
+        self._is_resumed = True

@@ -18,7 +18,6 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ..errors import InputError, Interrupted
-from ..lazy import is_lazy_config, lazy_names
 
 __all__ = ["Process", "join_processes", "launch", "read_environment", "report_errors"]
 
@@ -126,8 +125,7 @@ def report_errors(main: Callable, *args: Any) -> None:
     try:
         main(*args)
     except InputError as e:
-        lazy = any(is_lazy_config(getattr(x, "config_file", "")) for x in args)
-        _say(f"error: {lazy_names(str(e)) if lazy else e}")
+        _say(f"error: {e}")
         sys.exit(2)
     except OSError as e:
         if e.errno not in _NOT_WRITABLE:
@@ -166,6 +164,9 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
             sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
         join_processes(process)
         main(args)
+        # With its threads still there the interpreter may abort at its end.
+        comm.synchronize()
+        distributed.destroy_process_group()
         return
     if num_processes > 1 and not torch.cuda.is_available():
         sys.exit(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-from detectron2.config import CfgNode
+from typing import Any
+
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
-from ..checkpoint import build_trained_model
-from ..data import build_augmentation
+from ..config import make_recipe
 from ..errors import InputError
 
 __all__ = ["LibraPredictor"]
@@ -16,26 +16,29 @@ class LibraPredictor(DefaultPredictor):
     weights in any format that :class:`libra_d2.checkpoint.LibraCheckpointer` reads.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: Any):
         """
         The parent's constructor loads weights and resizes in its own way, so that its attributes
         are set here.
 
         Args:
-            cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
+            cfg: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, a LazyConfig, or
+                the recipe of one.
 
         Raises:
-            InputError: if config and weights cannot be used; see :func:`build_trained_model`.
+            InputError: if config and weights cannot be used; see
+                :meth:`libra_d2.config.Recipe.build_trained_model`.
         """
-        self.cfg = cfg.clone()
-        self.model = build_trained_model(self.cfg)
-        if cfg.DATASETS.TEST:
-            self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        augmentations = build_augmentation(cfg, is_train=False)
+        recipe = make_recipe(cfg).copy()
+        self.cfg = recipe.config
+        self.model = recipe.build_trained_model()
+        if recipe.test_datasets:
+            self.metadata = MetadataCatalog.get(recipe.test_datasets[0])
+        augmentations = recipe.build_augmentations(False)
         if len(augmentations) != 1:
             raise InputError(
                 f"images are resized by a single augmentation, but the config has "
                 f"{len(augmentations)} for evaluation"
             )
         self.aug = augmentations[0]
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format = recipe.image_format

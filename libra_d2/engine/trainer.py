@@ -6,19 +6,12 @@ import math
 import os
 import weakref
 from collections import OrderedDict
-from functools import partial
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -26,19 +19,23 @@ from detectron2.engine import (
     SimpleTrainer,
     TrainerBase,
     create_ddp_model,
+    default_writers,
     hooks,
 )
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 
-from ..checkpoint import LibraCheckpointer, build_model
-from ..data import build_augmentation, build_mapper
-from ..data.random_state import get_random_state, keep_random_state, set_random_state
-from ..data.resumable_loader import ResumableLoader
+from ..checkpoint import LibraCheckpointer
+from ..config import Recipe, make_recipe
 from ..errors import InputError
-from ..evaluation import PredictionPictures, add_test_time_augmentation, build_evaluator
+from ..evaluation import PredictionPictures, build_evaluator
 from ..evaluation.validation_loss import validation_losses
-from ..lazy import LazyView
+from ..utils.random_state import keep_random_state
 from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from .hooks import (
     AverageWeights,
@@ -48,88 +45,69 @@ from .hooks import (
     StopOnSignal,
     TrainingEnded,
 )
-from .lazy_config import (
-    build_lazy_evaluator,
-    build_lazy_optimizer,
-    build_lazy_scheduler,
-    build_lazy_test_loader,
-    build_lazy_train_loader,
-    has_own_evaluator,
-)
-from .run_state import (
-    get_histories,
-    get_normalizers,
-    get_statistics,
-    remove_later_metrics,
-    set_histories,
-    set_normalizers,
-)
+from .resuming import ExactResume
 from .watched_loader import WatchedLoader
 
 __all__ = ["Trainer", "pictures_dir"]
 
 logger = logging.getLogger(__name__)
 
+_LOG_PERIOD = 20  # that of Detectron2
 
-def pictures_dir(cfg: CfgNode, dataset_name: str) -> str:
+
+def pictures_dir(recipe: Recipe, dataset_name: str) -> str:
     """Directory of the pictures of ``dataset_name``."""
-    return os.path.join(cfg.OUTPUT_DIR, "pictures", dataset_name)
+    return os.path.join(recipe.output_dir, "pictures", dataset_name)
 
 
 class Trainer(DefaultTrainer):
     """
-    Detectron2's trainer of a config, with the evaluators, the checkpointer and the errors of
-    libra_d2. What it builds is overridden as in :class:`DefaultTrainer`, by its ``build_*``
-    methods. It also runs in several processes on CPUs, and takes views of LazyConfigs.
+    :class:`DefaultTrainer` with the evaluators, the checkpointer and the errors of libra_d2, for
+    YAML and for LazyConfigs, on GPUs and on CPUs. As there, the ``build_*`` methods are what
+    subclasses override; their ``cfg`` is the config that the trainer was given.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: Any):
         """
         The parent's constructor takes it for granted that every process has a GPU, and makes a
         checkpointer of its own, so that the same parts are put together here.
 
         Args:
-            cfg: a config with the keys of :func:`libra_d2.add_libra_config`, or the
-                :func:`libra_d2.lazy.view` of a LazyConfig.
+            cfg: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, a LazyConfig, or
+                the recipe of one.
 
         Raises:
             InputError: if a value of the config cannot be used.
         """
         TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.recipe = recipe = make_recipe(cfg).scaled_to(comm.get_world_size())
+        self.cfg = cfg = recipe.config
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = WatchedLoader(self.build_train_loader(cfg))
-        trainer = cfg.MODEL.LIBRA.TRAINER
-        #: the model with averaged weights, if any
+        #: moving average of the weights, if any
         self.average: Optional[AverageWeights] = None
-        if trainer.EMA_DECAY > 0:
-            self.average = AverageWeights(model, trainer.EMA_DECAY)
-        ddp = {"broadcast_buffers": False}
-        if isinstance(cfg, LazyView):
-            ddp.update(cfg.lazy.train.get("ddp", {}))
-        if cfg.MODEL.DEVICE == "cpu":
-            ddp["device_ids"] = None
-        model = create_ddp_model(model, **ddp)
-        amp = cfg.SOLVER.AMP.ENABLED
-        if trainer.ACCUMULATION_STEPS > 1:
-            step = AMPAccumulationTrainer if amp else AccumulationTrainer
+        if recipe.ema_decay > 0:
+            self.average = AverageWeights(model, recipe.ema_decay, recipe.output_dir)
+        on_cpu = {"device_ids": None} if recipe.device == "cpu" else {}
+        model = create_ddp_model(model, **recipe.ddp_options, **on_cpu)
+        if recipe.accumulation_steps > 1:
+            step = AMPAccumulationTrainer if recipe.amp else AccumulationTrainer
             self._trainer = step(model, data_loader, optimizer)
-            self._trainer.num_parts = trainer.ACCUMULATION_STEPS
+            self._trainer.accumulation_steps = recipe.accumulation_steps
         else:
-            step = AMPTrainer if amp else SimpleTrainer
+            step = AMPTrainer if recipe.amp else SimpleTrainer
             self._trainer = step(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = LibraCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self.checkpointer = LibraCheckpointer(model, recipe.output_dir, trainer=weakref.proxy(self))
+        self.max_iter = recipe.max_iter
         self._losses: Dict[str, torch.Tensor] = {}
         model.register_forward_hook(self._see_losses)
-        self._states: List[Dict[str, Any]] = []  # of all processes, see collect_states()
-        self._resumed: Dict[str, Any] = {}
         self._evaluated = -1  # iteration of the last evaluation
         self._end_reason = ""  # of a training that ends early
         self._stop = StopOnSignal()
+        self._resume = ExactResume(data_loader.loader, recipe.output_dir)
+        self.best: Optional[BestModel] = None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> List[Optional[HookBase]]:
@@ -137,60 +115,70 @@ class Trainer(DefaultTrainer):
         Build the hooks of :class:`DefaultTrainer`, and those of this package between them. What a
         resumed training must know of comes in front of the checkpoint.
         """
-        cfg, is_main = self.cfg, comm.is_main_process()
-        trainer, period = cfg.MODEL.LIBRA.TRAINER, cfg.TEST.EVAL_PERIOD
+        recipe, is_main = self.recipe, comm.is_main_process()
+        period = recipe.eval_period
+        if is_main and recipe.best_metric:
+            self.best = self._build_best_model()
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._build_precise_bn(),
             self.average,
             hooks.EvalHook(period, self._evaluate),
-            hooks.EvalHook(0, self._evaluate_with_tta) if cfg.TEST.AUG.ENABLED else None,
-            self._build_best_model() if is_main and trainer.BEST_METRIC else None,
-            EarlyStopping(period, trainer.BEST_METRIC or "bbox/AP", trainer.PATIENCE)
-            if trainer.PATIENCE > 0
+            hooks.EvalHook(0, self._evaluate_with_tta) if recipe.tta else None,
+            self.best,
+            EarlyStopping(period, recipe.best_metric or "bbox/AP", recipe.patience)
+            if recipe.patience > 0
             else None,
             hooks.PeriodicWriter(self.build_writers(), period=self._log_period)
             if is_main
             else None,
             CheckpointHook(
                 self.checkpointer,
-                cfg.SOLVER.CHECKPOINT_PERIOD,
-                max_to_keep=trainer.MAX_CHECKPOINTS or None,
+                self._resume,
+                recipe.checkpoint_period,
+                max_to_keep=recipe.max_checkpoints or None,
             ),
             self._stop,
+            self._resume,
         ]
+
+    def register_hooks(self, hooks: List[Optional[HookBase]]) -> None:
+        """See :meth:`TrainerBase.register_hooks`; random states are restored after all others."""
+        super().register_hooks(hooks)
+        self._hooks.sort(key=lambda hook: isinstance(hook, ExactResume))
+
+    def build_writers(self) -> List:
+        return default_writers(self.recipe.output_dir, self.max_iter)
 
     @property
     def _plain_model(self) -> nn.Module:
         """The model, without the ``DistributedDataParallel`` around it."""
         return getattr(self.model, "module", self.model)
 
-    def _build_best_model(self) -> HookBase:
-        metric = self.cfg.MODEL.LIBRA.TRAINER.BEST_METRIC
-        averaged = metric.split("/")[-2].endswith("_EMA") if "/" in metric else False
+    def _build_best_model(self) -> BestModel:
+        recipe = self.recipe
+        # The task's name has it, or with several datasets theirs.
+        averaged = any(name.endswith("_EMA") for name in recipe.best_metric.split("/")[:-1])
         model = self.average.model if averaged and self.average else self.model
-        checkpointer = LibraCheckpointer(model, self.cfg.OUTPUT_DIR, tag=False)
-        return BestModel(self.cfg.TEST.EVAL_PERIOD, checkpointer, metric)
+        checkpointer = LibraCheckpointer(model, recipe.output_dir, tag=False)
+        return BestModel(recipe.eval_period, checkpointer, recipe.best_metric)
 
     @property
     def _log_period(self) -> int:
-        """Of the writers, which know the last value of a metric alone: each evaluation counts."""
-        lazy = isinstance(self.cfg, LazyView)
-        period = self.cfg.lazy.train.get("log_period", 20) if lazy else 20
-        return min(period, self.cfg.TEST.EVAL_PERIOD or period)
+        """Logging period; writers keep the latest value only, so every evaluation is written."""
+        period = self.recipe.get("log_period", _LOG_PERIOD)
+        return min(period, self.recipe.eval_period or period)
 
     def _build_precise_bn(self) -> Optional[HookBase]:
         """See :meth:`DefaultTrainer.build_hooks`."""
-        cfg = self.cfg.clone()
-        if not (cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+        if not (self.recipe.get("precise_bn") and get_bn_modules(self.model)):
             return None
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        loader = self.build_train_loader(cfg)
-        return hooks.PreciseBN(
-            cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER
-        )
+        recipe = self.recipe.copy()
+        recipe.num_workers = 0
+        loader = self.build_train_loader(recipe.config)
+        number = recipe.precise_bn_iterations
+        return hooks.PreciseBN(recipe.eval_period, self.model, loader, number)
 
     @property
     def results(self) -> Mapping[str, Any]:
@@ -200,15 +188,15 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> Mapping[str, Any]:
         """Evaluate, and if that fails save what was trained before."""
         if self._evaluated == self.iter or (self._stop.received and self.iter >= self.max_iter):
-            return self.results
-        self.collect_states()
-        try:
-            with self._stop, keep_random_state():
-                self._last_eval_results = self._test()
-        except Exception:
-            if self.iter < self.max_iter:
-                self.save_state()
-            raise
+            return {}  # nothing new
+        with self._resume.held():
+            try:
+                with self._stop, keep_random_state():
+                    self._last_eval_results = self._test()
+            except Exception:
+                if self.iter < self.max_iter:
+                    self.save_state()
+                raise
         self._evaluated = self.iter
         return self._last_eval_results
 
@@ -217,17 +205,13 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             averaged = self.test(self.cfg, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
-        if self.cfg.MODEL.LIBRA.TRAINER.VALIDATION_LOSS:
-            losses: Dict[str, float] = {}
-            for name in self.cfg.DATASETS.TEST:
-                found = validation_losses(
-                    self._plain_model,
-                    self.build_validation_loader(self.cfg, name),
-                )
-                several = len(self.cfg.DATASETS.TEST) > 1
-                losses.update({f"{name}/{k}" if several else k: v for k, v in found.items()})
-            for name, value in losses.items():
-                self.storage.put_scalar(f"validation/{name}", value, smoothing_hint=False)
+        if self.recipe.validation_loss:
+            datasets = self.recipe.test_datasets
+            for dataset in datasets:
+                prefix = f"validation/{dataset}/" if len(datasets) > 1 else "validation/"
+                loader = self.build_validation_loader(self.cfg, dataset)
+                for name, value in validation_losses(self._plain_model, loader).items():
+                    self.storage.put_scalar(f"{prefix}{name}", value, smoothing_hint=False)
         return results
 
     def _evaluate_with_tta(self) -> Mapping[str, Any]:
@@ -235,6 +219,11 @@ class Trainer(DefaultTrainer):
             results = self.test_with_TTA(self.cfg, self.model)
         self._last_eval_results = {**self.results, **results}
         return results
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        self.checkpointer.resume_or_load(self.recipe.weights, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
 
     def train(self) -> Mapping[str, Any]:
         """
@@ -248,9 +237,11 @@ class Trainer(DefaultTrainer):
             logger.info("This training has ended early")
             self.start_iter = self.max_iter
         try:
-            super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         except TrainingEnded as e:
             logger.info(f"The training ends early: {e}")
+        if comm.is_main_process():
+            self.recipe.verify(self.results)
         return self.results
 
     def end_early(self, reason: str) -> None:
@@ -272,92 +263,27 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """See :meth:`TrainerBase.after_train`; ends the data loading workers."""
         self._trainer.data_loader.close()
+        if self._end_reason:  # as behind the last iteration, whose metrics are written already
+            if self._evaluated == self.iter:
+                self._evaluated = self.max_iter
+            self.iter = self.max_iter
         self.iter = min(self.iter, self.max_iter)  # there may have been no iteration left to do
         super().after_train()
-        if self.average is not None and self.iter + 1 >= self.max_iter:
-            checkpointer = LibraCheckpointer(self.average.model, self.cfg.OUTPUT_DIR, tag=False)
-            checkpointer.save("model_final_ema")
-
-    def before_train(self) -> None:
-        """See :meth:`TrainerBase.before_train`; goes on where a resumed training has stopped."""
-        super().before_train()
-        if self.average is not None and not self.average.is_resumed:
-            # Weights were loaded since it was made.
-            self.average.model.load_state_dict(self._plain_model.state_dict())
-        if comm.is_main_process() and self.start_iter > 0:
-            path = os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")
-            remove_later_metrics(path, self.start_iter)
-        resumed, self._resumed = self._resumed, {}
-        if not resumed:
-            return
-        set_histories(self.storage, resumed["histories"])
-        set_normalizers(self._plain_model, resumed["normalizers"])
-        states = resumed["processes"]
-        if len(states) != comm.get_world_size():
-            logger.warning(
-                f"--resume: {len(states)} processes before, {comm.get_world_size()} now: the order "
-                "of the images and the random numbers start anew"
-            )
-            return
-        state = states[comm.get_rank()]
-        self.model.load_state_dict(state["buffers"], strict=False)
-        loader = self._trainer.data_loader.loader
-        if isinstance(loader, ResumableLoader) and state["loader"] is not None:
-            loader.load_state_dict(state["loader"])
-        else:
-            logger.warning(
-                f"--resume: a {type(loader).__name__} cannot go on where it was: the order of the "
-                "images starts anew"
-            )
-        set_random_state(state["random"])
-
-    def collect_states(self) -> None:
-        """
-        Take the states of all processes that they do not share, for :meth:`state_dict`. All of them
-        call this behind the same iteration.
-        """
-        loader = self._trainer.data_loader.loader
-        resumable = isinstance(loader, ResumableLoader)
-        state = {
-            "random": get_random_state(),
-            "loader": loader.state_dict() if resumable else None,
-            # Each process has its own running statistics, and evaluates its images with them.
-            "buffers": get_statistics(self.model) if comm.get_rank() > 0 else {},
-        }
-        self._states = comm.gather(state)
 
     def save_state(self) -> None:
-        """Write a checkpoint to resume behind this iteration from."""
-        if comm.get_world_size() == 1:
-            self.collect_states()
-        self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        """Write a checkpoint to resume behind this iteration from. All processes call it."""
+        with self._resume.held():
+            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
     def state_dict(self) -> Dict[str, Any]:
-        """
-        See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer. Beyond
-        that it has what makes a resumed training the same, see :meth:`collect_states`.
-        """
-        return {
-            **super().state_dict(),
-            "_trainer": self._trainer.state_dict(),
-            "processes": self._states,
-            "normalizers": get_normalizers(self._plain_model),
-            "histories": get_histories(self.storage) if hasattr(self, "storage") else {},
-        }
+        """See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint lacks the optimizer's state: its momentum starts at 0")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
-        if "processes" in state_dict:
-            names = ("processes", "normalizers", "histories")
-            self._resumed = {name: state_dict[name] for name in names}
-        else:
-            logger.warning(
-                "The checkpoint does not have the state of its training: the order of the images "
-                "and the random numbers start anew"
-            )
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
@@ -384,91 +310,88 @@ class Trainer(DefaultTrainer):
         terms = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
         elsewhere = not bad and comm.get_world_size() > 1
         where = "in another process, not for these images; " if elsewhere else ""
+        keys = [self.recipe.name_of("learning_rate")]
+        keys += filter(self.recipe.has, ("SOLVER.WARMUP_ITERS", "SOLVER.CLIP_GRADIENTS.ENABLED"))
         raise InputError(
             f"a loss is not finite at iteration {self.iter} ({where}{terms}) for the images "
             f"{', '.join(self._trainer.data_loader.last_files)}. {self.checkpointer.advice()}; "
-            "a lower SOLVER.BASE_LR, longer SOLVER.WARMUP_ITERS or "
-            "SOLVER.CLIP_GRADIENTS.ENABLED True keep a training from diverging"
+            "a lower learning rate, a longer warm-up or clipped gradients keep a training from "
+            f"diverging ({', '.join(keys)})"
         )
 
     @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """See :func:`libra_d2.checkpoint.build_model`, which says what is wrong with a config."""
-        model = build_model(cfg)
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """See :meth:`DefaultTrainer.build_model` and :meth:`Recipe.build_model`."""
+        model = make_recipe(cfg).build_model()
         logger.info(f"Model:\n{model}")
         return model
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :meth:`DefaultTrainer.build_optimizer`."""
-        if isinstance(cfg, LazyView):
-            return build_lazy_optimizer(cfg, model)
-        return super().build_optimizer(cfg, model)
+    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+        return make_recipe(cfg).build_optimizer(model)
 
     @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
-        """See :meth:`DefaultTrainer.build_lr_scheduler`."""
-        if isinstance(cfg, LazyView):
-            return build_lazy_scheduler(cfg, optimizer)
-        return super().build_lr_scheduler(cfg, optimizer)
+    def build_lr_scheduler(cls, cfg: Any, optimizer: torch.optim.Optimizer):
+        return make_recipe(cfg).build_lr_scheduler(optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        """See :meth:`DefaultTrainer.build_train_loader`."""
-        seed = comm.shared_random_seed()
-        if isinstance(cfg, LazyView):
-            return build_lazy_train_loader(cfg, seed)
-        mapper = build_mapper(cfg, is_train=True)
-        # What the function with the same arguments would be given.
-        make_arguments = partial(build_detection_train_loader.from_config, cfg, mapper=mapper)
-        return ResumableLoader(make_arguments, seed=seed)
+    def build_train_loader(cls, cfg: Any):
+        """See :meth:`DefaultTrainer.build_train_loader` and :meth:`Recipe.build_train_loader`."""
+        return make_recipe(cfg).build_train_loader(comm.shared_random_seed())
 
     @classmethod
-    def build_validation_loader(cls, cfg: CfgNode, dataset_name: str):
-        """The images of a dataset as in evaluation, with their annotations, for losses."""
-        files = dict(zip(cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST))
-        records = get_detection_dataset_dicts(
-            dataset_name, proposal_files=[files[dataset_name]] if files else None
-        )
-        mapper = build_mapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
-        return build_detection_test_loader(
-            records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
-        )
+    def build_validation_loader(cls, cfg: Any, dataset_name: str):
+        return make_recipe(cfg).build_validation_loader(dataset_name)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """See :meth:`DefaultTrainer.build_test_loader`."""
-        if isinstance(cfg, LazyView):
-            return build_lazy_test_loader(cfg, dataset_name)
-        mapper = build_mapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    def build_test_loader(cls, cfg: Any, dataset_name: str):
+        return make_recipe(cfg).build_test_loader(dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """See :func:`libra_d2.evaluation.build_evaluator`; draws pictures if the config says so."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if isinstance(cfg, LazyView) and has_own_evaluator(cfg):
-            evaluator = build_lazy_evaluator(cfg, dataset_name)
-        else:
-            evaluator = build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
-        num_images = cfg.MODEL.LIBRA.NUM_PICTURES
-        if num_images == 0:
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
+        """See :meth:`Recipe.build_evaluator`; draws pictures if the config says so."""
+        recipe = make_recipe(cfg)
+        folder = os.path.join(recipe.output_dir, "inference")
+        evaluator = recipe.build_evaluator(dataset_name, folder)
+        if recipe.num_pictures == 0:
             return evaluator
-        folder = pictures_dir(cfg, dataset_name)
-        pictures = PredictionPictures(dataset_name, folder, num_images=num_images)
+        folder = pictures_dir(recipe, dataset_name)
+        pictures = PredictionPictures(dataset_name, folder, num_images=recipe.num_pictures)
         return DatasetEvaluators([evaluator, pictures])
 
     @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Mapping[str, Any]:
+    def test(
+        cls,
+        cfg: Any,
+        model: nn.Module,
+        evaluators: Optional[Sequence[DatasetEvaluator]] = None,
+    ) -> Mapping[str, Any]:
         """
-        Evaluate with the test-time augmentation of ``cfg.TEST.AUG``.
+        See :meth:`DefaultTrainer.test`, which finds the datasets in YAML configs only.
+
+        Returns:
+            the metrics of each task, or of each dataset and task if there are several datasets.
+        """
+        results: Dict[str, Any] = OrderedDict()
+        for i, name in enumerate(make_recipe(cfg).test_datasets):
+            evaluator = evaluators[i] if evaluators else cls.build_evaluator(cfg, name)
+            loader = cls.build_test_loader(cfg, name)
+            results[name] = inference_on_dataset(model, loader, evaluator)
+            if comm.is_main_process():
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: Any, model: nn.Module) -> Mapping[str, Any]:
+        """
+        Evaluate with test-time augmentation.
 
         Returns:
             what :meth:`test` does, with "_TTA" behind each name.
         """
         logger.info("Evaluating with test-time augmentation")
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
-        limit = cfg.TEST.DETECTIONS_PER_IMAGE
-        evaluators = [build_evaluator(name, folder, limit) for name in cfg.DATASETS.TEST]
-        results = cls.test(cfg, add_test_time_augmentation(cfg, model), evaluators)
+        recipe = make_recipe(cfg)
+        folder, limit = os.path.join(recipe.output_dir, "inference_TTA"), recipe.max_detections
+        evaluators = [build_evaluator(name, folder, limit) for name in recipe.test_datasets]
+        results = cls.test(cfg, recipe.add_test_time_augmentation(model), evaluators)
         return OrderedDict((f"{name}_TTA", result) for name, result in results.items())

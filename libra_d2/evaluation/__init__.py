@@ -3,7 +3,7 @@ from .build import build_evaluator, check_evaluator_type
 from .coco_evaluator import LibraCOCOEvaluator
 from .pictures import PredictionPictures
 from .report import plot_learning_curves, read_metrics, write_results
-from .test_time_augmentation import RetinaNetWithTTA, add_test_time_augmentation, check_tta
+from .test_time_augmentation import RetinaNetWithTTA, add_test_time_augmentation
 
 __all__ = [
     "LibraCOCOEvaluator",
@@ -12,7 +12,6 @@ __all__ = [
     "add_test_time_augmentation",
     "build_evaluator",
     "check_evaluator_type",
-    "check_tta",
     "plot_learning_curves",
     "read_metrics",
     "write_results",

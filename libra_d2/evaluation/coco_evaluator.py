@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 
-from ..atomic_write import atomic_write
+from ..utils.atomic_write import atomic_write
 
 __all__ = ["LibraCOCOEvaluator"]
 

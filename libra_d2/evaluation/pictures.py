@@ -11,7 +11,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 
 from ..data import read_image
-from ..data.display import display_metadata
+from ..utils.display import display_metadata
 
 __all__ = ["PredictionPictures", "picture_scale"]
 

@@ -8,8 +8,8 @@ from typing import Any, Dict, List
 
 from tabulate import tabulate
 
-from ..atomic_write import atomic_write
-from ..data.display import table_cell
+from ..utils.atomic_write import atomic_write
+from ..utils.display import table_cell
 
 __all__ = ["plot_learning_curves", "read_metrics", "write_results"]
 
@@ -96,16 +96,10 @@ def write_results(path: str, results: Dict[str, Any], title: str, remark: str = 
         for task, metrics in (tasks or {}).items():
             lines += [f"## {task} on {dataset}", ""]
             numbers = _rows(metrics, per_class=False)
-            lines += [
-                tabulate([list(numbers.values())], list(numbers), "github", disable_numparse=True),
-                "",
-            ]
+            lines += [_table([list(numbers.values())], list(numbers)), ""]
             classes = _rows(metrics, per_class=True)
             if classes:
-                lines += [
-                    tabulate(classes.items(), ["class", "AP"], "github", disable_numparse=True),
-                    "",
-                ]
+                lines += [_table(classes.items(), ["class", "AP"]), ""]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path, "w") as f:
         f.write("\n".join(lines))

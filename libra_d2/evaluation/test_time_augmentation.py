@@ -20,7 +20,7 @@ from detectron2.structures import Instances
 from ..data.resize import OpenCVResizeTransform
 from ..errors import InputError
 
-__all__ = ["LibraDatasetMapperTTA", "RetinaNetWithTTA", "add_test_time_augmentation", "check_tta"]
+__all__ = ["LibraDatasetMapperTTA", "RetinaNetWithTTA", "add_test_time_augmentation"]
 
 
 class LibraDatasetMapperTTA(DatasetMapperTTA):
@@ -32,7 +32,6 @@ class LibraDatasetMapperTTA(DatasetMapperTTA):
         self.opencv = cfg.MODEL.LIBRA.INPUT.INTERPOLATION == "opencv"
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> List[Dict[str, Any]]:
-        """See :meth:`DatasetMapperTTA.__call__`."""
         augmented = super().__call__(dataset_dict)
         if not self.opencv:
             return augmented
@@ -92,23 +91,6 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
         return [output["instances"] for batch in batches for output in batch]
 
 
-def check_tta(cfg: CfgNode) -> None:
-    """
-    Raises:
-        InputError: if ``TEST.AUG.ENABLED`` is set for a model that it cannot be done for.
-    """
-    if not cfg.TEST.AUG.ENABLED:
-        return
-    unsupported = {
-        "MODEL.LOAD_PROPOSALS": cfg.MODEL.LOAD_PROPOSALS,
-        "MODEL.KEYPOINT_ON": cfg.MODEL.KEYPOINT_ON,
-        "a ProposalNetwork": cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork",
-    }
-    for what, is_so in unsupported.items():
-        if is_so:
-            raise InputError(f"TEST.AUG.ENABLED: {what} and test-time augmentation exclude another")
-
-
 def add_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """
     Args:
@@ -121,9 +103,8 @@ def add_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        InputError: if it is another model; see also :func:`check_tta`.
+        InputError: if it is another model.
     """
-    check_tta(cfg)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     mapper = LibraDatasetMapperTTA(cfg)
@@ -131,6 +112,4 @@ def add_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
         return RetinaNetWithTTA(cfg, model, mapper)
     if isinstance(model, GeneralizedRCNN):
         return GeneralizedRCNNWithTTA(cfg, model, mapper)
-    raise InputError(
-        f"TEST.AUG.ENABLED: there is no test-time augmentation of a {type(model).__name__}"
-    )
+    raise InputError(f"there is no test-time augmentation of a {type(model).__name__}")

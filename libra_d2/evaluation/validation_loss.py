@@ -9,10 +9,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from ..data.random_state import seeded
+from ..modeling.normalizer import Normalizers
+from ..utils.random_state import seeded
 
 __all__ = ["validation_losses"]
 
@@ -21,6 +23,9 @@ __all__ = ["validation_losses"]
 def _computing_losses(model: nn.Module) -> Iterator[None]:
     """The model is in training mode, apart from what would change it or is random."""
     modes = {module: module.training for module in model.modules()}
+    # Moving averages of what losses are divided by, which Detectron2 keeps as attributes.
+    dense = [module for module in modes if isinstance(module, DenseDetector)]
+    averages = [{k: v for k, v in vars(m).items() if k == "loss_normalizer"} for m in dense]
     model.train()
     model.backbone.eval()
     for module in model.modules():
@@ -31,6 +36,9 @@ def _computing_losses(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, average in zip(dense, averages):
+            vars(module).pop("loss_normalizer", None)
+            vars(module).update(average)
 
 
 @torch.no_grad()
@@ -49,7 +57,8 @@ def validation_losses(
     """
     sums: Dict[str, float] = {}
     number = 0
-    with _computing_losses(model), seeded(0):
+    # Each batch is divided by its own numbers: other processes may have more batches, or fewer.
+    with _computing_losses(model), seeded(0), Normalizers().active():
         for batch in batches:
             with EventStorage() as storage:
                 losses = {name: loss.item() for name, loss in model(batch).items()}

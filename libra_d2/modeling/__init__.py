@@ -16,14 +16,9 @@ from .backbone import (
 from .balanced_feature_pyramid import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
 from .balanced_l1_loss import BalancedL1Loss, balanced_l1_loss
 from .balanced_sampling import PROPOSAL_SAMPLER_REGISTRY, BalancedSampler, SamplingResult
+from .batch_norm import AffineBatchNorm2d, train_norm_affine
 from .fast_rcnn import LibraFastRCNNOutputLayers
-from .reference_recipe import (
-    AffineBatchNorm2d,
-    LibraRPN,
-    LinearLastLevelP6P7,
-    LowQualityMatcher,
-    train_norm_affine,
-)
+from .reference_recipe import LibraRPN, LinearLastLevelP6P7, LowQualityMatcher
 from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
 from .roi_heads import (
     BalancedSamplingMixin,

@@ -12,7 +12,7 @@ from detectron2.utils.registry import locate
 
 from ..errors import ArgumentError
 from .balanced_feature_pyramid import BalancedFeaturePyramid
-from .reference_recipe.batch_norm import train_norm_affine
+from .batch_norm import train_norm_affine
 
 __all__ = [
     "add_balanced_feature_pyramid",
@@ -58,14 +58,13 @@ def add_balanced_feature_pyramid(
         ArgumentError: a ValueError, if the levels differ in their number of channels, the backbone
             is balanced already, or an argument is out of range.
     """
-    key = "The backbone (MODEL.BACKBONE.NAME, MODEL.LIBRA.BFP.BASE_BACKBONE)"
     name = type(backbone).__name__
     if isinstance(getattr(backbone, "bfp", None), BalancedFeaturePyramid):
         rule = (
             "it has a balanced feature pyramid already; a second one would change its features "
             "once more"
         )
-        raise ArgumentError("backbone", name, rule, key)
+        raise ArgumentError("backbone", name, rule)
     shapes = backbone.output_shape()
     channels = {name: shape.channels for name, shape in shapes.items()}
     if len(set(channels.values())) != 1:
@@ -73,12 +72,12 @@ def add_balanced_feature_pyramid(
             "use a pyramid. What is averaged must have as many channels at each level, but its "
             f"features differ in their number of channels: {channels}"
         )
-        raise ArgumentError("backbone", name, rule, key)
+        raise ArgumentError("backbone", name, rule)
     if refine_level is None:
         strides = [shape.stride for shape in shapes.values()]
         if _P4_STRIDE not in strides:
             rule = f"no level has a stride of {_P4_STRIDE}, but {strides}: name one by its index"
-            raise ArgumentError("refine_level", None, rule, "MODEL.LIBRA.BFP.REFINE_LEVEL")
+            raise ArgumentError("refine_level", None, rule)
         refine_level = strides.index(_P4_STRIDE)
     # The rest of a model has the same initial weights with it as without: runs can be compared pair
     # by pair.

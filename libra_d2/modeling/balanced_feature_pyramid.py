@@ -191,10 +191,9 @@ class BalancedFeaturePyramid(nn.Module):
                 "refine_level",
                 refine_level,
                 f"the pyramid has {num_levels} levels, use a value from 0 to {num_levels - 1}",
-                "MODEL.LIBRA.BFP.REFINE_LEVEL",
             )
         names = [name for name, _ in REFINEMENT_REGISTRY]
-        check_choice("refine_type", refine_type, names, "MODEL.LIBRA.BFP.REFINE_TYPE")
+        check_choice("refine_type", refine_type, names)
         self.num_levels = num_levels
         self.refine_level = refine_level
         self.refine = REFINEMENT_REGISTRY.get(refine_type)(channels)

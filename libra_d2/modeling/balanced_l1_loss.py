@@ -140,19 +140,16 @@ class _BalancedL1(torch.autograd.Function):
 
 def _check_arguments(alpha: float, gamma: float, beta: float, form: str) -> None:
     """Raise ArgumentError if an argument of :func:`balanced_l1_loss` is out of range."""
-    section = "MODEL.LIBRA.BALANCED_L1"
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not (math.isfinite(value) and value > 0):
-            key = f"{section}.{name.upper()}"
-            raise ArgumentError(name, value, "use a positive number", key)
+            raise ArgumentError(name, value, "use a positive number")
     if gamma / alpha > 80:
         raise ArgumentError(
             "gamma",
             gamma,
             f"use at most 80 times alpha, {alpha}: b = exp(gamma / alpha) - 1 must fit a float32",
-            f"{section}.GAMMA",
         )
-    check_choice("form", form, BALANCED_L1_FORMS, f"{section}.FORM")
+    check_choice("form", form, BALANCED_L1_FORMS)
 
 
 class BalancedL1Loss(nn.Module):

@@ -156,19 +156,13 @@ class BalancedSampler(nn.Module):
             ArgumentError: a ValueError, if an argument is out of range.
         """
         super().__init__()
-        section = "MODEL.LIBRA.SAMPLER"
-        check_choice("negatives", negatives, NEGATIVE_SAMPLERS, f"{section}.NEGATIVES")
-        check_choice("positives", positives, POSITIVE_SAMPLERS, f"{section}.POSITIVES")
-        check_choice("mode", mode, MODES, f"{section}.MODE")
+        check_choice("negatives", negatives, NEGATIVE_SAMPLERS)
+        check_choice("positives", positives, POSITIVE_SAMPLERS)
+        check_choice("mode", mode, MODES)
         if num_bins < 1:
-            raise ArgumentError("num_bins", num_bins, "use 1 or more", f"{section}.NUM_BINS")
+            raise ArgumentError("num_bins", num_bins, "use 1 or more")
         if not 0 < negative_iou_thresh <= 1:
-            raise ArgumentError(
-                "negative_iou_thresh",
-                negative_iou_thresh,
-                "use a value in (0, 1]",
-                "MODEL.ROI_HEADS.IOU_THRESHOLDS[0]",
-            )
+            raise ArgumentError("negative_iou_thresh", negative_iou_thresh, "use a value in (0, 1]")
         self.negatives = negatives
         self.positives = positives
         self.mode = mode
@@ -316,5 +310,5 @@ def build_proposal_sampler(cfg) -> nn.Module:
     """
     name = cfg.MODEL.LIBRA.SAMPLER.NAME
     names = [name for name, _ in PROPOSAL_SAMPLER_REGISTRY]
-    check_choice("name", name, names, "MODEL.LIBRA.SAMPLER.NAME")
+    check_choice("name", name, names)
     return PROPOSAL_SAMPLER_REGISTRY.get(name)(cfg)

@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 
 from .balanced_l1_loss import BalancedL1Loss
-from .reference_recipe.normalizer import is_batch_divided, mean_over_batch
+from .normalizer import is_batch_divided, mean_over_batch
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
@@ -46,13 +46,13 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     def losses(self, predictions, proposals: List[Instances]) -> Dict[str, torch.Tensor]:
         """
         See :meth:`FastRCNNOutputLayers.losses`. Where a batch is divided, losses are divided by
-        the mean of the parts' numbers of proposals, see :func:`mean_over_batch`.
+        the mean number of proposals, see :func:`mean_over_batch`.
         """
         losses = super().losses(predictions, proposals)
         if not is_batch_divided():
             return losses
         num_proposals = predictions[0].new_tensor(sum(map(len, proposals)))
-        scale = num_proposals / mean_over_batch(num_proposals).clamp(min=1)
+        scale = num_proposals / mean_over_batch(num_proposals, self).clamp(min=1)
         return {name: loss * scale for name, loss in losses.items()}
 
     def box_reg_loss(

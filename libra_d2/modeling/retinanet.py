@@ -18,8 +18,8 @@ from detectron2.utils.events import get_event_storage
 from ..errors import check_choice
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
+from .normalizer import mean_over_batch
 from .reference_recipe.matcher import build_anchor_matcher
-from .reference_recipe.normalizer import mean_over_batch
 from .reference_recipe.p6p7 import LinearLastLevelP6P7
 from .reference_recipe.padding import label_without_padding
 
@@ -92,8 +92,7 @@ class LibraRetinaNet(RetinaNet):
             ArgumentError: a ValueError, if ``normalizer`` is neither.
         """
         super().__init__(box_reg_loss_type=box_reg_loss_type, **kwargs)
-        key = "MODEL.LIBRA.RETINANET.NORMALIZER"
-        check_choice("normalizer", normalizer, RETINANET_NORMALIZERS, key)
+        check_choice("normalizer", normalizer, RETINANET_NORMALIZERS)
         self.balanced_l1 = balanced_l1 or BalancedL1Loss(beta=0.11)
         self.normalizer = normalizer
         self.clip_boxes = clip_boxes
@@ -105,9 +104,7 @@ class LibraRetinaNet(RetinaNet):
         low_quality_iou = cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(
-                ret["anchor_matcher"], low_quality_iou, "MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU"
-            ),
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
             "balanced_l1": BalancedL1Loss(cfg),
             "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
             "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,
@@ -118,7 +115,6 @@ class LibraRetinaNet(RetinaNet):
     def label_anchors(
         self, anchors: List[Boxes], gt_instances: List[Instances]
     ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
-        """See :meth:`RetinaNet.label_anchors`."""
         if self.padding_anchors:
             return super().label_anchors(anchors, gt_instances)
         return label_without_padding(super().label_anchors, anchors, gt_instances)
@@ -138,11 +134,13 @@ class LibraRetinaNet(RetinaNet):
         """
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
-        self._batch_normalizer = mean_over_batch(foreground.sum(dim=1).clamp(min=1).sum())
         chosen = nonzero_tuple(foreground)  # one host synchronization for all that is indexed
         num_foreground = len(chosen[0])
         get_event_storage().put_scalar("num_pos_anchors", num_foreground / len(labels))
-        normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
+        if self.normalizer == "batch":
+            normalizer = mean_over_batch(foreground.sum(dim=1).clamp(min=1).sum(), self)
+        else:
+            normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
 
         valid = nonzero_tuple(labels >= 0)
         logits = cat(pred_logits, dim=1)[valid]
@@ -174,12 +172,6 @@ class LibraRetinaNet(RetinaNet):
                 smooth_l1_beta=self.smooth_l1_beta,
             )
         return {"loss_cls": loss_cls / normalizer, "loss_box_reg": loss_box_reg / normalizer}
-
-    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9):
-        """What the losses are divided by; the parent asks here, too."""
-        if self.normalizer == "batch":
-            return self._batch_normalizer
-        return super()._ema_update(name, value, initial_value, momentum)
 
     def _decode_multi_level_predictions(
         self,

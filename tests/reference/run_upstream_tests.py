@@ -42,7 +42,7 @@ def pytest_configure() -> None:
 
     from libra_d2 import add_libra_config
     from libra_d2 import modeling as libra
-    from libra_d2.plain_detector import DETECTRON2_RECIPE, without
+    from libra_d2.config import DETECTRON2_RECIPE, DISABLED
 
     get_cfg = detectron2.config.get_cfg
 
@@ -50,7 +50,7 @@ def pytest_configure() -> None:
         cfg = get_cfg()
         add_libra_config(cfg)
         # Most of the tests leave the loss at Detectron2's; one sets another.
-        cfg.merge_from_list([*DETECTRON2_RECIPE, *without("sampling")])
+        cfg.merge_from_list([*DETECTRON2_RECIPE, *DISABLED["sampling"]])
         return cfg
 
     detectron2.config.get_cfg = model_zoo.model_zoo.get_cfg = get_libra_cfg

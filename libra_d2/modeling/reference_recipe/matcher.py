@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-quality matches of anchors as mmdetection makes them."""
 
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 
@@ -21,24 +21,17 @@ class LowQualityMatcher(Matcher):
     the IoU.
     """
 
-    def __init__(
-        self,
-        thresholds: List[float],
-        labels: List[int],
-        min_iou: float,
-        key: Optional[str] = None,
-    ):
+    def __init__(self, thresholds: List[float], labels: List[int], min_iou: float):
         """
         Args:
             thresholds, labels: see :class:`Matcher`.
             min_iou: in [0, 1].
-            key: of the config that ``min_iou`` comes from, if any.
 
         Raises:
             ArgumentError: a ValueError, if ``min_iou`` is out of range.
         """
         if not 0 <= min_iou <= 1:
-            raise ArgumentError("min_iou", min_iou, "use a value in [0, 1]", key)
+            raise ArgumentError("min_iou", min_iou, "use a value in [0, 1]")
         super().__init__(thresholds, labels, allow_low_quality_matches=False)
         self.min_iou = min_iou
 
@@ -61,15 +54,12 @@ class LowQualityMatcher(Matcher):
         return torch.where(last > 0, last - 1, matches), labels.masked_fill(last > 0, 1)
 
 
-def build_anchor_matcher(
-    matcher: Matcher, low_quality_iou: float, key: Optional[str] = None
-) -> Matcher:
+def build_anchor_matcher(matcher: Matcher, low_quality_iou: float) -> Matcher:
     """
     Args:
         matcher: Detectron2's, with low-quality matches.
         low_quality_iou: lowest IoU of low-quality matches made in mmdetection's way, in [0, 1].
             Negative for Detectron2's way.
-        key: see :class:`LowQualityMatcher`.
 
     Returns:
         a matcher with the thresholds and labels of ``matcher``.
@@ -77,4 +67,4 @@ def build_anchor_matcher(
     if low_quality_iou < 0:
         return matcher
     # It keeps its thresholds with an infinite one at each end.
-    return LowQualityMatcher(matcher.thresholds[1:-1], matcher.labels, low_quality_iou, key)
+    return LowQualityMatcher(matcher.thresholds[1:-1], matcher.labels, low_quality_iou)

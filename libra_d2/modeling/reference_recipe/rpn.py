@@ -10,8 +10,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, Instances
 
 from ...errors import check_choice
+from ..normalizer import mean_over_batch
 from .matcher import build_anchor_matcher
-from .normalizer import mean_over_batch
 from .padding import label_without_padding
 
 __all__ = ["LibraRPN", "RPN_NORMALIZERS"]
@@ -53,7 +53,7 @@ class LibraRPN(RPN):
             ArgumentError: a ValueError, if ``normalizer`` is neither.
         """
         super().__init__(**kwargs)
-        check_choice("normalizer", normalizer, RPN_NORMALIZERS, "MODEL.LIBRA.RPN.NORMALIZER")
+        check_choice("normalizer", normalizer, RPN_NORMALIZERS)
         self.max_neg_per_pos = max_neg_per_pos
         self.normalizer = normalizer
         self.padding_anchors = padding_anchors
@@ -64,9 +64,7 @@ class LibraRPN(RPN):
         low_quality_iou = cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(
-                ret["anchor_matcher"], low_quality_iou, "MODEL.LIBRA.RPN.LOW_QUALITY_IOU"
-            ),
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
             "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
             "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
             "padding_anchors": cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS,
@@ -77,7 +75,6 @@ class LibraRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: List[Boxes], gt_instances: List[Instances]
     ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
-        """See :meth:`RPN.label_and_sample_anchors`."""
         label = super().label_and_sample_anchors
         if self.padding_anchors:
             return label(anchors, gt_instances)
@@ -113,7 +110,6 @@ class LibraRPN(RPN):
         pred_anchor_deltas: List[torch.Tensor],
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
-        """See :meth:`RPN.losses`."""
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
         )
@@ -121,5 +117,5 @@ class LibraRPN(RPN):
             return losses
         labels = torch.stack(gt_labels)
         num_sampled = sum((labels == x).sum(dim=1).clamp(min=1).sum() for x in (0, 1))
-        scale = self.batch_size_per_image * len(gt_labels) / mean_over_batch(num_sampled)
+        scale = self.batch_size_per_image * len(gt_labels) / mean_over_batch(num_sampled, self)
         return {name: loss * scale for name, loss in losses.items()}

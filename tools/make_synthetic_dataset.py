@@ -1,8 +1,9 @@
+#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
 A synthetic detection dataset in COCO format, made in seconds, to try a detector on.
 
-    python -m libra_d2.data.synthetic datasets/synthetic/train --num-images 300 --seed 1
+    python tools/make_synthetic_dataset.py datasets/synthetic/train --num-images 300 --seed 1
 
 writes ``images/*.jpg`` and ``instances.json`` into the given directory. Shapes of widely
 different size overlap each other on textured backgrounds, between distractors: strokes, and shapes
@@ -220,7 +221,6 @@ def make_synthetic_dataset(
 def main(argv: Optional[List[str]] = None) -> int:
     """Command line entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m libra_d2.data.synthetic",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

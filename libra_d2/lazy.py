@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The ideas of Libra R-CNN in the LazyConfig of any R-CNN or RetinaNet.
+Libra R-CNN in LazyConfigs: turns the config of any R-CNN or RetinaNet into a balanced one.
 
-Classes are exchanged where they are named, by ``_target_``. All keys stay where they are, so that
-overrides keep their meaning, and so do values that refer to others, as
-``${..backbone.out_channels}`` does.
+Only the ``_target_`` of nodes is replaced. All keys stay in place, so that overrides and
+interpolations such as ``${..backbone.out_channels}`` keep their meaning.
 """
 
 from typing import Any, Dict, Iterator, List, Tuple, Type
@@ -17,10 +16,10 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
-from detectron2.utils.registry import _convert_target_to_string
+from detectron2.utils.registry import _convert_target_to_string, locate
 
-from ..errors import InputError
-from ..modeling import (
+from .errors import InputError
+from .modeling import (
     BalancedL1Loss,
     BalancedSampler,
     BalancedSamplingMixin,
@@ -34,9 +33,8 @@ from ..modeling import (
     LowQualityMatcher,
     build_balanced_backbone,
 )
-from .target import target_of
 
-__all__ = ["balance", "turn_off"]
+__all__ = ["balance", "disable", "target_of"]
 
 _ROI_HEADS = {
     StandardROIHeads: LibraROIHeads,
@@ -45,6 +43,12 @@ _ROI_HEADS = {
 }
 _RETINANET_BETA = 0.11  # mmdetection's libra_retinanet_r50_fpn_1x
 _RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min_pos_iou
+
+
+def target_of(node: Any) -> Any:
+    """The class or function that a part of a LazyConfig is made with; None if it is no part."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return locate(target) if isinstance(target, str) else target
 
 
 def _is(node: Any, *classes: Type) -> bool:
@@ -84,7 +88,7 @@ def balance(
     reference: bool = False,
 ) -> DictConfig:
     """
-    Make the LazyConfig of a detector that of Libra R-CNN, in place. A second call changes nothing.
+    Turn the LazyConfig of a detector into one of Libra R-CNN, in place. The call is idempotent.
 
     Args:
         model: of a GeneralizedRCNN (Faster, Mask, Keypoint and Cascade R-CNN), a PanopticFPN or a
@@ -130,11 +134,10 @@ def _balance_backbone(backbone: DictConfig, feature_pyramid: bool, reference: bo
     if target_of(backbone) is not build_balanced_backbone:
         is_resnet = _is(backbone.get("bottom_up"), ResNet)
         train_affine = reference and is_resnet and "FrozenBN" in str(backbone.bottom_up)
-        if not (feature_pyramid or train_affine):
-            return
-        backbone.plain_backbone = _convert_target_to_string(target_of(backbone))
-        backbone._target_ = build_balanced_backbone
-        backbone.balanced = feature_pyramid
+        if feature_pyramid or train_affine:
+            backbone.plain_backbone = _convert_target_to_string(target_of(backbone))
+            backbone._target_ = build_balanced_backbone
+            backbone.balanced = feature_pyramid
         if train_affine:
             backbone.train_affine = True
     elif feature_pyramid:
@@ -214,14 +217,14 @@ def _balance_box_loss(heads: DictConfig, reference: bool) -> None:
             predictor.setdefault("box_reg_loss_type", "balanced_l1")
 
 
-def turn_off(model: DictConfig, *ideas: str) -> List[str]:
+def disable(model: DictConfig, *ideas: str) -> List[str]:
     """
     Args:
         model: a LazyConfig that is called ``model``, balanced.
         ideas: of "sampling", "feature_pyramid" and "balanced_l1".
 
     Returns:
-        overrides for ``LazyConfig.apply_overrides`` that turn them off, as far as they are on.
+        overrides for ``LazyConfig.apply_overrides`` that disable those of them that are enabled.
     """
     overrides = []
     heads = model.get("roi_heads")

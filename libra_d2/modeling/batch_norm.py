@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from detectron2.layers import FrozenBatchNorm2d
 
-from ...errors import ArgumentError
+from ..errors import ArgumentError
 
 __all__ = ["AffineBatchNorm2d", "train_norm_affine"]
 
@@ -77,6 +77,5 @@ def train_norm_affine(module: nn.Module) -> nn.Module:
             type(module).__name__,
             "it has no FrozenBatchNorm2d in a trained stage. Norms other than 'FrozenBN' train "
             "their scale and shift anyway",
-            "MODEL.LIBRA.TRAIN_NORM_AFFINE is set, and the backbone",
         )
     return module

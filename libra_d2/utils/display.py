@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names from datasets, which may hold anything, in pictures, tables and pages."""
 
+from typing import List, Tuple
+
 from detectron2.data import Metadata
+from detectron2.utils.colormap import colormap
 
-from .coco_json import class_colors
-
-__all__ = ["display_metadata", "display_name", "table_cell"]
+__all__ = ["class_colors", "display_metadata", "display_name", "table_cell"]
 
 MAX_LENGTH = 40
 
@@ -39,3 +40,9 @@ def display_metadata(metadata: Metadata) -> Metadata:
         thing_classes=[display_name(name).replace("$", r"\$") for name in names],
         thing_colors=metadata.get("thing_colors") or class_colors(len(names)),
     )
+
+
+def class_colors(num_classes: int) -> List[Tuple[int, int, int]]:
+    """Colors of Detectron2's, RGB in 0 to 255, for pictures in which each class has one."""
+    colors = colormap(rgb=True, maximum=255).astype(int).tolist()
+    return [tuple(colors[i % len(colors)]) for i in range(num_classes)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that the parts of a model do not know, found when it is built."""
+"""What is judged about a recipe by the model that it makes: settings that no part of it reads."""
 
 import logging
 from typing import Any, Iterator, Tuple
@@ -12,7 +12,6 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.logger import log_first_n
 
-from ..config import add_libra_config
 from ..errors import InputError
 from ..modeling import (
     AffineBatchNorm2d,
@@ -22,6 +21,7 @@ from ..modeling import (
     LibraRetinaNet,
     LibraRPN,
 )
+from .defaults import add_libra_config
 
 __all__ = ["check_box_losses", "warn_of_unread_keys"]
 

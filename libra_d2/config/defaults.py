@@ -108,9 +108,9 @@ def add_libra_config(cfg: CN) -> None:
 
     # Training
     cfg.MODEL.LIBRA.TRAINER = CN()
-    # Number of parts that each batch of SOLVER.IMS_PER_BATCH images is computed in, one after the
-    # other, to need less memory. 1 or more; it must divide the images of each process. Gradients
-    # are those of the whole batch; iterations count batches.
+    # Gradient accumulation: number of micro-batches that each batch of SOLVER.IMS_PER_BATCH images
+    # is split into, to need less memory. 1 or more; it must divide the images of each process.
+    # Gradients are those of the whole batch; iterations count batches.
     cfg.MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS = 1
     # Decay of an exponential moving average of the weights, in (0, 1), such as 0.9998. It is
     # evaluated as "<task>_EMA" and written to model_final_ema.pth. 0 for none.

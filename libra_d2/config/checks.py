@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+All that is judged about a recipe before work starts: values, values that depend on each other, the
+datasets, and the processes. :func:`check_values` and :func:`check_run` go through tables, to which
+a new rule is added. What only a built model can tell is in ``model_checks``.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
+
+import torch
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.layers import get_norm
+from detectron2.solver.build import GradientClipType
+from detectron2.utils import comm
+
+from ..data.resize import INTERPOLATIONS
+from ..errors import InputError, one_line
+from ..evaluation import check_evaluator_type
+from .recipe import Recipe, SettingMissing
+
+__all__ = ["check_datasets", "check_run", "check_values"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLERS = (
+    "TrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "WeightedTrainingSampler",
+)
+_CROPS = ("relative_range", "relative", "absolute", "absolute_range")
+_DEPTHS = (18, 34, 50, 101, 152)
+
+
+class Rule(NamedTuple):
+    """What the value of a setting must be."""
+
+    #: a setting of :class:`Recipe`, or a key that YAML configs alone have
+    setting: str
+    is_legal: Callable[[Any], bool]
+    #: what to do otherwise
+    advice: str
+
+
+def _is_norm(name: Any) -> bool:
+    try:
+        get_norm(name, 64)
+    except (KeyError, AttributeError):
+        return False
+    return True
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(setting: str, minimum: int) -> Rule:
+    return Rule(setting, lambda v: _is_whole(v) and v >= minimum, f"use {minimum} or more")
+
+
+def _choice(setting: str, values: Sequence) -> Rule:
+    return Rule(setting, lambda v: v in values, f"use one of {tuple(values)}")
+
+
+def _norm(key: str) -> Rule:
+    return Rule(key, _is_norm, "use one of '', 'BN', 'FrozenBN', 'GN', 'SyncBN'")
+
+
+def _side(key: str) -> Rule:
+    return Rule(key, lambda v: v >= 8, "use 8 pixels or more")
+
+
+_RULES: Tuple[Rule, ...] = (
+    Rule("output_dir", lambda v: isinstance(v, str), "use a path"),
+    _whole("batch_size", 1),
+    _whole("max_iter", 1),
+    _whole("checkpoint_period", 1),
+    _whole("SOLVER.WARMUP_ITERS", 0),
+    Rule(
+        "learning_rate",
+        lambda v: v > 0 and math.isfinite(v),
+        "use a positive number, such as 0.02 for batches of 16 images",
+    ),
+    Rule("SOLVER.MOMENTUM", lambda v: 0 <= v < 1, "use a value in [0, 1)"),
+    Rule("SOLVER.WEIGHT_DECAY", lambda v: 0 <= v < math.inf, "use 0 or more"),
+    _choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", [kind.value for kind in GradientClipType]),
+    _whole("num_workers", 0),
+    _choice("DATALOADER.SAMPLER_TRAIN", _SAMPLERS),
+    Rule("INPUT.MIN_SIZE_TRAIN", lambda v: len(v) > 0 and min(v) >= 8, "use 8 pixels or more"),
+    _side("INPUT.MAX_SIZE_TRAIN"),
+    Rule(
+        "INPUT.MIN_SIZE_TEST",
+        lambda v: v == 0 or v >= 8,
+        "use 8 pixels or more, or 0 not to resize",
+    ),
+    _side("INPUT.MAX_SIZE_TEST"),
+    _choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", ("choice", "range")),
+    _choice("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
+    _choice("INPUT.CROP.TYPE", _CROPS),
+    _choice("mask_format", ("polygon", "bitmask")),
+    _choice("image_format", ("BGR", "RGB", "L", "YUV-BT.601")),
+    _choice("MODEL.LIBRA.INPUT.INTERPOLATION", INTERPOLATIONS),
+    _whole("eval_period", 0),
+    _whole("max_detections", 1),
+    Rule(
+        "seed",
+        # Each process adds its rank.
+        lambda v: _is_whole(v) and -1 <= v < 2**32 - 2**16,
+        "use a number below 2**32 - 2**16, or -1 for any",
+    ),
+    _choice("MODEL.RESNETS.DEPTH", _DEPTHS),
+    _norm("MODEL.RESNETS.NORM"),
+    _norm("MODEL.FPN.NORM"),
+    _norm("MODEL.ROI_BOX_HEAD.NORM"),
+    _norm("MODEL.ROI_MASK_HEAD.NORM"),
+    _whole("max_checkpoints", 0),
+    _whole("accumulation_steps", 1),
+    _whole("patience", 0),
+    Rule(
+        "ema_decay",
+        lambda v: 0 <= v < 1,
+        "use a value in (0, 1), such as 0.9998, or 0 for none",
+    ),
+    _whole("num_pictures", 0),
+)
+
+
+def _check_size_range(recipe: Recipe) -> None:
+    lengths = recipe.get("INPUT.MIN_SIZE_TRAIN", ())
+    if recipe.get("INPUT.MIN_SIZE_TRAIN_SAMPLING") == "range" and len(lengths) != 2:
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {lengths}: use two sizes, the ends of the range that "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING draws from"
+        )
+
+
+def _check_device(recipe: Recipe) -> None:
+    name, device = recipe.name_of("device"), recipe.device
+    try:
+        kind = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise InputError(f"{name} is {device!r}: {one_line(e)}") from e
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"{name} is {device!r}: this machine has {torch.cuda.device_count()} GPUs that "
+            "PyTorch can use; 'cpu' is slow, but works"
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    rate = recipe.get("learning_rate")
+    if rate is None:
+        return
+    try:
+        recipe.build_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
+    except SettingMissing:
+        return  # which is for a training alone to miss
+    except Exception as e:  # it is the check of a schedule that Detectron2 has
+        keys = ("SOLVER.LR_SCHEDULER_NAME", "SOLVER.STEPS")
+        described = " with ".join(f"{k} {recipe.get(k)!r}" for k in keys if recipe.has(k))
+        raise InputError(f"{described or 'lr_multiplier'} cannot be used: {one_line(e)}") from e
+
+
+def _check_evaluations(recipe: Recipe) -> None:
+    period = recipe.eval_period
+    for setting in ("best_metric", "patience"):
+        if recipe.get(setting) and not period > 0:
+            raise InputError(
+                f"{recipe.name_of(setting)} needs evaluations: set "
+                f"{recipe.name_of('eval_period')} to the number of iterations between them"
+            )
+    if period > recipe.get("max_iter", math.inf):
+        logger.warning(
+            f"{recipe.name_of('eval_period')} {period} is longer than the training of "
+            f"{recipe.max_iter} iterations: it is evaluated at the end only"
+        )
+
+
+def _check_accumulation(recipe: Recipe) -> None:
+    """A moving average would be updated once for each micro-batch."""
+    if recipe.accumulation_steps == 1 or not recipe.is_retinanet:
+        return
+    if recipe.architecture != "LibraRetinaNet" or recipe.normalizer != "batch":
+        raise InputError(
+            f"{recipe.name_of('accumulation_steps')} needs a LibraRetinaNet with "
+            f"{recipe.name_of('normalizer')} 'batch'"
+        )
+
+
+def _check_opencv(recipe: Recipe) -> None:
+    if importlib.util.find_spec("cv2") is not None:
+        return
+    for setting, needed in (
+        ("interpolation", recipe.interpolation == "opencv"),
+        ("num_pictures", recipe.num_pictures > 0),
+    ):
+        if needed:
+            raise InputError(
+                f"{recipe.name_of(setting)} is {getattr(recipe, setting)!r}, which needs OpenCV: "
+                "`pip install opencv-python-headless`"
+            )
+
+
+def _check_tta(recipe: Recipe) -> None:
+    if not recipe.tta:
+        return
+    for what, is_so in (
+        ("a model without RPN", recipe.needs_proposals),
+        ("a model of keypoints", recipe.has_keypoints),
+        ("a ProposalNetwork", recipe.is_proposal_network),
+    ):
+        if is_so:
+            raise InputError(
+                f"{recipe.name_of('tta')}: there is no test-time augmentation of {what}"
+            )
+
+
+_RULES_OF_SEVERAL: Tuple[Callable[[Recipe], None], ...] = (
+    _check_size_range,
+    _check_device,
+    _check_schedule,
+    _check_evaluations,
+    _check_accumulation,
+    _check_opencv,
+    _check_tta,
+)
+
+
+def check_values(recipe: Recipe) -> None:
+    """
+    Check the values of a recipe, as far as the config has them.
+
+    Raises:
+        InputError: if one cannot work. The message has the user's name for it, and what to use.
+    """
+    recipe.check_nulls()
+    for setting, is_legal, advice in _RULES:
+        if not recipe.has(setting):
+            continue
+        value = recipe.get(setting)
+        try:
+            legal = is_legal(value)
+        except TypeError:
+            legal = False
+        if not legal:
+            raise InputError(f"{recipe.name_of(setting)} is {value!r}: {advice}")
+    for check in _RULES_OF_SEVERAL:
+        check(recipe)
+
+
+def check_datasets(names: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: if one of the datasets is not registered, or its files are not there.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            raise InputError(
+                f"{name!r} is not a registered dataset; for your own data use --train-json, "
+                "--train-images, --val-json and --val-images"
+            )
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("dirname")):
+            if path is not None and "://" not in path and not os.path.exists(path):
+                raise InputError(
+                    f"{path}: dataset {name!r} is not there. The environment variable "
+                    "DETECTRON2_DATASETS names the directory of Detectron2's builtin datasets"
+                )
+
+
+def _check_weights(recipe: Recipe, train: bool, resume: bool) -> None:
+    name, weights = recipe.name_of("weights"), recipe.weights.split("?")[0]
+    if resume:
+        return
+    if not weights and not train:
+        raise InputError(f"{name}: name the weights to evaluate")
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(f"{name}: {weights}: no such file")
+
+
+def _check_named_datasets(recipe: Recipe, train: bool, resume: bool) -> None:
+    needed = recipe.train_datasets if train else recipe.test_datasets
+    if not needed:
+        setting = "train_datasets" if train else "test_datasets"
+        raise InputError(
+            f"no dataset to {'train' if train else 'evaluate'} on: set "
+            f"{recipe.name_of(setting)} or use --train-json, --train-images, --val-json and "
+            "--val-images"
+        )
+    check_datasets([*(recipe.train_datasets if train else ()), *recipe.test_datasets])
+
+
+def _check_keypoints(recipe: Recipe, train: bool, resume: bool) -> None:
+    for name in recipe.train_datasets if train and recipe.has_keypoints else ():
+        if not MetadataCatalog.get(name).get("keypoint_names"):
+            raise InputError(
+                f"a model of keypoints: dataset {name!r} does not name its keypoints; register it "
+                "with keypoint_names and keypoint_flip_map in its metadata"
+            )
+
+
+def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
+    """Log what is odd about a training on few images, as far as their number is known."""
+    counts = [MetadataCatalog.get(name).get("num_images") for name in recipe.train_datasets]
+    if not train or not counts or None in counts:
+        return
+    for setting in ("batch_size", "num_workers"):
+        value = recipe.get(setting)
+        if value > sum(counts):
+            logger.warning(
+                f"{recipe.name_of(setting)} is {value}, but there are only {sum(counts)} images "
+                "to train on"
+            )
+
+
+def _check_amp(recipe: Recipe, train: bool, resume: bool) -> None:
+    if train and recipe.amp and not recipe.device.startswith("cuda"):
+        raise InputError(
+            f"{recipe.name_of('amp')}: Detectron2 trains with mixed precision on GPUs only"
+        )
+
+
+def _check_evaluators(recipe: Recipe, train: bool, resume: bool) -> None:
+    for name in () if recipe.has_own_evaluator else recipe.test_datasets:
+        check_evaluator_type(name)
+
+
+def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
+    """The images of an iteration must be divisible among processes and micro-batches."""
+    if not train:
+        return
+    batch_size, name = recipe.batch_size, recipe.name_of("batch_size")
+    world_size, reference = comm.get_world_size(), recipe.get("reference_world_size")
+    if reference and batch_size % reference != 0:
+        raise InputError(
+            f"{name} is {batch_size}, which is not a multiple of "
+            f"{recipe.name_of('reference_world_size')}, {reference}"
+        )
+    scaled = recipe.scaled_to(world_size)
+    if scaled.batch_size % world_size != 0:
+        scales = recipe.has("reference_world_size")
+        hint = (
+            f". With {recipe.name_of('reference_world_size')}, the number of processes that the "
+            "config was made for, both are scaled"
+        )
+        raise InputError(
+            f"{name} is {scaled.batch_size}, which {world_size} processes cannot share: use a "
+            f"multiple, and change {recipe.name_of('learning_rate')} in proportion"
+            f"{hint if scales else ''}"
+        )
+    steps, local = recipe.accumulation_steps, scaled.batch_size // world_size
+    if local % steps != 0:
+        raise InputError(
+            f"{recipe.name_of('accumulation_steps')} is {steps}, which does not divide the {local} "
+            "images of each process"
+        )
+    rate = scaled.get("learning_rate")
+    logger.info(
+        f"Training with {scaled.batch_size} images in each iteration, {local} in each of "
+        f"{world_size} processes" + (f", and a learning rate of {rate:g}" if rate else "")
+    )
+
+
+_RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
+    _check_weights,
+    _check_amp,
+    _check_named_datasets,
+    _check_keypoints,
+    _check_number_of_images,
+    _check_evaluators,
+    _check_batch_size,
+)
+
+
+def check_run(recipe: Recipe, *, train: bool, resume: bool) -> None:
+    """
+    Check that a training or an evaluation can start.
+
+    Args:
+        recipe: with datasets that are registered.
+        train: whether it is a training.
+        resume: whether a checkpoint takes the place of the weights.
+
+    Raises:
+        InputError: if not. Oddities are logged.
+    """
+    for check in _RULES_OF_RUNS:
+        check(recipe, train, resume)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import re
+import tempfile
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling import ProposalNetwork
+from detectron2.solver import LRMultiplier
+
+from ..data import LibraDatasetMapper, ResumableLoader
+from ..errors import ArgumentError, InputError, one_line
+from ..evaluation import add_test_time_augmentation
+from ..lazy import disable, target_of
+from .defaults import add_libra_config
+from .ideas import DISABLED
+from .model_checks import check_box_losses
+from .recipe import Recipe, Setting, SettingMissing
+
+__all__ = ["LazyRecipe"]
+
+_NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
+_ARCHITECTURES = ("LibraRetinaNet", "RetinaNet", "ProposalNetwork", "PanopticFPN")
+
+
+def _is_target(node: Any, name: str) -> bool:
+    """Whether a part of a LazyConfig is made with a class of this name or one derived from it."""
+    return name in [x.__name__ for x in getattr(target_of(node), "__mro__", ())]
+
+
+def _set_num_classes(node: Any, value: int) -> None:
+    """In a head and all that it consists of, except where one refers to another."""
+    if isinstance(node, DictConfig):
+        if "num_classes" in node and not OmegaConf.is_interpolation(node, "num_classes"):
+            node.num_classes = value
+        for name in node:
+            if not OmegaConf.is_interpolation(node, name):
+                _set_num_classes(node._get_node(name), value)
+    elif isinstance(node, ListConfig):
+        for child in node._iter_ex(resolve=False):
+            _set_num_classes(child, value)
+
+
+class LazyRecipe(Recipe):
+    """
+    The recipe of a LazyConfig with ``model``, and as far as they are needed ``dataloader``,
+    ``optimizer``, ``lr_multiplier`` and ``train``.
+    """
+
+    config: DictConfig
+
+    # Settings
+
+    def _select(self, place: str) -> Any:
+        return OmegaConf.select(self.config, place, default=None)
+
+    def _places(self, setting: Setting) -> Iterator[str]:
+        """The places that a setting may have, ``*`` replaced by each index there is."""
+        for place in setting.lazy:
+            head, star, tail = place.partition(".*")
+            indices = range(len(self._select(head) or ())) if star else ()
+            yield from (f"{head}.{i}{tail}" for i in indices) if star else (place,)
+
+    def _found(self, setting: Setting) -> List[str]:
+        return [place for place in self._places(setting) if self._select(place) is not None]
+
+    def _free_places(self, setting: Setting) -> List[str]:
+        """Where a setting goes that the config leaves out: to the parts of the model it has."""
+        places = list(self._places(setting))
+        of_retinanet = [place for place in places if re.fullmatch(r"model\.\w+", place)]
+        if self.is_retinanet:
+            places = of_retinanet or places
+        else:
+            places = [place for place in places if place not in of_retinanet]
+        return [
+            place
+            for place in places
+            if not place.startswith(("model.", "dataloader."))
+            or self._select(place.rpartition(".")[0]) is not None
+        ]
+
+    def _read(self, setting: Setting) -> Any:
+        for place in self._found(setting):
+            value = self._select(place)
+            if isinstance(value, (ListConfig, tuple, list)):
+                value = tuple(value)
+            elif isinstance(setting.default, tuple):
+                value = (value,)
+            return value
+        if not self.has(setting.attribute):
+            raise setting.missing(self)
+        return setting.default
+
+    def _write(self, setting: Setting, value: Any) -> None:
+        value = list(value) if isinstance(value, tuple) else value
+        if setting is Recipe.num_classes:  # kept in every head of a detector
+            if self._found(setting):
+                _set_num_classes(
+                    self.config.model if self.is_retinanet else self.config.model.roi_heads, value
+                )
+            return
+        for place in self._found(setting) or self._free_places(setting):
+            OmegaConf.update(self.config, place, value, merge=False, force_add=True)
+
+    def name_of(self, setting: str) -> str:
+        described = getattr(Recipe, setting, None)
+        if not isinstance(described, Setting):
+            return setting
+        names = self._found(described) or self._free_places(described) or described.lazy
+        return names[0] if names else setting
+
+    def has(self, setting: str) -> bool:
+        described = getattr(Recipe, setting, None)
+        if not isinstance(described, Setting) or not described.lazy:
+            return False
+        return described.has_default or bool(self._found(described))
+
+    def freeze(self) -> None:
+        OmegaConf.set_readonly(self.config, True)
+
+    def copy(self) -> "LazyRecipe":
+        recipe = super().copy()
+        OmegaConf.set_readonly(recipe.config, False)
+        return recipe
+
+    def dump(self) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "config.yaml")
+            LazyConfig.save(self.copy().config, path)
+            with open(path, encoding="utf-8") as f:
+                return f.read()
+
+    def check_nulls(self) -> None:
+        for setting in vars(Recipe).values():
+            if not isinstance(setting, Setting) or setting is Recipe.max_checkpoints:
+                continue  # which Detectron2, too, takes null for
+            for place in self._places(setting):
+                parent, _, name = place.rpartition(".")
+                node = self._select(parent)
+                if isinstance(node, DictConfig) and name in node and node[name] is None:
+                    raise InputError(f"{place} is null: leave it out, or give it a value")
+
+    def options(self, settings: Dict[str, Any]) -> List[str]:
+        return [f"{self.name_of(name)}={value}" for name, value in settings.items()]
+
+    # What the model is
+
+    @property
+    def architecture(self) -> str:
+        names = [name for name in _ARCHITECTURES if _is_target(self.config.model, name)]
+        return names[0] if names else "GeneralizedRCNN"
+
+    @property
+    def _heads(self) -> Any:
+        return self.config.model.get("roi_heads") or {}
+
+    @property
+    def needs_proposals(self) -> bool:
+        return not self.is_retinanet and self.config.model.get("proposal_generator") is None
+
+    @property
+    def has_masks(self) -> bool:
+        return self._heads.get("mask_head") is not None
+
+    @property
+    def has_keypoints(self) -> bool:
+        return self._heads.get("keypoint_head") is not None
+
+    def _resize(self, is_train: bool) -> Optional[DictConfig]:
+        place = f"dataloader.{'train' if is_train else 'test'}.mapper.augmentations"
+        for node in self._select(place) or ():
+            if _is_target(node, "ResizeShortestEdge"):
+                return node
+        return None
+
+    @property
+    def interpolation(self) -> str:
+        """What resizes images, by the class that the config names."""
+        resize = self._resize(False) or self._resize(True)
+        return "opencv" if _is_target(resize, "OpenCVResizeShortestEdge") else "pillow"
+
+    def sizes(self, is_train: bool) -> Tuple[Tuple[int, ...], int]:
+        resize = self._resize(is_train)
+        if resize is None:
+            return (), 0
+        lengths = resize.short_edge_length
+        lengths = (lengths,) if isinstance(lengths, (int, float)) else tuple(lengths)
+        return lengths if is_train else lengths[:1], resize.get("max_size", _NO_LIMIT)
+
+    def sizes_name(self, is_train: bool) -> str:
+        split = "train" if is_train else "test"
+        return f"short_edge_length and max_size in dataloader.{split}.mapper.augmentations"
+
+    # The three ideas
+
+    @property
+    def has_ideas(self) -> bool:
+        return bool(disable(self.config.model, *DISABLED))
+
+    def variant_options(self, disabled: Sequence[str], reference_bins: bool = False) -> List[str]:
+        bins = ["model.roi_heads.proposal_sampler.mode=reference"] if reference_bins else []
+        return [*disable(self.config.model, *disabled), *bins]
+
+    def rpn_only(self) -> "LazyRecipe":
+        recipe = self.copy()
+        model = recipe.config.model
+        if "roi_heads" in model:
+            names = ("backbone", "proposal_generator", "pixel_mean", "pixel_std")
+            recipe.config.model = L(ProposalNetwork)(**{name: model[name] for name in names})
+        return recipe
+
+    # What a training is made of
+
+    def _part(self, place: str) -> Any:
+        part = self._select(place)
+        if part is None:
+            raise SettingMissing(f"{place}: the LazyConfig lacks it")
+        return part
+
+    def build_model(self) -> nn.Module:
+        try:
+            model = instantiate(self.config.model)
+        except ArgumentError as e:
+            raise InputError(str(e)) from e
+        except KeyError as e:
+            raise InputError(f"model: it cannot be built: there is no {e}") from None
+        except (AssertionError, AttributeError, TypeError, ValueError) as e:
+            # What is wrong with an argument of a class is known to that class alone.
+            raise InputError(f"model: it cannot be built: {one_line(e)}") from e
+        check_box_losses(model)
+        return model.to(torch.device(self.device))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Instantiate the config's ``optimizer`` with the parameters of ``model``."""
+        self._part("optimizer.params")
+        optimizer = self.copy().config.optimizer
+        optimizer.params.model = model
+        return instantiate(optimizer)
+
+    def build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        """Instantiate the config's ``lr_multiplier``, of the learning rates of ``optimizer``."""
+        multiplier = instantiate(self._part("lr_multiplier"))
+        return LRMultiplier(optimizer, multiplier=multiplier, max_iter=self.max_iter)
+
+    def build_augmentations(self, is_train: bool) -> List:
+        """Instantiate the augmentations of the config's mapper."""
+        split = "train" if is_train else "test"
+        return list(instantiate(self._part(f"dataloader.{split}.mapper.augmentations")))
+
+    def build_mapper(
+        self, is_train: bool, augmentations: Optional[List] = None
+    ) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
+        """See :meth:`Recipe.build_mapper`; Detectron2's mapper becomes a LibraDatasetMapper."""
+        node = self._part(f"dataloader.{'train' if is_train else 'test'}.mapper")
+        arguments = {name: instantiate(value) for name, value in node.items() if name != "_target_"}
+        if augmentations is not None:
+            arguments["augmentations"] = augmentations
+        target = target_of(node)
+        return (LibraDatasetMapper if target is DatasetMapper else target)(**arguments)
+
+    def _loader_arguments(self, place: str) -> Dict[str, Any]:
+        """All arguments of a data loader but its mapper."""
+        names = (name for name in self._part(place) if name not in ("mapper", "_target_"))
+        return {name: instantiate(self._select(f"{place}.{name}")) for name in names}
+
+    def build_train_loader(self, seed: int) -> Iterable:
+        """Instantiate the config's ``dataloader.train``; Detectron2's can be resumed."""
+        place, mapper = "dataloader.train", self.build_mapper(True)
+        target = target_of(self._part(place))
+        if target is not build_detection_train_loader:
+            return target(**self._loader_arguments(place), mapper=mapper)
+        return ResumableLoader(
+            lambda: {**self._loader_arguments(place), "mapper": mapper}, seed=seed
+        )
+
+    def build_test_loader(self, dataset_name: str) -> Iterable:
+        """Instantiate the config's ``dataloader.test``, for one of its datasets."""
+        recipe, place = self.copy(), "dataloader.test"
+        recipe.test_datasets = (dataset_name,)
+        arguments = recipe._loader_arguments(place)
+        return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
+
+    def _evaluators(self) -> List[DictConfig]:
+        evaluators = self._select("dataloader.evaluator") or []
+        return list(evaluators) if isinstance(evaluators, ListConfig) else [evaluators]
+
+    @property
+    def has_own_evaluator(self) -> bool:
+        """Whether the config names an evaluator other than Detectron2's of COCO."""
+        return [target_of(x) for x in self._evaluators()] not in ([], [COCOEvaluator])
+
+    def build_evaluator(self, dataset_name: str, output_dir: str) -> DatasetEvaluator:
+        """See :meth:`Recipe.build_evaluator`; an evaluator that the config names is obeyed."""
+        if not self.has_own_evaluator:
+            return super().build_evaluator(dataset_name, output_dir)
+        evaluators = self.copy()._evaluators()
+        for evaluator in evaluators:
+            if "dataset_name" in evaluator:
+                evaluator.dataset_name = dataset_name
+        return DatasetEvaluators([instantiate(evaluator) for evaluator in evaluators])
+
+    def add_test_time_augmentation(self, model: nn.Module) -> nn.Module:
+        return add_test_time_augmentation(self._tta_config(), model)
+
+    def _tta_config(self) -> CfgNode:
+        """What upstream's test-time augmentation, which knows YAML configs only, reads."""
+        cfg = get_cfg()
+        add_libra_config(cfg)
+        cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.FLIP = True, self.tta_flip
+        cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = self.tta_min_sizes, self.tta_max_size
+        cfg.TEST.DETECTIONS_PER_IMAGE = self.max_detections
+        cfg.INPUT.FORMAT = self.image_format
+        cfg.MODEL.META_ARCHITECTURE = self.architecture
+        cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = self.has_masks, self.has_keypoints
+        cfg.MODEL.LOAD_PROPOSALS = self.needs_proposals
+        for section in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+            section.NUM_CLASSES = self.num_classes
+            section.NMS_THRESH_TEST = self.nms_threshold
+        cfg.MODEL.LIBRA.INPUT.INTERPOLATION = self.interpolation
+        return cfg
+
+    def verify(self, results: Dict[str, Any]) -> None:
+        """See :meth:`Recipe.verify`; LazyConfigs expect nothing."""
+
+    @property
+    def ddp_options(self) -> Dict[str, Any]:
+        """See :attr:`Recipe.ddp_options`; ``train.ddp`` has others."""
+        return {**super().ddp_options, **(self._select("train.ddp") or {})}

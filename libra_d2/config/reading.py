@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files, of either language, and what the command line adds to them."""
+
+import os
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence, Set, Union
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import detectron2
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+
+from ..errors import InputError, one_line
+from .checks import check_values
+from .defaults import add_libra_config
+from .lazy_recipe import LazyRecipe
+from .recipe import Recipe
+from .yaml_recipe import YamlRecipe
+
+__all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Turn what Detectron2's config reader raises into an InputError that names ``source``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # there is no end to what it raises for what is no config
+        raise InputError(f"{source}: {one_line(e)}") from e
+
+
+def detectron2_configs() -> str:
+    """The folder of detectron2.model_zoo, which cannot be imported without setuptools."""
+    return os.path.join(os.path.abspath(detectron2.__path__[0]), "model_zoo", "configs", "")
+
+
+def make_recipe(config: Union[CfgNode, DictConfig, Recipe]) -> Recipe:
+    """
+    Args:
+        config: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, or a LazyConfig,
+            which the recipe reads and writes.
+
+    Returns:
+        its recipe; a recipe is returned as it is.
+    """
+    if isinstance(config, Recipe):
+        return config
+    return LazyRecipe(config) if isinstance(config, DictConfig) else YamlRecipe(config)
+
+
+def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
+    """
+    Make the recipe of a config file and of what the command line sets, on the CPU if there is no
+    GPU, and check its values.
+
+    Args:
+        path: of the file, or its URL; "" for Detectron2's defaults.
+        options: ``KEY VALUE`` pairs; ``key=value`` for a LazyConfig.
+        name: the user's for the file, for messages.
+
+    Raises:
+        InputError: if it is no config, or a key or value is unknown, of another type or illegal.
+    """
+    name = name or path
+    if is_lazy_config(path):
+        with _reading(name):
+            recipe: Recipe = LazyRecipe(_read_lazy(path, options))
+    else:
+        recipe = YamlRecipe(_read_yaml(path, options, name))
+    device = recipe.name_of("device")
+    is_named = any(str(option).split("=")[0] == device for option in options)
+    if recipe.device == "cuda" and not is_named and not torch.cuda.is_available():
+        recipe.device = "cpu"  # the default of both frameworks, which need not be there
+    check_values(recipe)
+    return recipe
+
+
+def is_lazy_config(path: str) -> bool:
+    """Whether a file is a LazyConfig: Python, or YAML that ``LazyConfig.save`` has written."""
+    if path.endswith(".py"):
+        return True
+    if "://" in path or not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as f:
+        try:
+            tree = yaml.compose(f, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return False
+    keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    return "model" in keys and "MODEL" not in keys
+
+
+def _read_yaml(path: str, options: Sequence[str], name: str) -> CfgNode:
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    if path:
+        with _reading(name):
+            if "://" not in path:
+                _check_yaml(path)
+            # Detectron2's own RetinaNets have an expression in their YAML. An installation from a
+            # checkout has a link in place of the folder.
+            folder = detectron2_configs()
+            linked = os.path.join(os.path.realpath(folder), "")
+            is_detectron2s = os.path.abspath(path).startswith(folder)
+            is_detectron2s |= os.path.realpath(path).startswith(linked)
+            cfg.merge_from_file(path, allow_unsafe=is_detectron2s)
+    with _reading("command line"):
+        cfg.merge_from_list(list(options))
+    return cfg
+
+
+def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
+    """
+    Check a YAML file and those in its ``_BASE_`` for what is no error to YAML.
+
+    Raises:
+        InputError: if a key is there twice, or if the bases lead in a circle.
+    """
+    if path in seen:
+        raise InputError(f"{path}: its _BASE_ leads back to itself")
+    with open(path, encoding="utf-8") as f:
+        tree = yaml.compose(f, Loader=yaml.SafeLoader)
+
+    def check(node: yaml.Node, prefix: str) -> None:
+        keys: Set[str] = set()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = f"{prefix}{key.value}"
+            if name in keys:
+                line = key.start_mark.line + 1
+                raise InputError(f"{path}: {name} is there twice, once more in line {line}")
+            keys.add(name)
+            check(value, f"{name}.")
+
+    check(tree, "")
+    for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
+        if key.value == "_BASE_":
+            bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for base in bases:
+                base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base.value))
+                if "://" not in base.value and os.path.isfile(base_path):
+                    _check_yaml(os.path.normpath(base_path), {*seen, path})
+
+
+def _read_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
+    """Read a LazyConfig. If it is Python, its code is executed."""
+    lazy = LazyConfig.load(path)
+    if not isinstance(lazy.get("model"), DictConfig) or "_target_" not in lazy.model:
+        raise InputError(f"{path}: a LazyConfig needs a model")
+    for override in overrides:
+        _check_override(lazy, override)
+    try:
+        return LazyConfig.apply_overrides(lazy, list(overrides))
+    except Exception as e:  # the parser has many
+        raise InputError(f"command line: {one_line(e)}") from e
+
+
+def _check_override(lazy: DictConfig, override: str) -> None:
+    """Raise InputError for a key that nothing would read."""
+    key, equals, _ = override.partition("=")
+    if not equals:
+        raise InputError(
+            f"command line: {override!r}: write what is set in a LazyConfig as key=value, such as "
+            "train.max_iter=100"
+        )
+    key = key.lstrip("+~")
+    missing = object()
+    if OmegaConf.select(lazy, key, default=missing, throw_on_missing=False) is not missing:
+        return
+    parent, _, name = key.rpartition(".")
+    node: Any = OmegaConf.select(lazy, parent, default=None) if parent else lazy
+    # Classes have arguments that a config need not name, and trainers options.
+    if isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train.")):
+        return
+    if parent == "train.test_time_augmentation":  # a section that Detectron2 does not have
+        return
+    has_keys = isinstance(node, DictConfig) and len(node) > 0
+    known = f"; {parent or 'it'} has {', '.join(map(str, node))}" if has_keys else ""
+    raise InputError(f"command line: {key}: the LazyConfig has no such key{known}")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact resuming: what a training needs besides weights, optimizer and schedule to continue."""
+
+import json
+import logging
+import os
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from ..data import ResumableLoader
+from ..utils.random_state import get_random_state, set_random_state
+
+__all__ = ["ExactResume"]
+
+logger = logging.getLogger(__name__)
+
+_WINDOW = 20  # of the medians that Detectron2's writers write
+
+
+class ExactResume(HookBase):
+    """
+    Makes a resumed training the uninterrupted one, bit by bit.
+
+    Its state holds, for each process, the position in the data order, the random states, the
+    running statistics of batch norm and the moving averages of normalizers, and for all of them the
+    histories of what is logged as a median. It is restored, and what ``metrics.json`` has of later
+    iterations is removed, before the first iteration.
+
+    It must be the last hook, because its :meth:`before_train` restores the random states.
+    """
+
+    def __init__(self, loader: Any, output_dir: str):
+        """
+        Args:
+            loader: of the training data. Other loaders than a :class:`ResumableLoader` start over.
+            output_dir: directory of ``metrics.json``.
+        """
+        self.loader = loader
+        self.output_dir = output_dir
+        self._loaded: Optional[Dict[str, Any]] = None
+        self._held: Optional[List[Dict[str, Any]]] = None
+
+    @property
+    def _model(self) -> nn.Module:
+        return getattr(self.trainer.model, "module", self.trainer.model)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """See :meth:`HookBase.state_dict`. Several processes must be inside :meth:`held`."""
+        held = self._held
+        if held is None:
+            held = self._gather() if comm.get_world_size() == 1 else []
+        storage = getattr(self.trainer, "storage", None)
+        return {
+            "processes": held,
+            "histories": _get_histories(storage) if storage else {},
+        }
+
+    def _gather(self) -> List[Dict[str, Any]]:
+        is_resumable = isinstance(self.loader, ResumableLoader)
+        state = {
+            "random": get_random_state(),
+            "loader": self.loader.state_dict() if is_resumable else None,
+            # Each process has its own running statistics, and evaluates its images with them.
+            "buffers": _get_statistics(self._model) if comm.get_rank() > 0 else {},
+            "normalizers": _get_normalizers(self._model),
+        }
+        return comm.gather(state)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """
+        Exchange the states of all processes, which must enter this together. Inside, each of them
+        may write a checkpoint, which has the states at the start.
+        """
+        if self._held is not None:
+            yield
+            return
+        self._held = self._gather()
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """See :meth:`HookBase.load_state_dict`; the state is restored by :meth:`before_train`."""
+        self._loaded = state
+
+    def before_train(self) -> None:
+        start, state, self._loaded = self.trainer.start_iter, self._loaded, None
+        if comm.is_main_process() and start > 0:
+            _remove_later_metrics(os.path.join(self.output_dir, "metrics.json"), start)
+        if state is None:
+            if start > 0:
+                logger.warning(
+                    "The checkpoint does not have the state of its training: the data order and "
+                    "the random numbers restart"
+                )
+            return
+        _set_histories(self.trainer.storage, state["histories"])
+        processes = state["processes"]
+        if processes:
+            own = processes[comm.get_rank() % len(processes)]
+            _set_normalizers(self._model, own["normalizers"])
+        if len(processes) != comm.get_world_size():
+            logger.warning(
+                f"The checkpoint is of {len(processes)} processes, and there are "
+                f"{comm.get_world_size()} now: the data order and the random numbers restart"
+            )
+            return
+        self._model.load_state_dict(own["buffers"], strict=False)
+        if isinstance(self.loader, ResumableLoader) and own["loader"] is not None:
+            self.loader.load_state_dict(own["loader"])
+        else:
+            logger.warning(
+                f"A {type(self.loader).__name__} cannot continue where it was: the data order "
+                "restarts"
+            )
+        set_random_state(own["random"])
+
+
+def _get_normalizers(model: nn.Module) -> Dict[str, float]:
+    """Moving averages of what losses are divided by, of those parts of ``model`` that keep one."""
+    return {
+        name: float(module.loss_normalizer)
+        for name, module in model.named_modules()
+        if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
+    }
+
+
+def _set_normalizers(model: nn.Module, normalizers: Dict[str, float]) -> None:
+    """Args: model, normalizers: see :func:`_get_normalizers`."""
+    for name, module in model.named_modules():
+        if name in normalizers:
+            module.loss_normalizer = normalizers[name]
+
+
+def _get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The running statistics of batch norm that is not frozen, on the host."""
+    return {
+        f"{name}.{key}": value.cpu().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, value in module.named_buffers(recurse=False)
+    }
+
+
+def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
+    """The last values, with their iterations, of what is written as a median, except for times."""
+    smoothed = storage.smoothing_hints()
+    return {
+        name: [[float(value), int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
+        for name, history in storage.histories().items()
+        if smoothed[name] and "time" not in name
+    }
+
+
+def _set_histories(storage: EventStorage, histories: Dict[str, List[List[float]]]) -> None:
+    """Args: storage: a new one. histories: see :func:`_get_histories`."""
+    now = storage.iter
+    for name, values in histories.items():
+        for value, iteration in values:
+            storage.iter = iteration
+            storage.put_scalar(name, value)
+    storage.iter = now
+
+
+def _remove_later_metrics(path: str, iteration: int) -> None:
+    """
+    Remove from a ``metrics.json`` what a training that is resumed will write again. The file stays
+    the same, because it may be open already.
+
+    Args:
+        path: of the file; it need not be there.
+        iteration: the first one to come.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        lines = f.readlines()
+    kept = [line for line in lines if _iteration(line) < iteration]
+    if len(kept) < len(lines):
+        with open(path, "r+", encoding="utf-8") as f:
+            f.writelines(kept)
+            f.truncate()
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut short

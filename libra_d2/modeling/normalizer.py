@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss normalizers of batches that are spread over processes or micro-batches."""
+
+from collections import defaultdict
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Dict, Iterator, List, Optional
+
+import torch
+from torch import distributed, nn
+
+from detectron2.utils import comm
+
+__all__ = ["Normalizers", "is_batch_divided", "mean_over_batch"]
+
+_current: ContextVar[Optional["Normalizers"]] = ContextVar("normalizers", default=None)
+
+
+def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    total = value.detach().float().clone()
+    distributed.all_reduce(total)
+    return total / comm.get_world_size()
+
+
+class Normalizers:
+    """
+    The normalizers of a batch that is computed in micro-batches: counted in a first pass over all
+    of them, and used in a second one, both of them inside :meth:`active`.
+    """
+
+    def __init__(self):
+        self._counted: Dict[nn.Module, List[torch.Tensor]] = defaultdict(list)
+        self._means: Optional[Dict[nn.Module, torch.Tensor]] = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, :func:`mean_over_batch` asks these normalizers."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def finish(self) -> None:
+        """End the first pass: take the means over micro-batches and processes."""
+        means = [torch.stack(values).mean() for values in self._counted.values()]
+        if means and comm.get_world_size() > 1:
+            means = list(_mean_over_processes(torch.stack(means)))
+        self._means = dict(zip(self._counted, means))
+
+    def get(self, value: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+        """See :func:`mean_over_batch`."""
+        if self._means is None:
+            self._counted[owner].append(value.detach().float())
+            return value
+        return self._means[owner]
+
+
+def is_batch_divided() -> bool:
+    """Whether the batch is spread over several processes or micro-batches."""
+    return comm.get_world_size() > 1 or _current.get() is not None
+
+
+def mean_over_batch(value: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """
+    The mean of a scalar over all processes of a training and the micro-batches of their batches;
+    float32, without host synchronization.
+
+    Gradients are averaged over processes and micro-batches. If each divides its loss by this mean
+    of their numbers, rather than by a number of its own, that is the gradient of the whole batch: a
+    loss does not depend on how the batch is spread. (In mmdetection each process divides by its own
+    number. Both are the same where all processes have equally many, which is why there is no key.)
+
+    Args:
+        value: scalar without gradient. It is returned as it is if the batch is not divided.
+        owner: the module whose loss is divided by it, once in each forward pass.
+    """
+    normalizers = _current.get()
+    if normalizers is not None:
+        return normalizers.get(value, owner)
+    return _mean_over_processes(value) if comm.get_world_size() > 1 else value

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import re
+
+import pytest
+import torch
+from conftest import DEMO_CONFIG, ROOT
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from libra_d2.config import check_run
+from libra_d2.engine import read_config
+from libra_d2.errors import InputError
+
+RETINANET = ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"
+LAZY = ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py"
+LAZY_RETINANET = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
+LEAST, SIDE, CHOICE = "use {} or more", "use 8 pixels or more", "use one of {}"
+NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
+SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", "Weighted")]
+CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
+TRAINER, SAMPLING = "MODEL.LIBRA.TRAINER", "INPUT.MIN_SIZE_TRAIN_SAMPLING"
+
+# Key, legal values (numbers up to the border), others (from the border on), and what to do.
+RULES = [
+    ("SOLVER.IMS_PER_BATCH", [1], [0, -4], LEAST.format(1)),
+    ("SOLVER.MAX_ITER", [1], [0], LEAST.format(1)),
+    ("SOLVER.CHECKPOINT_PERIOD", [1], [0], LEAST.format(1)),
+    ("SOLVER.WARMUP_ITERS", [0], [-1], LEAST.format(0)),
+    ("SOLVER.BASE_LR", [1e-9, 1e9], [0.0, -0.1, "1e999"], "use a positive number, such as 0.02"),
+    ("SOLVER.MOMENTUM", [0.0, 0.999], [-0.1, 1.0], "use a value in [0, 1)"),
+    ("SOLVER.WEIGHT_DECAY", [0.0, 10.0], [-1e-9, "1e999"], LEAST.format(0)),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["value", "norm"], ["all"], CHOICE),
+    ("DATALOADER.NUM_WORKERS", [0], [-1], LEAST.format(0)),
+    ("DATALOADER.SAMPLER_TRAIN", SAMPLERS, ["Sampler"], CHOICE),
+    ("INPUT.MIN_SIZE_TRAIN", [(8,), (8, 9)], [(), (-160,), (7,), (160, 7)], SIDE),
+    ("INPUT.MAX_SIZE_TRAIN", [8], [7], SIDE),
+    ("INPUT.MIN_SIZE_TEST", [0, 8], [7, 1, -8], f"{SIDE}, or 0 not to resize"),
+    ("INPUT.MAX_SIZE_TEST", [8], [7, 0], SIDE),
+    (SAMPLING, ["choice"], ["any"], "use one of ('choice', 'range')"),
+    ("INPUT.RANDOM_FLIP", ["horizontal", "vertical", "none"], ["both"], CHOICE),
+    ("INPUT.CROP.TYPE", CROPS, ["square"], CHOICE),
+    ("INPUT.MASK_FORMAT", ["polygon", "bitmask"], ["rle"], CHOICE),
+    ("INPUT.FORMAT", ["BGR", "RGB", "L", "YUV-BT.601"], ["HSV"], CHOICE),
+    ("TEST.EVAL_PERIOD", [0], [-1], LEAST.format(0)),
+    ("TEST.DETECTIONS_PER_IMAGE", [1], [0], LEAST.format(1)),
+    ("SEED", [-1, 2**32 - 2**16 - 1], [-2, 2**32 - 2**16], "use a number below 2**32 - 2**16"),
+    ("MODEL.RESNETS.DEPTH", [18, 34, 50, 101, 152], [19], CHOICE),
+    *(
+        (f"MODEL.{part}.NORM", NORMS, ["FooNorm"], f"use one of {', '.join(map(repr, NORMS))}")
+        for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    ),
+    (f"{TRAINER}.MAX_CHECKPOINTS", [0], [-1], LEAST.format(0)),
+    (f"{TRAINER}.ACCUMULATION_STEPS", [1], [0], LEAST.format(1)),
+    (f"{TRAINER}.PATIENCE", [0], [-1], LEAST.format(0)),
+    (f"{TRAINER}.EMA_DECAY", [0.0, 0.9999], [-0.1, 1.0], "use a value in (0, 1), such as 0.9998"),
+    ("MODEL.LIBRA.NUM_PICTURES", [0], [-1], LEAST.format(0)),
+    ("MODEL.LIBRA.INPUT.INTERPOLATION", ["pillow", "opencv"], ["cv2"], CHOICE),
+]
+
+
+def read(*opts, config=""):
+    return read_config(str(config), [str(x) for x in opts])
+
+
+@pytest.mark.parametrize(("key", "legal", "illegal", "rule"), RULES, ids=lambda x: str(x)[:40])
+def test_values(key, legal, illegal, rule):
+    """Both sides of each border; the message names the key, the value and what to do."""
+    for value in legal:
+        read(key, value)
+    for value in illegal:
+        shown = "inf" if value == "1e999" else repr(value)
+        message = f"{key} is {shown}: {rule.format(tuple(legal))}"
+        with pytest.raises(InputError, match=re.escape(message)):
+            read(key, value)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.LR_SCHEDULER_NAME", "Warmup"], "SOLVER.LR_SCHEDULER_NAME 'Warmup' with SOLVER.S"),
+        (["SOLVER.STEPS", "(600, 400)"], "SOLVER.STEPS (600, 400) cannot be used: "),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': "),
+        ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9, 10)"], "is (8, 9, 10): use two sizes"),
+        ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8,)"], "is (8,): use two sizes"),
+        ([f"{TRAINER}.BEST_METRIC", "bbox/AP"], f"{TRAINER}.BEST_METRIC needs evaluations: set "),
+        ([f"{TRAINER}.PATIENCE", 1], f"{TRAINER}.PATIENCE needs evaluations: set TEST.EVAL_PERIOD"),
+    ],
+)
+def test_combinations(opts, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(*opts)
+    evaluated = [f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.BEST_METRIC", "x", "TEST.EVAL_PERIOD", 1]
+    sizes = [SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
+    read(*sizes, *evaluated, "SOLVER.STEPS", "(400, 600)")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ("train.max_iter=0", "train.max_iter is 0: use 1 or more"),
+        ("train.max_iter=4.5", "train.max_iter is 4.5: use 1 or more"),
+        ("train.max_iter=null", "train.max_iter is null: leave it out, or give it a value"),
+        ("optimizer.lr=-1", "optimizer.lr is -1: use a positive number"),
+        ("train.checkpointer.period=0", "train.checkpointer.period is 0: use 1 or more"),
+        ("train.checkpointer.max_to_keep=-1", "train.checkpointer.max_to_keep is -1: use 0 or "),
+        ("train.eval_period=-1", "train.eval_period is -1: use 0 or more"),
+        ("train.patience=1", "train.patience needs evaluations: set train.eval_period to"),
+        ("train.seed=-2", "train.seed is -2: use a number below"),
+        ("dataloader.train.num_workers=-1", "dataloader.train.num_workers is -1: use 0 or more"),
+        ("dataloader.train.total_batch_size=0", "dataloader.train.total_batch_size is 0"),
+        ("dataloader.test.mapper.image_format=x", "dataloader.test.mapper.image_format is 'x'"),
+        ("model.roi_heads.box_predictor.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
+        ("lr_multiplier.scheduler.start_value=x", "lr_multiplier cannot be used: "),
+        ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
+    ],
+)
+def test_values_of_lazy_configs(opts, message):
+    """They have the same rules, under the names that they have there."""
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read(*opts.split(), config=LAZY)
+    assert "\n" not in str(error.value)
+
+
+def test_normalizer_of_parts():
+    """Parts of a batch, each of which would be a step of the moving average."""
+    parts, lazy_parts = f"{TRAINER}.ACCUMULATION_STEPS", "train.accumulation_steps"
+    key, lazy_key = "MODEL.LIBRA.RETINANET.NORMALIZER", "model.normalizer"
+    plain = "COCO-Detection/retinanet_R_50_FPN_1x.py"  # Detectron2's
+    read(parts, 2, config=RETINANET)  # its normalizer is "batch"
+    read(f"{lazy_parts}=2", config=LAZY_RETINANET)
+    read(parts, 2, key, "moving_average", config=DEMO_CONFIG)
+    read(key, "moving_average", config=RETINANET)
+    for config, opts in (
+        (RETINANET, [parts, 2, key, "moving_average"]),
+        (RETINANET, [parts, 2, "MODEL.META_ARCHITECTURE", "RetinaNet"]),
+        (plain, [f"{lazy_parts}=2"]),
+        (LAZY_RETINANET, [f"{lazy_parts}=2", f"{lazy_key}=moving_average"]),
+    ):
+        names = (parts, key) if config == RETINANET else (lazy_parts, lazy_key)
+        message = "{} needs a LibraRetinaNet with {} 'batch'".format(*names)
+        with pytest.raises(InputError, match=f"^{message}$"):
+            read(*opts, config=config)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+def test_device(num_gpus, monkeypatch):
+    """Named, it has to be there; Detectron2's default gives way to the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert ("cuda" if num_gpus else "cpu") == read().device
+    assert read("MODEL.DEVICE", "mps").device == "mps"  # the user's choice
+    for i, device in enumerate(["cuda", "cuda:1", "cuda:2"]):
+        for opts, config in (
+            (["MODEL.DEVICE", device], ""),
+            ([f"train.device={device}"], LAZY_RETINANET),
+        ):
+            if i < num_gpus:
+                assert device == read(*opts, config=config).device
+            else:
+                with pytest.raises(InputError, match=f"is '{device}': .* has {num_gpus} GPUs that"):
+                    read(*opts, config=config)
+    if num_gpus:
+        assert read("SOLVER.AMP.ENABLED", True).amp
+
+
+def test_evaluation_that_never_comes(caplog):
+    for period in (40000, 40001):  # of a training of 40000 iterations
+        assert not caplog.text
+        read("TEST.EVAL_PERIOD", period)
+    assert "TEST.EVAL_PERIOD 40001 is longer than the training of 40000 iterations" in caplog.text
+
+
+def test_opencv(monkeypatch):
+    """It is asked for where it is needed, before training."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "cv2" else find(x))
+    read()
+    for name, value in (("NUM_PICTURES", 1), ("INPUT.INTERPOLATION", "opencv")):
+        with pytest.raises(InputError, match=f"^MODEL.LIBRA.{name} is {value!r}, which needs"):
+            read(f"MODEL.LIBRA.{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("opts", "what"),
+    [
+        (["MODEL.LOAD_PROPOSALS", True], "a model without RPN"),
+        (["MODEL.KEYPOINT_ON", True], "a model of keypoints"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "a ProposalNetwork"),
+    ],
+)
+def test_no_test_time_augmentation(opts, what):
+    read("TEST.AUG.ENABLED", True)
+    with pytest.raises(InputError, match=f"^TEST.AUG.ENABLED: .* of {what}"):
+        read("TEST.AUG.ENABLED", True, *opts)
+
+
+# What is checked when a training or an evaluation starts.
+
+
+@pytest.fixture
+def datasets():
+    """Three registered datasets: of 3 images, of 1 image, and of an unknown number of them."""
+    for count in (3, 1, None):
+        DatasetCatalog.register(f"test_{count}", list)
+        metadata = {} if count is None else {"num_images": count}
+        MetadataCatalog.get(f"test_{count}").set(evaluator_type="coco", **metadata)
+    yield
+    for count in (3, 1, None):
+        DatasetCatalog.remove(f"test_{count}")
+        MetadataCatalog.remove(f"test_{count}")
+
+
+def check(*opts, config="", **settings):
+    """Check the start of a training on one of these datasets, or on those in ``settings``."""
+    recipe = read(*opts, config=config)
+    settings = {"weights": "", "train_datasets": ("test_3",), "test_datasets": (), **settings}
+    for name, value in settings.items():
+        setattr(recipe, name, value)
+    check_run(recipe, train=True, resume=False)
+
+
+def test_keypoints(datasets):
+    check()
+    with pytest.raises(InputError, match="'test_3' does not name its keypoints"):
+        check("MODEL.KEYPOINT_ON", True)
+    MetadataCatalog.get("test_3").set(keypoint_names=["nose"])
+    check("MODEL.KEYPOINT_ON", True)
+
+
+@pytest.mark.parametrize(
+    ("counts", "warned"),
+    [
+        ([3, 1], {}),
+        ([3], {"SOLVER.IMS_PER_BATCH is 4": 3}),
+        ([1], {"SOLVER.IMS_PER_BATCH is 4": 1, "DATALOADER.NUM_WORKERS is 3": 1}),
+        ([1, None], {}),
+    ],
+)
+def test_few_images(counts, warned, datasets, caplog):
+    """Fewer than a batch or than workers, in all datasets together, if their numbers are known."""
+    opts = ["SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 3]
+    check(*opts, train_datasets=tuple(f"test_{n}" for n in counts))
+    expected = [f"{what}, but there are only {n} images to train on" for what, n in warned.items()]
+    assert [x for x in caplog.messages if "but there" in x] == expected
+
+
+IMAGES, MADE_FOR = "SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"
+PARTS = f"{TRAINER}.ACCUMULATION_STEPS"
+LAZY_IMAGES = "dataloader.train.total_batch_size"
+
+
+@pytest.mark.parametrize(
+    ("opts", "config", "message"),
+    [
+        ([IMAGES, 6, MADE_FOR, 4], "", f"{IMAGES} is 6, which is not a multiple of {MADE_FOR}, 4"),
+        ([IMAGES, 3], "", f"{IMAGES} is 3, which 2 processes cannot share: .*SOLVER.BASE_LR in pr"),
+        ([IMAGES, 4, PARTS, 4], "", f"{PARTS} is 4, which does not divide the 2 images of each"),
+        ([IMAGES, 12, MADE_FOR, 4, PARTS, 2], "", f"{PARTS} is 2, which does not divide the 3 im"),
+        (
+            [f"{LAZY_IMAGES}=3"],
+            LAZY,
+            f"{LAZY_IMAGES} is 3, which 2 processes cannot share: .*optimizer.lr in proportion$",
+        ),
+        (["train.accumulation_steps=4"], LAZY, "train.accumulation_steps is 4, which does not div"),
+    ],
+)
+def test_batch_size(opts, config, message, datasets, monkeypatch):
+    """Shared by two processes and divided into parts; scaled before, if the config says so."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(InputError, match=f"^{message}"):
+        check(*opts, config=config)
+    check(IMAGES, 8, MADE_FOR, 4, PARTS, 2)
+    check(f"{LAZY_IMAGES}=4", "train.accumulation_steps=2", config=LAZY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_mixed_precision_on_the_cpu(datasets):
+    for opts, config, name in (
+        (["SOLVER.AMP.ENABLED", True], "", "SOLVER.AMP.ENABLED"),
+        (["train.amp.enabled=True"], LAZY, "train.amp.enabled"),
+    ):
+        with pytest.raises(InputError, match=f"^{name}: Detectron2 trains with mixed .* on GPUs"):
+            check(*opts, config=config)

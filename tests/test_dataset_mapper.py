@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model gets, by value: an image of 3 x 2 pixels, mirrored, with all that goes with it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import demo_cfg
+from omegaconf import OmegaConf
+from PIL import Image
+
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BoxMode
+
+from libra_d2.config import make_recipe
+from libra_d2.data import LibraDatasetMapper
+from libra_d2.data.resize import OpenCVResizeShortestEdge
+from libra_d2.errors import InputError
+
+RED = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+
+
+@pytest.fixture
+def record(tmp_path):
+    """An image with two objects and a crowd, three proposals and a segmentation map."""
+    Image.fromarray(np.stack([RED, RED + 10, RED + 20], axis=2)).save(tmp_path / "a.png")
+    Image.fromarray(RED).save(tmp_path / "map.png")
+    boxes = [[0, 0, 1, 2], [1, 0.5, 1.5, 1], [0, 0, 3, 2]]
+    polygons = [[[x, 0, x + 1, 0, x + 1, 2]] for x, *_ in boxes]
+    objects = [
+        {"bbox": b, "bbox_mode": 1, "category_id": i, "iscrowd": i // 2, "segmentation": p}
+        for i, (b, p) in enumerate(zip(boxes, polygons))
+    ]
+    return {
+        **{"file_name": str(tmp_path / "a.png"), "image_id": 7, "height": 2, "width": 3},
+        **{"sem_seg_file_name": str(tmp_path / "map.png"), "annotations": objects},
+        "proposal_boxes": np.array([[0, 0, 2, 1], [1, 1, 3, 2], [0, 0, 1, 1.0]]),
+        "proposal_objectness_logits": np.array([3.0, 2, 1]),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+
+
+def mapper(*augmentations, is_train=True, **kwargs):
+    return LibraDatasetMapper(
+        is_train=is_train, augmentations=augmentations, image_format="BGR", **kwargs
+    )
+
+
+def test_training(record):
+    """All is mirrored alike; crowds and masks are left out; the record stays as it was."""
+    before, red = copy.deepcopy(record), RED[:, ::-1]
+    mapped = mapper(T.HFlipTransform(3), precomputed_proposal_topk=2)(record)
+    np.testing.assert_equal(record, before)
+    assert mapped["image"].tolist() == [(red + 20).tolist(), (red + 10).tolist(), red.tolist()]
+    assert (mapped["image"].dtype, mapped["image"].is_contiguous()) == (torch.uint8, True)
+    assert mapped["sem_seg"].tolist() == red.tolist()
+    assert mapped["sem_seg"].dtype == torch.int64
+    proposals, instances = mapped["proposals"], mapped["instances"]
+    assert proposals.proposal_boxes.tensor.tolist() == [[1, 0, 3, 1], [0, 1, 2, 2]]
+    assert proposals.objectness_logits.tolist() == [3, 2]
+    assert instances.gt_boxes.tensor.tolist() == [[2, 0, 3, 2], [0.5, 0.5, 2, 1.5]]
+    assert instances.gt_classes.tolist() == [0, 1]
+    assert instances.image_size == proposals.image_size == (2, 3)
+    assert not instances.has("gt_masks")
+    keys = {"file_name", "image_id", "height", "width", "image", "sem_seg", "proposals"}
+    assert mapped.keys() == {*keys, "instances"}
+
+
+def test_resized(record):
+    """Sizes of what is returned are those of the new image, height first; masks on request."""
+    mapped = mapper(T.ResizeTransform(2, 3, 4, 9), use_instance_mask=True)(record)
+    assert mapped["image"].shape == (3, 4, 9)
+    assert mapped["instances"].image_size == (4, 9)
+    assert mapped["instances"].gt_boxes.tensor.tolist() == [[0, 0, 3, 4], [3, 1, 7.5, 3]]
+    assert mapped["instances"].gt_masks.polygons[1][0].tolist() == [3, 0, 6, 0, 6, 4]
+    assert (mapped["height"], mapped["width"], "proposals" in mapped) == (2, 3, False)
+
+
+def test_evaluation(record):
+    """Without ground truth, but for the segmentation map."""
+    mapped = mapper(is_train=False, precomputed_proposal_topk=3)(record)
+    assert not mapped.keys() & {"annotations", "instances"}
+    assert len(mapped["proposals"]) == 3
+    del record["annotations"], record["sem_seg_file_name"]
+    assert not mapper()(record).keys() & {"annotations", "instances", "sem_seg"}
+    message = r"a.png: the image cannot be used: Mismatched .* got \(3, 2\), expect \(2, 2\)"
+    with pytest.raises(InputError, match=message):
+        mapper()({**record, "width": 2})
+
+
+@pytest.mark.parametrize("interpolation", ["pillow", "opencv"])
+@pytest.mark.parametrize(
+    ("is_train", "sampling", "expected"),
+    [
+        (True, "choice", {6, 12}),  # of the shorter side 4 and 8
+        (True, "range", {6, 8, 9, 11, 12}),  # 4, 5, 6, 7, 8 times 1.5, of which half is rounded
+        (False, "range", {15}),
+    ],
+)
+def test_config(record, interpolation, is_train, sampling, expected):
+    """Sizes, and how they are drawn, are the config's with either interpolation."""
+    cfg = demo_cfg(
+        MODEL__LIBRA__INPUT__INTERPOLATION=interpolation,
+        **{"INPUT__MIN_SIZE_TRAIN": (4, 8), "INPUT__MIN_SIZE_TRAIN_SAMPLING": sampling},
+        **{"INPUT__MAX_SIZE_TRAIN": 12, "INPUT__MIN_SIZE_TEST": 11, "INPUT__MAX_SIZE_TEST": 15},
+    )
+    mapped_by = make_recipe(cfg).build_mapper(is_train)
+    resize = {"pillow": T.ResizeShortestEdge, "opencv": OpenCVResizeShortestEdge}[interpolation]
+    assert type(mapped_by.augmentations.augs[0]) is resize
+    del record["annotations"]
+    np.random.seed(0)
+    assert {mapped_by(record)["image"].shape[2] for _ in range(60)} == expected
+
+
+def lazy_recipe(**mappers):
+    """Of a LazyConfig with such mappers for "train" and "test"."""
+    loaders = {split: {"mapper": node} for split, node in mappers.items()}
+    return make_recipe(OmegaConf.create({"model": L(ShapeSpec)(), "dataloader": loaders}))
+
+
+def test_lazy_config(record):
+    """Each split has its own; Detectron2's class becomes this project's, others are used."""
+
+    class Other(DatasetMapper):
+        pass
+
+    mirror, common = L(T.HFlipTransform)(width=3), {"augmentations": [], "image_format": "RGB"}
+    recipe = lazy_recipe(
+        train=L(DatasetMapper)(is_train=True, augmentations=[mirror], image_format="BGR"),
+        test=L(Other)(is_train=False, **common),
+    )
+    train, test = recipe.build_mapper(True), recipe.build_mapper(False)
+    assert (type(train), type(test)) == (LibraDatasetMapper, Other)
+    assert train(record)["image"][2].tolist() == RED[:, ::-1].tolist()
+    assert test(record)["image"][0].tolist() == RED.tolist()
+    assert "instances" in train(record)
+    replaced = recipe.build_mapper(True, augmentations=[])
+    assert replaced(record)["image"][2].tolist() == RED.tolist()
+    recipe.image_format = "BGR"
+    assert recipe.build_mapper(False)(record)["image"][2].tolist() == RED.tolist()
+    assert [type(a) for a in recipe.build_augmentations(True)] == [T.HFlipTransform]
+    assert recipe.build_augmentations(False) == []
+    lacking = lazy_recipe(train=recipe.config.dataloader.train.mapper)
+    for split, without in (("test", lacking), ("train", lazy_recipe())):
+        for place, name in (("mapper", "mapper"), ("mapper.augmentations", "augmentations")):
+            with pytest.raises(InputError, match=f"^dataloader.{split}.{place}: the LazyConfig la"):
+                getattr(without, f"build_{name}")(split == "train")
+
+
+def test_augmentations_in_place_of_the_config(record):
+    recipe = make_recipe(demo_cfg(INPUT__FORMAT="RGB"))
+    mapped = recipe.build_mapper(True, augmentations=[])(record)
+    assert mapped["image"][0].tolist() == RED.tolist()
+    assert "instances" in mapped
+    assert "instances" not in recipe.build_mapper(False, augmentations=[])(record)

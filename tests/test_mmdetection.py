@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, load_cfg
+from test_checkpoint import net, save, values
+
+from detectron2.modeling import build_backbone
+
+from libra_d2.checkpoint import LibraCheckpointer
+from libra_d2.checkpoint.mmdetection import (
+    from_mmdetection,
+    is_mmdetection,
+    to_detectron2_checkpoint,
+    to_mmdetection,
+    unwrap_mmdetection,
+)
+from libra_d2.errors import InputError
+
+BOTTOM_UP, RPN, HEADS = "backbone.bottom_up", "proposal_generator.rpn_head", "roi_heads"
+# What modules are called there and here.
+RESNET = {
+    "backbone.conv1": f"{BOTTOM_UP}.stem.conv1",
+    "backbone.bn1": f"{BOTTOM_UP}.stem.conv1.norm",
+    "backbone.layer1.0.conv1": f"{BOTTOM_UP}.res2.0.conv1",
+    "backbone.layer1.0.bn1": f"{BOTTOM_UP}.res2.0.conv1.norm",
+    "backbone.layer2.0.downsample.0": f"{BOTTOM_UP}.res3.0.shortcut",
+    "backbone.layer2.0.downsample.1": f"{BOTTOM_UP}.res3.0.shortcut.norm",
+    "backbone.layer3.22.conv2": f"{BOTTOM_UP}.res4.22.conv2",
+    "backbone.layer4.2.conv3": f"{BOTTOM_UP}.res5.2.conv3",
+    "backbone.layer4.2.bn3": f"{BOTTOM_UP}.res5.2.conv3.norm",
+}
+REFINE = {
+    f"neck.1.refine.{name}.conv": f"backbone.bfp.refine.{name}"
+    for name in ("theta", "phi", "g", "conv_out")
+}
+RCNN = {
+    **RESNET,
+    **{f"NECK.lateral_convs.{i}.conv": f"backbone.fpn_lateral{i + 2}" for i in range(4)},
+    **{f"NECK.fpn_convs.{i}.conv": f"backbone.fpn_output{i + 2}" for i in range(4)},
+    "rpn_head.rpn_conv": f"{RPN}.conv",
+    "rpn_head.rpn_cls": f"{RPN}.objectness_logits",
+    "rpn_head.rpn_reg": f"{RPN}.anchor_deltas",
+    "roi_head.bbox_head.shared_fcs.0": f"{HEADS}.box_head.fc1",
+    "roi_head.bbox_head.shared_fcs.1": f"{HEADS}.box_head.fc2",
+    "roi_head.bbox_head.fc_cls": f"{HEADS}.box_predictor.cls_score",
+    "roi_head.bbox_head.fc_reg": f"{HEADS}.box_predictor.bbox_pred",
+}
+RETINANET = {
+    **RESNET,
+    **{f"NECK.lateral_convs.{i}.conv": f"backbone.fpn_lateral{i + 3}" for i in range(3)},
+    **{f"NECK.fpn_convs.{i}.conv": f"backbone.fpn_output{i + 3}" for i in range(3)},
+    "NECK.fpn_convs.3.conv": "backbone.top_block.p6",
+    "NECK.fpn_convs.4.conv": "backbone.top_block.p7",
+    **{f"bbox_head.cls_convs.{i}.conv": f"head.cls_subnet.{2 * i}" for i in range(4)},
+    **{f"bbox_head.reg_convs.{i}.conv": f"head.bbox_subnet.{2 * i}" for i in range(4)},
+    "bbox_head.retina_cls": "head.cls_score",
+    "bbox_head.retina_reg": "head.bbox_pred",
+}
+
+
+def states(names, refine):
+    """The same weights there and here; those of RetinaNet's last layers are constant."""
+    theirs, ours = {}, {}
+    for i, (name, other) in enumerate({**names, **refine}.items()):
+        name = name.replace("NECK", "neck.0" if refine else "neck")
+        for j, leaf in enumerate(("weight", "bias")):
+            theirs[f"{name}.{leaf}"] = ours[f"{other}.{leaf}"] = torch.full((36,), 2.0 * i + j)
+        if ".bn" in name or name.endswith("downsample.1"):
+            for j, leaf in enumerate(("running_mean", "running_var")):
+                theirs[f"{name}.{leaf}"] = ours[f"{other}.{leaf}"] = torch.full((36,), -2.0 * i - j)
+            theirs[f"{name}.num_batches_tracked"] = torch.tensor(0)
+    return theirs, ours
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a
+    )
+
+
+@pytest.mark.parametrize("names", [RCNN, RETINANET], ids=["R-CNN", "RetinaNet"])
+@pytest.mark.parametrize(
+    "refine", [REFINE, {"neck.1.refine.conv": "backbone.bfp.refine"}, {}], ids=["attn", "conv", ""]
+)
+def test_names(names, refine):
+    """Both ways; counters of batches are left out, and 0 on the way back."""
+    theirs, ours = states(names, refine)
+    assert equal(from_mmdetection(theirs), ours)
+    assert equal(to_mmdetection(ours), theirs)
+    assert is_mmdetection(theirs)
+    assert not is_mmdetection(ours)
+    extra = {"pixel_mean": 1, "pixel_std": 1, "anchor_generator.cell_anchors.0": 1}
+    assert equal(to_mmdetection({**ours, **extra}), theirs)
+    found = from_mmdetection({**theirs, "ema_backbone_conv1_weight": 1, "mask.weight": theirs})
+    assert found.pop("mask.weight") is theirs
+    assert equal(found, ours)
+    for name in ("mask.weight", "pixel_mean.weight"):
+        with pytest.raises(InputError, match=f"^'{name}' has no counterpart in mmdetection's"):
+            to_mmdetection({**ours, name: 1})
+
+
+def test_anchors():
+    """
+    The three scales of each ratio there, the three ratios of each scale here; C channels each,
+    which keep their order.
+    """
+    for name, other, channels in (("cls", "cls_score", 2), ("reg", "bbox_pred", 4)):
+        places = [3 * ratio + scale for scale in range(3) for ratio in range(3)]
+        channel = torch.tensor([channels * p + c for p in places for c in range(channels)])
+        weight = torch.rand(9 * channels, 2, 1, 1)
+        theirs = {f"bbox_head.retina_{name}.{k}": x for k, x in (("a", weight), ("b", channel))}
+        ours = {f"head.{other}.a": weight[channel], f"head.{other}.b": channel[channel]}
+        assert equal(from_mmdetection(theirs), ours)
+        back = to_mmdetection({"head.cls_score.c": torch.zeros(9), **ours})
+        assert all(torch.equal(back[key], value) for key, value in theirs.items())
+    message = "a RetinaNet with 9 anchors at each place was expected, but its last layer has 20 cha"
+    with pytest.raises(InputError, match=message):
+        from_mmdetection({"bbox_head.retina_cls.bias": torch.zeros(20)})
+
+
+STATE = {"backbone.conv1.weight": torch.full((2,), 3.0), "rpn_head.rpn_cls.bias": torch.ones(1)}
+OURS = {f"{BOTTOM_UP}.stem.conv1.weight": (2,), f"{RPN}.objectness_logits.bias": (1,)}
+
+
+def wrappings():
+    """Checkpoints of mmdetection as they occur; each must load as the first."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub.get_instance("test_checkpoint")
+    hub.update_scalar("train/loss", 1.0)
+    hub.update_info("iter", 3)
+    meta = {"mmdet_version": "2.25.0", "CLASSES": ("a", "b"), "time": "today"}
+    optimizer = {"state": {0: torch.zeros(1)}, "param_groups": []}
+    doubled = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in STATE.items()}
+    return {
+        "bare": STATE,
+        "version 2": {"meta": meta, "state_dict": STATE, "optimizer": optimizer},
+        "version 3": {
+            "meta": {"mmengine_version": "0.10.0"},
+            "state_dict": STATE,
+            "message_hub": hub.state_dict(),
+            "ema_state_dict": {"steps": torch.tensor(3)},
+            "optimizer": optimizer,
+        },
+        "ema": {"meta": None, "state_dict": {**STATE, **doubled}},
+        "data parallel": {"state_dict": {f"module.{k}": v for k, v in STATE.items()}},
+        "of Detectron2": {"model": STATE, "iteration": 3},
+    }
+
+
+@pytest.mark.parametrize("wrapping", [*wrappings(), "NumPy 1"])
+def test_loading(wrapping, tmp_path, caplog):
+    """Converted while it is loaded; nothing is missing or left, nothing else is returned."""
+    contents = wrappings()
+    path = save(tmp_path / "a.pth", contents.get(wrapping, contents["version 3"]))
+    if wrapping == "NumPy 1":  # as if saved with it: the pickle names a module that moved
+        with zipfile.ZipFile(path) as file:
+            content = {name: file.read(name) for name in file.namelist()}
+        assert b"numpy._core.multiarray" in content["a/data.pkl"]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+            for name, data in content.items():
+                file.writestr(name, data.replace(b"numpy._core.multi", b"numpy.core.multi"))
+    model = net(OURS)
+    extra = LibraCheckpointer(model, complete=True).load(str(path))
+    assert extra == {"__author__": "mmdetection"}
+    assert "Weights that were not loaded" not in caplog.text
+    assert list(values(model).values()) == [3, 1]
+
+
+def test_unwrapping():
+    """One prefix of data parallel training is removed, at the start; what describes it is kept."""
+    state = {"module.a": np.ones(1), "b.module.c": np.ones(1), "module.module.d": np.ones(1)}
+    meta = {"mmdet_version": "3.1.0"}
+    found = unwrap_mmdetection({"state_dict": state, "meta": meta})
+    assert list(found[0]) == ["a", "b.module.c", "module.d"]
+    assert found[1] is meta
+    for content in (state, {"state_dict": state}, {"state_dict": state, "meta": [1]}):
+        assert unwrap_mmdetection(content)[1] == {}
+    checkpoint = {"model": {"module.a": state["module.a"]}, "iteration": 3, "__author__": "b"}
+    found = to_detectron2_checkpoint(checkpoint)
+    assert found == {"model": {"a": state["module.a"]}, "iteration": 3, "__author__": "b"}
+
+
+OLD = "a checkpoint of mmdetection 1.x"
+NOT_PLAIN = r"'b' in it is a sparse, quantized or empty \(meta\) tensor; save"
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"meta": {"mmdet_version": "1.2.0"}, "state_dict": STATE}, OLD),
+        ({"meta": {"mmdet_version": "0.6.0"}, "state_dict": STATE}, OLD),
+        ({**STATE, "bbox_head.fc_cls.weight": ONE}, OLD),
+        ({**STATE, "bbox_head.shared_fcs.0.weight": ONE}, OLD),
+        ({}, "not a checkpoint: there are no weights in it"),
+        ([], "not a checkpoint: it holds a list"),
+        ({"state_dict": {}}, "not a checkpoint: there are no weights in it"),
+        ({"a": ONE, "b": "text"}, "not a checkpoint: 'b' in it is a str"),
+        ({"a": ONE, "b": torch.eye(3).to_sparse()}, NOT_PLAIN),
+        ({"a": ONE, "b": ONE.to("meta")}, NOT_PLAIN),
+        ({"a": ONE, "b": torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8)}, NOT_PLAIN),
+    ],
+)
+def test_refused(content, message, tmp_path):
+    """With the reason, which the checkpointer puts the file in front of."""
+    with pytest.raises(InputError, match=f"^{message}"):
+        from_mmdetection(unwrap_mmdetection(content)[0])
+    path = save(tmp_path / "a.pth", {"model": content})
+    with pytest.raises(InputError, match=f"a.pth: ({message}|.*cut short)"):
+        LibraCheckpointer(net(OURS)).load(str(path))
+
+
+def test_convnext():
+    """The names of its authors become timm's; the classifier is left out."""
+    names = {
+        "downsample_layers.0.0.weight": "stem.0.weight",
+        "downsample_layers.0.1.bias": "stem.1.bias",
+        "downsample_layers.2.1.weight": "stages.2.downsample.1.weight",
+        "stages.3.11.dwconv.weight": "stages.3.blocks.11.conv_dw.weight",
+        "stages.0.1.pwconv1.bias": "stages.0.blocks.1.mlp.fc1.bias",
+        "stages.0.1.pwconv2.weight": "stages.0.blocks.1.mlp.fc2.weight",
+        "stages.0.1.norm.weight": "stages.0.blocks.1.norm.weight",
+        "stages.0.1.gamma": "stages.0.blocks.1.gamma",
+    }
+    state = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    classifier = {"norm.weight": torch.ones(1), "head.bias": torch.ones(1)}
+    found = to_detectron2_checkpoint({"model": {**state, **classifier}, "other": 1})
+    assert found.keys() == {"model", "matching_heuristics"}
+    assert found["matching_heuristics"] is True
+    assert {k: v.item() for k, v in found["model"].items()} == {
+        name: i for i, name in enumerate(names.values())
+    }
+
+
+@pytest.mark.parametrize("name", ["R_50", "X_101_64x4d"])
+def test_imagenet(name, tmp_path, caplog):
+    """All of the backbone comes from ImageNet weights, classifier included, of the same network."""
+    blocks = [3, 4, 6, 3] if name == "R_50" else [3, 4, 23, 3]
+    groups = {"groups": 64, "width_per_group": 4} if name.startswith("X") else {}
+    resnet = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, blocks, **groups)
+    path = save(tmp_path / "resnet.pth", resnet.state_dict())
+    model = torch.nn.Module()
+    model.backbone = build_backbone(
+        load_cfg(ROOT / f"configs/COCO-Detection/libra_faster_rcnn_{name}_FPN_1x.yaml")
+    )
+    LibraCheckpointer(model).load(str(path))
+    assert "bottom_up" not in caplog.text
+    assert "fc" not in caplog.text
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        expected = torch.nn.Sequential(*list(resnet.eval().children())[:-2])(x)
+        torch.testing.assert_close(model.backbone.bottom_up(x)["res5"], expected)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a model that do not go together are found when it is built."""
+
+import pytest
+import torch
+from conftest import ROOT, build_model, demo_cfg, random_inputs
+from omegaconf import OmegaConf
+
+from detectron2 import model_zoo
+from detectron2.modeling import ROI_HEADS_REGISTRY, ProposalNetwork, StandardROIHeads
+from detectron2.utils import logger as detectron2_logger
+from detectron2.utils.events import EventStorage
+
+from libra_d2 import add_libra_config
+from libra_d2 import model_zoo as libra_zoo
+from libra_d2.config import make_recipe
+from libra_d2.errors import InputError
+from libra_d2.modeling import LibraFastRCNNOutputLayers, LibraRes5ROIHeads
+
+CONFIGS = {name: f"libra_{name}" for name in ("faster_rcnn", "retinanet", "fast_rcnn")}
+CONFIGS["rpn"] = "rpn"
+LOSS, BASE = "ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "LIBRA.BFP.BASE_BACKBONE"
+PLAIN_HEADS = f"ROI_HEADS.NAME=StandardROIHeads {LOSS}=smooth_l1"
+PLAIN = f"BACKBONE.NAME=build_resnet_fpn_backbone PROPOSAL_GENERATOR.NAME=RPN {PLAIN_HEADS}"
+LIBRA_BACKBONE = "BACKBONE.NAME=build_libra_backbone"
+
+
+def config(name, options=""):
+    """Of a small model; with keys below MODEL, as "RPN.NMS_THRESH=0.5 DEVICE=cpu"."""
+    if name == "c4":  # Detectron2's
+        cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+        add_libra_config(cfg)
+        options = (
+            "DEVICE=cpu RESNETS.NORM=BN RESNETS.DEPTH=18 RESNETS.RES2_OUT_CHANNELS=64 "
+            "RESNETS.STRIDE_IN_1X1=False BACKBONE.FREEZE_AT=0 RPN.POST_NMS_TOPK_TRAIN=60 "
+            f"ROI_BOX_HEAD.POOLER_RESOLUTION=4 ROI_HEADS.NUM_CLASSES=4 {options}"
+        )
+    else:
+        cfg = demo_cfg(ROOT / f"configs/Demo/{CONFIGS[name]}_R_18_FPN.yaml")
+    for option in options.split():
+        key, _, value = option.partition("=")
+        cfg.merge_from_list([f"MODEL.{key}", value])
+    return cfg
+
+
+ALL = "smooth_l1, giou, diou, ciou"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            *("faster_rcnn", "ROI_HEADS.NAME=StandardROIHeads"),
+            rf"MODEL.{LOSS} .* is 'balanced_l1', but a FastRCNNOutputLayers knows {ALL}: use Libra",
+        ),
+        ("c4", f"{LOSS}=balanced_l1", "FastRCNNOutputLayers knows .*LibraRes5ROIHeads"),
+        (
+            *("retinanet", "META_ARCHITECTURE=RetinaNet"),
+            f"MODEL.RETINANET.BBOX_REG_LOSS_TYPE .*RetinaNet knows {ALL}: use LibraRetinaNet",
+        ),
+        (
+            *("faster_rcnn", "RPN.BBOX_REG_LOSS_TYPE=balanced_l1"),
+            f"MODEL.RPN.BBOX_REG_LOSS_TYPE .*a LibraRPN knows {ALL}: balanced L1 loss is one of",
+        ),
+        (
+            *("faster_rcnn", f"{LOSS}=l2"),
+            rf"^MODEL.{LOSS} \(roi_heads.box_predictor.box_reg_loss_type in a LazyConfig\) is 'l2',"
+            f" but a LibraFastRCNNOutputLayers knows {ALL}, balanced_l1: use",
+        ),
+        (
+            *("retinanet", "RETINANET.BBOX_REG_LOSS_TYPE=l2"),
+            r"^MODEL.RETINANET.BBOX_REG_LOSS_TYPE \(box_reg_loss_type in a LazyConfig\) is 'l2',"
+            f" but a LibraRetinaNet knows {ALL}, balanced_l1: use LibraRetinaNet",
+        ),
+        (
+            *("faster_rcnn", "RPN.BBOX_REG_LOSS_TYPE=l2 PROPOSAL_GENERATOR.NAME=RPN"),
+            f"is 'l2', but a RPN knows {ALL}: balanced L1 loss is one of the second",
+        ),
+        (
+            *("retinanet", "BACKBONE.NAME=build_libra_resnet_fpn_backbone"),
+            "MODEL.RETINANET.IN_FEATURES names 'p7', which MODEL.BACKBONE.NAME "
+            "'build_libra_resnet_fpn_backbone' does not return.*build_libra_retinanet",
+        ),
+        (
+            *("faster_rcnn", "ROI_HEADS.IN_FEATURES=('p2','p9')"),
+            "^MODEL.ROI_HEADS.IN_FEATURES names 'p9', which MODEL.BACKBONE.NAME "
+            "'build_libra_resnet_fpn_backbone' does not return$",
+        ),
+        (
+            *("faster_rcnn", "RPN.IN_FEATURES=('p2','p7')"),
+            "^MODEL.RPN.IN_FEATURES names 'p7', .*return; the backbone of a RetinaNet is build",
+        ),
+        ("rpn", "FPN.IN_FEATURES=('res2','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),
+        (
+            *("faster_rcnn", f"{LIBRA_BACKBONE} {BASE}=build_libra_resnet_fpn_backbone"),
+            "BASE_BACKBONE.* is 'FPN': it has a balanced feature pyramid already",
+        ),
+        (
+            *("c4", f"{LIBRA_BACKBONE} {BASE}=build_resnet_backbone"),
+            "MODEL.LIBRA.BFP.REFINE_LEVEL is 2: the pyramid has 1 levels",
+        ),
+    ],
+)
+def test_wrong_combinations(name, options, message):
+    """What is wrong, the key that says so, and what goes instead."""
+    with pytest.raises(InputError, match=message):
+        build_model(config(name, options))
+
+
+@pytest.mark.parametrize("loss", ALL.split(", "))
+def test_losses_of_detectron2(loss):
+    """All parts of its models know them, this project's too."""
+    for name in ("LibraRPN", "RPN"):
+        options = f"PROPOSAL_GENERATOR.NAME={name} RPN.BBOX_REG_LOSS_TYPE={loss} {LOSS}={loss}"
+        build_model(config("faster_rcnn", options))
+    build_model(config("retinanet", f"RETINANET.BBOX_REG_LOSS_TYPE={loss}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key", "example"),
+    [
+        ("faster_rcnn", "", "META_ARCHITECTURE", "LibraRetinaNet"),
+        ("faster_rcnn", "", "BACKBONE.NAME", "build_libra_resnet_fpn_backbone"),
+        ("faster_rcnn", "", "PROPOSAL_GENERATOR.NAME", "LibraRPN"),
+        ("faster_rcnn", "", "ROI_HEADS.NAME", "StandardROIHeads"),
+        ("rpn", "", "PROPOSAL_GENERATOR.NAME", "LibraRPN"),
+        ("faster_rcnn", LIBRA_BACKBONE, BASE, "build_resnet_backbone"),
+    ],
+)
+def test_unknown_names(name, options, key, example):
+    """The key, and the names that there are, in their order; those that are not used may be any."""
+    message = f"MODEL.{key} is 'X': nothing has that name; there are "
+    with pytest.raises(InputError) as error:
+        build_model(config(name, f"{options} {key}=X"))
+    start, known = str(error.value)[: len(message)], str(error.value)[len(message) :].split(", ")
+    assert start == message
+    assert example in known
+    assert known == sorted(known)
+    unused = f"PROPOSAL_GENERATOR.NAME=X ROI_HEADS.NAME=X {BASE}=X"
+    assert build_model(config("retinanet", unused)).training
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("box_reg_loss_type", "l2", r"\(box_reg_loss_type in a LazyConfig\) is 'l2', but a Libra"),
+        ("backbone.in_features", ["res9"], "^model: it cannot be built: there is no 'res9'$"),
+        ("unknown", 1, "^model: it cannot be built: .*unknown"),
+        ("backbone.refine_level", 7, "^(?!model).*refine_level.* is 7"),
+    ],
+)
+def test_lazy(place, value, message):
+    """Errors of a LazyConfig, which has other names."""
+    cfg = libra_zoo.get_config("COCO-Detection/libra_retinanet_R_50_FPN_1x.py")
+    OmegaConf.update(cfg.model, place, value)
+    cfg.train.device = "cpu"
+    with pytest.raises(InputError, match=message):
+        build_model(cfg)
+
+
+def test_lazy_device():
+    """Of the config; of an R-CNN, its RPN alone can be built."""
+    recipe = make_recipe(libra_zoo.get_config("COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.py"))
+    recipe.device = "meta"
+    model = recipe.rpn_only().build_model()
+    assert type(model) is ProposalNetwork
+    assert {x.device.type for x in (*model.parameters(), model.pixel_mean)} == {"meta"}
+
+
+@ROI_HEADS_REGISTRY.register()
+class OwnLossHeads(StandardROIHeads):
+    """Their predictor has a loss of its own, of any name."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        return {**ret, "box_predictor": OwnLoss(cfg, ret["box_head"].output_shape)}
+
+
+class OwnLoss(LibraFastRCNNOutputLayers):
+    def box_reg_loss(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
+        return pred_deltas.sum() * 0
+
+
+def test_own_losses_are_the_users_business():
+    build_model(config("faster_rcnn", f"ROI_HEADS.NAME=OwnLossHeads {LOSS}=my_loss"))
+
+
+# One key of each section, with another value than its default.
+VALUES = {
+    **{"BFP": "REFINE_LEVEL=1", "SAMPLER": "NUM_BINS=4", "BALANCED_L1": "ALPHA=0.2"},
+    **{"RPN": "NORMALIZER=batch_size", "RETINANET": "NORMALIZER=moving_average"},
+    **{"INPUT": "INTERPOLATION=opencv", "TRAINER": "EMA_DECAY=0.5"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unread"),
+    [
+        ("faster_rcnn", "", "RETINANET"),
+        ("faster_rcnn", PLAIN, "BALANCED_L1 BFP RETINANET RPN SAMPLER"),
+        ("faster_rcnn", PLAIN_HEADS, "BALANCED_L1 RETINANET SAMPLER"),
+        ("faster_rcnn", f"{PLAIN} LIBRA.BFP.ENABLED=False", "BALANCED_L1 RETINANET RPN SAMPLER"),
+        ("c4", "", "BALANCED_L1 BFP RETINANET RPN SAMPLER"),
+        ("fast_rcnn", "", "RETINANET"),
+        ("retinanet", "", "RPN SAMPLER"),
+        ("rpn", "", "RETINANET"),
+        ("rpn", "PROPOSAL_GENERATOR.NAME=RPN", "RETINANET RPN"),
+    ],
+)
+def test_unread_keys(name, options, unread, caplog):
+    """
+    Of each section, once; none that a part of the model reads, or that the other stage would. All
+    of them are unread by a plain model.
+    """
+    detectron2_logger._LOG_COUNTER.clear()
+    keys = {section: f"LIBRA.{section}.{value}" for section, value in VALUES.items()}
+    cfg = config(name, f"{options} {' '.join(keys.values())}")
+    build_model(cfg)
+    build_model(cfg)
+    expected = [f"MODEL.{keys[x].split('=')[0]}" for x in unread.split()]
+    (record,) = [r for r in caplog.records if "reads" in r.getMessage()]
+    start, _, found = record.getMessage().partition(" reads ")
+    assert (record.levelname, start) == ("WARNING", "No part of this model")
+    assert sorted(found.split(", ")) == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_own_configs_are_read(path, caplog):
+    """Nothing is warned of in the configs of this project, with the ideas on or off."""
+    if "101" in path.stem:
+        pytest.skip("built elsewhere, and large")
+    for enabled in (True, False):
+        build_model(demo_cfg(path, MODEL__LIBRA__BFP__ENABLED=enabled))
+    assert "reads" not in caplog.text
+
+
+def test_changed_default(caplog):
+    """A key that is in no section."""
+    detectron2_logger._LOG_COUNTER.clear()
+    build_model(config("faster_rcnn", f"{PLAIN} LIBRA.TRAIN_NORM_AFFINE=True"))
+    assert caplog.messages[-1] == "No part of this model reads MODEL.LIBRA.TRAIN_NORM_AFFINE"
+
+
+def test_c4():
+    """Balanced samples and balanced L1 loss in a C4 model."""
+    cfg = config("c4", f"ROI_HEADS.NAME=LibraRes5ROIHeads {LOSS}=balanced_l1")
+    torch.manual_seed(1)
+    model = build_model(cfg)
+    torch.manual_seed(1)
+    plain = build_model(config("c4"))
+    assert type(model.roi_heads) is LibraRes5ROIHeads
+    for (name, a), (other, b) in zip(model.state_dict().items(), plain.state_dict().items()):
+        assert name == other
+        assert torch.equal(a, b), name
+    with EventStorage() as storage:
+        losses = model(random_inputs(3, 0))
+        sum(losses.values()).backward()
+        assert "roi_head/num_bg_iou_bin_2" in storage.latest()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("faster_rcnn", "LIBRA.SAMPLER.NUM_BINS=0", "MODEL.LIBRA.SAMPLER.NUM_BINS is 0"),
+        ("faster_rcnn", "LIBRA.SAMPLER.MODE=fast", "MODEL.LIBRA.SAMPLER.MODE is 'fast'"),
+        ("faster_rcnn", "LIBRA.BFP.REFINE_LEVEL=9", "MODEL.LIBRA.BFP.REFINE_LEVEL is 9"),
+        ("faster_rcnn", "LIBRA.BALANCED_L1.BETA=-1.0", "MODEL.LIBRA.BALANCED_L1.BETA is -1.0"),
+        ("faster_rcnn", "LIBRA.RPN.NORMALIZER=X", "MODEL.LIBRA.RPN.NORMALIZER is 'X'"),
+        ("faster_rcnn", "LIBRA.RPN.LOW_QUALITY_IOU=1.5", "MODEL.LIBRA.RPN.LOW_QUALITY_IOU is 1.5"),
+        ("retinanet", "LIBRA.RETINANET.LOW_QUALITY_IOU=2.0", "MODEL.LIBRA.RETINANET.LOW_QUALITY_I"),
+        ("faster_rcnn", "LIBRA.TRAIN_NORM_AFFINE=True", "MODEL.LIBRA.TRAIN_NORM_AFFINE is set, an"),
+        ("faster_rcnn", "ROI_HEADS.IOU_THRESHOLDS=[1.5]", "MODEL.ROI_HEADS.IOU_THRESHOLDS[0] is 1"),
+    ],
+)
+def test_keys_of_arguments(name, options, message):
+    """Components know arguments; users of a config know keys."""
+    with pytest.raises(InputError) as error:
+        build_model(config(name, options))
+    assert str(error.value).startswith(message)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the pictures of an evaluation, and of two detectors side by side."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventStorage
+from detectron2.utils.visualizer import VisImage
+
+from libra_d2.evaluation import PredictionPictures
+from libra_d2.evaluation.pictures import picture_scale
+from libra_d2.evaluation.side_by_side import draw_side_by_side, match_detections
+
+SAME, OTHER = (0.15, 0.35, 0.75), (1.0, 0.45, 0.0)  # RGB: blue, orange
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Collects of each half of a picture the colors of its boxes, its texts, its pixels."""
+    found, get_image = [], VisImage.get_image
+
+    def record(self):
+        boxes = {tuple(p.get_bbox().extents): p.get_edgecolor()[:3] for p in self.ax.patches}
+        found.append((boxes, [t for t in self.ax.texts if t.get_text()], get_image(self)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(VisImage, "get_image", record)
+    return found
+
+
+def detections(*rows):
+    """Of (x0, y0, x1, y1, class) or with a score behind."""
+    instances = Instances((100, 100), pred_boxes=Boxes(torch.tensor([r[:4] for r in rows]) * 1.0))
+    instances.pred_classes = torch.tensor([r[4] for r in rows])
+    instances.scores = torch.tensor([(*r, 0.875)[5] for r in rows])
+    return instances
+
+
+def test_evaluation(tmp_path, halves, monkeypatch):
+    """
+    The first two images: detections from the threshold on at the left, ground truth at the right,
+    in the colors of the classes; in TensorBoard while training. Anew in each evaluation.
+    """
+    shown, records = [], []
+    monkeypatch.setattr(EventStorage, "put_image", lambda self, *a: shown.append(a))
+    for i in range(3):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(np.full((60, 80, 3), (200, 50 * i, 20), np.uint8)).save(path)
+        truth = {"bbox": [5.0, 6, 20 + i, 30], "bbox_mode": BoxMode.XYXY_ABS, "category_id": i}
+        records.append({"image_id": 9 - i, "file_name": str(path), "annotations": [truth]})
+    DatasetCatalog.register("test_pictures", lambda: records)
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    MetadataCatalog.get("test_pictures").set(
+        thing_classes=["a$b$", "dog", "cow"], thing_colors=colors
+    )
+    arguments = ("test_pictures", str(tmp_path / "p"))
+    pictures = PredictionPictures(*arguments, num_images=2, min_size=80)
+    found = detections(
+        (9, 9, 60, 50, 0, 0.875), (20, 5, 30, 50, 1, 0.5), (40, 9, 70, 50, 2, 0.4375)
+    )
+    outputs = [{"instances": found}, {"instances": found[2:]}]
+    pictures.process(records, 3 * [{"proposals": None}])
+    assert not (tmp_path / "p").exists()
+    pictures.process(records[:2], outputs)
+    pictures.process(records[2:], outputs)
+    with EventStorage():
+        pictures.reset()
+        pictures.process(records[2:], outputs)
+    assert pictures.evaluate() is None
+    assert sorted(x.name for x in (tmp_path / "p").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [name for name, _ in shown] == ["validation/2"]
+    assert np.array_equal(shown[0][1], np.hstack([halves[4][2], halves[5][2]]).transpose(2, 0, 1))
+    drawn = {(9, 9, 60, 50): 0, (20, 5, 30, 50): 1}
+    labels = ["a\\$b\\$ 88%", "dog 50%"]
+    for i, classes, texts in ((0, drawn, labels), (1, {}, []), (2, drawn, labels)):
+        left, right = halves[2 * i : 2 * i + 2]
+        truth = ({(5, 6, 20 + i, 30): i}, [["a\\$b\\$", "dog", "cow"][i]])
+        for (boxes, words, _), (expected, names) in ((left, (classes, texts)), (right, truth)):
+            assert [t.get_text() for t in words] == names
+            assert boxes.keys() == expected.keys()
+            for box, color in boxes.items():  # Detectron2 varies them by up to 0.5
+                assert (
+                    np.linalg.norm(np.subtract(color, np.divide(colors[expected[box]], 255))) < 0.51
+                )
+        file = io.BytesIO()
+        Image.fromarray(np.hstack([left[2], right[2]])).save(file, "JPEG", quality=92)
+        assert (tmp_path / f"p/{i}.jpg").read_bytes() == file.getvalue()
+    assert (halves[2][2] == (200, 50, 20)).all()
+    PredictionPictures(*arguments, num_images=1).process(records[:1], outputs)
+    assert Image.open(tmp_path / "p/0.jpg").size == (800, 300)
+    assert len(halves[6][0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(100, 200, 2.0), (100, 800, 1.0), (2000, 100, 2.0), (900, 100, 4.0), (5000, 6000, 1.0)],
+)
+def test_scale(height, width, expected):
+    """400 pixels wide or more, but no side longer than 4000."""
+    assert picture_scale(np.zeros((height, width, 3), np.uint8), 400) == expected
+
+
+def test_match_detections():
+    """The same class, enough overlap, and one partner each, the best that is left."""
+    theirs = detections((0, 0, 10, 10, 1), (50, 50, 60, 60, 2))
+    ours = detections((0, 0, 10, 9, 1), (0, 1, 10, 10, 1), (50, 50, 60, 60, 1), (50, 50, 60, 55, 2))
+    assert match_detections(ours, theirs).tolist() == [True, False, False, True]
+    assert match_detections(ours, theirs, 0.51).tolist() == [True, False, False, False]
+    assert match_detections(ours, theirs[:0]).tolist() == [False] * 4
+    assert match_detections(ours[:0], theirs).tolist() == []
+    theirs = detections((0, 0, 10, 8, 1), (0, 0, 10, 10, 1))
+    ours = detections((0, 0, 10, 9.5, 1), (0, 0, 10, 10, 1), (0, 0, 10, 10, 1))
+    assert match_detections(ours, theirs).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "cow"], ["0", "1", "2"]])
+def test_side_by_side(halves, names):
+    """What both found is blue and has no label; a title tells how many only one has."""
+    image = np.full((48, 64, 3), 60, np.uint8)
+    metadata = Metadata(thing_classes=names) if "cat" in names else Metadata()
+    left = detections((2, 10, 20, 40, 1, 0.75), (30, 20, 40, 30, 2, 0.5), (50, 9, 60, 18, 0, 0.25))
+    right = detections((2, 10, 20, 39, 1, 0.5), (30, 20, 50, 44, 2, 0.125))
+    picture = draw_side_by_side(image, metadata, (left, right))
+    assert picture.shape == (480, 1280, 3)
+    assert np.array_equal(picture, np.hstack([half[-1] for half in halves]))
+    expected = [
+        (left, (SAME, OTHER, OTHER), [f"{names[2]} 50%", f"{names[0]} 25%"], "plain: 3 objects, 2"),
+        (right, (SAME, OTHER), [f"{names[2]} 12%"], "Libra: 2 objects, 1"),
+    ]
+    for (boxes, texts, _), (found, colors, labels, title) in zip(halves, expected):
+        assert boxes == dict(zip(map(tuple, found.pred_boxes.tensor.tolist()), colors))
+        assert [t.get_text() for t in texts] == [*labels, f"{title} only here"]
+        assert (texts[-1].get_position(), tuple(texts[-1].get_color())) == ((32, 2), (1, 1, 1))

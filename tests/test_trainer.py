@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings of a model with one weight: what they compute, write, and go on with, bit by bit."""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, demo_cfg
+from torch import nn
+
+from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from libra_d2.data import register_coco_json
+from libra_d2.engine import Trainer
+from libra_d2.errors import InputError
+
+SECTION = "MODEL.LIBRA.TRAINER."
+
+
+class Toy(DenseDetector):
+    """
+    Its losses depend on images, random numbers of two generators, statistics and a moving average.
+    """
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.backbone = nn.BatchNorm1d(1, dtype=torch.float64, affine=False)
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.loss_normalizer = 100.0
+        self.sizes = []
+
+    def forward(self, batch):
+        self.sizes.append(len(batch))
+        left = torch.stack([x["image"][:, :, :20].double().mean() / 255 for x in batch])
+        number = sum(len(x["instances"]) for x in batch)
+        if self.loss_normalizer:
+            self.loss_normalizer = 0.9 * self.loss_normalizer + 0.1 * number
+        drawn = torch.rand(len(batch)).double() + np.random.rand()
+        get_event_storage().put_scalar("roi_head/drawn", drawn.sum())
+        out = self.weight * self.backbone(left[:, None])[:, 0] + left
+        return {
+            "loss_out": (out - drawn).square().mean(),
+            "loss_weight": 10 * self.weight.abs() / self.loss_normalizer,
+        }
+
+
+class At(HookBase):
+    """Does something in front of an iteration."""
+
+    def __init__(self, iteration, action):
+        self.iteration, self.action = iteration, action
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            self.action(self.trainer)
+
+
+def fail(*args):
+    raise ZeroDivisionError
+
+
+def spoil(trainer):
+    """One of the two losses is not finite any more."""
+    getattr(trainer.model, "module", trainer.model).loss_normalizer = 0.0
+
+
+class ToyTrainer(Trainer):
+    """What it evaluates to depends on the weight and the statistics, and it draws numbers."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        return Toy()
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        model = getattr(model, "module", model)
+        torch.rand(3), np.random.rand(3), random.random()
+        if not comm.is_main_process():
+            return {}
+        results = {"bbox": {"AP": model.weight.item(), "AP50": model.backbone.running_var.item()}}
+        names = cfg.DATASETS.TEST
+        return results if len(names) == 1 else dict.fromkeys(names, results)
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model):
+        torch.rand(1)
+        return {"bbox_TTA": {"AP": 7.0 * model.weight.item()}}
+
+
+def register(synthetic, folder):
+    """Twelve images, and one that is a dataset of its own."""
+    files = (synthetic / "instances.json", synthetic / "images", folder)
+    register_coco_json("toy", *map(str, files))
+    if "one" in DatasetCatalog:
+        DatasetCatalog.remove("one")
+    DatasetCatalog.register("one", lambda: DatasetCatalog.get("toy")[:1])
+
+
+@pytest.fixture(scope="session")
+def toy_data(synthetic, tmp_path_factory):
+    register(synthetic, tmp_path_factory.mktemp("toy"))
+
+
+def make(out, *opts, trainer=ToyTrainer, seed=3):
+    """A trainer of 11 iterations with all that a training can have, or what ``opts`` say."""
+    cfg = demo_cfg(OUTPUT_DIR=str(out))
+    every = ["SOLVER.MAX_ITER", 11, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 3]
+    every += ["SOLVER.BASE_LR", 0.2, "SOLVER.WARMUP_ITERS", 4, "SOLVER.IMS_PER_BATCH", 3]
+    every += ["DATALOADER.NUM_WORKERS", 0, "MODEL.LIBRA.NUM_PICTURES", 0]
+    every += ["INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96]
+    every += ["DATASETS.TRAIN", ("toy",), "DATASETS.TEST", ("toy",)]
+    every += [f"{SECTION}EMA_DECAY", 0.75, f"{SECTION}VALIDATION_LOSS", True]
+    every += [f"{SECTION}BEST_METRIC", "bbox/AP", f"{SECTION}MAX_CHECKPOINTS", 0]
+    cfg.merge_from_list([*every, *opts])
+    for function in (torch.manual_seed, np.random.seed, random.seed):
+        function(seed)
+    trainer = trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    return trainer
+
+
+def run(out, *opts, until=None, action=fail, **kwargs):
+    """Train or resume; ``action`` is called in front of iteration ``until``."""
+    trainer = make(out, *opts, **kwargs)
+    trainer.register_hooks([At(until, action)])
+    with pytest.raises(ZeroDivisionError) if action is fail and until else nullcontext():
+        trainer.train()
+    return trainer
+
+
+def weights(out, name="model_final"):
+    """Of a checkpoint: the weight and the two running statistics."""
+    model = torch.load(out / f"{name}.pth")["model"]
+    keys = ("weight", "backbone.running_mean", "backbone.running_var")
+    return [model[key].item() for key in keys]
+
+
+def lines(out):
+    """Each line of ``metrics.json``, without times."""
+    found = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if "time" not in k and "eta" not in k} for x in found]
+
+
+@pytest.fixture(scope="module")
+def whole(toy_data, tmp_path_factory):
+    """Output of an uninterrupted training."""
+    out = tmp_path_factory.mktemp("whole")
+    run(out)
+    return out
+
+
+def assert_same(out, whole):
+    """Weights and metrics, with nothing written twice or left out."""
+    names = sorted(p.name for p in whole.glob("*.pth"))
+    assert sorted(p.name for p in out.glob("*.pth")) == names
+    for name in names:
+        assert weights(out, name[:-4]) == weights(whole, name[:-4]), name
+    assert lines(out) == lines(whole)
+
+
+@pytest.mark.parametrize("until", [3, 5, 7, 9])
+def test_resumed(whole, tmp_path, until):
+    """
+    From one iteration before, whose line of the metrics, at 2 and 8 with an evaluation, is written
+    again: average, best model, statistics, moving average, images, random numbers, medians.
+    """
+    run(tmp_path, until=until)
+    assert until - 1 in [x["iteration"] for x in lines(tmp_path)]
+    with (tmp_path / "metrics.json").open("a") as f:
+        f.write('{"iteration": 1, "loss_o')  # cut short
+    run(tmp_path, seed=99)
+    assert_same(tmp_path, whole)
+
+
+def test_metrics(whole):
+    """Each evaluation has its line, with the values of its weights; medians of all before."""
+    found = lines(whole)
+    assert [x["iteration"] for x in found] == [2, 5, 8, 10, 11]
+    assert [x["iteration"] for x in found if "bbox/AP" in x] == [2, 5, 8, 11]
+    value, _, variance = weights(whole)
+    assert (found[-1]["bbox/AP"], found[-1]["bbox/AP50"]) == (value, variance)
+    assert weights(whole, "model_0000005")[0] == found[1]["bbox/AP"]
+    rates = [0.1 * (1 + math.cos(math.pi * i / 11)) for i in (5, 8, 10)]  # a half cosine from 0.2
+    assert [x["lr"] for x in found[1:4]] == pytest.approx(rates)
+    names = {f"validation/{x}" for x in ("total_loss", "loss_out", "loss_weight", "roi_head/drawn")}
+    assert names == {name for name in found[-1] if name.startswith("validation/")}
+    assert (whole / "last_checkpoint").read_text() == "model_final.pth"
+    assert torch.load(whole / "model_final.pth")["iteration"] == 10
+
+
+def test_evaluation_changes_nothing(whole, tmp_path):
+    """Neither random numbers nor what the training has computed."""
+    opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}BEST_METRIC", ""]
+    opts += [f"{SECTION}VALIDATION_LOSS", False, "TEST.AUG.ENABLED", True]
+    trainer = run(tmp_path, *opts)
+    assert weights(tmp_path) == weights(whole)
+    assert not [*tmp_path.glob("*_ema.pth"), *tmp_path.glob("*best*")]
+    value, _, variance = weights(whole)
+    expected = {"bbox": {"AP": value, "AP50": variance}, "bbox_TTA": {"AP": 7 * value}}
+    assert trainer.results == expected
+    found = {f"{task}/{k}": v for task, values in expected.items() for k, v in values.items()}
+    assert lines(tmp_path)[1:] == [{"iteration": 11, **found}]
+
+
+class Failing(ToyTrainer):
+    """Its evaluation of some number fails."""
+
+    left = 0
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        cls.left -= 1
+        torch.rand(2)
+        return super().test(cfg, model) if cls.left else fail()
+
+
+@pytest.mark.parametrize(("number", "iteration"), [(3, 5), (4, 5), (7, 10)])
+def test_evaluation_that_fails(whole, tmp_path, number, iteration):
+    """
+    That of the weights at iteration 5, or of their average: they are saved, and the training goes
+    on behind it. At the end they have been saved already, and are evaluated when it is resumed.
+    """
+    Failing.left = number
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
+    trainer = make(tmp_path, *opts, trainer=Failing)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    name = "model_final.pth" if iteration == 10 else "model_0000005.pth"
+    assert {p.name for p in tmp_path.glob("*.pth")} == {
+        *(name, "model_best.pth"),
+        *(["model_final_ema.pth"] if iteration == 10 else []),
+    }
+    assert torch.load(tmp_path / name)["iteration"] == iteration
+    trainer = run(tmp_path, *opts, seed=99)
+    assert weights(tmp_path) == weights(whole)
+    assert weights(tmp_path, "model_final_ema") == weights(whole, "model_final_ema")
+    value, _, variance = weights(whole)
+    assert trainer.results["bbox"] == {"AP": value, "AP50": variance}
+
+
+def test_end_early(whole, tmp_path, caplog):
+    """As if that iteration had been the last one; resumed, it is evaluated and left as it is."""
+    caplog.set_level("INFO")
+    trainer = run(tmp_path, until=8, action=lambda trainer: trainer.end_early("enough"))
+    assert "The training ends early: enough" in caplog.text
+    assert (tmp_path / "model_final_ema.pth").exists()
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 8
+    *before, last, evaluated = lines(tmp_path)
+    assert [*before, {**evaluated, **last}] == lines(whole)[:3]
+    assert evaluated["iteration"] == 9
+    value = lines(whole)[2]["bbox/AP"]
+    assert weights(tmp_path)[0] == trainer.results["bbox"]["AP"] == value
+
+
+@pytest.mark.parametrize(("period", "expected"), [(0, [19, 29]), (40, [19, 29]), (7, [6, 13, 20])])
+def test_lines_of_metrics(toy_data, tmp_path, period, expected):
+    """Each 20 iterations, or as often as it is evaluated; at the last one and the evaluation."""
+    opts = ["TEST.EVAL_PERIOD", period, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 99]
+    run(tmp_path, *opts, f"{SECTION}BEST_METRIC", "")
+    found = [x["iteration"] for x in lines(tmp_path)]
+    assert found[: len(expected)] == expected
+    assert found[-2:] == [29, 30]
+
+
+def test_precise_statistics(toy_data, tmp_path):
+    """Those of batches of one and the same image, rather than a tenth of the way there."""
+    opts = ["DATASETS.TRAIN", ("one",), "INPUT.RANDOM_FLIP", "none", "TEST.EVAL_PERIOD", 2]
+    opts += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "SOLVER.MAX_ITER", 4]
+    trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    image = next(iter(trainer.build_train_loader(trainer.cfg)))[0]["image"]
+    left = image[:, :, :20].double().mean().item() / 255
+    assert weights(tmp_path, "model_0000000")[1] == pytest.approx(0.1 * left)
+    assert weights(tmp_path, "model_0000001")[1] == pytest.approx(left)
+    assert weights(tmp_path)[1:] == pytest.approx([left, 0])
+
+
+@pytest.mark.parametrize(
+    ("opts", "sizes"),
+    [
+        ([], [6]),
+        ([f"{SECTION}ACCUMULATION_STEPS", 3], [2] * 6),
+        (["SOLVER.REFERENCE_WORLD_SIZE", 3], [2] * 3),
+    ],
+)
+def test_batches(toy_data, tmp_path, opts, sizes):
+    """Whole, in parts (which are counted first), and scaled for one process where it was three."""
+    opts = [*opts, "SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 1]
+    trainer = run(tmp_path, *opts, f"{SECTION}VALIDATION_LOSS", False)
+    assert trainer.model.sizes == sizes
+    assert not multiprocessing.active_children()  # that load images
+
+
+def test_loss_that_is_not_finite(toy_data, tmp_path):
+    """Its term, its iteration, its images and the last checkpoint are named."""
+    with pytest.raises(InputError) as error:
+        run(tmp_path, until=4, action=spoil)
+    pattern = (
+        r"a loss is not finite at iteration 4 \(loss_out [\d.]+, loss_weight inf\) for the images "
+        r"(\S+/images/\d+\.jpg, ){2}\S+/images/\d+\.jpg\. Training can be resumed "
+        r"from \S+/model_0000003\.pth; a lower learning rate, .* \(SOLVER.BASE_LR, "
+        r"SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED\)"
+    )
+    assert re.fullmatch(pattern, str(error.value))
+
+
+def test_zero_steps_left(whole, tmp_path):
+    """A finished training without average that is resumed with one: it is that of its weights."""
+    opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}BEST_METRIC", ""]
+    run(tmp_path, *opts, f"{SECTION}EMA_DECAY", 0.0)
+    trainer = run(tmp_path, *opts)
+    assert weights(tmp_path, "model_final_ema") == weights(tmp_path) == weights(whole)
+    assert trainer.results["bbox_EMA"] == trainer.results["bbox"]
+
+
+def test_without_state(whole, tmp_path, caplog):
+    """A checkpoint of Detectron2 0.6 has neither an optimizer nor what only this project saves."""
+    state = torch.load(whole / "model_0000005.pth")
+    state["trainer"] = {k: state["trainer"][k] for k in ("iteration", "hooks")}
+    del state["trainer"]["hooks"]["ExactResume"]
+    torch.save(state, tmp_path / "model_0000005.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    trainer = run(tmp_path)
+    assert trainer.start_iter == 6
+    assert "The checkpoint lacks the optimizer's state: its momentum starts at 0" in caplog.text
+    assert "does not have the state of its training: the data order" in caplog.text
+    rates = [x["lr"] for x in lines(whole) if x["iteration"] in (8, 10)]
+    assert [x["lr"] for x in lines(tmp_path) if "lr" in x] == rates
+
+
+def test_loader_of_its_own(toy_data, tmp_path, caplog):
+    """Cannot be resumed, and that is said."""
+
+    class Own(ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [*itertools.islice(super().build_train_loader(cfg), 20)]
+
+    run(tmp_path, until=4, trainer=Own)
+    run(tmp_path, trainer=Own)
+    assert "A list cannot continue where it was: the data order restarts" in caplog.text
+
+
+def test_loaders(toy_data, tmp_path):
+    """Images for training and evaluation, and for losses those with annotations, with them."""
+    opts = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 80, "DATASETS.TRAIN", ("one",)]
+    cfg = make(tmp_path, *opts).cfg
+    trained = next(iter(Trainer.build_train_loader(cfg)))
+    assert [x["image"].shape for x in trained] == [(3, 64, 64)] * 3
+    ((tested,),) = Trainer.build_test_loader(cfg, "one")
+    ((validated,),) = Trainer.build_validation_loader(cfg, "one")
+    assert tested["image"].shape == (3, 80, 80)
+    assert torch.equal(tested["image"], validated["image"])
+    assert "instances" not in tested
+    assert len(validated["instances"]) == len(trained[0]["instances"]) > 0
+    assert len(list(Trainer.build_validation_loader(cfg, "toy"))) == 11
+
+
+SEVERAL = """
+import os, sys, traceback
+from pathlib import Path
+sys.path[:0] = ["tests", "."]
+import test_trainer as toy
+from libra_d2.engine.launch import Process, join_processes
+for rank in range(2):
+    if os.fork() == 0:
+        join_processes(Process(rank, 2, rank, 2))
+        try:
+            toy.in_two_processes(rank, Path(sys.argv[1]), Path(sys.argv[2]))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+sys.exit(max(os.wait()[1] for _ in range(2)))
+"""
+
+
+def in_two_processes(rank, synthetic, out):
+    """What one of the processes does; writes what it alone knows."""
+    (out / str(rank)).mkdir()
+    register(synthetic, out / str(rank))
+    opts, found = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_PERIOD", 2], {}
+
+    def state(trainer):
+        model = trainer.model.module
+        found[trainer.cfg.OUTPUT_DIR.split("/")[-1]] = [
+            *(x.item() for x in model.state_dict().values()),
+            *(model.loss_normalizer, torch.rand(1).item()),
+        ]
+
+    def to_the_second(action):
+        return lambda trainer: rank == 1 and action(trainer)
+
+    state(run(out / "whole", *opts, seed=rank))
+    run(out / "resumed", *opts, seed=rank, until=7)
+    state(run(out / "resumed", *opts, seed=99 + rank))
+    stop = to_the_second(lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as exit:
+        run(out / "stopped", *opts, seed=rank, until=3, action=stop)
+    found["exit"] = exit.value.code
+    state(run(out / "stopped", *opts, seed=99 + rank))
+    Failing.left = 4
+    with pytest.raises(ZeroDivisionError):
+        run(out / "failed", *opts, "SOLVER.CHECKPOINT_PERIOD", 99, trainer=Failing, seed=rank)
+    state(run(out / "failed", *opts, seed=99 + rank))
+    run(out / "early", *opts, f"{SECTION}PATIENCE", 1, f"{SECTION}BEST_METRIC", "", seed=rank)
+    with pytest.raises(InputError) as error:
+        run(out / "spoiled", *opts, until=3, action=to_the_second(spoil))
+    found["error"] = str(error.value)
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_two_processes(synthetic, toy_data, tmp_path, caplog):
+    """
+    Each goes on with statistics, normalizer, images and random numbers of its own; they stop behind
+    one iteration, whoever got the signal, and end early by the metrics of the main one, which alone
+    writes; one speaks of its own images. Another number of processes starts anew with the images.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", SEVERAL, synthetic, tmp_path]
+    environment = {**os.environ, "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["whole"][0] == second["whole"][0]  # one weight
+    assert all(a != b for a, b in zip(first["whole"][1:3], second["whole"][1:3]))
+    for found in (first, second):
+        assert found["whole"] == found["resumed"] == found["stopped"] == found["failed"]
+        assert found["exit"] == 143
+    for name in ("resumed", "stopped"):
+        assert weights(tmp_path / name) == weights(tmp_path / "whole")
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
+    saved = {p.name for p in (tmp_path / "stopped").glob("model_0*")}
+    assert saved - {p.name for p in (tmp_path / "whole").glob("*")} == {"model_0000004.pth"}
+    assert result.stderr.count("SIGTERM: stopped after iteration 4; --resume continues") == 1
+    assert torch.load(tmp_path / "early/model_final.pth")["iteration"] == 5
+    assert "in another process, not for these images; loss_out" in first["error"]
+    assert "iteration 3 (loss_out" in second["error"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "one")
+    (tmp_path / "one/last_checkpoint").write_text("model_0000005.pth")
+    run(tmp_path / "one", "SOLVER.IMS_PER_BATCH", 4)
+    assert "checkpoint is of 2 processes, and there are 1 now: the data order" in caplog.text
