@@ -4,6 +4,7 @@
 #   make test   install into .venv, run lint and the whole test suite
 #   make gpu-report   what a GPU makes of it: tests, kernels, whole models
 #   make test-rounding   the tests of numbers on other instructions, threads and seeds
+#   make mutants   whether the tests notice small bugs (docs/contributing.md)
 #
 # Both install once. An interrupted `make demo` resumes; a finished one trains again.
 
@@ -27,7 +28,7 @@ export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
   ignore::FutureWarning:torch.jit._script
 
-.PHONY: demo test test-rounding gpu-report lint clean
+.PHONY: demo test test-rounding mutants gpu-report lint clean
 
 demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json $(PROPOSALS)
 	@if [ -f $(OUTPUT)/.finished ]; then \
@@ -44,11 +45,11 @@ $(RPN_OUTPUT)/proposals/own_val.pkl: $(VENV)/.installed \
 	$(PY) tools/dump_proposals.py --config-file $(RPN_CONFIG) $(DATA_ARGS) \
 	  MODEL.WEIGHTS $(RPN_OUTPUT)/model_final.pth OUTPUT_DIR $(RPN_OUTPUT)
 
-$(DATA)/train/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
-	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 400 --num-classes 3 --seed 1
+$(DATA)/train/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
+	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 400 --num-classes 3 --seed 1
 
-$(DATA)/val/instances.json: libra_d2/data/synthetic.py | $(VENV)/.installed
-	$(PY) -m libra_d2.data.synthetic $(@D) --num-images 100 --num-classes 3 --seed 2
+$(DATA)/val/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
+	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 100 --num-classes 3 --seed 2
 
 # One process for each of two cores, with a thread each.
 test: lint
@@ -81,6 +82,14 @@ test-rounding: $(VENV)/.installed-test
 	  $(PY) -m pytest --seed 1 $(NUMERIC:%=tests/test_%.py) \
 	  "tests/test_parity.py::test_float32" "tests/test_schedule.py::test_training[libra_retinanet_R_50]"
 
+# Less than 40 minutes on two idle cores. ONLY is a folder or a module.
+SEED ?= 0
+MUTANTS ?= 64
+ONLY ?= libra_d2
+
+mutants: $(VENV)/.installed-mutants
+	$(PY) tools/mutants.py --seed $(SEED) --mutants $(MUTANTS) --only $(ONLY)
+
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -99,6 +108,10 @@ $(VENV)/.installed: requirements/build.txt requirements/constraints.txt \
 $(VENV)/.installed-test: $(VENV)/.installed requirements/test.txt requirements/reference.txt
 	$(PIP) install -r requirements/test.txt
 	$(PIP) install --no-deps -r requirements/reference.txt
+	@touch $@
+
+$(VENV)/.installed-mutants: $(VENV)/.installed-test requirements/mutants.txt
+	$(PIP) install -r requirements/mutants.txt
 	@touch $@
 
 clean:
