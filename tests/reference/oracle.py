@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, calibrate_norms, load_cfg, reference_config
+from uncompiled_mmcv import import_mmdet
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -100,6 +101,7 @@ def double_precision():
     Compute everything in float64, on both sides. Both frameworks ask for float32 by name here and
     there (boxes, anchors, deltas); what they ask for by that name is float64 then.
     """
+    import_mmdet()  # its functions have default arguments of torch.float32, which must be that
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)
