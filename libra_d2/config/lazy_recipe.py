@@ -205,7 +205,9 @@ class LazyRecipe(Recipe):
         return bool(disable(self.config.model, *DISABLED))
 
     def variant_options(self, disabled: Sequence[str], reference_bins: bool = False) -> List[str]:
-        bins = ["model.roi_heads.proposal_sampler.mode=reference"] if reference_bins else []
+        sampler = "model.roi_heads.proposal_sampler"
+        has_bins = reference_bins and self._select(sampler) is not None
+        bins = [f"{sampler}.mode=reference"] if has_bins else []
         return [*disable(self.config.model, *disabled), *bins]
 
     def rpn_only(self) -> "LazyRecipe":
