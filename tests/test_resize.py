@@ -220,5 +220,5 @@ def test_unusable_interpolation(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="is 'opencv', .* `pip install opencv-python"):
         check_values(recipe)
-    recipe.interpolation = "pillow"
+    recipe.interpolation, recipe.num_pictures = "pillow", 0
     check_values(recipe)
