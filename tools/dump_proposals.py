@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Compute the proposals of a trained region proposal network, for models that have none.
+Write the proposals of a trained RPN, for models without one.
 
     python tools/dump_proposals.py --config-file configs/COCO-Detection/rpn_R_50_FPN_1x.yaml \
         MODEL.WEIGHTS output/model_final.pth OUTPUT_DIR output
 
-takes the config and weights of any model with an RPN, Faster R-CNN and Mask R-CNN included, and
-writes OUTPUT_DIR/proposals/<dataset>.pkl in Detectron2's format for each dataset of the config, or
-for your own data, or for those named with --dataset, and their recall where there are annotations.
+takes the config and weights of any model with an RPN, including Faster R-CNN and Mask R-CNN, and
+writes OUTPUT_DIR/proposals/<dataset>.pkl in Detectron2's format for each dataset of the config, for
+your own data, or for each --dataset. Their recall is logged if there are annotations.
 MODEL.RPN.PRE_NMS_TOPK_TEST and POST_NMS_TOPK_TEST set the number of proposals.
 """
 
@@ -50,15 +50,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 
 def dump(recipe: Recipe, model: torch.nn.Module, dataset_name: str, path: str) -> None:
-    """
-    Write the proposals for a dataset, which Detectron2's evaluator collects.
-
-    Args:
-        recipe: for the data loader.
-        model: a ProposalNetwork in evaluation mode.
-        dataset_name: a registered dataset.
-        path: the file to write.
-    """
+    """Write the proposals of a ProposalNetwork for a registered dataset to ``path``."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         evaluator = COCOEvaluator(dataset_name, output_dir=folder)
@@ -68,7 +60,7 @@ def dump(recipe: Recipe, model: torch.nn.Module, dataset_name: str, path: str) -
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read config and weights, and write the proposals of each dataset."""
+    """Write the proposals for each dataset."""
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
     setup_logger(output=recipe.output_dir)

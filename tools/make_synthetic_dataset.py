@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-A synthetic detection dataset in COCO format, made in seconds, to try a detector on.
+Make a synthetic detection dataset in COCO format, within seconds.
 
     python tools/make_synthetic_dataset.py datasets/synthetic/train --num-images 300 --seed 1
 
-writes ``images/*.jpg`` and ``instances.json`` into the given directory. Shapes of widely
-different size overlap each other on textured backgrounds, between distractors: strokes, and shapes
-of no class. The same arguments give the same bytes.
+writes ``images/*.jpg`` and ``instances.json`` into the given directory. Shapes of widely different
+sizes overlap each other on textured backgrounds with distractors: strokes, and shapes of no class.
+The same arguments give the same bytes.
 """
 
 import argparse
@@ -44,16 +44,14 @@ _DISTRACTORS = {
 }
 CLASSES = tuple(_OUTLINES)
 
-_OVERSAMPLING = 4  # for smooth edges
-_MIN_VISIBLE = 0.4  # an object of which less is to be seen is not an object
+_OVERSAMPLING = 4  # for anti-aliasing
+_MIN_VISIBLE = 0.4  # visible part of each object, at least
 
 
 def _outline(corners, center, radius: float, turn: float, stretch: float) -> List[tuple]:
-    """Place an outline: rotate it, squeeze it across that direction, scale it."""
-    points = np.array(
-        [(r * math.cos(math.tau * a), r * math.sin(math.tau * a)) for r, a in corners]
-    )
-    points[:, 1] *= stretch
+    """Squeeze, rotate, scale and place an outline."""
+    points = [(r * math.cos(math.tau * a), r * math.sin(math.tau * a)) for r, a in corners]
+    points = np.array(points) * [1, stretch]
     c, s = math.cos(math.tau * turn), math.sin(math.tau * turn)
     points = radius * points @ np.array([[c, s], [-s, c]]) + center
     return [tuple(p) for p in points]
@@ -70,8 +68,8 @@ def _background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def _color(rng: np.random.Generator, below: np.ndarray, hue: Optional[float]) -> tuple:
     """
-    A random color that stands out from the mean color of ``below``, (num_pixels, 3), by 90 of 255
-    steps or more; around ``hue``, in turns, if that is given.
+    A random color that differs from the mean color of ``below``, (num_pixels, 3), by 90 or more of
+    255 in some channel if possible; close to ``hue``, in turns, if that is given.
     """
     hues = rng.random(32) if hue is None else hue + rng.uniform(-0.05, 0.05, 32)
     hsv = np.stack([hues % 1, rng.uniform(0.4, 1, 32), rng.uniform(0.4, 1, 32)], axis=1)
@@ -81,12 +79,7 @@ def _color(rng: np.random.Generator, below: np.ndarray, hue: Optional[float]) ->
 
 
 def _render(rng: np.random.Generator, size: int, num_classes: int):
-    """
-    Draw one image.
-
-    Returns:
-        the image, and a list of (class index, (size, size) bool mask of the visible part).
-    """
+    """Draw an image; returns it and a list of (class index, (size, size) bool visible mask)."""
     image = _background(rng, size)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):
@@ -114,16 +107,16 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
         mask = mask.resize((size, size), Image.BOX)
         covered = np.asarray(mask) > 127
         visible = [seen & ~covered for _, _, seen in objects]
-        too_hidden = any(v.sum() < _MIN_VISIBLE * o[1] for v, o in zip(visible, objects))
-        if covered.sum() < 12 or too_hidden:
+        hides = any(v.sum() < _MIN_VISIBLE * o[1] for v, o in zip(visible, objects))
+        if covered.sum() < 12 or hides:
             continue
         objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
         objects.append((None if distractor else names.index(name), covered.sum(), covered))
-        # Classes have a typical color, but not every object has the color of its class.
+        # Each class has a typical hue, which not all of its objects have.
         typical = not distractor and rng.random() < 0.7
         hue = names.index(name) / len(CLASSES) if typical else None
         fill = Image.new("RGB", image.size, _color(rng, np.asarray(image)[covered], hue))
-        if rng.random() < 0.2:  # see-through
+        if rng.random() < 0.2:  # translucent
             mask = mask.point(lambda v: v * 0.75)
         image.paste(fill, mask=mask)
     if rng.random() < 0.3:
@@ -131,17 +124,14 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
     return image, [(c, seen) for c, _, seen in objects if c is not None]
 
 
-def _box(mask: np.ndarray) -> List[int]:
-    """Tight box [x, y, width, height] around the True pixels of ``mask``."""
-    ys, xs = np.nonzero(mask)
-    x, y = int(xs.min()), int(ys.min())
-    return [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y]
-
-
-def _run_lengths(mask: np.ndarray) -> Dict:
-    """COCO's compressed run-length encoding of ``mask``."""
+def _annotation(mask: np.ndarray) -> Dict:
+    """The shape of an object in COCO's format, from its (H, W) bool mask."""
     encoded = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+    return {
+        "bbox": mask_utils.toBbox(encoded).astype(int).tolist(),
+        "area": int(mask.sum()),
+        "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
+    }
 
 
 def make_synthetic_dataset(
@@ -154,14 +144,14 @@ def make_synthetic_dataset(
     image_format: str = "jpg",
 ) -> Dict:
     """
-    Make a dataset: ``output_dir/images/*`` and ``output_dir/instances.json``. Image i depends on
-    the seed and on i only. The directory appears once it is complete; an existing one is replaced.
+    Make a dataset: ``output_dir/images/*`` and ``output_dir/instances.json``. Image i depends only
+    on the seed and on i. The directory appears when it is complete; an existing one is replaced.
 
     Args:
-        output_dir: where to; its parent is created.
+        output_dir: the directory; its parent is created.
         num_images: at least 1.
-        size: width and height of the images, 32 or more pixels.
-        seed: any integer of 0 or more. Draw held-out images with another one.
+        size: width and height of the images, 32 to 4096 pixels.
+        seed: at least 0. Use another one for held-out images.
         num_classes: how many of :data:`CLASSES` to use.
         image_format: "jpg" or "png".
 
@@ -184,34 +174,25 @@ def make_synthetic_dataset(
 
     output = Path(output_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
+    dataset = {
+        "info": {"description": f"libra_d2 synthetic shapes, seed {seed}"},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(CLASSES[:num_classes], 1)],
+    }
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as tmp:
         unfinished = Path(tmp) / "dataset"
         (unfinished / "images").mkdir(parents=True)
         for i in tqdm(range(num_images), desc=str(output), unit="image"):
             image, objects = _render(np.random.default_rng([seed, i]), size, num_classes)
-            file_name = f"{i:06d}.{image_format}"
-            image.save(unfinished / "images" / file_name, quality=92)
-            images.append({"id": i + 1, "file_name": file_name, "width": size, "height": size})
+            record = {"id": i + 1, "file_name": f"{i:06d}.{image_format}"}
+            image.save(unfinished / "images" / record["file_name"], quality=92)
+            dataset["images"].append({**record, "width": size, "height": size})
             for category, mask in objects:
-                box = _box(mask)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i + 1,
-                        "category_id": category + 1,
-                        "bbox": box,
-                        "area": int(mask.sum()),
-                        "segmentation": _run_lengths(mask),
-                        "iscrowd": 0,
-                    }
+                ids = {"id": len(dataset["annotations"]) + 1, "image_id": i + 1}
+                dataset["annotations"].append(
+                    {**ids, "category_id": category + 1, **_annotation(mask), "iscrowd": 0}
                 )
-        dataset = {
-            "info": {"description": f"libra_d2 synthetic shapes, seed {seed}"},
-            "images": images,
-            "annotations": annotations,
-            "categories": [{"id": i + 1, "name": n} for i, n in enumerate(CLASSES[:num_classes])],
-        }
         (unfinished / "instances.json").write_text(json.dumps(dataset))
         shutil.rmtree(output, ignore_errors=True)
         os.replace(unfinished, output)
@@ -221,10 +202,9 @@ def make_synthetic_dataset(
 def main(argv: Optional[List[str]] = None) -> int:
     """Command line entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output_dir", help="directory to make; replaced if it exists")
+    parser.add_argument("output_dir", help="directory to create; replaced if it exists")
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Write the COCO JSON of annotations in Pascal VOC's format, one XML file for each image.
+Convert annotations in Pascal VOC's format, one XML file for each image, to a COCO JSON.
 
     python tools/voc_to_coco.py --annotations Annotations/ --list ImageSets/Main/train.txt \
         --images JPEGImages/ --output train.json
 
-Without --list all XML files are taken. Classes are those found, sorted by name, or --classes: give
-them where a split might lack one. Objects marked as difficult become crowd regions, which are not
-trained on and count neither as found nor as missed in evaluation.
+Without --list all XML files are converted. Classes are those found, sorted by name, or --classes,
+which are needed if a split may lack one. Objects marked as difficult become crowd regions, which
+are not trained on and ignored in evaluation.
 """
 
 import argparse
@@ -40,14 +40,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 def read_xml(path: Path) -> Dict[str, Any]:
     """
-    Read one annotation file.
-
-    Returns:
-        "file_name", "width", "height", and "objects": name, difficult, and box as absolute XYWH.
-        VOC counts pixels from 1, and both corners belong to the box.
+    Read one annotation file: "file_name", "width", "height", and "objects" with "name", "difficult"
+    and "bbox" (absolute XYWH). VOC counts pixels from 1, and both corners belong to the box.
 
     Raises:
-        InputError: if the file is broken or lacks something.
+        InputError: if the file is broken or incomplete.
     """
 
     def number(element: ElementTree.Element, name: str) -> float:
@@ -85,19 +82,12 @@ def read_xml(path: Path) -> Dict[str, Any]:
 
 
 def find_image(folder: Path, stem: str, file_name: Optional[str]) -> str:
-    """
-    Name of the image in ``folder`` that belongs to the annotation file ``stem``.xml.
-
-    Raises:
-        InputError: if there is none.
-    """
-    for name in (f"{stem}.jpg", f"{stem}.png", f"{stem}.jpeg", f"{stem}.JPG"):
-        if (folder / name).is_file():
+    """Name of the image in ``folder`` for ``stem``.xml; raises InputError if there is none."""
+    # <filename> may contain the path on another machine.
+    named = Path((file_name or "").replace("\\", "/")).name
+    for name in (*(stem + suffix for suffix in (".jpg", ".png", ".jpeg", ".JPG")), named):
+        if name and (folder / name).is_file():
             return name
-    # Only the name: files from elsewhere often have the path of another machine.
-    name = Path((file_name or "").replace("\\", "/")).name
-    if name and (folder / name).is_file():
-        return name
     raise InputError(f"{folder / stem}.*: there is no image for {stem}.xml")
 
 
@@ -106,15 +96,15 @@ def convert(
 ) -> Dict[str, List]:
     """
     Args:
-        annotations, images: folders.
+        annotations, images: directories.
         stems: names of the XML files, without suffix.
-        classes: names; None for those found.
+        classes: their names; None for those found.
 
     Returns:
-        what a COCO JSON holds.
+        the content of a COCO JSON.
 
     Raises:
-        InputError: if a file is missing or broken, or has an object of an unknown class.
+        InputError: if a file is missing or broken, or has an object of another class.
     """
     records = {stem: read_xml(annotations / f"{stem}.xml") for stem in tqdm(stems, unit="file")}
     found = {o["name"] for record in records.values() for o in record["objects"]}
@@ -129,9 +119,9 @@ def convert(
     }
     for image_id, (stem, record) in enumerate(records.items(), 1):
         name = find_image(images, stem, record["file_name"])
-        size = {"width": record["width"], "height": record["height"]}
-        dataset["images"].append({"id": image_id, "file_name": name, **size})
-        for o in record["objects"]:
+        objects = record.pop("objects")
+        dataset["images"].append({**record, "id": image_id, "file_name": name})
+        for o in objects:
             dataset["annotations"].append(
                 {
                     "id": len(dataset["annotations"]) + 1,
@@ -146,11 +136,11 @@ def convert(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, convert and write."""
+    """Read, convert, and write a dataset."""
     annotations = Path(args.annotations)
     if args.list:
         try:
-            # VOC's lists of a class have a second column.
+            # VOC's lists of a single class have a second column.
             lines = Path(args.list).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"--list: {args.list}: {one_line(e)}") from e

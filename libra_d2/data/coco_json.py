@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets of the user's own in COCO's JSON format: checked when they are registered."""
+"""Custom datasets in COCO's JSON format, checked when they are registered."""
 
 import json
 import logging
@@ -37,26 +37,21 @@ ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
-# Pixels of an image as the network gets it, at most: 50 times those of 1333 x 800.
-_MAX_PIXELS = 2**26
+_MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
 
 
 def _load_json(json_file: str) -> Any:
-    """
-    Raises:
-        InputError: says what the file is, if it is no JSON in UTF-8.
-    """
+    """Read JSON in UTF-8; the InputError for anything else says what it is."""
     if not os.path.isfile(json_file):
         raise InputError(f"{json_file}: no such annotation file")
     try:
         with open(json_file, "rb") as f:
-            start = f.read(4)
-        if start.startswith(b"\x1f\x8b"):
+            content = f.read()
+        if content.startswith(b"\x1f\x8b"):
             raise InputError(f"{json_file}: compressed with gzip; unpack it")
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or start[1::2] == b"\0\0":
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or content[1:4:2] == b"\0\0":
             raise InputError(f"{json_file}: encoded in UTF-16; save it as UTF-8")
-        with open(json_file, encoding="utf-8-sig") as f:  # Windows writes a mark in front of it
-            return json.load(f)
+        return json.loads(content.decode("utf-8-sig"))
     except OSError as e:
         raise InputError(f"{json_file}: cannot be read: {one_line(e)}") from e
     except UnicodeDecodeError as e:
@@ -68,9 +63,19 @@ def _load_json(json_file: str) -> Any:
         raise InputError(f"{json_file}: not valid JSON, is the file cut short? ({e})") from None
 
 
-def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: str) -> None:
-    """Raise InputError unless the annotation has a mask that Detectron2 can read."""
-    segmentation = annotation.get("segmentation")
+def _check_unique_names(entries: Dict, kind: str, field: str, json_file: str) -> None:
+    ids: Dict[str, Any] = {}
+    for id, entry in entries.items():
+        first = ids.setdefault(entry[field], id)
+        if first != id:
+            raise InputError(
+                f"{json_file}: {kind} ids {shorten(first)} and {shorten(id)} have the same "
+                f"{field}, {shorten(entry[field])}"
+            )
+
+
+def _check_mask(segmentation: Any, image: Dict, mask_format: str, where: str) -> None:
+    """Raise InputError unless Detectron2 can train on the mask of an object."""
     if not segmentation:
         raise InputError(f"{where} has no 'segmentation', which a model with masks is trained on")
     if isinstance(segmentation, dict):
@@ -84,20 +89,16 @@ def _check_segmentation(annotation: Dict, image: Dict, mask_format: str, where: 
             )
         return
     for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
-        if not (
-            isinstance(polygon, list)
-            and len(polygon) >= 6
-            and len(polygon) % 2 == 0
-            and all(map(is_number, polygon))
-        ):
+        is_list = isinstance(polygon, list) and all(map(is_number, polygon))
+        if not is_list or len(polygon) < 6 or len(polygon) % 2 != 0:
             raise InputError(
                 f"{where}: a polygon must be a list of 6 or more numbers, [x, y, x, y, ...]; "
                 f"found {shorten(polygon)}"
             )
 
 
-def _is_readable(segmentation: Any, image: Dict) -> bool:
-    """Whether Detectron2 can load a mask that is not used."""
+def _is_loadable(segmentation: Any, image: Dict) -> bool:
+    """Whether Detectron2 can load a mask that no model is trained on."""
     if isinstance(segmentation, dict):
         try:
             check_run_lengths(segmentation, image["height"], image["width"])
@@ -106,7 +107,7 @@ def _is_readable(segmentation: Any, image: Dict) -> bool:
         return True
     if not segmentation:
         return segmentation in (None, [])
-    # Polygons; Detectron2 drops those with an odd number of coordinates or too few.
+    # Detectron2 drops polygons with an odd number of coordinates or too few.
     return isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation)
 
 
@@ -119,18 +120,18 @@ def _clip(box: List[float], image: Dict) -> List[float]:
 
 def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[Dict, Counter]:
     """
-    Read and check annotations in COCO format (LVIS' variant of it included).
+    Read and check annotations in COCO format, LVIS' variant of it included.
 
-    Boxes are clipped to their image and those without area are dropped. Fields are checked and put
-    right as :mod:`coco_schema` says.
+    Boxes are clipped to their image and those without area are dropped. Fields are checked and
+    repaired as in :mod:`coco_schema`.
 
     Args:
         json_file: path of the JSON file.
         mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask", if each object must have a mask.
 
     Returns:
-        the dataset, with its boxes in order; and how many boxes were "clipped" and "dropped", and
-        how many values of each field, such as "annotation iscrowd", were put right.
+        the dataset; and how many boxes were "clipped" and "dropped", and how many values of each
+        field, such as "annotation iscrowd", were repaired.
 
     Raises:
         InputError: if the file is missing, cut short, or inconsistent. The message names the entry.
@@ -144,43 +145,35 @@ def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[D
     changes: Counter = Counter()
     images = check_entries(dataset["images"], "image", json_file, changes)
     categories = check_entries(dataset["categories"], "category", json_file, changes)
-    for entries, name, what in ((categories, "name", "category"), (images, "file_name", "image")):
-        seen: Dict[str, Any] = {}
-        for key, entry in entries.items():
-            if entry[name] in seen:
-                raise InputError(
-                    f"{json_file}: {what} ids {shorten(seen[entry[name]])} and {shorten(key)} have "
-                    f"the same {name}, {shorten(entry[name])}"
-                )
-            seen[entry[name]] = key
+    _check_unique_names(categories, "category", "name", json_file)
+    _check_unique_names(images, "image", "file_name", json_file)
     check_entries(dataset["annotations"], "annotation", json_file, changes)
     kept = []
     for annotation in dataset["annotations"]:
         where = f"{json_file}: annotation id {shorten(annotation['id'])}"
-        for what, entries in (("image", images), ("category", categories)):
-            if annotation[f"{what}_id"] not in entries:
-                raise InputError(
-                    f"{where} names {what} id {shorten(annotation[f'{what}_id'])}, which is not "
-                    "there"
-                )
+        for kind, entries in (("image", images), ("category", categories)):
+            id = annotation[f"{kind}_id"]
+            if id not in entries:
+                raise InputError(f"{where} names {kind} id {shorten(id)}, which is not there")
         image = images[annotation["image_id"]]
         clipped = _clip(annotation["bbox"], image)
-        if clipped[2] <= 0 or clipped[3] <= 0:
+        if min(clipped[2:]) <= 0:
             changes["dropped"] += 1
             continue
-        # Sums of floating point numbers reach over the border by less than this.
+        kept.append(annotation)
+        # Rounding errors of x + width are smaller than this.
         if max(abs(a - b) for a, b in zip(annotation["bbox"], clipped)) > 1e-2:
             changes["clipped"] += 1
             annotation["bbox"] = clipped
+        segmentation = annotation.get("segmentation")
         if mask_format is not None and not annotation["iscrowd"]:
-            _check_segmentation(annotation, image, mask_format, where)
-        elif not _is_readable(annotation.get("segmentation"), image):
-            changes["annotation segmentation"] += 1  # nobody looks at it
+            _check_mask(segmentation, image, mask_format, where)
+        elif not _is_loadable(segmentation, image):
+            changes["annotation segmentation"] += 1
             annotation["segmentation"] = []
-        kept.append(annotation)
-    if not any(annotation["iscrowd"] == 0 for annotation in kept):
+    if all(annotation["iscrowd"] for annotation in kept):
         raise InputError(f"{json_file}: there are no objects in it (crowds and empty boxes aside)")
-    # What pycocotools and others take for an id; 0 means "not matched" to it.
+    # pycocotools takes the id 0 for "not matched".
     if not all(type(a["id"]) is int and 0 < a["id"] < 2**31 for a in kept):
         changes["annotation id"] += len(kept)
         for number, annotation in enumerate(kept, 1):
@@ -191,9 +184,9 @@ def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[D
 
 def _path_of(file_name: str, image_root: str, json_file: str) -> str:
     """Path of an image, which has to be in ``image_root``."""
-    path, root = os.path.join(image_root, file_name), os.path.normpath(image_root)
-    inside = os.path.relpath(os.path.normpath(path), root)
-    if inside == os.pardir or inside.startswith(os.pardir + os.sep):
+    path = os.path.join(image_root, file_name)
+    inside = os.path.relpath(os.path.normpath(path), os.path.normpath(image_root))
+    if inside.split(os.sep)[0] == os.pardir:
         raise InputError(
             f"{path}: {json_file} names an image outside of the image directory {image_root}. If "
             "you trust it, name a directory that all of its images are in, such as /"
@@ -201,13 +194,10 @@ def _path_of(file_name: str, image_root: str, json_file: str) -> str:
     return path
 
 
-def _check_resized(path: str, size: Tuple[int, int], limits: ResizeLimits) -> None:
-    """Raise InputError if an image of (width, height) becomes too small or too large a one."""
-    width, height = size
+def _check_resized(path: str, width: int, height: int, limits: ResizeLimits) -> None:
+    """Raise InputError if an image is resized to less than a pixel or to too many."""
     for keys, (lengths, limit) in limits.items():
-        for length in lengths:
-            if length == 0:
-                continue
+        for length in filter(None, lengths):  # 0 keeps the size
             shape = OpenCVResizeShortestEdge.get_output_shape(height, width, length, limit)
             if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS:
                 raise InputError(
@@ -222,14 +212,13 @@ def check_images(
 ) -> None:
     """
     Check that each image is in ``image_root``, is an image, and is as large as the annotations say.
-    Of JPEG and PNG files only header and end are read, if nothing is missing there; other files are
-    read as a whole. Progress is shown.
+    JPEG and PNG files are decoded only if their end is missing, other files always.
 
     Args:
-        dataset: that :func:`read_coco_json` returned.
-        image_root: directory that its file names start from.
+        dataset: see :func:`read_coco_json`.
+        image_root: directory that its file names are relative to.
         json_file: for messages.
-        limits: what the images are resized to, by the keys of the config that say so.
+        limits: what the images are resized to.
 
     Raises:
         InputError: names the first image for which this is not so.
@@ -245,8 +234,8 @@ def check_images(
         try:
             with Image.open(path) as file:
                 size = file.size
-                # Detectron2 applies the orientation that cameras write. It may be at the end of a
-                # PNG file, which is not worth reading if the size is right.
+                # Detectron2 applies the Exif orientation. It may be at the end of a PNG file, which
+                # is not worth reading if the size is right.
                 if file.format != "PNG" or size != expected:
                     orientation = file.getexif().get(_EXIF_ORIENTATION)
                     if orientation in _TRANSPOSING_ORIENTATIONS:
@@ -259,7 +248,7 @@ def check_images(
                 f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "
                 f"{expected[0]} x {expected[1]}"
             )
-        _check_resized(path, size, limits or {})
+        _check_resized(path, *size, limits or {})
         if not whole:
             read_image(path)
 
@@ -273,13 +262,13 @@ def register_coco_json(
     limits: Optional[ResizeLimits] = None,
 ) -> List[str]:
     """
-    Check a dataset and register it with Detectron2. If its annotations had to be changed (see
-    :func:`read_coco_json`), a warning says how, and the changed ones are written to
-    ``<cache_dir>/<name>.json`` and used for training and evaluation alike.
+    Check a dataset and register it with Detectron2. If :func:`read_coco_json` had to change its
+    annotations, a warning says how, and training and evaluation use the changed ones, which are
+    written to ``<cache_dir>/<name>.json``.
 
     Args:
         name: name to register; one that is registered already is replaced.
-        json_file, image_root: annotations, and the directory that their file names start from.
+        json_file, image_root: annotations, and the directory that their file names are relative to.
         cache_dir: directory for changed annotations.
         mask_format: see :func:`read_coco_json`. None registers boxes only.
         limits: see :func:`check_images`.
@@ -292,19 +281,18 @@ def register_coco_json(
     """
     dataset, changes = read_coco_json(json_file, mask_format)
     check_images(dataset, image_root, json_file, limits)
-    clipped, dropped = changes["clipped"], changes["dropped"]
-    if clipped or dropped:
+    if changes["clipped"] or changes["dropped"]:
         logger.warning(
-            f"{json_file}: {clipped} boxes reached out of their image and were clipped, "
-            f"{dropped} boxes had no area in their image and were dropped."
+            f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
+            f"{changes['dropped']} boxes had no area in their image and were dropped."
         )
     repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
     if repaired:
         counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
         logger.warning(f"{json_file}: put right or filled in: {counts}")
     with open(json_file, "rb") as f:
-        has_mark = f.read(3) == b"\xef\xbb\xbf"
-    if +changes or has_mark:
+        has_byte_order_mark = f.read(3) == b"\xef\xbb\xbf"
+    if +changes or has_byte_order_mark:
         os.makedirs(cache_dir, exist_ok=True)
         json_file = os.path.join(cache_dir, f"{name}.json")
         with atomic_write(json_file, "w") as f:
@@ -312,7 +300,7 @@ def register_coco_json(
 
     def load() -> List[Dict]:
         dicts = load_coco_json(json_file, image_root, name)
-        if mask_format is None:  # pictures of the ground truth show what a model is trained on
+        if mask_format is None:  # the ground truth that is drawn is what a model is trained on
             for annotation in (a for d in dicts for a in d["annotations"]):
                 annotation.pop("segmentation", None)
         return dicts

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Every field of a COCO JSON that is read: which values are legal, which are put right, and which are
-refused. :mod:`coco_json` checks what the fields say about each other.
+The fields of a COCO JSON: which values are legal, which are repaired, and which are refused.
+:mod:`coco_json` checks how they refer to each other.
 """
 
 import math
@@ -14,8 +14,7 @@ from ..errors import InputError
 __all__ = ["SCHEMA", "Field", "check_entries"]
 
 MISSING = object()
-# Larger images than any file format has.
-MAX_SIDE = 2**31 - 1
+MAX_SIDE = 2**31 - 1  # pixels, more than any image format allows
 
 
 class Field(NamedTuple):
@@ -25,12 +24,12 @@ class Field(NamedTuple):
     legal: Callable[[Any], bool]
     #: what a legal value is, for the message
     what: str
-    #: the legal value that is meant by another one, possibly MISSING, in an entry; None for none
+    #: the legal value that another one, possibly MISSING, stands for in an entry, or None
     repair: Callable[[Any, Dict[str, Any]], Any] = lambda value, entry: None
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number below 1e15; truth values are none."""
+    """Whether it is a number, not a bool, of absolute value 1e15 at most."""
     return type(value) in (int, float) and abs(value) <= 1e15
 
 
@@ -51,27 +50,27 @@ def _is_file_name(value: Any) -> bool:
 
 
 def _whole(value: Any, entry: Dict[str, Any]) -> Any:
-    """640.0 is 640."""
+    """640.0 stands for 640."""
     return int(value) if type(value) is float and value.is_integer() and value > 0 else None
 
 
 def _file_of_url(value: Any, entry: Dict[str, Any]) -> Any:
-    """LVIS' images are named as in the URL, folder included."""
+    """LVIS names images only by their URL: split and file name."""
     url = entry.get("coco_url")
     return "/".join(url.split("/")[-2:]) if value is MISSING and _is_file_name(url) else None
 
 
 def _zero(value: Any, entry: Dict[str, Any]) -> Any:
-    """LVIS leaves it out; some writers write null or a truth value."""
-    if value is MISSING or value is None:
+    """LVIS leaves it out; some tools write null or a bool."""
+    if value in (MISSING, None):
         return 0
     return int(value) if type(value) in (bool, float) and value in (0, 1) else None
 
 
 def _box_area(value: Any, entry: Dict[str, Any]) -> Any:
-    """That of the box, which has been checked by then."""
-    x, y, width, height = entry["bbox"]
-    return max(width, 0) * max(height, 0) if value is MISSING or value is None else None
+    """The area of the box, which is checked before."""
+    _, _, width, height = entry["bbox"]
+    return max(width, 0) * max(height, 0) if value in (MISSING, None) else None
 
 
 def _text(value: Any, entry: Dict[str, Any]) -> Any:
@@ -109,27 +108,27 @@ SCHEMA: Dict[str, Dict[str, Field]] = {
         "ignore": Field(
             lambda v: type(v) in (int, bool) and not v,
             "absent or 0: COCO lacks it, use 'iscrowd'",
-            lambda value, entry: 0 if value is MISSING or value is None else None,
+            lambda value, entry: 0 if value in (MISSING, None) else None,
         ),
     },
 }
 
 
 def shorten(value: Any, length: int = 60) -> str:
-    """A value for a message, in one line."""
+    """One line that stands for a value in a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_entries(entries: List[Any], kind: str, json_file: str, repaired: Counter) -> Dict:
     """
-    Check the entries of one kind against :data:`SCHEMA`, and put right what can be.
+    Check the entries of one kind against :data:`SCHEMA`, and repair them in place.
 
     Args:
-        entries: of one of the lists of the JSON. Modified in place.
+        entries: one of the lists of the JSON.
         kind: key of SCHEMA.
-        json_file: for the message.
-        repaired: counts the values that were put right, by kind and field.
+        json_file: for messages.
+        repaired: counts the values that were repaired, by kind and field.
 
     Returns:
         the entries by their id.
@@ -138,32 +137,28 @@ def check_entries(entries: List[Any], kind: str, json_file: str, repaired: Count
         InputError: names file, entry, field and value.
     """
     index: Dict[Any, Dict] = {}
-    fields = SCHEMA[kind].items()
     for position, entry in enumerate(entries):
         if type(entry) is not dict:
             raise InputError(
                 f"{json_file}: {kind} number {position} must be an object, not {shorten(entry)}"
             )
-        for name, field in fields:
+        for name, field in SCHEMA[kind].items():
             value = entry.get(name, MISSING)
             if field.legal(value):
                 continue
             meant = field.repair(value, entry)
             if meant is None:
                 which = f"number {position}" if name == "id" else f"id {shorten(entry['id'])}"
+                where = f"{json_file}: {kind} {which} has"
                 if value is MISSING:
-                    raise InputError(f"{json_file}: {kind} {which} has no {name!r}")
-                raise InputError(
-                    f"{json_file}: {kind} {which} has the {name} {shorten(value)}; it must be "
-                    f"{field.what}"
-                )
+                    raise InputError(f"{where} no {name!r}")
+                raise InputError(f"{where} the {name} {shorten(value)}; it must be {field.what}")
             entry[name] = meant
             if name != "ignore":
                 repaired[f"{kind} {name}"] += 1
         if entry["id"] in index:
             raise InputError(f"{json_file}: {kind} id {shorten(entry['id'])} occurs more than once")
         index[entry["id"]] = entry
-    types = {type(key) is str for key in index}
-    if len(types) > 1:
+    if len({type(id) is str for id in index}) > 1:
         raise InputError(f"{json_file}: some {kind} ids are text and some are numbers")
     return index

@@ -8,11 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import (
-    SizeMismatchError,
-    check_image_size,
-    transform_proposals,
-)
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, transform_proposals
 
 from ..errors import InputError, one_line
 from .image_reading import read_image
@@ -23,8 +19,8 @@ __all__ = ["LibraDatasetMapper"]
 
 class LibraDatasetMapper(DatasetMapper):
     """
-    :class:`DatasetMapper` that reads images with :func:`read_image`, resizes them as
-    ``MODEL.LIBRA.INPUT.INTERPOLATION`` says, and whose error names the image that cannot be used.
+    :class:`DatasetMapper` that reads images with :func:`read_image`, resizes them as specified by
+    ``MODEL.LIBRA.INPUT.INTERPOLATION``, and names the image that cannot be used.
     """
 
     @classmethod
@@ -39,8 +35,8 @@ class LibraDatasetMapper(DatasetMapper):
             dataset_dict: one image, in Detectron2's dataset format.
 
         Returns:
-            the input of a model; see :meth:`DatasetMapper.__call__`. That method reads files with a
-            function that is no argument, so that its steps are taken here.
+            the input of a model; see :meth:`DatasetMapper.__call__`, whose function for reading
+            images cannot be replaced.
 
         Raises:
             InputError: if the image is unreadable, or of another size than the dataset says.
@@ -50,19 +46,16 @@ class LibraDatasetMapper(DatasetMapper):
         try:
             check_image_size(dataset_dict, image)
         except SizeMismatchError as e:
-            raise InputError(
-                f"{dataset_dict['file_name']}: the image cannot be used: {one_line(e)}"
-            ) from e
+            path = dataset_dict["file_name"]
+            raise InputError(f"{path}: the image cannot be used: {one_line(e)}") from e
         segmentation = dataset_dict.pop("sem_seg_file_name", None)
         if segmentation is not None:
             segmentation = read_image(segmentation, "L").squeeze(2)
         augmented = T.AugInput(image, sem_seg=segmentation)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
-        # Tensors go from one process to another through shared memory.
-        dataset_dict["image"] = torch.from_numpy(
-            np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        )
+        chw = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        dataset_dict["image"] = torch.from_numpy(chw)  # in shared memory between processes
         if segmentation is not None:
             dataset_dict["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
         if self.proposal_topk is not None:

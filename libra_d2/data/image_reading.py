@@ -15,34 +15,27 @@ __all__ = ["is_whole", "read_image"]
 
 logger = logging.getLogger(__name__)
 
-# What a file ends with, and how far from its end it may be: cameras and editors append to it.
-_ENDS = {"JPEG": (b"\xff\xd9", 65536), "PNG": (b"IEND", 65536)}
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_MAX_TRAILER = 65536  # bytes that end markers are looked for in: cameras and editors append data
 
 
 def is_whole(path: str, format: str) -> bool:
     """
-    Args:
-        path: of an image file.
-        format: Pillow's name of its format.
-
-    Returns:
-        whether its end is there, as far as that can be seen without reading all of it: False for
-        formats other than JPEG and PNG.
+    Whether an image file, in what Pillow calls ``format``, has its end marker. False for formats
+    other than JPEG and PNG, which have to be decoded to know.
     """
-    if format not in _ENDS:
+    if format not in _END_MARKERS:
         return False
-    marker, distance = _ENDS[format]
     with open(path, "rb") as f:
-        f.seek(max(os.path.getsize(path) - distance, 0))
-        return marker in f.read()
+        f.seek(max(os.path.getsize(path) - _MAX_TRAILER, 0))
+        return _END_MARKERS[format] in f.read()
 
 
 def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
     """
-    Read an image as :func:`detectron2.data.detection_utils.read_image` does, with the orientation
-    that a camera wrote. Gray images of 16 bits are scaled to 8, where Detectron2 would clip them:
-    65535 becomes 255. Of a JPEG file that is cut short, the rest is gray, as OpenCV reads it, and a
-    warning names the file.
+    Read an image as :func:`detectron2.data.detection_utils.read_image` does, Exif orientation
+    included. 16 bit grayscale is scaled to 8 bits (65535 becomes 255), where Detectron2 would clip
+    it. The missing part of a truncated JPEG file is gray, as with OpenCV, and a warning names it.
 
     Args:
         file_name: of an image file.
@@ -52,8 +45,8 @@ def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
         (H, W, C) uint8.
 
     Raises:
-        InputError: if there is no such image, it is broken or so large that it may be an attack, or
-            its pixels are floating point numbers, whose range is not known.
+        InputError: if there is no such image, it is broken, it may be a decompression bomb, or its
+            pixels are floating point numbers, whose range is unknown.
     """
     try:
         with PathManager.open(file_name, "rb") as f:
@@ -63,12 +56,10 @@ def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
         except OSError:
             if not content.startswith(b"\xff\xd8"):
                 raise
-            # The marker of the end, at which decoders stop to wait for more.
-            image = _decode(file_name, content + b"\xff\xd9", format)
+            image = _decode(file_name, content + _END_MARKERS["JPEG"], format)
             logger.warning(f"{file_name}: the file is cut short; what is missing is gray")
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        # Pillow raises all of them for what is no image.
         raise InputError(f"{file_name}: the image cannot be used: {one_line(e)}") from e
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files of precomputed proposals, for models without a region proposal network (Fast R-CNN).
+Files of precomputed proposals, for models without an RPN (Fast R-CNN).
 
 Detectron2 reads a pickled dict of "ids" (image ids), "boxes" (for each image (R, 4), absolute XYXY
 in pixels of the image file) and "objectness_logits" (for each image (R,)). mmdetection 2.x writes a
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pickle
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def write_proposals(
     path: str, ids: List, boxes: List[np.ndarray], objectness_logits: List[np.ndarray]
 ) -> None:
     """
-    Write proposals in Detectron2's format. The file appears once it is complete.
+    Write proposals in Detectron2's format, atomically.
 
     Args:
         path: the file; its directory is created.
@@ -39,17 +39,14 @@ def write_proposals(
         boxes, objectness_logits: for each image (R, 4) and (R,), see the module.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    content = {
+        "ids": ids,
+        "boxes": boxes,
+        "objectness_logits": objectness_logits,
+        "bbox_mode": int(BoxMode.XYXY_ABS),
+    }
     with atomic_write(path) as f:
-        pickle.dump(
-            {
-                "ids": ids,
-                "boxes": boxes,
-                "objectness_logits": objectness_logits,
-                "bbox_mode": int(BoxMode.XYXY_ABS),
-            },
-            f,
-            protocol=4,
-        )
+        pickle.dump(content, f, protocol=4)
 
 
 def _check_arrays(path: str, arrays: List, columns: Tuple[int, ...], what: str) -> None:
@@ -60,7 +57,7 @@ def _check_arrays(path: str, arrays: List, columns: Tuple[int, ...], what: str) 
             isinstance(array, np.ndarray)
             and array.dtype.kind == "f"
             and array.ndim == 1 + len(columns)
-            and array.shape[1:] == columns
+            and shape[1:] == columns
             and np.isfinite(array).all()
         ):
             wanted = " x ".join(["R", *map(str, columns)])
@@ -71,7 +68,7 @@ def _check_arrays(path: str, arrays: List, columns: Tuple[int, ...], what: str) 
 
 
 def _from_mmdetection(path: str, arrays: List, dataset_name: str) -> Tuple[List, List, List]:
-    """Ids, boxes and logits of the arrays in a file of mmdetection's."""
+    """Ids, boxes and logits of mmdetection's proposals."""
     json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file is None:
         raise InputError(
@@ -91,21 +88,40 @@ def _from_mmdetection(path: str, arrays: List, dataset_name: str) -> Tuple[List,
     return ids, [array[:, :4] for array in arrays], logits
 
 
+def _from_detectron2(path: str, content: Dict) -> Tuple[List, List, List]:
+    """Ids, boxes and logits of Detectron2's proposals, or of Detectron's, under older names."""
+    ids = content.get("ids", content.get("indexes"))
+    boxes = content.get("boxes")
+    logits = content.get("objectness_logits", content.get("scores"))
+    if not all(hasattr(x, "__len__") and len(x) == len(ids) for x in (ids, boxes, logits)):
+        raise InputError(
+            f"{path}: not proposals, which are 'ids', 'boxes' and 'objectness_logits' of equal "
+            f"length; found {', '.join(map(repr, content)) or 'nothing'}"
+        )
+    if content.get("bbox_mode", BoxMode.XYXY_ABS) not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        raise InputError(
+            f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
+            f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
+        )
+    _check_arrays(path, boxes, (4,), "boxes")
+    _check_arrays(path, logits, (), "objectness_logits")
+    return ids, boxes, logits
+
+
 def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     """
     Check the proposals for a dataset. Nothing in the file is executed.
 
     Args:
-        path: a file of Detectron2's or of mmdetection's, see the module.
-        dataset_name: the registered dataset that they are for.
-        cache_dir: directory for ``<dataset_name>.pkl``, to which those of mmdetection are
-            converted.
+        path: a file in either format, see the module.
+        dataset_name: a registered dataset.
+        cache_dir: directory for ``<dataset_name>.pkl``, to which mmdetection's are converted.
 
     Returns:
         path of a file in Detectron2's format.
 
     Raises:
-        InputError: if the file is missing, cut short, would execute code, or does not hold
+        InputError: if the file is missing, cut short, would execute code, or does not have
             proposals for each image of the dataset.
     """
     if not os.path.isfile(path):
@@ -120,27 +136,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     if isinstance(content, list):
         ids, boxes, logits = _from_mmdetection(path, content, dataset_name)
     elif isinstance(content, dict):
-        # The older names are those of Detectron's files, which Detectron2 reads as well.
-        ids, boxes, logits = (
-            content.get(key, content.get(older))
-            for key, older in (
-                ("ids", "indexes"),
-                ("boxes", None),
-                ("objectness_logits", "scores"),
-            )
-        )
-        if not all(hasattr(x, "__len__") and len(x) == len(ids) for x in (ids, boxes, logits)):
-            raise InputError(
-                f"{path}: not proposals, which are 'ids', 'boxes' and 'objectness_logits' of equal "
-                f"length; found {', '.join(map(repr, content)) or 'nothing'}"
-            )
-        if content.get("bbox_mode", BoxMode.XYXY_ABS) not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
-            raise InputError(
-                f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
-                f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
-            )
-        _check_arrays(path, boxes, (4,), "boxes")
-        _check_arrays(path, logits, (), "objectness_logits")
+        ids, boxes, logits = _from_detectron2(path, content)
     else:
         raise InputError(
             f"{path}: not proposals, neither Detectron2's dict nor mmdetection's list of arrays"
@@ -150,7 +146,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
             raise InputError(
                 f"{path}: image id {id} has {len(boxes_i)} boxes, but {len(logits_i)} scores"
             )
-    # As Detectron2 compares them: ids may be numbers or text.
+    # Detectron2 compares ids as text.
     missing = {str(d["image_id"]) for d in DatasetCatalog.get(dataset_name)} - set(map(str, ids))
     if missing:
         raise InputError(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Resizing of images with OpenCV, as mmdetection does it, next to Detectron2's, which uses Pillow.
+Resizing with OpenCV, as in mmdetection, besides Detectron2's resizing with Pillow.
 
-Both are bilinear. Pillow averages over all pixels that a pixel of a smaller image covers; OpenCV
-reads four of them, however much the image shrinks. Weights that were trained with one lose accuracy
-with the other: where images grow they differ by a gray level at most, where they shrink by many.
+Both are bilinear. When an image shrinks, Pillow averages over all pixels that a new one covers,
+while OpenCV interpolates between four of them. Weights that were trained with one lose accuracy
+with the other: enlarged images differ by one gray level at most, reduced ones by many.
 """
 
 from typing import List, Optional, Tuple, Union
@@ -37,8 +37,8 @@ class OpenCVResizeTransform(T.ResizeTransform):
         """
         Args:
             img: (h, w) or (h, w, C), uint8 or floating point.
-            interp: a method of Pillow's, which then does it. Detectron2 asks for one (the nearest
-                pixel) for segmentation maps.
+            interp: resize with this method of Pillow's instead, as Detectron2 does with
+                segmentation maps (nearest neighbor).
 
         Returns:
             (new_h, new_w) or (new_h, new_w, C), of the same type.
@@ -48,19 +48,19 @@ class OpenCVResizeTransform(T.ResizeTransform):
         import cv2
 
         resized = cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
-        return resized.reshape(self.new_h, self.new_w, *img.shape[2:])  # it drops a single channel
+        return resized.reshape(self.new_h, self.new_w, *img.shape[2:])  # cv2 drops a single channel
 
 
 class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     """
-    :class:`ResizeShortestEdge` with :class:`OpenCVResizeTransform`, and with the sizes of
-    mmdetection's ``Resize(keep_ratio=True)``. Both multiply each side by the smaller one of
-    ``short_edge_length / shorter side`` and ``max_size / longer side``; Detectron2 rounds on the
-    way, so that now and then a side differs by a pixel.
+    :class:`ResizeShortestEdge` with :class:`OpenCVResizeTransform`, and with the output size of
+    mmdetection's ``Resize(keep_ratio=True)``. Both scale by the smaller one of ``short_edge_length
+    / shorter side`` and ``max_size / longer side``; Detectron2 also rounds intermediate results, so
+    that a side may differ by a pixel.
     """
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """See :meth:`ResizeShortestEdge.get_transform`, which names its own class throughout."""
+        """See :meth:`ResizeShortestEdge.get_transform`, whose transform cannot be replaced."""
         if self.is_range:
             length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
         else:
@@ -76,15 +76,7 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     def get_output_shape(
         oldh: int, oldw: int, short_edge_length: int, max_size: int
     ) -> Tuple[int, int]:
-        """
-        Args:
-            oldh, oldw: height and width of the image.
-            short_edge_length: of the shorter side, unless the longer one would exceed ``max_size``.
-            max_size: of the longer side, at most.
-
-        Returns:
-            the new height and width.
-        """
+        """The new height and width; see :meth:`ResizeShortestEdge.get_output_shape`."""
         scale = min(max_size / max(oldh, oldw), short_edge_length / min(oldh, oldw))
         return int(oldh * scale + 0.5), int(oldw * scale + 0.5)
 
@@ -93,34 +85,26 @@ def with_interpolation(augmentations: Augmentations, interpolation: str) -> Augm
     """
     Args:
         augmentations: Detectron2's.
-        interpolation: "pillow" or "opencv".
+        interpolation: of :data:`INTERPOLATIONS`.
 
     Returns:
-        the same, in which ``interpolation`` does the work of :class:`ResizeShortestEdge`.
+        the same, in which each :class:`ResizeShortestEdge` uses ``interpolation``.
 
     Raises:
-        ArgumentError: a ValueError, if ``interpolation`` is neither.
+        ArgumentError: for another interpolation.
     """
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     if interpolation == "pillow":
         return augmentations
-    return [
-        OpenCVResizeShortestEdge(
-            x.short_edge_length, x.max_size, "range" if x.is_range else "choice"
-        )
-        if type(x) is T.ResizeShortestEdge
-        else x
-        for x in augmentations
-    ]
+    return [_with_opencv(x) if type(x) is T.ResizeShortestEdge else x for x in augmentations]
+
+
+def _with_opencv(resize: T.ResizeShortestEdge) -> OpenCVResizeShortestEdge:
+    sampling = "range" if resize.is_range else "choice"
+    return OpenCVResizeShortestEdge(resize.short_edge_length, resize.max_size, sampling)
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> Augmentations:
-    """
-    Detectron2's function of this name, with the interpolation that ``cfg`` chooses.
-
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
-        is_train: whether for training.
-    """
+    """Detectron2's function of this name, with ``MODEL.LIBRA.INPUT.INTERPOLATION``."""
     augmentations = build_detectron2_augmentation(cfg, is_train)
     return with_interpolation(augmentations, cfg.MODEL.LIBRA.INPUT.INTERPOLATION)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data loader that goes on where another one has stopped."""
+"""A data loader whose position can be saved and restored."""
 
 import itertools
 import signal
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 
 from torch.utils import data as torchdata
 
@@ -17,45 +17,14 @@ from ..utils.random_state import keep_random_state, seeded
 __all__ = ["ResumableLoader"]
 
 _POSITION = "position_in_data_order"
-_GRACE = 20.0  # seconds that a worker outlives SIGTERM, for the training step to be finished
-_OPTIONS = ("prefetch_factor", "persistent_workers", "pin_memory")  # those of PyTorch's loader
-
-
-class _PositionedIndex(int):
-    """An index into a dataset that knows how many were drawn in front of it."""
-
-    position: int
-
-    def __new__(cls, index: int, position: int):
-        self = super().__new__(cls, index)
-        self.position = position
-        return self
-
-    def __reduce__(self):
-        return _PositionedIndex, (int(self), self.position)
-
-
-class _PositionedSampler(torchdata.Sampler):
-    """The indices of a sampler at some positions, and all from another position on."""
-
-    def __init__(self, sampler: torchdata.Sampler, pending: Sequence[int], start: int):
-        self.sampler = sampler
-        self.pending = frozenset(pending)
-        self.start = start
-
-    def __iter__(self) -> Iterator[_PositionedIndex]:
-        for position, index in enumerate(self.sampler):
-            if position >= self.start or position in self.pending:
-                yield _PositionedIndex(index, position)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
+_GRACE = 20.0  # seconds that a worker outlives SIGTERM, so that the training step can be finished
+_OPTIONS = ("prefetch_factor", "persistent_workers", "pin_memory")  # of torch's DataLoader
 
 
 class _PositionedDataset(torchdata.Dataset):
     """
-    Images whose augmentation depends on a seed and on their position in the data order of all
-    processes alone, and not on which process or worker has drawn what before.
+    Images whose augmentation depends only on a seed and on their position in the data order of all
+    processes, not on what a process or worker has drawn before.
     """
 
     def __init__(self, dataset: torchdata.Dataset, seed: int):
@@ -63,28 +32,26 @@ class _PositionedDataset(torchdata.Dataset):
         self.seed = seed
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: _PositionedIndex) -> Dict[str, Any]:
-        with seeded(self.seed, index.position * self.world_size + self.rank):
-            return {**self.dataset[int(index)], _POSITION: index.position}
+    def __getitem__(self, position_and_index: Tuple[int, int]) -> Dict[str, Any]:
+        position, index = position_and_index
+        with seeded(self.seed, position * self.world_size + self.rank):
+            return {**self.dataset[index], _POSITION: position}
 
 
-def _as_it_is(image: Dict[str, Any]) -> Dict[str, Any]:
+def _identity(image: Dict[str, Any]) -> Dict[str, Any]:
     return image
 
 
-def _die_later(number: int, frame) -> None:
+def _exit_later(number: int, frame) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _GRACE)
 
 
 def _defer_signals(worker: int) -> None:
-    """Those that are sent to all processes are for the main one, which ends the workers in time."""
+    """Leave signals to the main process, which shuts its workers down."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _die_later)
+    signal.signal(signal.SIGTERM, _exit_later)
 
 
 def _in_batches(images: Iterable[Dict[str, Any]], size: int) -> Iterator[List[Dict[str, Any]]]:
@@ -95,17 +62,17 @@ def _in_batches(images: Iterable[Dict[str, Any]], size: int) -> Iterator[List[Di
 
 class ResumableLoader:
     """
-    Detectron2's data loader for training, in which order and augmentation of the images follow from
-    one seed, and whose position in that order can be saved and restored to the image. The numbers
-    of workers before and after may differ.
+    Detectron2's data loader for training, whose data order and augmentation follow from one seed,
+    and whose position in that order can be saved and restored exactly, also with another number of
+    workers.
     """
 
     def __init__(self, make_arguments: Callable[[], Dict[str, Any]], *, seed: int):
         """
         Args:
-            make_arguments: returns the arguments of ``build_detection_train_loader``, with a
-                dataset to be mapped: a list or one with indices. It is called with NumPy's
-                generator, which seeds Detectron2's samplers, at ``seed``.
+            make_arguments: returns the arguments of ``build_detection_train_loader``, whose dataset
+                is a list or map-style. Called with NumPy's generator, from which Detectron2's
+                samplers draw their seed, seeded with ``seed``.
             seed: at least 0, the same in all processes.
         """
         self._make_arguments = make_arguments
@@ -124,17 +91,17 @@ class ResumableLoader:
         self.seed = seed
 
     def state_dict(self) -> Dict[str, Any]:
-        """The seed and the position of this process, behind the last batch that was given."""
+        """The seed, and the position of this process after the last batch that it returned."""
         return {"seed": self.seed, "start": self._start, "pending": list(self._pending)}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on from a position. Args: state: see :meth:`state_dict`."""
+        """Continue from a ``state``, see :meth:`state_dict`."""
         if state["seed"] != self.seed:
             self._set_seed(state["seed"])
         self._start, self._pending = state["start"], list(state["pending"])
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
-        with keep_random_state():  # workers are seeded, to no effect
+        with keep_random_state():  # PyTorch draws a seed for the workers, which is not used
             batches = iter(self._batches())
             batch = next(batches, None)
         while batch is not None:
@@ -142,17 +109,24 @@ class ResumableLoader:
             yield batch
             batch = next(batches, None)
 
+    def _draw(self) -> Iterator[Tuple[int, int]]:
+        """Position and index of each pending image, and of all from the start position on."""
+        start, pending = self._start, frozenset(self._pending)
+        for position, index in enumerate(self._sampler):
+            if position >= start or position in pending:
+                yield position, int(index)
+
     def _batches(self) -> Iterable[List[Dict[str, Any]]]:
         """
-        As ``build_detection_train_loader`` has them, except that indices are drawn here rather than
-        by the workers, so that images come in one order, however many workers there are.
+        The batches of ``build_detection_train_loader``. Indices are drawn in the main process, so
+        that the data order does not depend on the number of workers.
         """
         arguments = self._arguments
         images = torchdata.DataLoader(
             _PositionedDataset(self._dataset, self.seed),
-            sampler=_PositionedSampler(self._sampler, self._pending, self._start),
+            sampler=self._draw(),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             worker_init_fn=_defer_signals,
             num_workers=arguments.get("num_workers", 0),
             **{name: arguments[name] for name in _OPTIONS if name in arguments},
@@ -164,8 +138,8 @@ class ResumableLoader:
 
     def _advance(self, positions: List[int]) -> None:
         """
-        Images are drawn in order, and given in batches of similar shapes: when a batch is complete,
-        all up to its last image were drawn, and those that were not given wait for others.
+        Images are drawn in order and grouped by aspect ratio: when a batch is complete, all images
+        up to its last one have been drawn, and those not returned yet wait for their group to fill.
         """
         start = max(self._start, max(positions) + 1)
         drawn = [*self._pending, *range(self._start, start)]

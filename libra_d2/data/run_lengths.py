@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's run-length masks, checked before pycocotools, which trusts them, decodes them."""
+"""Checks of COCO's run-length masks, which pycocotools decodes without any."""
 
 from typing import Any, List
 
@@ -8,8 +8,8 @@ __all__ = ["check_run_lengths"]
 
 def _decode(text: str) -> List[int]:
     """
-    The numbers in the compressed form: five bits in each character from "0" on, a sixth for "there
-    is more"; each number from the third on is a difference to the one before the last.
+    The run lengths in compressed form: each character minus "0" is five bits and a continuation
+    bit; from the fourth number on, differences to the one before the last are stored.
     """
     counts: List[int] = []
     value = shift = 0
@@ -33,12 +33,11 @@ def _decode(text: str) -> List[int]:
 def check_run_lengths(segmentation: Any, height: int, width: int) -> None:
     """
     Args:
-        segmentation: of an annotation: a dict of "size", [height, width], and "counts", run lengths
-            as a list or compressed to text.
+        segmentation: dict of "size", [height, width], and "counts", a list or compressed text.
         height, width: of the image.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: says what is wrong with the mask.
     """
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width] or not counts:

@@ -5,11 +5,7 @@ import logging
 import numpy as np
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-)
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
 from ..errors import InputError
 from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
@@ -23,11 +19,10 @@ EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 
 def check_evaluator_type(dataset_name: str) -> str:
     """
-    Return the type of a registered dataset's evaluator, one of :data:`EVALUATOR_TYPES`: "coco" for
-    a dataset that does not name one, as those registered by a function of one's own.
+    The evaluator type of a registered dataset, "coco" by default.
 
     Raises:
-        InputError: if there is no evaluator for the dataset's type.
+        InputError: if it is none of :data:`EVALUATOR_TYPES`.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if evaluator_type not in EVALUATOR_TYPES:
@@ -42,14 +37,14 @@ def build_evaluator(
     dataset_name: str, output_dir: str, max_dets_per_image: int = COCO_MAX_DETS
 ) -> DatasetEvaluator:
     """
-    Choose the evaluator by the type of a registered dataset: COCO's metrics for COCO, those of LVIS
-    for LVIS if the package lvis is there and works (else COCO's), the VOC devkit's for Pascal VOC.
+    The evaluator for a registered dataset: COCO's metrics for COCO, LVIS' for LVIS if the package
+    lvis is installed and works (else COCO's), the VOC devkit's for Pascal VOC.
 
     Args:
         dataset_name: a registered dataset.
-        output_dir: where predictions are written to, as JSON in COCO's result format.
-        max_dets_per_image: how many detections the model may return, which all count if they are
-            more than the 100 that COCO's metrics look at. Those of Pascal VOC look at all.
+        output_dir: directory for the predictions, as JSON in COCO's result format.
+        max_dets_per_image: limit of the model. All detections count, even if COCO's own limit of
+            100 is lower. Pascal VOC has no limit.
 
     Raises:
         InputError: see :func:`check_evaluator_type`.
@@ -58,17 +53,13 @@ def build_evaluator(
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if evaluator_type == "lvis":
-        # The package's last release uses a name that NumPy 1.24 removed.
+        # The last release of the package uses np.float, which NumPy 1.24 removed.
         if importlib.util.find_spec("lvis") is not None and hasattr(np, "float"):
-            # LVIS counts 300 detections of an image by itself.
-            return LVISEvaluator(dataset_name, output_dir=output_dir)
+            return LVISEvaluator(dataset_name, output_dir=output_dir)  # counts 300 by default
         logger.warning(
             f"{dataset_name}: evaluated with COCO's metrics, which count objects of classes that "
             "LVIS has not annotated in an image as false. `pip install lvis 'numpy<1.24'` for "
             "those of LVIS"
         )
-    return LibraCOCOEvaluator(
-        dataset_name,
-        output_dir=output_dir,
-        max_dets_per_image=max(max_dets_per_image, COCO_MAX_DETS),
-    )
+    limit = max(max_dets_per_image, COCO_MAX_DETS)
+    return LibraCOCOEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's average precision, by the fastest evaluator there is."""
+"""COCO's average precision, computed by the fastest evaluator available."""
 
 import contextlib
 import importlib.util
@@ -22,11 +22,11 @@ __all__ = ["LibraCOCOEvaluator"]
 
 logger = logging.getLogger(__name__)
 
-COCO_MAX_DETS = 100  # detections per image that COCO's AP looks at
+COCO_MAX_DETS = 100  # detections per image that COCO's AP counts
 
 
 def _faster_coco_eval(coco_gt, coco_dt, iou_type: str):
-    """faster-coco-eval's evaluator, over the data of pycocotools' objects."""
+    """faster-coco-eval's evaluator for pycocotools' objects."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     def convert(coco):
@@ -40,9 +40,8 @@ def _faster_coco_eval(coco_gt, coco_dt, iou_type: str):
 
 def choose_coco_eval() -> Callable:
     """
-    Returns:
-        Detectron2's compiled evaluator, else faster-coco-eval, else pycocotools, which all give the
-        same numbers: a function of ground truth, detections and IoU type.
+    Detectron2's compiled evaluator, or else faster-coco-eval, or else pycocotools, as a function of
+    ground truth, detections and IoU type. All give the same numbers.
     """
     compiled = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
     if compiled is not COCOeval:
@@ -56,18 +55,17 @@ def choose_coco_eval() -> Callable:
 
 
 def _numbers(ids: List[Any]) -> Dict[Any, int]:
-    """Numbers from 1 on for ids, in their order."""
+    """Maps ids, in ascending order, to 1, 2, ..."""
     return {id: number for number, id in enumerate(sorted(ids), 1)}
 
 
 class LibraCOCOEvaluator(COCOEvaluator):
     """
-    :class:`COCOEvaluator` that counts as many detections per image as the model may return, and
-    with an evaluator that is an argument. The numbers are pycocotools'.
+    :class:`COCOEvaluator` with a choice of the implementation, and with AP of as many detections
+    per image as the model may return. The numbers are pycocotools'.
 
-    The evaluators take an annotation whose id is 0 for one that was not found, count with 32 or 53
-    bits, and so on. Therefore all ids are numbered from 1 on, out of sight: files have the ids of
-    the dataset, and AP does not depend on them.
+    Implementations take an annotation with id 0 for unmatched, or store ids in 32 or 53 bits.
+    Therefore all ids are renumbered from 1 on internally; files have the ids of the dataset.
     """
 
     def __init__(
@@ -84,8 +82,8 @@ class LibraCOCOEvaluator(COCOEvaluator):
         Args:
             dataset_name, tasks, distributed, output_dir: see :class:`COCOEvaluator`.
             max_dets_per_image: how many detections of an image count, those with the highest
-                scores. AP and AR are COCO's with 100.
-            coco_eval: makes an evaluator, see :func:`choose_coco_eval`, which is the default.
+                scores. COCO's AP and AR are those with 100.
+            coco_eval: the implementation. Default: :func:`choose_coco_eval`.
         """
         super().__init__(
             dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image
@@ -94,7 +92,6 @@ class LibraCOCOEvaluator(COCOEvaluator):
         dataset = self._coco_api.dataset
         self._images = _numbers([image["id"] for image in dataset["images"]])
         self._categories = _numbers([category["id"] for category in dataset["categories"]])
-        #: ids of the classes, by their index
         self._class_ids = sorted(self._categories)
         self._renumbered = COCO()
         self._renumbered.dataset = {
@@ -118,15 +115,15 @@ class LibraCOCOEvaluator(COCOEvaluator):
         self, predictions: List[Dict[str, Any]], img_ids: Optional[List] = None
     ) -> None:
         """
-        See :meth:`COCOEvaluator._eval_predictions`, which knows the evaluators of pycocotools and
-        of Detectron2 by their names only. Keypoints are left to it.
+        See :meth:`COCOEvaluator._eval_predictions`, which does not take other implementations, and
+        is used for keypoints.
         """
         results = list(chain.from_iterable(x["instances"] for x in predictions))
         tasks = sorted(self._tasks or self._tasks_from_predictions(results))
         if "keypoints" in tasks or not results or not self._do_evaluation:
             super()._eval_predictions(predictions, img_ids)
             return
-        # LVIS datasets of Detectron2's own have no map of ids, but classes in the same order.
+        # Classes are in the order of their ids, also in LVIS datasets, which lack Detectron2's map.
         for result in results:
             result["category_id"] = self._class_ids[result["category_id"]]
         if self._output_dir:
@@ -139,14 +136,15 @@ class LibraCOCOEvaluator(COCOEvaluator):
             self._results[task] = self._derive_coco_results(evaluated, task, class_names=names)
 
     def _evaluate(self, results: List[Dict[str, Any]], task: str, img_ids: Optional[List]):
-        """The evaluator, after it has evaluated ``results``, detections in COCO's format."""
-        # With masks, pycocotools must not take the size of an object from its box.
-        keys = ("score", "segmentation" if task == "segm" else "bbox")
+        """Evaluate detections in COCO's format; returns the evaluator."""
+        # Without the boxes, pycocotools takes the area of an object from its mask.
+        shape = "segmentation" if task == "segm" else "bbox"
         results = [
             {
-                **{key: result[key] for key in keys},
                 "image_id": self._images[result["image_id"]],
                 "category_id": self._categories[result["category_id"]],
+                "score": result["score"],
+                shape: result[shape],
             }
             for result in results
         ]
@@ -161,5 +159,5 @@ class LibraCOCOEvaluator(COCOEvaluator):
         if self._max_dets_per_image[-1] == COCO_MAX_DETS:
             coco_eval.summarize()
         else:
-            COCOevalMaxDets.summarize(coco_eval)  # COCO's own summary knows 100 only
+            COCOevalMaxDets.summarize(coco_eval)  # COCO's summary requires a limit of 100
         return coco_eval

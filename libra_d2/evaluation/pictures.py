@@ -15,18 +15,13 @@ from ..utils.display import display_metadata
 
 __all__ = ["PredictionPictures", "picture_scale"]
 
-
 MAX_SIDE = 4000  # pixels
 
 
 def picture_scale(image: np.ndarray, min_width: int) -> float:
     """
-    Args:
-        image: (H, W, C).
-        min_width: pixels that it should be wide at least, so that labels can be read.
-
-    Returns:
-        by what to enlarge it, at least 1; no side grows beyond :data:`MAX_SIDE`.
+    The scale, at least 1, at which an (H, W, C) image is ``min_width`` pixels wide or more, so that
+    labels can be read; no side is enlarged beyond :data:`MAX_SIDE`.
     """
     height, width = image.shape[:2]
     return max(1.0, min(min_width / width, MAX_SIDE / max(height, width)))
@@ -34,9 +29,9 @@ def picture_scale(image: np.ndarray, min_width: int) -> float:
 
 class PredictionPictures(DatasetEvaluator):
     """
-    Save pictures of the first images of a dataset while it is evaluated: detections on the left,
-    ground truth on the right. While training they are shown in TensorBoard as well. It adds nothing
-    to the results. Detectron2's visualizer needs OpenCV (``pip install opencv-python-headless``).
+    Draws the first images of a dataset: detections on the left, ground truth on the right. During
+    training they are logged to TensorBoard as well. It adds nothing to the results. Detectron2's
+    visualizer needs OpenCV (``pip install opencv-python-headless``).
     """
 
     def __init__(
@@ -51,11 +46,10 @@ class PredictionPictures(DatasetEvaluator):
         """
         Args:
             dataset_name: a registered dataset.
-            output_dir: directory for the pictures, made when needed.
+            output_dir: directory for the pictures, created when needed.
             num_images: how many images to draw (in each process).
             score_thresh: detections with a lower score are not drawn, in [0, 1].
-            min_size: smaller images are enlarged to this width, in pixels, so that the labels
-                can be read.
+            min_size: smaller images are enlarged to this width in pixels.
         """
         self.output_dir = output_dir
         self.num_images = num_images
@@ -66,16 +60,11 @@ class PredictionPictures(DatasetEvaluator):
         self.num_drawn = 0
 
     def reset(self) -> None:
-        """Start over with the first image."""
         self.num_drawn = 0
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
-        """
-        Args: see :meth:`DatasetEvaluator.process`. Nothing is drawn for outputs without detections,
-        such as those of a proposal network.
-        """
-        # It imports OpenCV, which nothing else here needs.
-        from detectron2.utils.visualizer import ColorMode, Visualizer
+        """See :meth:`DatasetEvaluator.process`. Outputs without detections are not drawn."""
+        from detectron2.utils.visualizer import ColorMode, Visualizer  # imports OpenCV
 
         for input, output in zip(inputs, outputs):
             if self.num_drawn == self.num_images or "instances" not in output:
@@ -92,6 +81,6 @@ class PredictionPictures(DatasetEvaluator):
             picture = np.hstack([predictions.get_image(), truth.get_image()])
             os.makedirs(self.output_dir, exist_ok=True)
             Image.fromarray(picture).save(os.path.join(self.output_dir, f"{name}.jpg"), quality=92)
-            with suppress(AssertionError):  # there is no storage but in training
+            with suppress(AssertionError):  # there is no storage outside of training
                 get_event_storage().put_image(f"validation/{name}", picture.transpose(2, 0, 1))
             self.num_drawn += 1

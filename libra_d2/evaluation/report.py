@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came out of a training or an evaluation, to read and to look at."""
+"""Results of trainings and evaluations as curves and tables."""
 
 import json
 import math
@@ -16,11 +16,8 @@ __all__ = ["plot_learning_curves", "read_metrics", "write_results"]
 
 def read_metrics(path: str) -> List[Dict[str, float]]:
     """
-    Read a ``metrics.json`` of Detectron2.
-
-    Returns:
-        its lines, one for each iteration it has, in order. Where a training was resumed and did
-        iterations again, the last ones count; a line that was cut short does not.
+    Read a ``metrics.json`` of Detectron2, one dict for each iteration, in order. If a training was
+    resumed and repeated iterations, the last values count; truncated lines are skipped.
     """
     by_iteration: Dict[int, Dict[str, float]] = {}
     with open(path, encoding="utf-8") as f:
@@ -35,11 +32,11 @@ def read_metrics(path: str) -> List[Dict[str, float]]:
 
 def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
     """
-    Draw losses, average precision, and the balance of the samples over the iterations.
+    Plot losses, average precision, and the IoU balance of the samples over the iterations.
 
     Args:
         metrics: see :func:`read_metrics`.
-        path: of the PNG to write.
+        path: PNG to write; none is written without any of these metrics.
     """
     from matplotlib.figure import Figure
 
@@ -51,7 +48,7 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
     panels = [(label, chosen) for label, chosen in panels if chosen]
     if not panels:
         return
-    # Detectron2 files the last evaluation under the iteration after the last one.
+    # Detectron2 logs the final evaluation one iteration too late.
     end = max((e["iteration"] + 1 for e in metrics if "total_loss" in e), default=math.inf)
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axis, (label, chosen) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -83,12 +80,12 @@ def _table(rows, headers) -> str:
 
 def write_results(path: str, results: Dict[str, Any], title: str, remark: str = "") -> None:
     """
-    Write Markdown tables of average precision (%): over IoUs and object sizes, and of each class.
+    Write Markdown tables of average precision (%): by IoU and object size, and by class.
 
     Args:
-        path: of the file.
-        results: for each dataset, what Detectron2's evaluators return.
-        title: of what was evaluated.
+        path: the file; its directory is created.
+        results: for each dataset, the results of Detectron2's evaluators.
+        title: heading of the page.
         remark: a line below the title.
     """
     lines = [f"# {title}", "", *([remark, ""] if remark else [])]

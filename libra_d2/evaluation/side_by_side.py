@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what two detectors find in the same image, with their differences marked."""
+"""Pictures of the detections of two models in the same image, with their differences marked."""
 
-from typing import List, Sequence, Tuple
+from typing import Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ SAME, OTHER = (0.15, 0.35, 0.75), (1.0, 0.45, 0.0)  # RGB
 def match_detections(ours: Instances, theirs: Instances, iou_thresh: float = 0.5) -> torch.Tensor:
     """
     Args:
-        ours, theirs: detections in one image, best score first.
-        iou_thresh: from which on boxes of the same class are the same detection.
+        ours, theirs: detections in one image, in descending order of scores.
+        iou_thresh: IoU of boxes of the same class that are taken for the same detection.
 
     Returns:
-        (number of ours,) bool: whether a detection is among theirs. Each of theirs is the partner
-        of at most one, of the best one first.
+        (len(ours),) bool: whether a detection is among theirs. Matching is greedy and one to one.
     """
     iou = pairwise_iou(ours.pred_boxes, theirs.pred_boxes)
     iou[ours.pred_classes[:, None] != theirs.pred_classes[None]] = 0
@@ -41,21 +40,17 @@ def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor,
 
     names = metadata.get("thing_classes", None)
     visualizer = Visualizer(image, metadata, scale=picture_scale(image, 640))
-    labels: List[str] = [
-        f"{names[c] if names else c} {100 * score:.0f}%" if not is_same else ""
-        for c, score, is_same in zip(
-            instances.pred_classes.tolist(), instances.scores.tolist(), same.tolist()
-        )
+    classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
+    labels = [
+        "" if is_same else f"{names[c] if names else c} {100 * score:.0f}%"
+        for c, score, is_same in zip(classes, scores, same)
     ]
-    colors = [SAME if is_same else OTHER for is_same in same.tolist()]
+    colors = [SAME if is_same else OTHER for is_same in same]
     visualizer.overlay_instances(
         boxes=instances.pred_boxes, labels=labels, assigned_colors=colors, alpha=0.9
     )
-    visualizer.draw_text(
-        f"{title}: {len(same)} objects, {int((~same).sum())} only here",
-        (image.shape[1] / 2, 2),
-        color="w",
-    )
+    text = f"{title}: {len(same)} objects, {int((~same).sum())} only here"
+    visualizer.draw_text(text, (image.shape[1] / 2, 2), color="w")
     return visualizer.output.get_image()
 
 
@@ -66,14 +61,14 @@ def draw_side_by_side(
     titles: Tuple[str, str] = ("plain", "Libra"),
 ) -> np.ndarray:
     """
-    Draw both detectors' boxes next to each other: blue where both found the same, orange and with
-    class and score where only one did.
+    Draw the detections of two models next to each other: blue if both have found them, orange and
+    labeled otherwise.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        metadata: for the names of the classes.
-        detections: of the two, on the CPU.
-        titles: their names.
+        metadata: with the names of the classes, if there are any.
+        detections: of both models, on the CPU.
+        titles: names of the models.
 
     Returns:
         (H', W', 3) uint8 RGB.

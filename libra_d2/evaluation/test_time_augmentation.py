@@ -24,10 +24,9 @@ __all__ = ["LibraDatasetMapperTTA", "RetinaNetWithTTA", "add_test_time_augmentat
 
 
 class LibraDatasetMapperTTA(DatasetMapperTTA):
-    """:class:`DatasetMapperTTA` that resizes as ``MODEL.LIBRA.INPUT.INTERPOLATION`` says."""
+    """:class:`DatasetMapperTTA` with ``MODEL.LIBRA.INPUT.INTERPOLATION``."""
 
     def __init__(self, cfg: CfgNode):
-        """Args: cfg: a config with the keys of :func:`libra_d2.add_libra_config`."""
         super().__init__(cfg)
         self.opencv = cfg.MODEL.LIBRA.INPUT.INTERPOLATION == "opencv"
 
@@ -37,8 +36,8 @@ class LibraDatasetMapperTTA(DatasetMapperTTA):
             return augmented
         image = dataset_dict["image"].permute(1, 2, 0).numpy()
         for one in augmented:
-            # The first has made this image of the one in the file. Detectron2 makes the others
-            # itself, with a class that is no argument, so that the image is resized once more.
+            # The first transform has led from the file to this image. Detectron2's class of the
+            # others cannot be replaced, so that the image is resized once more.
             done, *transforms = one["transforms"].transforms
             transforms = T.TransformList([_with_opencv(x) for x in transforms])
             resized = np.ascontiguousarray(transforms.apply_image(image).transpose(2, 0, 1))
@@ -55,18 +54,18 @@ def _with_opencv(transform: T.Transform) -> T.Transform:
 
 class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
     """
-    :class:`GeneralizedRCNNWithTTA` for a RetinaNet: the detections in all augmented images are
-    merged by non-maximum suppression, with ``RETINANET.NMS_THRESH_TEST``.
+    :class:`GeneralizedRCNNWithTTA` for a RetinaNet: detections in all augmented images are merged
+    by NMS with ``MODEL.RETINANET.NMS_THRESH_TEST``.
     """
 
     def __init__(
         self, cfg: CfgNode, model: nn.Module, tta_mapper: Optional[DatasetMapperTTA] = None
     ):
-        """Args: see :class:`GeneralizedRCNNWithTTA`, whose constructor takes R-CNNs alone."""
+        """Args: see :class:`GeneralizedRCNNWithTTA`, whose constructor only takes R-CNNs."""
         nn.Module.__init__(self)
         self.cfg = cfg.clone()
         self.cfg.defrost()
-        # What the parent merges with.
+        # The parent merges with these.
         self.cfg.MODEL.MASK_ON = False
         self.cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES
         self.cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = cfg.MODEL.RETINANET.NMS_THRESH_TEST
@@ -75,7 +74,7 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
         self.batch_size = 3  # the parent's
 
     def _inference_one_image(self, input: Dict[str, Any]) -> Dict[str, Instances]:
-        """See the parent, which also turns heads off and on that a RetinaNet lacks."""
+        """See the parent, which also handles heads that a RetinaNet lacks."""
         inputs, transforms = self._get_augmented_inputs(input)
         boxes, scores, classes = self._get_augmented_boxes(inputs, transforms)
         size = (input["height"], input["width"])
@@ -94,16 +93,15 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
 def add_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """
     Args:
-        cfg: its config.
+        cfg: config of the model.
         model: an R-CNN (masks and cascade included) or a RetinaNet, possibly in a
             ``DistributedDataParallel``.
 
     Returns:
-        a model that detects objects in images as ``cfg.TEST.AUG`` says, with the weights of
-        ``model``.
+        a model with test-time augmentation as in ``cfg.TEST.AUG``, which shares the weights.
 
     Raises:
-        InputError: if it is another model.
+        InputError: for any other model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of a model in training on the images that it is validated on."""
+"""Losses on the validation images during training."""
 
 from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, List
@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -21,11 +20,10 @@ __all__ = ["validation_losses"]
 
 @contextmanager
 def _computing_losses(model: nn.Module) -> Iterator[None]:
-    """The model is in training mode, apart from what would change it or is random."""
-    modes = {module: module.training for module in model.modules()}
-    # Moving averages of what losses are divided by, which Detectron2 keeps as attributes.
-    dense = [module for module in modes if isinstance(module, DenseDetector)]
-    averages = [{k: v for k, v in vars(m).items() if k == "loss_normalizer"} for m in dense]
+    """Training mode, without random layers and without lasting changes of the model."""
+    # The moving average that losses of Detectron2's dense detectors are divided by is an attribute.
+    names = ("training", "loss_normalizer")
+    before = [(m, {k: v for k, v in vars(m).items() if k in names}) for m in model.modules()]
     model.train()
     model.backbone.eval()
     for module in model.modules():
@@ -34,11 +32,9 @@ def _computing_losses(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
-        for module, average in zip(dense, averages):
+        for module, attributes in before:
             vars(module).pop("loss_normalizer", None)
-            vars(module).update(average)
+            vars(module).update(attributes)
 
 
 @torch.no_grad()
@@ -47,17 +43,17 @@ def validation_losses(
 ) -> Dict[str, float]:
     """
     Args:
-        model: not in a ``DistributedDataParallel``. Its state does not change; samples are drawn
-            from a seed, the same ones each time.
+        model: not in a ``DistributedDataParallel``. It does not change, and samples the same
+            proposals each time.
         batches: inputs of the model with annotations, those of this process.
 
     Returns:
-        the means over the images of all processes, of each loss, of their sum, "total_loss", and of
-        the balance of the samples ("roi_head/..."). Empty in other processes than the main one.
+        means over the images of all processes: each loss, their sum, "total_loss", and the
+        statistics of the samples, "roi_head/...". Empty in other processes than the main one.
     """
     sums: Dict[str, float] = {}
     number = 0
-    # Each batch is divided by its own numbers: other processes may have more batches, or fewer.
+    # Losses are normalized without other processes, which may have another number of batches.
     with _computing_losses(model), seeded(0), Normalizers().active():
         for batch in batches:
             with EventStorage() as storage:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, random states and names: what any part of the package may use."""
+"""Files, random states and class names: what the whole package may use."""

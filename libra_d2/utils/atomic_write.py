@@ -11,9 +11,9 @@ __all__ = ["atomic_write"]
 @contextmanager
 def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """
-    Open a file that appears at ``path`` once the body has written all of it, and is on the disk.
-    If the body fails, or the process is killed, ``path`` stays as it was. Several processes may
-    write the same content.
+    Open a file that appears at ``path`` when the body is done and its content is on the disk. If
+    the body fails or the process is killed, ``path`` stays as it was. Several processes may write
+    the same content.
 
     Args:
         path: the file; one that exists is replaced.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names from datasets, which may hold anything, in pictures, tables and pages."""
+"""Class names, which may be any text, in pictures, tables and HTML pages."""
 
 from typing import List, Tuple
 
@@ -12,13 +12,13 @@ MAX_LENGTH = 40
 
 
 def display_name(name: str) -> str:
-    """``name`` in one line that is not too long for a label, without control characters."""
+    """``name`` as a label: one line of limited length, without control characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(name)).split())
     return line if len(line) <= MAX_LENGTH else f"{line[:MAX_LENGTH]}…"
 
 
 def table_cell(name: str) -> str:
-    """``name`` for a cell of a Markdown table."""
+    """``name`` as a cell of a Markdown table."""
     text = display_name(name)
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")
@@ -26,13 +26,7 @@ def table_cell(name: str) -> str:
 
 
 def display_metadata(metadata: Metadata) -> Metadata:
-    """
-    Args:
-        metadata: of a dataset.
-
-    Returns:
-        metadata for Detectron2's visualizer, with names that Matplotlib does not take for formulas.
-    """
+    """Metadata for Detectron2's visualizer, with names that are not typeset as math."""
     names = metadata.get("thing_classes")
     if names is None:
         return metadata
@@ -43,6 +37,6 @@ def display_metadata(metadata: Metadata) -> Metadata:
 
 
 def class_colors(num_classes: int) -> List[Tuple[int, int, int]]:
-    """Colors of Detectron2's, RGB in 0 to 255, for pictures in which each class has one."""
+    """A color for each class, RGB in 0 to 255: Detectron2's colors, repeated if there are more."""
     colors = colormap(rgb=True, maximum=255).astype(int).tolist()
     return [tuple(colors[i % len(colors)]) for i in range(num_classes)]

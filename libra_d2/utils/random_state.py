@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of all random number generators that a training draws from."""
+"""The states of all random number generators that a training draws from."""
 
 import random
 from contextlib import contextmanager
@@ -13,9 +13,8 @@ __all__ = ["get_random_state", "keep_random_state", "seeded", "set_random_state"
 
 def get_random_state() -> Dict[str, Any]:
     """
-    Returns:
-        the states of Python's, NumPy's and PyTorch's generators, that of this process' GPU if there
-        is one, as tensors, numbers and text.
+    The states of Python's, NumPy's and PyTorch's generators, and of this process' GPU if there is
+    one, as tensors, numbers and text, which ``torch.load`` reads with ``weights_only``.
     """
     version, keys, gauss = random.getstate()
     name, words, *rest = np.random.get_state()
@@ -30,7 +29,7 @@ def get_random_state() -> Dict[str, Any]:
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
-    """Args: state: see :func:`get_random_state`."""
+    """Restore what :func:`get_random_state` has returned."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys.tolist()), gauss))
     name, words, *rest = state["numpy"]
@@ -42,7 +41,7 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 @contextmanager
 def keep_random_state() -> Iterator[None]:
-    """What is drawn inside does not change what is drawn after it."""
+    """Restores all RNG states on exit."""
     state = get_random_state()
     try:
         yield
@@ -52,12 +51,12 @@ def keep_random_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """What is drawn on the host inside depends on ``seed`` alone, and changes nothing after it."""
+    """Seeds the generators of the host inside, and restores their states on exit."""
     python, numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(seed).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    # torch.manual_seed() would also seed the GPUs, whose state is not kept here.
+    # torch.manual_seed() would also seed the GPUs, whose states are not restored here.
     torch.default_generator.manual_seed(int(words[2]))
     try:
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and arrays in pickle files, read without executing anything in them."""
+"""Weights and arrays in pickle files, loaded without executing anything in them."""
 
 import os
 import pickle
@@ -15,41 +15,42 @@ from ..errors import BrokenFileError, InputError, one_line
 
 __all__ = ["check_declared_sizes", "load_arrays", "read_weights", "reading_weights"]
 
-# All that a pickled dict of numpy arrays refers to, and the enumeration in Detectron2's proposals.
-_ARRAY_GLOBALS = {
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("detectron2.structures.boxes", "BoxMode"),
+# What pickled NumPy arrays refer to, with NumPy 1 and 2.
+_NUMPY_GLOBALS = [
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
+]
+_ARRAY_GLOBALS = {
+    *_NUMPY_GLOBALS,
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("detectron2.structures.boxes", "BoxMode"),  # in Detectron2's proposals
 }
 
 
 def _new_array(array_type: type, shape: Tuple[int, ...], dtype: bytes) -> np.ndarray:
-    """What NumPy writes to be called; its real shape comes with its content."""
+    """``numpy.core.multiarray._reconstruct``; the real shape is set with the content."""
     if shape != (0,):
         raise pickle.UnpicklingError(f"it declares an array of shape {shape} without content")
     return np.ndarray(shape, dtype)
 
 
-# The one written in Python: the other allocates what a file declares, of which nothing need exist.
+# The C implementation allocates whatever sizes a file declares.
 class _ArrayUnpickler(pickle._Unpickler):
-    """Reads arrays, numbers and text in the containers of Python, and calls nothing else."""
+    """Loads arrays, numbers and text in the containers of Python, and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("__builtin__", "bytes"):
-            return lambda: b""  # how Python 3 writes it for Python 2, in an array without elements
+            return lambda: b""  # an empty array in protocol 2
         if (module, name) not in _ARRAY_GLOBALS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
         return _new_array if name == "_reconstruct" else super().find_class(module, name)
 
     def load(self) -> Any:
         content = super().load()
-        # Pickles number what they refer to again one by one. Other readers make a list of it.
+        # Memo keys are consecutive in real pickles; other unpicklers allocate a list of them.
         if max(self.memo, default=0) > len(self.memo) + 1000:
             raise pickle.UnpicklingError("it declares more references than it has")
         return content
@@ -58,8 +59,8 @@ class _ArrayUnpickler(pickle._Unpickler):
 def check_declared_sizes(path: str) -> None:
     """
     Raises:
-        BrokenFileError: if a file in PyTorch's format says that it holds more than it does, or
-            would grow when it is read. PyTorch stores its weights uncompressed.
+        BrokenFileError: if a file in PyTorch's format declares more content than it has, or is
+            compressed, which PyTorch never does.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -75,7 +76,7 @@ def check_declared_sizes(path: str) -> None:
 
 def load_arrays(path: str) -> Any:
     """
-    Read a pickle file that holds nothing but arrays, numbers and text in the containers of Python.
+    Load a pickle file of arrays, numbers and text in the containers of Python.
 
     Raises:
         pickle.UnpicklingError: if it refers to anything else, which is not executed.
@@ -86,33 +87,21 @@ def load_arrays(path: str) -> Any:
 
 
 def _stand_in(module: str, name: str) -> type:
-    """A class that is read in place of ``module.name`` and does nothing with what it is given."""
+    """A class to load instead of ``module.name``, which drops its arguments and its state."""
     methods = {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None}
     return type(name, (), {"__module__": module, **methods})
 
 
-# What checkpoints of mmdetection 3.x hold besides weights: the history of the training's losses, as
-# NumPy arrays, under the names of NumPy 1 and 2.
-_IGNORED = [
-    _stand_in(module, name)
-    for module, name in (
-        ("mmengine.logging.history_buffer", "HistoryBuffer"),
-        ("builtins", "getattr"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-    )
-]
+# Checkpoints of mmdetection 3.x also hold the history of the losses, as NumPy arrays.
+_HISTORY_GLOBALS = [("mmengine.logging.history_buffer", "HistoryBuffer"), ("builtins", "getattr")]
+_IGNORED = [_stand_in(module, name) for module, name in (*_HISTORY_GLOBALS, *_NUMPY_GLOBALS)]
 
 
 @contextmanager
 def reading_weights(path: str) -> Iterator[None]:
     """
-    Let PyTorch read weights in the body, which must not say otherwise than ``weights_only``. What
-    broken or dangerous files raise becomes a BrokenFileError that names ``path``.
+    Prepare for ``torch.load(path, weights_only=True)`` in the body. Whatever broken or malicious
+    files raise becomes a BrokenFileError that names ``path``.
     """
     try:
         with torch.serialization.safe_globals(_IGNORED):
@@ -120,7 +109,7 @@ def reading_weights(path: str) -> Iterator[None]:
     except InputError as e:
         raise type(e)(f"{path}: {e}") from e
     except pickle.UnpicklingError as e:
-        # PyTorch puts advice in front of the reason and behind it.
+        # PyTorch puts advice before and after the reason.
         reason = re.sub(r".*WeightsUnpickler error: | was not an allowed global.*", "", one_line(e))
         raise BrokenFileError(
             f"{path}: not loaded, because a weights file must not hold anything but arrays, "
@@ -128,7 +117,7 @@ def reading_weights(path: str) -> Iterator[None]:
         ) from e
     except OSError as e:
         raise BrokenFileError(f"{path}: the weights cannot be read: {e}") from e
-    except Exception as e:  # there is no end to what readers raise for bytes that are not theirs
+    except Exception as e:  # a broken file can fail in any way
         raise BrokenFileError(
             f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
         ) from e
@@ -136,16 +125,11 @@ def reading_weights(path: str) -> Iterator[None]:
 
 def read_weights(path: str) -> Any:
     """
-    Read a file of weights: PyTorch's, or a ``.pkl`` of arrays. Nothing in it is executed.
-
-    Args:
-        path: of a local file.
-
-    Returns:
-        its content, on the CPU.
+    Load a local file of weights, PyTorch's or a ``.pkl`` of arrays, on the CPU. Nothing in it is
+    executed.
 
     Raises:
-        BrokenFileError: if it is cut short, no such file, or holds anything else.
+        BrokenFileError: if it is missing, cut short, or holds anything else.
     """
     with reading_weights(path):
         check_declared_sizes(path)
