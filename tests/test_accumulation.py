@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch in parts has the gradients of the batch."""
+"""Gradient accumulation computes the gradients of the whole batch."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ CASCADE = "Misc/libra_cascade_rcnn_R_50_FPN_1x"
 
 
 def build(path):
-    """A published system whose sampling leaves nothing out, with small activations."""
+    """A published model that samples everything, with small activations."""
     cfg = load_cfg(ROOT / f"configs/{path}.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = -1
@@ -61,7 +61,7 @@ def step(model, batch, accumulation_steps):
 
 @pytest.mark.parametrize("path", [*(f"COCO-Detection/libra_{x}_FPN_1x" for x in SYSTEMS), CASCADE])
 def test_gradients(path):
-    """Those of one batch in 1, 2 and 4 parts; the parts differ in what their losses count."""
+    """Gradients with 1, 2 and 4 micro-batches, whose normalizers differ."""
     model, cfg = build(path)
     batch = make_batch(cfg)
     expected, scalars = step(model, batch, 1)
@@ -78,19 +78,19 @@ def test_gradients(path):
         assert found.keys() == expected.keys()
         total = torch.sqrt(sum(x.square().sum() for x in expected.values()))
         difference = torch.sqrt(sum((found[n] - expected[n]).square().sum() for n in expected))
-        # Rounding of float32 sums; a loss divided by its own part's number is off by tenths.
+        # Rounding of float32 sums; with the normalizer of each micro-batch it is off by tenths.
         assert difference < 1e-4 * total
         for name in ("total_loss", *(n for n in scalars if n.startswith("loss"))):
             assert found_scalars[name] == pytest.approx(scalars[name], rel=1e-4)
 
 
 def draw(number):
-    """Which of some images a model samples; all three generators take part."""
+    """Sample some of the images, with all three random number generators."""
     return torch.rand(number).double() + np.random.rand() + random.random() > 1.2
 
 
 class Sampling(nn.Module):
-    """Draws what it computes; its normalizer is how many that are; its gradient draws, too."""
+    """Samples images, whose number is its normalizer; its backward pass draws numbers, too."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ class Sampling(nn.Module):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_step(amp):
-    """Of three parts with samples, normalizers and scalars of their own, worked out by hand."""
+    """Weights, losses, scalars and batch norm statistics of three micro-batches, by hand."""
     batch, optimizer = [1.0, 2, 4, 8, 16, 32], torch.optim.SGD
     model = Sampling()
     model.weight.grad = torch.tensor(100.0, dtype=torch.float64)  # of an earlier step
@@ -155,7 +155,7 @@ def test_step(amp):
 
 
 def test_infinite_gradients():
-    """Mixed precision leaves out the step, and halves the scale."""
+    """Mixed precision skips the step and halves the scale."""
     model, scaler = Sampling(), torch.amp.GradScaler("cpu", init_scale=2.0**120)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with EventStorage():

@@ -22,7 +22,7 @@ SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", 
 CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
 TRAINER, SAMPLING = "MODEL.LIBRA.TRAINER", "INPUT.MIN_SIZE_TRAIN_SAMPLING"
 
-# Key, legal values (numbers up to the border), others (from the border on), and what to do.
+# Key, legal values, illegal ones (numbers on both sides of the boundary), and what to use.
 RULES = [
     ("SOLVER.IMS_PER_BATCH", [1], [0, -4], LEAST.format(1)),
     ("SOLVER.MAX_ITER", [1], [0], LEAST.format(1)),
@@ -66,7 +66,7 @@ def read(*opts, config=""):
 
 @pytest.mark.parametrize(("key", "legal", "illegal", "rule"), RULES, ids=lambda x: str(x)[:40])
 def test_values(key, legal, illegal, rule):
-    """Both sides of each border; the message names the key, the value and what to do."""
+    """Both sides of each boundary; the message has the key, the value and what to use."""
     for value in legal:
         read(key, value)
     for value in illegal:
@@ -82,7 +82,6 @@ def test_values(key, legal, illegal, rule):
         (["SOLVER.LR_SCHEDULER_NAME", "Warmup"], "SOLVER.LR_SCHEDULER_NAME 'Warmup' with SOLVER.S"),
         (["SOLVER.STEPS", "(600, 400)"], "SOLVER.STEPS (600, 400) cannot be used: "),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': "),
-        ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9, 10)"], "is (8, 9, 10): use two sizes"),
         ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8,)"], "is (8,): use two sizes"),
         ([f"{TRAINER}.BEST_METRIC", "bbox/AP"], f"{TRAINER}.BEST_METRIC needs evaluations: set "),
         ([f"{TRAINER}.PATIENCE", 1], f"{TRAINER}.PATIENCE needs evaluations: set TEST.EVAL_PERIOD"),
@@ -99,32 +98,23 @@ def test_combinations(opts, message):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        ("train.max_iter=0", "train.max_iter is 0: use 1 or more"),
         ("train.max_iter=4.5", "train.max_iter is 4.5: use 1 or more"),
         ("train.max_iter=null", "train.max_iter is null: leave it out, or give it a value"),
-        ("optimizer.lr=-1", "optimizer.lr is -1: use a positive number"),
-        ("train.checkpointer.period=0", "train.checkpointer.period is 0: use 1 or more"),
-        ("train.checkpointer.max_to_keep=-1", "train.checkpointer.max_to_keep is -1: use 0 or "),
-        ("train.eval_period=-1", "train.eval_period is -1: use 0 or more"),
         ("train.patience=1", "train.patience needs evaluations: set train.eval_period to"),
-        ("train.seed=-2", "train.seed is -2: use a number below"),
-        ("dataloader.train.num_workers=-1", "dataloader.train.num_workers is -1: use 0 or more"),
-        ("dataloader.train.total_batch_size=0", "dataloader.train.total_batch_size is 0"),
-        ("dataloader.test.mapper.image_format=x", "dataloader.test.mapper.image_format is 'x'"),
         ("model.roi_heads.box_predictor.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
         ("lr_multiplier.scheduler.start_value=x", "lr_multiplier cannot be used: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
     ],
 )
 def test_values_of_lazy_configs(opts, message):
-    """They have the same rules, under the names that they have there."""
+    """The same rules, with the names of LazyConfigs."""
     with pytest.raises(InputError, match=re.escape(message)) as error:
         read(*opts.split(), config=LAZY)
     assert "\n" not in str(error.value)
 
 
-def test_normalizer_of_parts():
-    """Parts of a batch, each of which would be a step of the moving average."""
+def test_accumulation_without_moving_average():
+    """A moving average of normalizers would be updated by each micro-batch."""
     parts, lazy_parts = f"{TRAINER}.ACCUMULATION_STEPS", "train.accumulation_steps"
     key, lazy_key = "MODEL.LIBRA.RETINANET.NORMALIZER", "model.normalizer"
     plain = "COCO-Detection/retinanet_R_50_FPN_1x.py"  # Detectron2's
@@ -145,27 +135,23 @@ def test_normalizer_of_parts():
 
 
 @pytest.mark.parametrize("num_gpus", [0, 2])
-def test_device(num_gpus, monkeypatch):
-    """Named, it has to be there; Detectron2's default gives way to the CPU."""
+@pytest.mark.parametrize(("option", "config"), [("MODEL.DEVICE ", ""), ("train.device=", LAZY)])
+def test_device(num_gpus, option, config, monkeypatch):
+    """A device on the command line must exist; Detectron2's default gives way to the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    assert ("cuda" if num_gpus else "cpu") == read().device
-    assert read("MODEL.DEVICE", "mps").device == "mps"  # the user's choice
+    assert ("cuda" if num_gpus else "cpu") == read(config=config).device
+    assert read(*f"{option}mps".split(), config=config).device == "mps"  # not checked
     for i, device in enumerate(["cuda", "cuda:1", "cuda:2"]):
-        for opts, config in (
-            (["MODEL.DEVICE", device], ""),
-            ([f"train.device={device}"], LAZY_RETINANET),
-        ):
-            if i < num_gpus:
-                assert device == read(*opts, config=config).device
-            else:
-                with pytest.raises(InputError, match=f"is '{device}': .* has {num_gpus} GPUs that"):
-                    read(*opts, config=config)
-    if num_gpus:
-        assert read("SOLVER.AMP.ENABLED", True).amp
+        opts = f"{option}{device}".split()
+        if i < num_gpus:
+            assert device == read(*opts, config=config).device
+        else:
+            with pytest.raises(InputError, match=f"is '{device}': .* has {num_gpus} GPUs that"):
+                read(*opts, config=config)
 
 
-def test_evaluation_that_never_comes(caplog):
+def test_evaluation_period_longer_than_training(caplog):
     for period in (40000, 40001):  # of a training of 40000 iterations
         assert not caplog.text
         read("TEST.EVAL_PERIOD", period)
@@ -173,7 +159,7 @@ def test_evaluation_that_never_comes(caplog):
 
 
 def test_opencv(monkeypatch):
-    """It is asked for where it is needed, before training."""
+    """OpenCV is required where it is used, before training starts."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "cv2" else find(x))
     read()
@@ -239,7 +225,7 @@ def test_keypoints(datasets):
     ],
 )
 def test_few_images(counts, warned, datasets, caplog):
-    """Fewer than a batch or than workers, in all datasets together, if their numbers are known."""
+    """A warning of fewer images, in all datasets together, than a batch or the workers."""
     opts = ["SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 3]
     check(*opts, train_datasets=tuple(f"test_{n}" for n in counts))
     expected = [f"{what}, but there are only {n} images to train on" for what, n in warned.items()]
@@ -247,8 +233,7 @@ def test_few_images(counts, warned, datasets, caplog):
 
 
 IMAGES, MADE_FOR = "SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"
-PARTS = f"{TRAINER}.ACCUMULATION_STEPS"
-LAZY_IMAGES = "dataloader.train.total_batch_size"
+PARTS, LAZY_IMAGES = f"{TRAINER}.ACCUMULATION_STEPS", "dataloader.train.total_batch_size"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +241,6 @@ LAZY_IMAGES = "dataloader.train.total_batch_size"
     [
         ([IMAGES, 6, MADE_FOR, 4], "", f"{IMAGES} is 6, which is not a multiple of {MADE_FOR}, 4"),
         ([IMAGES, 3], "", f"{IMAGES} is 3, which 2 processes cannot share: .*SOLVER.BASE_LR in pr"),
-        ([IMAGES, 4, PARTS, 4], "", f"{PARTS} is 4, which does not divide the 2 images of each"),
         ([IMAGES, 12, MADE_FOR, 4, PARTS, 2], "", f"{PARTS} is 2, which does not divide the 3 im"),
         (
             [f"{LAZY_IMAGES}=3"],
@@ -267,7 +251,7 @@ LAZY_IMAGES = "dataloader.train.total_batch_size"
     ],
 )
 def test_batch_size(opts, config, message, datasets, monkeypatch):
-    """Shared by two processes and divided into parts; scaled before, if the config says so."""
+    """Two processes and micro-batches share the batch, after scaling."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     with pytest.raises(InputError, match=f"^{message}"):
         check(*opts, config=config)
@@ -275,11 +259,7 @@ def test_batch_size(opts, config, message, datasets, monkeypatch):
     check(f"{LAZY_IMAGES}=4", "train.accumulation_steps=2", config=LAZY)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_mixed_precision_on_the_cpu(datasets):
-    for opts, config, name in (
-        (["SOLVER.AMP.ENABLED", True], "", "SOLVER.AMP.ENABLED"),
-        (["train.amp.enabled=True"], LAZY, "train.amp.enabled"),
-    ):
-        with pytest.raises(InputError, match=f"^{name}: Detectron2 trains with mixed .* on GPUs"):
-            check(*opts, config=config)
+    match = "^SOLVER.AMP.ENABLED: Detectron2 trains with mixed .* on GPUs"
+    with pytest.raises(InputError, match=match):
+        check("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import DEMO_CONFIG, ROOT, load_cfg
 from matplotlib.figure import Figure
-from test_config import ablations
 from test_train_net import TINY, own_data
 
 from libra_d2.config import VARIANTS, make_recipe
@@ -21,28 +20,14 @@ PLAIN += ["StandardROIHeads"]
 
 
 def options_of(variant):
-    """What the command line says of a variant."""
+    """The command line options of a variant."""
     recipe = make_recipe(load_cfg(DEMO_CONFIG))
     return recipe.variant_options(VARIANTS[variant], reference_bins=variant == "all_reference")
 
 
-def test_variants():
-    """Each is what docs/ablations.md's table says."""
-    names = {"feature_pyramid": "feature pyramid", "balanced_l1": "balanced L1"}
-    for name in VARIANTS:
-        if name == "all_reference":
-            continue
-        configs = [load_cfg(DEMO_CONFIG) for _ in range(2)]
-        configs[0].merge_from_list(options_of(name))
-        configs[1].merge_from_list(ablations()[names.get(name, name)])
-        for cfg in configs:
-            cfg.MODEL.RETINANET.BBOX_REG_LOSS_TYPE = "balanced_l1"
-        assert configs[0] == configs[1], name
-
-
 @pytest.fixture
 def trainings(monkeypatch):
-    """Trainings that take no time: the (variant, seed, command, environment) of each."""
+    """Replaces trainings; lists their (variant, seed, command, environment)."""
     started = []
 
     def run(command, stdout, stderr, env):
@@ -65,7 +50,7 @@ def trainings(monkeypatch):
 
 
 def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
-    """Run the program; returns its first arguments, which it gives to the trainings."""
+    """Run the program; returns the arguments that it passes to the trainings."""
     data = [*own_data(synthetic, "train", "val"), "--val-proposals", "p.pkl"]
     args = ["--config-file", ROOT / f"configs/Demo/libra_{config}_R_18_FPN.yaml", *data]
     main([str(x) for x in [*args, "--output", out, *options, "--jobs", jobs, *TINY, *opts]])
@@ -73,7 +58,7 @@ def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
 
 
 def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
-    """Seed by seed, each with the arguments and its share of the cores; what is not there yet."""
+    """Seed by seed, with the arguments and the share of the cores; finished trainings are kept."""
     monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "b"])
     options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
     args = compare(synthetic, tmp_path, *options)
@@ -120,7 +105,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_default_variants(trainings, synthetic, tmp_path, config, opts, variants, capsys):
-    """All that a model can have."""
+    """All variants that the model can have."""
     compare(synthetic, tmp_path, config=config, jobs=3, opts=opts)
     printed = capsys.readouterr().out
     assert [row[0] for row in cells(printed)][2 : 2 + len(variants)] == variants
@@ -131,7 +116,7 @@ def test_default_variants(trainings, synthetic, tmp_path, config, opts, variants
 
 @pytest.mark.parametrize("output", ["start\nits own message\n", ""])
 def test_failed_training(trainings, synthetic, tmp_path, capsys, monkeypatch, output):
-    """Its last line, no summary, and those that have not begun do not."""
+    """The error has the last line of its output; no further training starts; no summary."""
     monkeypatch.setenv("FAILS", output)
     with pytest.raises(SystemExit, match="2"):
         compare(synthetic, tmp_path)
@@ -183,7 +168,7 @@ def test_uncertainty():
 
 
 def test_differences():
-    """Pair by pair: what is common to a seed does not count."""
+    """Differences of pairs of runs with the same seed."""
     found = {
         "baseline": runs(10.0, 50.0, 30.0),
         "sampling": runs(11.0, 51.1, 30.9),
@@ -237,5 +222,3 @@ def test_plot(tmp_path, monkeypatch):
         *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
     ]
     assert [t.get_text() for t in right.get_yticklabels()] == list(points)
-    assert right.yaxis_inverted()
-    assert [t.get_text() for t in left.get_legend().get_texts()] == list(points)

@@ -36,7 +36,7 @@ LAZY = {
     ],
 )
 def test_variants(variant, options):
-    """Each idea alone, in both config systems: the keys that turn off the other ideas."""
+    """Options that disable the other ideas, in both config languages."""
     assert len(VARIANTS) == 6
     disabled, bins = VARIANTS[variant], variant == "all_reference"
     found = make_recipe(load_cfg(DEMO_CONFIG)).variant_options(disabled, reference_bins=bins)
@@ -47,7 +47,7 @@ def test_variants(variant, options):
 
 
 def test_baseline():
-    """All ideas off; with Detectron2's recipe, what each key has to be for its models."""
+    """All ideas disabled; Detectron2's recipe, key by key."""
     assert [*BASELINE] == [*SAMPLING, *PYRAMID, *L1]
     cfg = load_cfg(DEMO_CONFIG)
     cfg.merge_from_list([*BASELINE, *DETECTRON2_RECIPE])
@@ -58,7 +58,7 @@ def test_baseline():
 
 
 def test_has_ideas():
-    """By the names of its parts, or their classes; the RPN's recipe is none of the ideas."""
+    """By the names of parts, or their classes; mmdetection's RPN is none of the ideas."""
     for key in ("META_ARCHITECTURE", "BACKBONE.NAME", "ROI_HEADS.NAME", "PROPOSAL_GENERATOR.NAME"):
         cfg = load_cfg(DEMO_CONFIG)
         cfg.merge_from_list(["MODEL.BACKBONE.NAME", "a", "MODEL.ROI_HEADS.NAME", "b"])

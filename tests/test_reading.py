@@ -45,7 +45,7 @@ def test_bad_yaml(a, b, message, tmp_path):
 
 
 def test_good_yaml(tmp_path):
-    """One base twice, keys of one name in two sections, numbers that YAML reads as text."""
+    """A base used twice, equal keys in two sections, numbers that YAML reads as text."""
     (tmp_path / "a.yaml").write_text("_BASE_: [b.yaml, c.yaml]\nSOLVER: {BASE_LR: 1e-3}\n")
     (tmp_path / "b.yaml").write_text("_BASE_: d.yaml\nMODEL: {FPN: {NORM: GN}}\n")
     (tmp_path / "c.yaml").write_text("_BASE_: d.yaml\nMODEL: {RESNETS: {NORM: BN}}\n")
@@ -55,11 +55,11 @@ def test_good_yaml(tmp_path):
     assert recipe.config.MODEL.FPN.NORM == "GN"
 
 
-@pytest.mark.parametrize("text", ["a = 1\n", "model = 3\n", "model = dict(a=1)\n"])
-def test_no_lazy_config(text, tmp_path):
-    (tmp_path / "config.py").write_text(text)
-    with pytest.raises(InputError, match="config.py: a LazyConfig needs a model"):
-        read_config(str(tmp_path / "config.py"), [])
+def test_not_a_lazy_config(tmp_path):
+    for text in ("a = 1\n", "model = 3\n", "model = dict(a=1)\n"):
+        (tmp_path / "config.py").write_text(text)
+        with pytest.raises(InputError, match="config.py: a LazyConfig needs a model"):
+            read_config(str(tmp_path / "config.py"), [])
     (tmp_path / "config.py").write_text("model = dict(\n")
     with pytest.raises(InputError, match="^[^\n]*config.py[^\n]*$"):
         read_config(str(tmp_path / "config.py"), [])
@@ -95,31 +95,24 @@ def test_is_lazy_config(tmp_path):
     assert not is_lazy_config("http://host/config.yaml")
 
 
-@pytest.mark.parametrize("config", [str(DEMO_CONFIG), LAZY])
-def test_make_recipe(config):
-    """It is one of the config itself, and stays the same."""
-    recipe = read_config(config, [])
-    assert make_recipe(recipe) is recipe
-    assert make_recipe(recipe.config).config is recipe.config
-    assert type(make_recipe(recipe.config)) is type(recipe)
+def test_make_recipe():
+    """The recipe wraps the config itself; a recipe is returned as it is."""
+    for config in (str(DEMO_CONFIG), LAZY):
+        recipe = read_config(config, [])
+        assert make_recipe(recipe) is recipe
+        assert make_recipe(recipe.config).config is recipe.config
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",  # with an expression
-        "COCO-Detection/retinanet_R_50_FPN_1x.py",
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
-    ],
-)
-def test_configs_of_detectron2(name):
-    recipe = read_config(name, [])
+@pytest.mark.parametrize("suffix", ["yaml", "py"])
+def test_configs_of_detectron2(suffix):
+    """The YAML file has an expression."""
+    recipe = read_config(f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}", [])
     assert recipe.max_iter == 90000
     assert not recipe.has_ideas
 
 
 class OwnHandler(PathHandler):
-    """Of own://, which stands for the root of the file system."""
+    """Maps own:// to the root of the file system."""
 
     def _get_supported_prefixes(self):
         return ["own://"]
@@ -131,8 +124,8 @@ class OwnHandler(PathHandler):
         return open(path.replace("own:/", ""), mode)
 
 
-def test_address(tmp_path):
-    """It may be any that Detectron2's path manager knows; it is not trusted."""
+def test_url(tmp_path):
+    """Any URL that Detectron2's path manager knows works, without unsafe YAML."""
     PathManager.register_handler(OwnHandler(), allow_override=True)
     (tmp_path / "a.yaml").write_text("SEED: 5")
     assert read_config(f"own:/{tmp_path}/a.yaml", []).seed == 5

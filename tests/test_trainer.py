@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings of a model with one weight: what they compute, write, and go on with, bit by bit."""
+"""Trainings of a model with one weight: values, files, and exact resuming."""
 
 import itertools
 import json
@@ -34,9 +34,7 @@ SECTION = "MODEL.LIBRA.TRAINER."
 
 
 class Toy(DenseDetector):
-    """
-    Its losses depend on images, random numbers of two generators, statistics and a moving average.
-    """
+    """Its losses depend on images, two random generators, batch norm and a moving average."""
 
     def __init__(self):
         nn.Module.__init__(self)
@@ -61,7 +59,7 @@ class Toy(DenseDetector):
 
 
 class At(HookBase):
-    """Does something in front of an iteration."""
+    """Calls ``action(trainer)`` before an iteration."""
 
     def __init__(self, iteration, action):
         self.iteration, self.action = iteration, action
@@ -76,12 +74,12 @@ def fail(*args):
 
 
 def spoil(trainer):
-    """One of the two losses is not finite any more."""
+    """Make one of the two losses infinite."""
     getattr(trainer.model, "module", trainer.model).loss_normalizer = 0.0
 
 
 class ToyTrainer(Trainer):
-    """What it evaluates to depends on the weight and the statistics, and it draws numbers."""
+    """Its evaluation depends on the weight and the statistics, and draws random numbers."""
 
     @classmethod
     def build_model(cls, cfg):
@@ -104,7 +102,7 @@ class ToyTrainer(Trainer):
 
 
 def register(synthetic, folder):
-    """Twelve images, and one that is a dataset of its own."""
+    """Register datasets of all images ("toy") and of one image ("one")."""
     files = (synthetic / "instances.json", synthetic / "images", folder)
     register_coco_json("toy", *map(str, files))
     if "one" in DatasetCatalog:
@@ -118,7 +116,7 @@ def toy_data(synthetic, tmp_path_factory):
 
 
 def make(out, *opts, trainer=ToyTrainer, seed=3):
-    """A trainer of 11 iterations with all that a training can have, or what ``opts`` say."""
+    """A trainer of 11 iterations with all features, changed by ``opts``."""
     cfg = demo_cfg(OUTPUT_DIR=str(out))
     every = ["SOLVER.MAX_ITER", 11, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 3]
     every += ["SOLVER.BASE_LR", 0.2, "SOLVER.WARMUP_ITERS", 4, "SOLVER.IMS_PER_BATCH", 3]
@@ -136,7 +134,7 @@ def make(out, *opts, trainer=ToyTrainer, seed=3):
 
 
 def run(out, *opts, until=None, action=fail, **kwargs):
-    """Train or resume; ``action`` is called in front of iteration ``until``."""
+    """Train or resume; ``action`` is called before iteration ``until``."""
     trainer = make(out, *opts, **kwargs)
     trainer.register_hooks([At(until, action)])
     with pytest.raises(ZeroDivisionError) if action is fail and until else nullcontext():
@@ -159,14 +157,14 @@ def lines(out):
 
 @pytest.fixture(scope="module")
 def whole(toy_data, tmp_path_factory):
-    """Output of an uninterrupted training."""
+    """The output directory of an uninterrupted training."""
     out = tmp_path_factory.mktemp("whole")
     run(out)
     return out
 
 
 def assert_same(out, whole):
-    """Weights and metrics, with nothing written twice or left out."""
+    """The same weights and metrics, without duplicates."""
     names = sorted(p.name for p in whole.glob("*.pth"))
     assert sorted(p.name for p in out.glob("*.pth")) == names
     for name in names:
@@ -177,8 +175,8 @@ def assert_same(out, whole):
 @pytest.mark.parametrize("until", [3, 5, 7, 9])
 def test_resumed(whole, tmp_path, until):
     """
-    From one iteration before, whose line of the metrics, at 2 and 8 with an evaluation, is written
-    again: average, best model, statistics, moving average, images, random numbers, medians.
+    Resumed from one iteration before, with or without an evaluation there: average, best model,
+    statistics, moving average, images, random numbers and medians are those of the whole training.
     """
     run(tmp_path, until=until)
     assert until - 1 in [x["iteration"] for x in lines(tmp_path)]
@@ -189,7 +187,7 @@ def test_resumed(whole, tmp_path, until):
 
 
 def test_metrics(whole):
-    """Each evaluation has its line, with the values of its weights; medians of all before."""
+    """Each evaluation is logged, with the values of its weights."""
     found = lines(whole)
     assert [x["iteration"] for x in found] == [2, 5, 8, 10, 11]
     assert [x["iteration"] for x in found if "bbox/AP" in x] == [2, 5, 8, 11]
@@ -205,7 +203,7 @@ def test_metrics(whole):
 
 
 def test_evaluation_changes_nothing(whole, tmp_path):
-    """Neither random numbers nor what the training has computed."""
+    """Evaluation, averages and the best model have no effect on the training."""
     opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}BEST_METRIC", ""]
     opts += [f"{SECTION}VALIDATION_LOSS", False, "TEST.AUG.ENABLED", True]
     trainer = run(tmp_path, *opts)
@@ -219,7 +217,7 @@ def test_evaluation_changes_nothing(whole, tmp_path):
 
 
 class Failing(ToyTrainer):
-    """Its evaluation of some number fails."""
+    """Its ``left``-th evaluation fails."""
 
     left = 0
 
@@ -233,8 +231,8 @@ class Failing(ToyTrainer):
 @pytest.mark.parametrize(("number", "iteration"), [(3, 5), (4, 5), (7, 10)])
 def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     """
-    That of the weights at iteration 5, or of their average: they are saved, and the training goes
-    on behind it. At the end they have been saved already, and are evaluated when it is resumed.
+    Of the weights at iteration 5, or of their average: the training is saved, and continues after
+    it. At the end it has been saved already, and is evaluated when it is resumed.
     """
     Failing.left = number
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
@@ -255,7 +253,7 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
 
 
 def test_end_early(whole, tmp_path, caplog):
-    """As if that iteration had been the last one; resumed, it is evaluated and left as it is."""
+    """As if that iteration had been the last one."""
     caplog.set_level("INFO")
     trainer = run(tmp_path, until=8, action=lambda trainer: trainer.end_early("enough"))
     assert "The training ends early: enough" in caplog.text
@@ -270,7 +268,7 @@ def test_end_early(whole, tmp_path, caplog):
 
 @pytest.mark.parametrize(("period", "expected"), [(0, [19, 29]), (40, [19, 29]), (7, [6, 13, 20])])
 def test_lines_of_metrics(toy_data, tmp_path, period, expected):
-    """Each 20 iterations, or as often as it is evaluated; at the last one and the evaluation."""
+    """Every 20 iterations or at each evaluation, at the last iteration and the last evaluation."""
     opts = ["TEST.EVAL_PERIOD", period, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 99]
     run(tmp_path, *opts, f"{SECTION}BEST_METRIC", "")
     found = [x["iteration"] for x in lines(tmp_path)]
@@ -279,7 +277,7 @@ def test_lines_of_metrics(toy_data, tmp_path, period, expected):
 
 
 def test_precise_statistics(toy_data, tmp_path):
-    """Those of batches of one and the same image, rather than a tenth of the way there."""
+    """Exact statistics of one image, rather than a tenth of the way there."""
     opts = ["DATASETS.TRAIN", ("one",), "INPUT.RANDOM_FLIP", "none", "TEST.EVAL_PERIOD", 2]
     opts += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "SOLVER.MAX_ITER", 4]
     trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
@@ -299,7 +297,7 @@ def test_precise_statistics(toy_data, tmp_path):
     ],
 )
 def test_batches(toy_data, tmp_path, opts, sizes):
-    """Whole, in parts (which are counted first), and scaled for one process where it was three."""
+    """Whole batches, micro-batches (computed twice), and batches scaled from three processes."""
     opts = [*opts, "SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 1]
     trainer = run(tmp_path, *opts, f"{SECTION}VALIDATION_LOSS", False)
     assert trainer.model.sizes == sizes
@@ -307,7 +305,7 @@ def test_batches(toy_data, tmp_path, opts, sizes):
 
 
 def test_loss_that_is_not_finite(toy_data, tmp_path):
-    """Its term, its iteration, its images and the last checkpoint are named."""
+    """The message has the losses, the iteration, the images and the last checkpoint."""
     with pytest.raises(InputError) as error:
         run(tmp_path, until=4, action=spoil)
     pattern = (
@@ -320,7 +318,7 @@ def test_loss_that_is_not_finite(toy_data, tmp_path):
 
 
 def test_zero_steps_left(whole, tmp_path):
-    """A finished training without average that is resumed with one: it is that of its weights."""
+    """A finished training resumed with averaging: the average is that of its weights."""
     opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}BEST_METRIC", ""]
     run(tmp_path, *opts, f"{SECTION}EMA_DECAY", 0.0)
     trainer = run(tmp_path, *opts)
@@ -329,7 +327,7 @@ def test_zero_steps_left(whole, tmp_path):
 
 
 def test_without_state(whole, tmp_path, caplog):
-    """A checkpoint of Detectron2 0.6 has neither an optimizer nor what only this project saves."""
+    """A checkpoint of Detectron2 0.6 has neither the optimizer nor the state of ExactResume."""
     state = torch.load(whole / "model_0000005.pth")
     state["trainer"] = {k: state["trainer"][k] for k in ("iteration", "hooks")}
     del state["trainer"]["hooks"]["ExactResume"]
@@ -344,7 +342,7 @@ def test_without_state(whole, tmp_path, caplog):
 
 
 def test_loader_of_its_own(toy_data, tmp_path, caplog):
-    """Cannot be resumed, and that is said."""
+    """A user's data loader starts over, with a warning."""
 
     class Own(ToyTrainer):
         @classmethod
@@ -357,7 +355,7 @@ def test_loader_of_its_own(toy_data, tmp_path, caplog):
 
 
 def test_loaders(toy_data, tmp_path):
-    """Images for training and evaluation, and for losses those with annotations, with them."""
+    """Of training, of evaluation, and of validation losses, with annotations."""
     opts = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 80, "DATASETS.TRAIN", ("one",)]
     cfg = make(tmp_path, *opts).cfg
     trained = next(iter(Trainer.build_train_loader(cfg)))
@@ -372,26 +370,31 @@ def test_loaders(toy_data, tmp_path):
 
 
 SEVERAL = """
-import os, sys, traceback
+import os, sys
+from argparse import Namespace
 from pathlib import Path
 sys.path[:0] = ["tests", "."]
+import torch
 import test_trainer as toy
-from libra_d2.engine.launch import Process, join_processes
+from libra_d2.engine import launch
 for rank in range(2):
     if os.fork() == 0:
-        join_processes(Process(rank, 2, rank, 2))
+        os.environ["SLURM_PROCID"] = str(rank)
+        args = Namespace(num_gpus=1, num_machines=1, paths=[Path(x) for x in sys.argv[1:]])
         try:
-            toy.in_two_processes(rank, Path(sys.argv[1]), Path(sys.argv[2]))
+            launch(toy.in_two_processes, args)
         except BaseException:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             os._exit(1)
-        os._exit(0)
+        os._exit(torch.distributed.is_initialized())
 sys.exit(max(os.wait()[1] for _ in range(2)))
 """
 
 
-def in_two_processes(rank, synthetic, out):
-    """What one of the processes does; writes what it alone knows."""
+def in_two_processes(args):
+    """The trainings of one of the processes; writes its state as JSON."""
+    rank, (synthetic, out) = comm.get_rank(), args.paths
+    assert (comm.get_local_rank(), comm.get_local_size()) == (0, 1)
     (out / str(rank)).mkdir()
     register(synthetic, out / str(rank))
     opts, found = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_PERIOD", 2], {}
@@ -427,12 +430,15 @@ def in_two_processes(rank, synthetic, out):
 
 def test_two_processes(synthetic, toy_data, tmp_path, caplog):
     """
-    Each goes on with statistics, normalizer, images and random numbers of its own; they stop behind
-    one iteration, whoever got the signal, and end early by the metrics of the main one, which alone
-    writes; one speaks of its own images. Another number of processes starts anew with the images.
+    On two machines, as far as SLURM's variables say. Each resumes with its own statistics,
+    normalizer, images and random numbers. They stop after the same iteration, whichever got the
+    signal, and end early by the metrics of the main process. A different number of processes
+    restarts the data order.
     """
     command = [sys.executable, "-W", "ignore", "-c", SEVERAL, synthetic, tmp_path]
     environment = {**os.environ, "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    environment.update(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="1(x2)")
+    environment.update(SLURM_LOCALID="0", MASTER_ADDR="127.0.0.1")
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

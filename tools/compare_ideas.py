@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Find out what balanced learning brings on your data: train the plain detector, each idea of Libra
-R-CNN alone and all of them, several times each, and compare.
+Measure what balanced learning brings on your data: train the plain detector, each idea of Libra
+R-CNN alone and all ideas together, several times each, and compare.
 
     python tools/compare_ideas.py --config-file configs/BCCD/libra_faster_rcnn_R_18_FPN.yaml \
         --train-json train.json --train-images images/ --val-json val.json --val-images images/ \
         --seeds 1 2 3 --output output/compare
 
-writes OUTPUT/summary/results.md (mean and standard deviation; differences to the baseline, pair by
-pair of runs with the same seed, with a confidence interval), curves.png and metrics of each run.
-The same command continues what was interrupted.
+writes OUTPUT/summary/results.md (mean and standard deviation; paired differences to the baseline,
+of runs with the same seed, with confidence intervals), curves.png and the metrics of each run. The
+same command continues an interrupted comparison.
 """
 
 import argparse
@@ -21,26 +21,21 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List
 
-from scipy.stats import t as student_t
+from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
 from libra_d2.config import VARIANTS, Recipe
-from libra_d2.engine import (
-    add_data_arguments,
-    config_argument_parser,
-    read_config,
-    report_errors,
-)
+from libra_d2.engine import add_data_arguments, config_argument_parser, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation import read_metrics
 from libra_d2.utils.atomic_write import atomic_write
 
 # Metrics of each run, by variant and seed.
 Runs = Dict[str, Dict[int, List[Dict[str, float]]]]
-# Of a RetinaNet, which samples nothing.
+# The variants of a RetinaNet, which does not sample.
 WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
 
 
@@ -58,7 +53,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a training has ended, with an evaluation."""
+    """Whether a training has ended with an evaluation."""
     if not (folder / "model_final.pth").exists():
         return False
     return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
@@ -66,16 +61,10 @@ def is_finished(folder: Path) -> bool:
 
 def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
     """
-    Train and evaluate one model, or continue with it.
-
-    Args:
-        args: of the command line.
-        recipe: that they name.
-        variant: of :data:`VARIANTS`.
-        seed: of the training.
+    Train and evaluate a variant of :data:`VARIANTS`, or resume its training.
 
     Raises:
-        InputError: if that fails.
+        InputError: if the training fails.
     """
     folder = run_folder(args, variant, seed)
     if is_finished(folder):
@@ -100,7 +89,7 @@ def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Where a training has its output."""
+    """The output directory of a training."""
     return Path(args.output) / variant / f"seed_{seed}"
 
 
@@ -111,13 +100,7 @@ def mean_and_spread(values: List[float]) -> str:
 
 
 def table(runs: Runs) -> str:
-    """
-    Args:
-        runs: for each variant and seed, the metrics of a run.
-
-    Returns:
-        a Markdown table of the final results.
-    """
+    """A Markdown table of the final results of each variant."""
     final = {
         variant: [
             {k.split("/")[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
@@ -126,7 +109,7 @@ def table(runs: Runs) -> str:
         for variant, by_seed in runs.items()
     }
     first = next(iter(final.values()))[0]
-    # A size that no object has is not a number.
+    # APs, APm or APl without objects of that size is NaN.
     names = [name for name in first if first[name] == first[name]]
     order = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
@@ -139,7 +122,7 @@ def table(runs: Runs) -> str:
 
 
 def uncertainty(runs: Runs) -> str:
-    """How far AP differs by chance, from all runs together: three of one variant say little."""
+    """The random variation of AP, pooled over all variants, since each has few runs."""
     finals = [[m[-1]["bbox/AP"] for m in by_seed.values()] for by_seed in runs.values()]
     freedom = sum(len(values) - 1 for values in finals)
     if freedom == 0:
@@ -156,25 +139,22 @@ def uncertainty(runs: Runs) -> str:
 
 def differences(runs: Runs, level: float = 0.95) -> str:
     """
+    A Markdown table of the paired differences of AP to the baseline; "" if there are no pairs. Runs
+    with the same seed see the same images in the same order and start from the same weights, so
+    that their difference is less uncertain than that of two means.
+
     Args:
         runs: for each variant and seed, the metrics of a run.
         level: of the confidence intervals.
-
-    Returns:
-        a Markdown table of the differences of AP to the baseline, run by run: those of a seed see
-        the same images in the same order and start from the same weights, so that their difference
-        is less uncertain than that of two means. "" if there are no pairs.
     """
-    rows = []
+    rows, baseline = [], runs.get("baseline", {})
     for variant, by_seed in runs.items():
-        seeds = [seed for seed in by_seed if seed in runs.get("baseline", {})]
+        seeds = [seed for seed in by_seed if seed in baseline]
         if variant == "baseline" or len(seeds) < 2:
             continue
-        values = [
-            by_seed[seed][-1]["bbox/AP"] - runs["baseline"][seed][-1]["bbox/AP"] for seed in seeds
-        ]
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-        half = error * float(student_t.ppf((1 + level) / 2, len(values) - 1))
+        values = [by_seed[seed][-1]["bbox/AP"] - baseline[seed][-1]["bbox/AP"] for seed in seeds]
+        mean, error = statistics.mean(values), float(stats.sem(values))
+        half = error * float(stats.t.ppf((1 + level) / 2, len(values) - 1))
         low, high = mean - half, mean + half
         says = "helps" if low > 0 else "harms" if high < 0 else "cannot be told from chance"
         numbers = (f"{mean:+.2f}", f"{error:.2f}", f"{low:+.2f} to {high:+.2f}")
@@ -187,24 +167,22 @@ def differences(runs: Runs, level: float = 0.95) -> str:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """AP over the iterations (mean, and the range of the runs), and all final results."""
+    """Plot AP over the iterations (mean and range of the runs), and all final results."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (variant, by_seed) in enumerate(runs.items()):
-        all_metrics = list(by_seed.values())
-        color = f"C{i}"
+        all_metrics, color = list(by_seed.values()), f"C{i}"
         curves = [
             {min(e["iteration"] + 1, m[-1]["iteration"]): e["bbox/AP"] for e in m if "bbox/AP" in e}
             for m in all_metrics
         ]
         iterations = sorted(set.intersection(*map(set, curves)))
         values = [[curve[x] for curve in curves] for x in iterations]
-        left.plot(iterations, [statistics.mean(v) for v in values], color=color, label=variant)
-        left.fill_between(
-            iterations, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12
-        )
+        left.plot(iterations, list(map(statistics.mean, values)), color=color, label=variant)
+        lows, highs = list(map(min, values)), list(map(max, values))
+        left.fill_between(iterations, lows, highs, color=color, alpha=0.12)
         final = [m[-1]["bbox/AP"] for m in all_metrics]
         right.plot(final, [i] * len(final), "o", color=color, alpha=0.7)
         right.plot(statistics.mean(final), i, "|", color=color, markersize=18, markeredgewidth=2)
@@ -219,12 +197,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def summarize(args: argparse.Namespace, variants: List[str]) -> str:
-    """
-    Collect the trainings that are finished.
-
-    Returns:
-        the table.
-    """
+    """Write the summary of the finished trainings, and return its tables."""
     summary = Path(args.output) / "summary"
     (summary / "metrics").mkdir(parents=True, exist_ok=True)
     runs: Runs = {}
@@ -249,7 +222,7 @@ def summarize(args: argparse.Namespace, variants: List[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what is not there yet, and summarize."""
+    """Train all variants that are not finished, and summarize."""
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}: use 1 or more")
     recipe = read_config(args.config_file, args.opts)
@@ -257,20 +230,17 @@ def run(args: argparse.Namespace) -> None:
     if not recipe.has_ideas and set(variants) != {"baseline"}:
         print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
         variants = ["baseline"]
-    error: Optional[InputError] = None
     with ThreadPoolExecutor(args.jobs) as pool:
         # Seed by seed, so that all variants can be compared early.
         jobs = [pool.submit(train, args, recipe, v, seed) for seed in args.seeds for v in variants]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
-            try:
-                job.result()
-            except InputError as e:
-                error = e
+            if job.exception():
                 for other in jobs:
                     other.cancel()
                 break
-    if error:
-        raise error
+    for job in jobs:
+        if not job.cancelled():
+            job.result()  # raises its error
     print(summarize(args, variants))
     print(Path(args.output) / "summary" / "results.md")
 

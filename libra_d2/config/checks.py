@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-All that is judged about a recipe before work starts: values, values that depend on each other, the
-datasets, and the processes. :func:`check_values` and :func:`check_run` go through tables, to which
-a new rule is added. What only a built model can tell is in ``model_checks``.
+Checks of a recipe before work starts: of single values, of combinations, of datasets and of the
+number of processes. :func:`check_values` and :func:`check_run` go through tables of rules; checks
+that need a built model are in ``model_checks``.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ _SAMPLERS = (
     "WeightedTrainingSampler",
 )
 _CROPS = ("relative_range", "relative", "absolute", "absolute_range")
-_DEPTHS = (18, 34, 50, 101, 152)
+_SIDE = "use 8 pixels or more"
 
 
 class Rule(NamedTuple):
@@ -67,20 +67,12 @@ def _choice(setting: str, values: Sequence) -> Rule:
     return Rule(setting, lambda v: v in values, f"use one of {tuple(values)}")
 
 
-def _norm(key: str) -> Rule:
-    return Rule(key, _is_norm, "use one of '', 'BN', 'FrozenBN', 'GN', 'SyncBN'")
-
-
-def _side(key: str) -> Rule:
-    return Rule(key, lambda v: v >= 8, "use 8 pixels or more")
-
-
 _RULES: Tuple[Rule, ...] = (
     Rule("output_dir", lambda v: isinstance(v, str), "use a path"),
-    _whole("batch_size", 1),
-    _whole("max_iter", 1),
-    _whole("checkpoint_period", 1),
-    _whole("SOLVER.WARMUP_ITERS", 0),
+    *(_whole(name, 1) for name in ("batch_size", "max_iter", "checkpoint_period")),
+    *(_whole(name, 1) for name in ("max_detections", "accumulation_steps")),
+    *(_whole(name, 0) for name in ("num_workers", "eval_period", "num_pictures")),
+    *(_whole(name, 0) for name in ("SOLVER.WARMUP_ITERS", "max_checkpoints", "patience")),
     Rule(
         "learning_rate",
         lambda v: v > 0 and math.isfinite(v),
@@ -89,44 +81,29 @@ _RULES: Tuple[Rule, ...] = (
     Rule("SOLVER.MOMENTUM", lambda v: 0 <= v < 1, "use a value in [0, 1)"),
     Rule("SOLVER.WEIGHT_DECAY", lambda v: 0 <= v < math.inf, "use 0 or more"),
     _choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", [kind.value for kind in GradientClipType]),
-    _whole("num_workers", 0),
     _choice("DATALOADER.SAMPLER_TRAIN", _SAMPLERS),
-    Rule("INPUT.MIN_SIZE_TRAIN", lambda v: len(v) > 0 and min(v) >= 8, "use 8 pixels or more"),
-    _side("INPUT.MAX_SIZE_TRAIN"),
-    Rule(
-        "INPUT.MIN_SIZE_TEST",
-        lambda v: v == 0 or v >= 8,
-        "use 8 pixels or more, or 0 not to resize",
-    ),
-    _side("INPUT.MAX_SIZE_TEST"),
+    Rule("INPUT.MIN_SIZE_TRAIN", lambda v: len(v) > 0 and min(v) >= 8, _SIDE),
+    Rule("INPUT.MAX_SIZE_TRAIN", lambda v: v >= 8, _SIDE),
+    Rule("INPUT.MIN_SIZE_TEST", lambda v: v == 0 or v >= 8, f"{_SIDE}, or 0 not to resize"),
+    Rule("INPUT.MAX_SIZE_TEST", lambda v: v >= 8, _SIDE),
     _choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", ("choice", "range")),
     _choice("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
     _choice("INPUT.CROP.TYPE", _CROPS),
     _choice("mask_format", ("polygon", "bitmask")),
     _choice("image_format", ("BGR", "RGB", "L", "YUV-BT.601")),
     _choice("MODEL.LIBRA.INPUT.INTERPOLATION", INTERPOLATIONS),
-    _whole("eval_period", 0),
-    _whole("max_detections", 1),
     Rule(
         "seed",
         # Each process adds its rank.
         lambda v: _is_whole(v) and -1 <= v < 2**32 - 2**16,
         "use a number below 2**32 - 2**16, or -1 for any",
     ),
-    _choice("MODEL.RESNETS.DEPTH", _DEPTHS),
-    _norm("MODEL.RESNETS.NORM"),
-    _norm("MODEL.FPN.NORM"),
-    _norm("MODEL.ROI_BOX_HEAD.NORM"),
-    _norm("MODEL.ROI_MASK_HEAD.NORM"),
-    _whole("max_checkpoints", 0),
-    _whole("accumulation_steps", 1),
-    _whole("patience", 0),
-    Rule(
-        "ema_decay",
-        lambda v: 0 <= v < 1,
-        "use a value in (0, 1), such as 0.9998, or 0 for none",
+    _choice("MODEL.RESNETS.DEPTH", (18, 34, 50, 101, 152)),
+    *(
+        Rule(f"MODEL.{part}.NORM", _is_norm, "use one of '', 'BN', 'FrozenBN', 'GN', 'SyncBN'")
+        for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
     ),
-    _whole("num_pictures", 0),
+    Rule("ema_decay", lambda v: 0 <= v < 1, "use a value in (0, 1), such as 0.9998, or 0 for none"),
 )
 
 
@@ -159,8 +136,8 @@ def _check_schedule(recipe: Recipe) -> None:
     try:
         recipe.build_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
     except SettingMissing:
-        return  # which is for a training alone to miss
-    except Exception as e:  # it is the check of a schedule that Detectron2 has
+        return  # only a training needs a schedule
+    except Exception as e:  # Detectron2 raises many kinds
         keys = ("SOLVER.LR_SCHEDULER_NAME", "SOLVER.STEPS")
         described = " with ".join(f"{k} {recipe.get(k)!r}" for k in keys if recipe.has(k))
         raise InputError(f"{described or 'lr_multiplier'} cannot be used: {one_line(e)}") from e
@@ -182,7 +159,7 @@ def _check_evaluations(recipe: Recipe) -> None:
 
 
 def _check_accumulation(recipe: Recipe) -> None:
-    """A moving average would be updated once for each micro-batch."""
+    """Moving averages would be updated once for each micro-batch."""
     if recipe.accumulation_steps == 1 or not recipe.is_retinanet:
         return
     if recipe.architecture != "LibraRetinaNet" or recipe.normalizer != "batch":
@@ -207,44 +184,33 @@ def _check_opencv(recipe: Recipe) -> None:
 
 
 def _check_tta(recipe: Recipe) -> None:
-    if not recipe.tta:
-        return
-    for what, is_so in (
-        ("a model without RPN", recipe.needs_proposals),
-        ("a model of keypoints", recipe.has_keypoints),
-        ("a ProposalNetwork", recipe.is_proposal_network),
-    ):
-        if is_so:
-            raise InputError(
-                f"{recipe.name_of('tta')}: there is no test-time augmentation of {what}"
-            )
+    unsupported = {
+        "a model without RPN": recipe.needs_proposals,
+        "a model of keypoints": recipe.has_keypoints,
+        "a ProposalNetwork": recipe.is_proposal_network,
+    }
+    for what in filter(unsupported.get, unsupported if recipe.tta else ()):
+        raise InputError(f"{recipe.name_of('tta')}: there is no test-time augmentation of {what}")
 
 
 _RULES_OF_SEVERAL: Tuple[Callable[[Recipe], None], ...] = (
-    _check_size_range,
-    _check_device,
-    _check_schedule,
-    _check_evaluations,
-    _check_accumulation,
-    _check_opencv,
-    _check_tta,
+    *(_check_size_range, _check_device, _check_schedule, _check_evaluations),
+    *(_check_accumulation, _check_opencv, _check_tta),
 )
 
 
 def check_values(recipe: Recipe) -> None:
     """
-    Check the values of a recipe, as far as the config has them.
+    Check those values of a recipe that the config has.
 
     Raises:
-        InputError: if one cannot work. The message has the user's name for it, and what to use.
+        InputError: if one cannot work, with the user's name for it and what to use instead.
     """
     recipe.check_nulls()
     for setting, is_legal, advice in _RULES:
-        if not recipe.has(setting):
-            continue
         value = recipe.get(setting)
         try:
-            legal = is_legal(value)
+            legal = not recipe.has(setting) or is_legal(value)
         except TypeError:
             legal = False
         if not legal:
@@ -284,13 +250,11 @@ def _check_weights(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 def _check_named_datasets(recipe: Recipe, train: bool, resume: bool) -> None:
-    needed = recipe.train_datasets if train else recipe.test_datasets
-    if not needed:
-        setting = "train_datasets" if train else "test_datasets"
+    setting, action = ("train_datasets", "train") if train else ("test_datasets", "evaluate")
+    if not recipe.get(setting):
         raise InputError(
-            f"no dataset to {'train' if train else 'evaluate'} on: set "
-            f"{recipe.name_of(setting)} or use --train-json, --train-images, --val-json and "
-            "--val-images"
+            f"no dataset to {action} on: set {recipe.name_of(setting)} or use --train-json, "
+            "--train-images, --val-json and --val-images"
         )
     check_datasets([*(recipe.train_datasets if train else ()), *recipe.test_datasets])
 
@@ -305,7 +269,7 @@ def _check_keypoints(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
-    """Log what is odd about a training on few images, as far as their number is known."""
+    """Warn of batches or workers that outnumber the training images, if their number is known."""
     counts = [MetadataCatalog.get(name).get("num_images") for name in recipe.train_datasets]
     if not train or not counts or None in counts:
         return
@@ -331,7 +295,7 @@ def _check_evaluators(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
-    """The images of an iteration must be divisible among processes and micro-batches."""
+    """Processes and micro-batches must be able to share the images of a batch equally."""
     if not train:
         return
     batch_size, name = recipe.batch_size, recipe.name_of("batch_size")
@@ -367,13 +331,8 @@ def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 _RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
-    _check_weights,
-    _check_amp,
-    _check_named_datasets,
-    _check_keypoints,
-    _check_number_of_images,
-    _check_evaluators,
-    _check_batch_size,
+    *(_check_weights, _check_amp, _check_named_datasets, _check_keypoints),
+    *(_check_number_of_images, _check_evaluators, _check_batch_size),
 )
 
 
@@ -387,7 +346,7 @@ def check_run(recipe: Recipe, *, train: bool, resume: bool) -> None:
         resume: whether a checkpoint takes the place of the weights.
 
     Raises:
-        InputError: if not. Oddities are logged.
+        InputError: if not. What may be a mistake is logged.
     """
     for check in _RULES_OF_RUNS:
         check(recipe, train, resume)

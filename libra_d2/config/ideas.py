@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What Libra R-CNN is compared with, in keys of YAML configs: the only place that says so.
+The baseline and the variants with which Libra R-CNN is compared, in keys of YAML configs.
 
-The baseline is the detector of the same config without the three ideas. Its box loss is the one
-that Detectron2 has by default: plain L1 in R-CNN (``ROI_BOX_HEAD.SMOOTH_L1_BETA`` 0.0), smooth L1
-with a beta of 0.1 in RetinaNet (``RETINANET.SMOOTH_L1_LOSS_BETA``). The rest of mmdetection's
-recipe (training of the RPN, matching, normalizers) is the same on both sides.
+The baseline is the detector of the same config without the three ideas. Its box loss is
+Detectron2's default: L1 in R-CNN (``ROI_BOX_HEAD.SMOOTH_L1_BETA`` 0.0), smooth L1 with a beta of
+0.1 in RetinaNet (``RETINANET.SMOOTH_L1_LOSS_BETA``). The rest of mmdetection's recipe (training of
+the RPN, matching, normalizers) is the same on both sides.
 """
 
 from typing import Any, Dict, List, Tuple
@@ -28,7 +28,7 @@ DISABLED: Dict[str, List[Any]] = {
 #: the detector without any of the ideas
 BASELINE: List[Any] = [x for options in DISABLED.values() for x in options]
 
-#: what can be compared, with the ideas that are disabled: the baseline, each idea alone, all ideas
+#: the variants (baseline, each idea alone, all ideas) and the ideas that each disables
 VARIANTS: Dict[str, Tuple[str, ...]] = {
     "baseline": tuple(DISABLED),
     **{idea: tuple(other for other in DISABLED if other != idea) for idea in DISABLED},

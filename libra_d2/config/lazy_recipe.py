@@ -8,8 +8,8 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import ProposalNetwork
@@ -30,13 +30,17 @@ _NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
 _ARCHITECTURES = ("LibraRetinaNet", "RetinaNet", "ProposalNetwork", "PanopticFPN")
 
 
+def _mapper(is_train: bool) -> str:
+    return f"dataloader.{'train' if is_train else 'test'}.mapper"
+
+
 def _is_target(node: Any, name: str) -> bool:
-    """Whether a part of a LazyConfig is made with a class of this name or one derived from it."""
+    """Whether a node of a LazyConfig instantiates a class of this name or a subclass of it."""
     return name in [x.__name__ for x in getattr(target_of(node), "__mro__", ())]
 
 
 def _set_num_classes(node: Any, value: int) -> None:
-    """In a head and all that it consists of, except where one refers to another."""
+    """Set it in a head and all of its parts, except where it is an interpolation."""
     if isinstance(node, DictConfig):
         if "num_classes" in node and not OmegaConf.is_interpolation(node, "num_classes"):
             node.num_classes = value
@@ -50,7 +54,7 @@ def _set_num_classes(node: Any, value: int) -> None:
 
 class LazyRecipe(Recipe):
     """
-    The recipe of a LazyConfig with ``model``, and as far as they are needed ``dataloader``,
+    The recipe of a LazyConfig with ``model`` and, where they are needed, ``dataloader``,
     ``optimizer``, ``lr_multiplier`` and ``train``.
     """
 
@@ -62,17 +66,18 @@ class LazyRecipe(Recipe):
         return OmegaConf.select(self.config, place, default=None)
 
     def _places(self, setting: Setting) -> Iterator[str]:
-        """The places that a setting may have, ``*`` replaced by each index there is."""
+        """All places of a setting, with ``*`` replaced by each index."""
         for place in setting.lazy:
             head, star, tail = place.partition(".*")
             indices = range(len(self._select(head) or ())) if star else ()
             yield from (f"{head}.{i}{tail}" for i in indices) if star else (place,)
 
     def _found(self, setting: Setting) -> List[str]:
+        """The places of a setting that the config has."""
         return [place for place in self._places(setting) if self._select(place) is not None]
 
     def _free_places(self, setting: Setting) -> List[str]:
-        """Where a setting goes that the config leaves out: to the parts of the model it has."""
+        """Where to write a setting that the config lacks: in existing parts of the model."""
         places = list(self._places(setting))
         of_retinanet = [place for place in places if re.fullmatch(r"model\.\w+", place)]
         if self.is_retinanet:
@@ -94,33 +99,25 @@ class LazyRecipe(Recipe):
             elif isinstance(setting.default, tuple):
                 value = (value,)
             return value
-        if not self.has(setting.attribute):
+        if not self._has(setting):
             raise setting.missing(self)
         return setting.default
 
     def _write(self, setting: Setting, value: Any) -> None:
         value = list(value) if isinstance(value, tuple) else value
-        if setting is Recipe.num_classes:  # kept in every head of a detector
+        if setting is Recipe.num_classes:  # each head of a detector has its own
             if self._found(setting):
-                _set_num_classes(
-                    self.config.model if self.is_retinanet else self.config.model.roi_heads, value
-                )
+                model = self.config.model
+                _set_num_classes(model if self.is_retinanet else model.roi_heads, value)
             return
         for place in self._found(setting) or self._free_places(setting):
             OmegaConf.update(self.config, place, value, merge=False, force_add=True)
 
-    def name_of(self, setting: str) -> str:
-        described = getattr(Recipe, setting, None)
-        if not isinstance(described, Setting):
-            return setting
-        names = self._found(described) or self._free_places(described) or described.lazy
-        return names[0] if names else setting
+    def _names(self, setting: Setting) -> Sequence[str]:
+        return self._found(setting) or self._free_places(setting) or setting.lazy
 
-    def has(self, setting: str) -> bool:
-        described = getattr(Recipe, setting, None)
-        if not isinstance(described, Setting) or not described.lazy:
-            return False
-        return described.has_default or bool(self._found(described))
+    def _has(self, setting: Setting) -> bool:
+        return bool(setting.lazy) and (setting.has_default or bool(self._found(setting)))
 
     def freeze(self) -> None:
         OmegaConf.set_readonly(self.config, True)
@@ -140,7 +137,7 @@ class LazyRecipe(Recipe):
     def check_nulls(self) -> None:
         for setting in vars(Recipe).values():
             if not isinstance(setting, Setting) or setting is Recipe.max_checkpoints:
-                continue  # which Detectron2, too, takes null for
+                continue  # for which Detectron2 accepts null, too
             for place in self._places(setting):
                 parent, _, name = place.rpartition(".")
                 node = self._select(parent)
@@ -154,35 +151,27 @@ class LazyRecipe(Recipe):
 
     @property
     def architecture(self) -> str:
-        names = [name for name in _ARCHITECTURES if _is_target(self.config.model, name)]
-        return names[0] if names else "GeneralizedRCNN"
-
-    @property
-    def _heads(self) -> Any:
-        return self.config.model.get("roi_heads") or {}
+        found = (name for name in _ARCHITECTURES if _is_target(self.config.model, name))
+        return next(found, "GeneralizedRCNN")
 
     @property
     def needs_proposals(self) -> bool:
-        return not self.is_retinanet and self.config.model.get("proposal_generator") is None
+        return not self.is_retinanet and self._select("model.proposal_generator") is None
 
     @property
     def has_masks(self) -> bool:
-        return self._heads.get("mask_head") is not None
+        return self._select("model.roi_heads.mask_head") is not None
 
     @property
     def has_keypoints(self) -> bool:
-        return self._heads.get("keypoint_head") is not None
+        return self._select("model.roi_heads.keypoint_head") is not None
 
     def _resize(self, is_train: bool) -> Optional[DictConfig]:
-        place = f"dataloader.{'train' if is_train else 'test'}.mapper.augmentations"
-        for node in self._select(place) or ():
-            if _is_target(node, "ResizeShortestEdge"):
-                return node
-        return None
+        augmentations = self._select(f"{_mapper(is_train)}.augmentations") or ()
+        return next((x for x in augmentations if _is_target(x, "ResizeShortestEdge")), None)
 
     @property
     def interpolation(self) -> str:
-        """What resizes images, by the class that the config names."""
         resize = self._resize(False) or self._resize(True)
         return "opencv" if _is_target(resize, "OpenCVResizeShortestEdge") else "pillow"
 
@@ -195,8 +184,7 @@ class LazyRecipe(Recipe):
         return lengths if is_train else lengths[:1], resize.get("max_size", _NO_LIMIT)
 
     def sizes_name(self, is_train: bool) -> str:
-        split = "train" if is_train else "test"
-        return f"short_edge_length and max_size in dataloader.{split}.mapper.augmentations"
+        return f"short_edge_length and max_size in {_mapper(is_train)}.augmentations"
 
     # The three ideas
 
@@ -205,10 +193,10 @@ class LazyRecipe(Recipe):
         return bool(disable(self.config.model, *DISABLED))
 
     def variant_options(self, disabled: Sequence[str], reference_bins: bool = False) -> List[str]:
-        sampler = "model.roi_heads.proposal_sampler"
-        has_bins = reference_bins and self._select(sampler) is not None
-        bins = [f"{sampler}.mode=reference"] if has_bins else []
-        return [*disable(self.config.model, *disabled), *bins]
+        options, sampler = disable(self.config.model, *disabled), "model.roi_heads.proposal_sampler"
+        if reference_bins and self._select(sampler) is not None:
+            options = [*options, f"{sampler}.mode=reference"]
+        return options
 
     def rpn_only(self) -> "LazyRecipe":
         recipe = self.copy()
@@ -234,7 +222,7 @@ class LazyRecipe(Recipe):
         except KeyError as e:
             raise InputError(f"model: it cannot be built: there is no {e}") from None
         except (AssertionError, AttributeError, TypeError, ValueError) as e:
-            # What is wrong with an argument of a class is known to that class alone.
+            # A class raises any of these for a bad argument.
             raise InputError(f"model: it cannot be built: {one_line(e)}") from e
         check_box_losses(model)
         return model.to(torch.device(self.device))
@@ -253,14 +241,13 @@ class LazyRecipe(Recipe):
 
     def build_augmentations(self, is_train: bool) -> List:
         """Instantiate the augmentations of the config's mapper."""
-        split = "train" if is_train else "test"
-        return list(instantiate(self._part(f"dataloader.{split}.mapper.augmentations")))
+        return list(instantiate(self._part(f"{_mapper(is_train)}.augmentations")))
 
     def build_mapper(
         self, is_train: bool, augmentations: Optional[List] = None
     ) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
         """See :meth:`Recipe.build_mapper`; Detectron2's mapper becomes a LibraDatasetMapper."""
-        node = self._part(f"dataloader.{'train' if is_train else 'test'}.mapper")
+        node = self._part(_mapper(is_train))
         arguments = {name: instantiate(value) for name, value in node.items() if name != "_target_"}
         if augmentations is not None:
             arguments["augmentations"] = augmentations
@@ -295,11 +282,11 @@ class LazyRecipe(Recipe):
 
     @property
     def has_own_evaluator(self) -> bool:
-        """Whether the config names an evaluator other than Detectron2's of COCO."""
+        """Whether the config names an evaluator other than Detectron2's COCOEvaluator."""
         return [target_of(x) for x in self._evaluators()] not in ([], [COCOEvaluator])
 
     def build_evaluator(self, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-        """See :meth:`Recipe.build_evaluator`; an evaluator that the config names is obeyed."""
+        """See :meth:`Recipe.build_evaluator`; the config's own evaluator takes precedence."""
         if not self.has_own_evaluator:
             return super().build_evaluator(dataset_name, output_dir)
         evaluators = self.copy()._evaluators()
@@ -309,10 +296,7 @@ class LazyRecipe(Recipe):
         return DatasetEvaluators([instantiate(evaluator) for evaluator in evaluators])
 
     def add_test_time_augmentation(self, model: nn.Module) -> nn.Module:
-        return add_test_time_augmentation(self._tta_config(), model)
-
-    def _tta_config(self) -> CfgNode:
-        """What upstream's test-time augmentation, which knows YAML configs only, reads."""
+        # Detectron2's is made for YAML configs: these are the keys that it reads.
         cfg = get_cfg()
         add_libra_config(cfg)
         cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.FLIP = True, self.tta_flip
@@ -326,12 +310,12 @@ class LazyRecipe(Recipe):
             section.NUM_CLASSES = self.num_classes
             section.NMS_THRESH_TEST = self.nms_threshold
         cfg.MODEL.LIBRA.INPUT.INTERPOLATION = self.interpolation
-        return cfg
+        return add_test_time_augmentation(cfg, model)
 
     def verify(self, results: Dict[str, Any]) -> None:
         """See :meth:`Recipe.verify`; LazyConfigs expect nothing."""
 
     @property
     def ddp_options(self) -> Dict[str, Any]:
-        """See :attr:`Recipe.ddp_options`; ``train.ddp`` has others."""
+        """See :attr:`Recipe.ddp_options`; ``train.ddp`` overrides them."""
         return {**super().ddp_options, **(self._select("train.ddp") or {})}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is judged about a recipe by the model that it makes: settings that no part of it reads."""
+"""Checks of a built model: box losses that it does not know, and keys that no part of it reads."""
 
 import logging
-from typing import Any, Iterator, Tuple
 
 from torch import nn
 
@@ -22,12 +21,13 @@ from ..modeling import (
     LibraRPN,
 )
 from .defaults import add_libra_config
+from .recipe import leaves
 
 __all__ = ["check_box_losses", "warn_of_unread_keys"]
 
 _DETECTRON2_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
-# For each part with a box loss: the class that knows balanced L1 loss, the method that computes it,
-# the key, and how to get that class.
+# Parts with a box loss, their subclass with balanced L1 loss, the method that computes the loss,
+# the key, and how to get the subclass.
 _BOX_LOSSES = (
     (
         *(FastRCNNOutputLayers, LibraFastRCNNOutputLayers, "box_reg_loss"),
@@ -43,7 +43,7 @@ _BOX_LOSSES = (
         "balanced L1 loss is one of the second stage",
     ),
 )
-# Keys of MODEL.LIBRA, and the parts of a model of which one reads them.
+# Sections of MODEL.LIBRA, and the parts of a model that read them.
 _READERS = {
     "BFP": (BalancedFeaturePyramid,),
     "SAMPLER": (BalancedSamplingMixin,),
@@ -57,7 +57,7 @@ _READERS = {
 def check_box_losses(model: nn.Module) -> None:
     """
     Raises:
-        InputError: if a part of ``model`` has a box loss that it does not know.
+        InputError: if a part of ``model`` is to use a box loss that it does not know.
     """
     for name, module in model.named_modules():
         for parent, libra, method, key, hint in _BOX_LOSSES:
@@ -65,7 +65,7 @@ def check_box_losses(model: nn.Module) -> None:
                 continue
             known = {getattr(x, method) for x in (parent, libra, LibraRPN) if hasattr(x, method)}
             if getattr(type(module), method) not in known:
-                continue  # a class of the user's, with losses of its own
+                continue  # a user's class, with losses of its own
             losses = _DETECTRON2_LOSSES
             if libra is not None and isinstance(module, libra):
                 losses = (*losses, "balanced_l1")
@@ -77,35 +77,26 @@ def check_box_losses(model: nn.Module) -> None:
                 )
 
 
-def _changed(cfg: CfgNode, defaults: CfgNode, prefix: str) -> Iterator[Tuple[str, Any]]:
-    for name, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _changed(value, defaults[name], f"{prefix}{name}.")
-        elif value != defaults[name]:
-            yield f"{prefix}{name}", value
-
-
 def warn_of_unread_keys(cfg: CfgNode, model: nn.Module) -> None:
     """
-    Log, once, the keys of ``MODEL.LIBRA`` that are set and that no part of ``model`` reads.
-
-    Args:
-        cfg: the config that it was built with.
-        model: any.
+    Log once the keys of ``MODEL.LIBRA`` that are set in ``cfg`` but that no part of ``model``,
+    built with it, reads.
     """
-    defaults = CfgNode({"MODEL": CfgNode()})
-    add_libra_config(defaults)
+    original = CfgNode({"MODEL": CfgNode()})
+    add_libra_config(original)
+    defaults = dict(leaves(original))
     modules = list(model.modules())
-    # What the second stage, or the RPN, reads goes with a model that is there for the other.
+    # A model of one stage may keep the keys of the other.
     without = ["SAMPLER", "BALANCED_L1"] if isinstance(model, ProposalNetwork) else []
     if cfg.MODEL.LOAD_PROPOSALS:
         without.append("RPN")
     if not cfg.MODEL.LIBRA.BFP.ENABLED:
         without.append("BFP")
     unread = [
-        f"MODEL.LIBRA.{key}"
-        for key, _ in _changed(cfg.MODEL.LIBRA, defaults.MODEL.LIBRA, "")
-        if (section := key.split(".")[0]) in _READERS
+        key
+        for key, value in leaves(cfg.MODEL.LIBRA, "MODEL.LIBRA.")
+        if value != defaults[key]
+        and (section := key.split(".")[2]) in _READERS
         and section not in without
         and not any(isinstance(module, _READERS[section]) for module in modules)
     ]

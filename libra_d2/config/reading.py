@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config files, of either language, and what the command line adds to them."""
+"""Reading of config files of either language, with command line options."""
 
 import os
 from contextlib import contextmanager
@@ -29,23 +29,19 @@ def _reading(source: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as e:  # there is no end to what it raises for what is no config
+    except Exception as e:  # it raises many kinds
         raise InputError(f"{source}: {one_line(e)}") from e
 
 
 def detectron2_configs() -> str:
-    """The folder of detectron2.model_zoo, which cannot be imported without setuptools."""
+    """The config folder of detectron2.model_zoo, whose import would need setuptools."""
     return os.path.join(os.path.abspath(detectron2.__path__[0]), "model_zoo", "configs", "")
 
 
 def make_recipe(config: Union[CfgNode, DictConfig, Recipe]) -> Recipe:
     """
-    Args:
-        config: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, or a LazyConfig,
-            which the recipe reads and writes.
-
-    Returns:
-        its recipe; a recipe is returned as it is.
+    Wrap a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, or a LazyConfig, which
+    the recipe reads and writes. A recipe is returned as it is.
     """
     if isinstance(config, Recipe):
         return config
@@ -54,16 +50,17 @@ def make_recipe(config: Union[CfgNode, DictConfig, Recipe]) -> Recipe:
 
 def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
     """
-    Make the recipe of a config file and of what the command line sets, on the CPU if there is no
-    GPU, and check its values.
+    Read a config file and command line options, and check the values. Without a GPU, the default
+    device becomes the CPU.
 
     Args:
         path: of the file, or its URL; "" for Detectron2's defaults.
         options: ``KEY VALUE`` pairs; ``key=value`` for a LazyConfig.
-        name: the user's for the file, for messages.
+        name: the user's name for the file, for messages.
 
     Raises:
-        InputError: if it is no config, or a key or value is unknown, of another type or illegal.
+        InputError: if it is not a config, a key is unknown, or a value is illegal or of a wrong
+            type.
     """
     name = name or path
     if is_lazy_config(path):
@@ -74,7 +71,7 @@ def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
     device = recipe.name_of("device")
     is_named = any(str(option).split("=")[0] == device for option in options)
     if recipe.device == "cuda" and not is_named and not torch.cuda.is_available():
-        recipe.device = "cpu"  # the default of both frameworks, which need not be there
+        recipe.device = "cpu"
     check_values(recipe)
     return recipe
 
@@ -101,8 +98,8 @@ def _read_yaml(path: str, options: Sequence[str], name: str) -> CfgNode:
         with _reading(name):
             if "://" not in path:
                 _check_yaml(path)
-            # Detectron2's own RetinaNets have an expression in their YAML. An installation from a
-            # checkout has a link in place of the folder.
+            # Detectron2's RetinaNets have an expression in their YAML. Where it is installed from a
+            # checkout, the folder is a symbolic link.
             folder = detectron2_configs()
             linked = os.path.join(os.path.realpath(folder), "")
             is_detectron2s = os.path.abspath(path).startswith(folder)
@@ -114,12 +111,7 @@ def _read_yaml(path: str, options: Sequence[str], name: str) -> CfgNode:
 
 
 def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
-    """
-    Check a YAML file and those in its ``_BASE_`` for what is no error to YAML.
-
-    Raises:
-        InputError: if a key is there twice, or if the bases lead in a circle.
-    """
+    """Raise InputError for duplicate keys and circular bases in a YAML file and its bases."""
     if path in seen:
         raise InputError(f"{path}: its _BASE_ leads back to itself")
     with open(path, encoding="utf-8") as f:
@@ -146,7 +138,7 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
 
 
 def _read_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
-    """Read a LazyConfig. If it is Python, its code is executed."""
+    """Read a LazyConfig. The code of a Python file is executed."""
     lazy = LazyConfig.load(path)
     if not isinstance(lazy.get("model"), DictConfig) or "_target_" not in lazy.model:
         raise InputError(f"{path}: a LazyConfig needs a model")
@@ -154,7 +146,7 @@ def _read_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
         _check_override(lazy, override)
     try:
         return LazyConfig.apply_overrides(lazy, list(overrides))
-    except Exception as e:  # the parser has many
+    except Exception as e:  # the parser raises many kinds
         raise InputError(f"command line: {one_line(e)}") from e
 
 
@@ -172,10 +164,10 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         return
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(lazy, parent, default=None) if parent else lazy
-    # Classes have arguments that a config need not name, and trainers options.
-    if isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train.")):
-        return
-    if parent == "train.test_time_augmentation":  # a section that Detectron2 does not have
+    # Arguments of classes and options of the training may be missing in a config, and
+    # train.test_time_augmentation is not a section of Detectron2's.
+    is_open = isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train."))
+    if is_open or parent == "train.test_time_augmentation":
         return
     has_keys = isinstance(node, DictConfig) and len(node) > 0
     known = f"; {parent or 'it'} has {', '.join(map(str, node))}" if has_keys else ""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a training is made of, whichever config language says it.
+What a training is made of, whichever config language describes it.
 
-A :class:`Recipe` wraps a config, which it reads and writes straight through: the settings of the
-table in :class:`Recipe` have a name in YAML configs and one in LazyConfigs. Nothing outside of
+A :class:`Recipe` wraps a config, which it reads and writes directly: each setting in the table of
+:class:`Recipe` has a name in YAML configs and one in LazyConfigs. Nothing outside of
 ``libra_d2.config`` needs to know which of the two a user has written.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -21,46 +21,50 @@ from ..checkpoint import LibraCheckpointer
 from ..errors import InputError
 from ..evaluation import build_evaluator
 
-__all__ = ["Recipe", "Setting", "SettingMissing"]
+__all__ = ["Recipe", "Setting", "SettingMissing", "leaves"]
 
 _REQUIRED = object()
 
 
+def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """The dotted key and the value of each leaf of nested dictionaries."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 class SettingMissing(InputError):
-    """A config does not say something that has no default, or cannot say it in its language."""
+    """A config lacks a setting without default, or its language cannot express the setting."""
 
 
 class Setting:
     """
-    A setting of a :class:`Recipe`, which is read and assigned as an attribute:
-    ``recipe.max_iter = 100`` changes the config.
+    A setting of a :class:`Recipe`, read and assigned as an attribute: ``recipe.max_iter = 100``
+    changes the config.
     """
 
     def __init__(
         self,
         yaml: Union[str, Tuple[str, ...], None],
-        lazy: Union[str, Tuple[str, ...], None],
+        lazy: Union[str, Tuple[str, ...], None] = None,
         default: Any = _REQUIRED,
     ):
         """
         Args:
-            yaml: key in YAML configs; None if they cannot say it. Where a key of ``RETINANET`` and
-                one of another section are given, a RetinaNet has the former, other models the
-                latter; both are assigned.
-            lazy: place in LazyConfigs, or several, of which a config may have some: the first one
-                found is read, all that are found are assigned. ``*`` is any index. None if
-                LazyConfigs cannot say it.
-            default: of a LazyConfig that leaves it out, since only YAML configs are always
-                complete. A tuple makes values tuples.
+            yaml: key in YAML configs; None if there is none. Of several keys, those of the section
+                ``RETINANET`` are read for a RetinaNet and the others for other models; all are
+                assigned.
+            lazy: place in LazyConfigs; None if there is none. Of several places, the first that the
+                config has is read, and all that it has are assigned. ``*`` is any index.
+            default: of a LazyConfig without the setting; YAML configs are always complete. With a
+                tuple as default, values are tuples.
         """
         self.yaml = (yaml,) if isinstance(yaml, str) else yaml or ()
         self.lazy = (lazy,) if isinstance(lazy, str) else lazy or ()
         self.default = default
-
-    @property
-    def has_default(self) -> bool:
-        """Whether a LazyConfig may leave it out."""
-        return self.default is not _REQUIRED
+        self.has_default = default is not _REQUIRED
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.attribute = name
@@ -72,33 +76,38 @@ class Setting:
         recipe._write(self, value)
 
     def missing(self, recipe: "Recipe") -> SettingMissing:
-        """What to raise where ``recipe`` has no value for it."""
+        """The error to raise if ``recipe`` has no value for this setting."""
         name = recipe.name_of(self.attribute)
         return SettingMissing(f"{name}: the config lacks it; it has no default")
 
 
-_PREDICTORS = ("model.roi_heads.box_predictor", "model.roi_heads.box_predictors.*")
+_TRAIN, _TEST, _MATCHER = "dataloader.train", "dataloader.test", "model.roi_heads.proposal_matcher"
+_CHECKPOINTER, _TTA = "train.checkpointer", "train.test_time_augmentation"
 
 
-def _in_predictors(name: str) -> Tuple[str, ...]:
-    return tuple(f"{predictor}.{name}" for predictor in _PREDICTORS)
+def _key_of_both(name: str) -> Tuple[str, str]:
+    return f"MODEL.ROI_HEADS.{name}", f"MODEL.RETINANET.{name}"
+
+
+def _in_predictor(name: str, retinanet_name: str = "") -> Tuple[str, ...]:
+    predictors = ("model.roi_heads.box_predictor", "model.roi_heads.box_predictors.*", "model")
+    names = (name, name, retinanet_name or name)
+    return tuple(f"{place}.{argument}" for place, argument in zip(predictors, names))
 
 
 def _balanced_l1(name: str, default: Any) -> Setting:
-    places = (*_in_predictors(f"balanced_l1.{name}"), f"model.balanced_l1.{name}")
-    return Setting(f"MODEL.LIBRA.BALANCED_L1.{name.upper()}", places, default)
+    key = f"MODEL.LIBRA.BALANCED_L1.{name.upper()}"
+    return Setting(key, _in_predictor(f"balanced_l1.{name}"), default)
 
 
-def _trainer(name: str, default: Any) -> Setting:
-    return Setting(f"MODEL.LIBRA.TRAINER.{name.upper()}", f"train.{name}", default)
+def _trainer(name: str, default: Any, lazy: str = "") -> Setting:
+    return Setting(f"MODEL.LIBRA.TRAINER.{name.upper()}", lazy or f"train.{name}", default)
 
 
 class Recipe(ABC):
     """
-    The settings, the parts and the evaluation of a training.
-
-    See :func:`libra_d2.config.make_recipe`. Values are those of the config, in the units and ranges
-    of the YAML key.
+    The settings, the parts and the evaluation of a training; see
+    :func:`libra_d2.config.make_recipe`. Settings have the units and ranges of their YAML key.
     """
 
     output_dir = Setting("OUTPUT_DIR", "train.output_dir", "./output")
@@ -109,14 +118,12 @@ class Recipe(ABC):
     # Training
     max_iter = Setting("SOLVER.MAX_ITER", "train.max_iter")
     learning_rate = Setting("SOLVER.BASE_LR", "optimizer.lr")
-    batch_size = Setting("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
-    #: number of processes that batch size and learning rate are meant for; 0 for any
-    reference_world_size = Setting("SOLVER.REFERENCE_WORLD_SIZE", None)
+    batch_size = Setting("SOLVER.IMS_PER_BATCH", f"{_TRAIN}.total_batch_size")
+    #: number of processes for which batch size and learning rate were chosen; 0 for any
+    reference_world_size = Setting("SOLVER.REFERENCE_WORLD_SIZE")
     amp = Setting("SOLVER.AMP.ENABLED", "train.amp.enabled", False)
-    checkpoint_period = Setting("SOLVER.CHECKPOINT_PERIOD", "train.checkpointer.period", 5000)
-    max_checkpoints = Setting(
-        "MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS", "train.checkpointer.max_to_keep", 0
-    )
+    checkpoint_period = Setting("SOLVER.CHECKPOINT_PERIOD", f"{_CHECKPOINTER}.period", 5000)
+    max_checkpoints = _trainer("max_checkpoints", 0, f"{_CHECKPOINTER}.max_to_keep")
     #: iterations between the lines of metrics.json
     log_period = Setting(None, "train.log_period", 20)
     accumulation_steps = _trainer("accumulation_steps", 1)
@@ -126,58 +133,49 @@ class Recipe(ABC):
     validation_loss = _trainer("validation_loss", False)
 
     # Data
-    train_datasets = Setting("DATASETS.TRAIN", "dataloader.train.dataset.names", ())
-    test_datasets = Setting("DATASETS.TEST", "dataloader.test.dataset.names", ())
+    train_datasets = Setting("DATASETS.TRAIN", f"{_TRAIN}.dataset.names", ())
+    test_datasets = Setting("DATASETS.TEST", f"{_TEST}.dataset.names", ())
     train_proposals = Setting(
-        "DATASETS.PROPOSAL_FILES_TRAIN", "dataloader.train.dataset.proposal_files", ()
+        "DATASETS.PROPOSAL_FILES_TRAIN", f"{_TRAIN}.dataset.proposal_files", ()
     )
-    test_proposals = Setting(
-        "DATASETS.PROPOSAL_FILES_TEST", "dataloader.test.dataset.proposal_files", ()
-    )
-    num_workers = Setting("DATALOADER.NUM_WORKERS", "dataloader.train.num_workers", 0)
-    image_format = Setting(
-        "INPUT.FORMAT", ("dataloader.test.mapper.image_format", "model.input_format")
-    )
+    test_proposals = Setting("DATASETS.PROPOSAL_FILES_TEST", f"{_TEST}.dataset.proposal_files", ())
+    num_workers = Setting("DATALOADER.NUM_WORKERS", f"{_TRAIN}.num_workers", 0)
+    image_format = Setting("INPUT.FORMAT", (f"{_TEST}.mapper.image_format", "model.input_format"))
+    #: in LazyConfigs, given by the class of the augmentation
     interpolation = Setting(
-        "MODEL.LIBRA.INPUT.INTERPOLATION", "dataloader.test.mapper.augmentations", "pillow"
+        "MODEL.LIBRA.INPUT.INTERPOLATION", f"{_TEST}.mapper.augmentations", "pillow"
     )
-    mask_format = Setting(
-        "INPUT.MASK_FORMAT", "dataloader.train.mapper.instance_mask_format", "polygon"
-    )
+    mask_format = Setting("INPUT.MASK_FORMAT", f"{_TRAIN}.mapper.instance_mask_format", "polygon")
 
-    # Model
+    # Model; what LazyConfigs say by their classes, LazyRecipe finds out
+    #: name of the meta-architecture's class
+    architecture = Setting("MODEL.META_ARCHITECTURE")
+    #: whether the model has no RPN and reads proposals from files
+    needs_proposals = Setting("MODEL.LOAD_PROPOSALS")
+    has_masks = Setting("MODEL.MASK_ON")
+    has_keypoints = Setting("MODEL.KEYPOINT_ON")
     num_classes = Setting(
-        ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"),
-        ("model.roi_heads.num_classes", "model.num_classes"),
+        _key_of_both("NUM_CLASSES"), ("model.roi_heads.num_classes", "model.num_classes")
     )
     score_threshold = Setting(
-        ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.RETINANET.SCORE_THRESH_TEST"),
-        (*_in_predictors("test_score_thresh"), "model.test_score_thresh"),
-        0.05,
+        _key_of_both("SCORE_THRESH_TEST"), _in_predictor("test_score_thresh"), 0.05
     )
-    nms_threshold = Setting(
-        ("MODEL.ROI_HEADS.NMS_THRESH_TEST", "MODEL.RETINANET.NMS_THRESH_TEST"),
-        (*_in_predictors("test_nms_thresh"), "model.test_nms_thresh"),
-        0.5,
-    )
+    nms_threshold = Setting(_key_of_both("NMS_THRESH_TEST"), _in_predictor("test_nms_thresh"), 0.5)
     max_detections = Setting(
         "TEST.DETECTIONS_PER_IMAGE",
-        (*_in_predictors("test_topk_per_image"), "model.max_detections_per_image"),
+        _in_predictor("test_topk_per_image", "max_detections_per_image"),
         100,
     )
     #: IoU from which on a proposal is a positive of the (first) second stage
     iou_thresholds = Setting(
         "MODEL.ROI_HEADS.IOU_THRESHOLDS",
-        (
-            "model.roi_heads.proposal_matcher.thresholds",
-            "model.roi_heads.proposal_matchers.0.thresholds",
-        ),
+        (f"{_MATCHER}.thresholds", f"{_MATCHER}s.0.thresholds"),
         (0.5,),
     )
-    #: of the box loss without balanced L1
+    #: of smooth L1, the box loss without balanced L1
     smooth_l1_beta = Setting(
         ("MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA"),
-        (*_in_predictors("smooth_l1_beta"), "model.smooth_l1_beta"),
+        _in_predictor("smooth_l1_beta"),
         0.0,
     )
     #: of a LibraRetinaNet
@@ -193,21 +191,16 @@ class Recipe(ABC):
     # Evaluation
     eval_period = Setting("TEST.EVAL_PERIOD", "train.eval_period", 0)
     num_pictures = Setting("MODEL.LIBRA.NUM_PICTURES", "train.num_pictures", 0)
-    #: whether the running statistics of batch norm are computed anew before each evaluation
-    precise_bn = Setting("TEST.PRECISE_BN.ENABLED", None)
-    precise_bn_iterations = Setting("TEST.PRECISE_BN.NUM_ITER", None)
-    tta = Setting("TEST.AUG.ENABLED", "train.test_time_augmentation.enabled", False)
-    tta_min_sizes = Setting(
-        "TEST.AUG.MIN_SIZES",
-        "train.test_time_augmentation.min_sizes",
-        (400, 500, 600, 700, 800, 900, 1000, 1100, 1200),
-    )
-    tta_max_size = Setting("TEST.AUG.MAX_SIZE", "train.test_time_augmentation.max_size", 4000)
-    tta_flip = Setting("TEST.AUG.FLIP", "train.test_time_augmentation.flip", True)
+    #: whether batch norm's running statistics are recomputed before each evaluation
+    precise_bn = Setting("TEST.PRECISE_BN.ENABLED")
+    precise_bn_iterations = Setting("TEST.PRECISE_BN.NUM_ITER")
+    tta = Setting("TEST.AUG.ENABLED", f"{_TTA}.enabled", False)
+    tta_min_sizes = Setting("TEST.AUG.MIN_SIZES", f"{_TTA}.min_sizes", tuple(range(400, 1201, 100)))
+    tta_max_size = Setting("TEST.AUG.MAX_SIZE", f"{_TTA}.max_size", 4000)
+    tta_flip = Setting("TEST.AUG.FLIP", f"{_TTA}.flip", True)
 
     def __init__(self, config: Any):
-        """Args: config: that of the user, which is not copied."""
-        #: the config, as the user knows it
+        """Args: config: the user's, not copied; it stays available as ``config``."""
         self.config = config
 
     # Settings
@@ -221,22 +214,37 @@ class Recipe(ABC):
         """Change a setting."""
 
     @abstractmethod
-    def name_of(self, setting: str) -> str:
-        """
-        Args:
-            setting: an attribute of this class, or a key of a YAML config.
-
-        Returns:
-            the user's own name for it, for messages.
-        """
+    def _names(self, setting: Setting) -> Sequence[str]:
+        """The user's names for a setting, the one that is read first."""
 
     @abstractmethod
+    def _has(self, setting: Setting) -> bool:
+        """Whether the config has a value for a setting."""
+
+    @staticmethod
+    def _setting(name: str) -> Setting:
+        """The setting with that name, or that of a key that YAML configs alone have."""
+        setting = getattr(Recipe, name, None)
+        return setting if isinstance(setting, Setting) else Setting(name)
+
+    def name_of(self, setting: str) -> str:
+        """
+        The user's own name for a setting, for messages.
+
+        Args:
+            setting: an attribute of this class, or a key of YAML configs.
+        """
+        return next(iter(self._names(self._setting(setting))), setting)
+
     def has(self, setting: str) -> bool:
         """Whether the config has a value for a setting; see :meth:`name_of`."""
+        return self._has(self._setting(setting))
 
     def get(self, setting: str, default: Any = None) -> Any:
         """The value of a setting, see :meth:`name_of`, or a default if the config lacks it."""
-        return getattr(self, setting) if self.has(setting) else default
+        if not self.has(setting):
+            return default
+        return self._read(self._setting(setting)) if "." in setting else getattr(self, setting)
 
     def copy(self) -> "Recipe":
         """A recipe whose config can be changed independently, even if this one is frozen."""
@@ -259,14 +267,9 @@ class Recipe(ABC):
 
     @abstractmethod
     def options(self, settings: Dict[str, Any]) -> List[str]:
-        """What to add to a command line for some values of settings."""
+        """The command line options that give settings these values."""
 
     # What the model is
-
-    @property
-    @abstractmethod
-    def architecture(self) -> str:
-        """Name of the meta-architecture's class."""
 
     @property
     def is_retinanet(self) -> bool:
@@ -278,26 +281,11 @@ class Recipe(ABC):
         """Whether the model returns proposals only."""
         return self.architecture == "ProposalNetwork"
 
-    @property
-    @abstractmethod
-    def needs_proposals(self) -> bool:
-        """Whether the model has no RPN and reads proposals from files."""
-
-    @property
-    @abstractmethod
-    def has_masks(self) -> bool:
-        """Whether the model predicts masks."""
-
-    @property
-    @abstractmethod
-    def has_keypoints(self) -> bool:
-        """Whether the model predicts keypoints."""
-
     @abstractmethod
     def sizes(self, is_train: bool) -> Tuple[Tuple[int, ...], int]:
         """
-        What images are resized to in training or evaluation: the lengths of the shorter side, and
-        the longest longer side; (), 0 if that is not known.
+        The lengths of the shorter side to which images are resized in training or evaluation, and
+        the maximum length of the longer side, in pixels; (), 0 if unknown.
         """
 
     @abstractmethod
@@ -314,18 +302,18 @@ class Recipe(ABC):
     @abstractmethod
     def variant_options(self, disabled: Sequence[str], reference_bins: bool = False) -> List[str]:
         """
-        What to add to the command line for a variant of the model.
+        The command line options that turn the model into a variant.
 
         Args:
-            disabled: ideas that it does without: "sampling", "feature_pyramid", "balanced_l1".
-            reference_bins: whether its sampler has mmdetection's bins.
+            disabled: ideas to disable: "sampling", "feature_pyramid", "balanced_l1".
+            reference_bins: whether its sampler uses mmdetection's bins.
         """
 
     @abstractmethod
     def rpn_only(self) -> "Recipe":
         """A copy whose model ends with the proposals."""
 
-    # What a training is made of
+    # The parts of a training
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -339,18 +327,14 @@ class Recipe(ABC):
 
     def build_trained_model(self, checkpoint_dir: str = "") -> nn.Module:
         """
-        Build the model and load its weights, all of which must be there.
+        Build the model in evaluation mode and load its weights, all of which must be there.
 
         Args:
-            checkpoint_dir: if it holds a checkpoint, the last one is loaded in place of
-                :attr:`weights`.
-
-        Returns:
-            the model, in evaluation mode.
+            checkpoint_dir: its last checkpoint, if any, takes the place of :attr:`weights`.
 
         Raises:
-            InputError: if no weights are named, they are those of another model or cannot be read;
-                see also :meth:`build_model`.
+            InputError: if there are no weights, or they are unreadable or of another model; see
+                also :meth:`build_model`.
         """
         model = self.build_model()
         checkpointer = LibraCheckpointer(model, checkpoint_dir, complete=True)
@@ -366,18 +350,18 @@ class Recipe(ABC):
 
     @abstractmethod
     def build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Build the schedule of an optimizer's learning rates."""
+        """Build the learning rate schedule of an optimizer."""
 
     @abstractmethod
     def build_augmentations(self, is_train: bool) -> List:
-        """Build what resizes and augments images."""
+        """Build the augmentations of images, resizing included."""
 
     @abstractmethod
     def build_mapper(
         self, is_train: bool, augmentations: Optional[List] = None
     ) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
         """
-        Build what makes the input of a model of an image in Detectron2's dataset format.
+        Build the mapper from Detectron2's dataset format to the input of a model.
 
         Args:
             is_train: whether with annotations, for training.
@@ -387,10 +371,10 @@ class Recipe(ABC):
     @abstractmethod
     def build_train_loader(self, seed: int) -> Iterable:
         """
-        Build the data loader for training, which can be resumed if it is Detectron2's.
+        Build the data loader for training; it is resumable if it is Detectron2's.
 
         Args:
-            seed: of the order and the augmentation of the images, the same in all processes.
+            seed: of the order and the augmentation of images, the same in all processes.
         """
 
     @abstractmethod
@@ -398,7 +382,7 @@ class Recipe(ABC):
         """Build the data loader for the evaluation on a dataset."""
 
     def build_validation_loader(self, dataset_name: str) -> Iterable:
-        """Build a loader of images as in evaluation with their annotations, for losses."""
+        """Build the loader for validation losses: images as in evaluation, with annotations."""
         files = dict(zip(self.test_datasets, self.test_proposals))
         records = get_detection_dataset_dicts(
             dataset_name, proposal_files=[files[dataset_name]] if files else None
@@ -406,19 +390,11 @@ class Recipe(ABC):
         mapper = self.build_mapper(True, augmentations=self.build_augmentations(False))
         return build_detection_test_loader(records, mapper=mapper, num_workers=self.num_workers)
 
-    @property
-    def has_own_evaluator(self) -> bool:
-        """Whether the config names an evaluator, in place of the one that fits the dataset."""
-        return False
+    #: whether the config names an evaluator, in place of the one that fits the dataset
+    has_own_evaluator: bool = False
 
     def build_evaluator(self, dataset_name: str, output_dir: str) -> DatasetEvaluator:
-        """
-        Build the evaluator of a dataset, see :func:`libra_d2.evaluation.build_evaluator`.
-
-        Args:
-            dataset_name: a registered dataset.
-            output_dir: for its predictions.
-        """
+        """See :func:`libra_d2.evaluation.build_evaluator`."""
         return build_evaluator(dataset_name, output_dir, self.max_detections)
 
     @abstractmethod
@@ -436,7 +412,7 @@ class Recipe(ABC):
 
     def scaled_to(self, world_size: int) -> "Recipe":
         """
-        The recipe for a number of processes: with batch size, learning rate and schedule in
-        proportion where the config says for how many it was made, else this one.
+        The recipe for a number of processes: with batch size, learning rate and schedule scaled in
+        proportion if :attr:`reference_world_size` is set, else this one.
         """
         return self

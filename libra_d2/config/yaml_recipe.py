@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from operator import attrgetter
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -22,11 +23,11 @@ from ..errors import ArgumentError, InputError
 from ..evaluation import add_test_time_augmentation
 from .ideas import DISABLED
 from .model_checks import check_box_losses, warn_of_unread_keys
-from .recipe import Recipe, Setting
+from .recipe import Recipe, Setting, leaves
 
 __all__ = ["YamlRecipe"]
 
-# Arguments of components whose keys have other names, or which no key says.
+# Arguments of components whose keys have other names, or that no key sets.
 _OTHER_NAMES = {"min_iou": "low_quality_iou"}
 _DESCRIPTIONS = {
     "negative_iou_thresh": "MODEL.ROI_HEADS.IOU_THRESHOLDS[0]",
@@ -35,62 +36,32 @@ _DESCRIPTIONS = {
 }
 
 
-def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 class YamlRecipe(Recipe):
-    """The recipe that a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config` says."""
+    """The recipe of a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`."""
 
     config: CfgNode
 
     # Settings
 
-    def _keys(self, setting: Setting) -> Tuple[str, ...]:
-        """Those that count for this kind of model."""
+    def _names(self, setting: Setting) -> Tuple[str, ...]:
         if len(setting.yaml) < 2:
             return setting.yaml
         return tuple(key for key in setting.yaml if ("RETINANET" in key) == self.is_retinanet)
 
-    def _node(self, key: str) -> Tuple[CfgNode, str]:
-        *sections, name = key.split(".")
-        node = self.config
-        for section in sections:
-            node = node[section]
-        return node, name
+    def _has(self, setting: Setting) -> bool:
+        return bool(setting.yaml)
 
     def _read(self, setting: Setting) -> Any:
         if not setting.yaml:
             raise setting.missing(self)
-        node, name = self._node(self._keys(setting)[0])
-        return node[name]
+        return attrgetter(self._names(setting)[0])(self.config)
 
     def _write(self, setting: Setting, value: Any) -> None:
         if not setting.yaml:
             raise setting.missing(self)
         for key in setting.yaml:
-            node, name = self._node(key)
-            setattr(node, name, value)  # which refuses to change a frozen config
-
-    def name_of(self, setting: str) -> str:
-        described = getattr(Recipe, setting, None)
-        if not isinstance(described, Setting):
-            return setting
-        return self._keys(described)[0] if described.yaml else setting
-
-    def has(self, setting: str) -> bool:
-        described = getattr(Recipe, setting, None)
-        return bool(described.yaml) if isinstance(described, Setting) else "." in setting
-
-    def get(self, setting: str, default: Any = None) -> Any:
-        if "." not in setting:
-            return super().get(setting, default)
-        node, name = self._node(setting)
-        return node[name]
+            section, _, name = f"config.{key}".rpartition(".")
+            setattr(attrgetter(section)(self), name, value)
 
     def freeze(self) -> None:
         self.config.freeze()
@@ -104,28 +75,16 @@ class YamlRecipe(Recipe):
         return self.config.dump()
 
     def check_nulls(self) -> None:
-        _check_null(self.config, get_cfg())
+        defaults = dict(leaves(get_cfg()))
+        for key, value in leaves(self.config):
+            if value is None and defaults.get(key) is not None:
+                default = defaults[key]
+                raise InputError(f"{key} is null: leave it out for its default, {default!r}")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [str(x) for name, value in settings.items() for x in (self.name_of(name), value)]
 
     # What the model is
-
-    @property
-    def architecture(self) -> str:
-        return self.config.MODEL.META_ARCHITECTURE
-
-    @property
-    def needs_proposals(self) -> bool:
-        return self.config.MODEL.LOAD_PROPOSALS
-
-    @property
-    def has_masks(self) -> bool:
-        return self.config.MODEL.MASK_ON
-
-    @property
-    def has_keypoints(self) -> bool:
-        return self.config.MODEL.KEYPOINT_ON
 
     def sizes(self, is_train: bool) -> Tuple[Tuple[int, ...], int]:
         values = self.config.INPUT
@@ -151,7 +110,7 @@ class YamlRecipe(Recipe):
 
     def rpn_only(self) -> "YamlRecipe":
         recipe = self.copy()
-        # The same names and weights as the model's, without what comes after the proposals.
+        # It keeps the names and weights of the model, without what comes after the proposals.
         recipe.config.MODEL.META_ARCHITECTURE = "ProposalNetwork"
         return recipe
 
@@ -172,17 +131,15 @@ class YamlRecipe(Recipe):
 
     def _check_registered_names(self) -> None:
         model = self.config.MODEL
-        names = [("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY)]
-        names.append(("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY))
+        registries = {"META_ARCHITECTURE": META_ARCH_REGISTRY, "BACKBONE.NAME": BACKBONE_REGISTRY}
         if model.BACKBONE.NAME == "build_libra_backbone":
-            base = model.LIBRA.BFP.BASE_BACKBONE
-            names.append(("LIBRA.BFP.BASE_BACKBONE", base, BACKBONE_REGISTRY))
+            registries["LIBRA.BFP.BASE_BACKBONE"] = BACKBONE_REGISTRY
         if "RCNN" in self.architecture or self.is_proposal_network:
             if not self.needs_proposals:
-                name = model.PROPOSAL_GENERATOR.NAME
-                names.append(("PROPOSAL_GENERATOR.NAME", name, PROPOSAL_GENERATOR_REGISTRY))
-            names.append(("ROI_HEADS.NAME", model.ROI_HEADS.NAME, ROI_HEADS_REGISTRY))
-        for key, name, registry in names:
+                registries["PROPOSAL_GENERATOR.NAME"] = PROPOSAL_GENERATOR_REGISTRY
+            registries["ROI_HEADS.NAME"] = ROI_HEADS_REGISTRY
+        for key, registry in registries.items():
+            name = attrgetter(key)(model)
             if name not in registry:
                 known = ", ".join(sorted(name for name, _ in registry))
                 raise InputError(
@@ -190,27 +147,24 @@ class YamlRecipe(Recipe):
                 )
 
     def _key_of(self, error: ArgumentError) -> str:
-        """The key that a component was given an argument from: one of its name and value."""
+        """The key with the name and value of a component's argument."""
         name = _OTHER_NAMES.get(error.argument, error.argument)
-        for key, value in _leaves(self.config.MODEL, "MODEL."):
+        for key, value in leaves(self.config.MODEL, "MODEL."):
             if key.split(".")[-1].lower() == name and value == error.value:
                 return key
         return _DESCRIPTIONS.get(error.argument, error.argument)
 
     def _missing_level(self, error: KeyError) -> Optional[InputError]:
-        """What to say if a part of the model wants features that its backbone does not have."""
+        """The error of a model that reads a feature level which its backbone does not return."""
         model, level = self.config.MODEL, error.args[0] if error.args else None
         sections = ("RETINANET", "FPN") if self.is_retinanet else ("RPN", "ROI_HEADS", "FPN")
+        hint = "; the backbone of a RetinaNet is build_libra_retinanet_resnet_fpn_backbone"
         for section in sections:
             if level in model[section].IN_FEATURES:
-                hint = (
-                    "; the backbone of a RetinaNet is build_libra_retinanet_resnet_fpn_backbone"
-                    if level in ("p6", "p7")
-                    else ""
-                )
                 return InputError(
                     f"MODEL.{section}.IN_FEATURES names {level!r}, which MODEL.BACKBONE.NAME "
-                    f"{model.BACKBONE.NAME!r} does not return{hint}"
+                    f"{model.BACKBONE.NAME!r} does not return"
+                    + (hint if level in ("p6", "p7") else "")
                 )
         return None
 
@@ -253,13 +207,3 @@ class YamlRecipe(Recipe):
     def verify(self, results: Dict[str, Any]) -> None:
         """See :func:`detectron2.evaluation.verify_results`."""
         verify_results(self.config, results)
-
-
-def _check_null(cfg: CfgNode, defaults: CfgNode, prefix: str = "") -> None:
-    for name, value in cfg.items():
-        default = defaults.get(name)
-        if isinstance(value, CfgNode):
-            known = default if isinstance(default, CfgNode) else value
-            _check_null(value, known, f"{prefix}{name}.")
-        elif value is None and default is not None:
-            raise InputError(f"{prefix}{name} is null: leave it out for its default, {default!r}")

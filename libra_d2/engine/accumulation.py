@@ -26,10 +26,10 @@ Losses = Dict[str, torch.Tensor]
 class AccumulationTrainer(SimpleTrainer):
     """
     :class:`SimpleTrainer` that splits each batch into micro-batches and accumulates their gradients
-    for one optimizer step. They are the gradients of the whole batch: the normalizers of libra_d2's
-    losses are counted over all micro-batches (and processes) first, in a forward pass without
-    gradients. Losses of other classes are averaged over the micro-batches. Batch norm that is not
-    frozen normalizes over a micro-batch.
+    for one optimizer step. The result is the gradient of the whole batch: a first forward pass,
+    without gradients, counts the normalizers of libra_d2's losses over all micro-batches and
+    processes. Losses of other classes are averaged over the micro-batches. Batch norms that are not
+    frozen normalize over a micro-batch.
     """
 
     #: number of micro-batches in a batch
@@ -64,13 +64,13 @@ class AccumulationTrainer(SimpleTrainer):
     @torch.no_grad()
     def _count(self, micro_batches: List[Inputs], normalizers: Normalizers) -> List[Dict[str, Any]]:
         """
-        Compute the losses for what is counted on the way.
+        Compute the losses to count their normalizers.
 
         Returns:
-            the random state in front of each micro-batch; both passes must draw the same samples.
+            the RNG state before each micro-batch, so that both passes draw the same samples.
         """
-        model = self.model
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        is_parallel = isinstance(self.model, DistributedDataParallel)
+        model = self.model.module if is_parallel else self.model
         states, before = [], get_random_state()
         with normalizers.active(), EventStorage(), _frozen_statistics(model), self._precision():
             for micro_batch in micro_batches:
@@ -81,7 +81,7 @@ class AccumulationTrainer(SimpleTrainer):
         return states
 
     def _synchronized(self, is_last: bool) -> ContextManager:
-        """Gradients are averaged over the processes once, with those of the last micro-batch."""
+        """Processes average their gradients once, with the last micro-batch."""
         if is_last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -101,7 +101,7 @@ class AccumulationTrainer(SimpleTrainer):
 
 
 class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
-    """The same with mixed precision."""
+    """:class:`AccumulationTrainer` with mixed precision."""
 
     def _precision(self) -> ContextManager:
         return torch.autocast("cuda")
@@ -116,7 +116,7 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
 
 @contextmanager
 def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Running statistics of batch norm are not updated inside."""
+    """Batch norms do not update their running statistics inside."""
     norms = get_bn_modules(model)
     settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -8,11 +8,8 @@ __all__ = ["add_data_arguments", "config_argument_parser"]
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """
-    Add the arguments that :func:`libra_d2.engine.setup.register_own_data` reads.
-
-    Args:
-        parser: to add them to.
-        required: whether annotations and images must be named for both splits.
+    Add the arguments that :func:`libra_d2.engine.setup.register_own_data` reads; with ``required``,
+    annotations and images of both splits must be given.
     """
     data = parser.add_argument_group(
         "your own data", "in COCO format; sets the number of classes. Instead of DATASETS.*"
@@ -35,7 +32,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
 
 
 def config_argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with ``--config-file`` and, behind all options, the ``opts`` of read_config."""
+    """A parser with ``--config-file`` and, after all options, the ``opts`` of read_config."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

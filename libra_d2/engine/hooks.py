@@ -31,21 +31,20 @@ __all__ = [
 
 
 class TrainingEnded(BaseException):
-    """A training ends before its last iteration, as if that had been its last one."""
+    """Ends a training early, as if the current iteration had been the last one."""
 
 
 class CheckpointHook(PeriodicCheckpointer):
     """
-    :class:`PeriodicCheckpointer` whose ``max_to_keep`` includes the checkpoints that were written
-    before the training was resumed. All processes have it, since each has a state to save; the main
-    one writes.
+    :class:`PeriodicCheckpointer` whose ``max_to_keep`` includes checkpoints written before the
+    training was resumed. All processes need it, to gather their states; the main process writes.
     """
 
     def __init__(self, checkpointer: Checkpointer, resume: ExactResume, period: int, **kwargs):
         """
         Args:
             checkpointer, period, kwargs: see :class:`PeriodicCheckpointer`.
-            resume: knows the states of all processes.
+            resume: gathers the states of all processes.
         """
         super().__init__(checkpointer, period, **kwargs)
         self.resume = resume
@@ -69,13 +68,12 @@ class CheckpointHook(PeriodicCheckpointer):
 
 class StopOnSignal(HookBase):
     """
-    Make SIGTERM, by which schedulers announce that a job's time is over, SIGUSR1, which they can be
-    told to send ahead of that, and SIGINT (Ctrl-C) stop the training after the iteration it is in,
-    with a checkpoint to resume from; a second Ctrl-C stops at once. The exit status is 128 and the
-    signal's number, as if the signal had ended the process.
+    Stops the training on SIGTERM or SIGUSR1, which schedulers send before a job's time is over, and
+    on SIGINT (Ctrl-C): after the current iteration, with a checkpoint to resume from; a second
+    Ctrl-C stops at once. The exit status is 128 plus the signal's number, as in shells.
 
-    Several processes agree on an iteration, of which they tell one another while they compute the
-    next one. An evaluation is broken off.
+    Several processes agree on the iteration, asynchronously during the next one. An evaluation is
+    aborted.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -88,19 +86,19 @@ class StopOnSignal(HookBase):
         self._pending = None
 
     def before_train(self) -> None:
-        """Start to listen. See :meth:`HookBase.before_train`."""
+        """Install the signal handlers."""
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         if comm.get_world_size() > 1:
-            # One for CPUs: nobody has to wait for a GPU.
+            # On CPUs, so that no process has to wait for its GPU.
             self._group = distributed.new_group(backend="gloo")
 
     def after_train(self) -> None:
-        """Stop to listen, and leave nothing pending. See :meth:`HookBase.after_train`."""
+        """Restore the signal handlers, and wait for pending communication."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending is not None:
-            # A thread that is still at it when the interpreter ends would abort the process.
+            # A thread still running when the interpreter exits would abort the process.
             with suppress(RuntimeError):  # another process may be gone
                 self._pending[0].wait()
             self._pending = None
@@ -114,12 +112,7 @@ class StopOnSignal(HookBase):
             self.stop()
 
     def after_step(self) -> None:
-        """
-        Stop if the signal has come.
-
-        Raises:
-            SystemExit: then.
-        """
+        """Stop, by raising SystemExit, if a process has received a signal."""
         if self._group is None:
             if self.received is not None:
                 self.stop()
@@ -137,7 +130,7 @@ class StopOnSignal(HookBase):
         self._pending = work, number
 
     def stop(self) -> None:
-        """Write a checkpoint and leave."""
+        """Write a checkpoint and exit."""
         iteration = self.trainer.iter
         self.trainer.save_state()
         if comm.is_main_process():
@@ -146,7 +139,7 @@ class StopOnSignal(HookBase):
         sys.exit(128 + self.received)
 
     def __enter__(self) -> None:
-        """Until :meth:`__exit__` a signal stops what is being done, which changes no state."""
+        """Until :meth:`__exit__`, a signal aborts the evaluation, which changes no state."""
         if self.received is not None and self._group is None:
             self.stop()
         self._interruptible = True
@@ -156,17 +149,13 @@ class StopOnSignal(HookBase):
 
 
 class BestModel(BestCheckpointer):
-    """
-    :class:`BestCheckpointer` that knows its best after the training was resumed, too.
-
-    It writes ``model_best.pth``, weights alone.
-    """
+    """:class:`BestCheckpointer` that can be resumed. It writes ``model_best.pth``, weights only."""
 
     def describe(self) -> str:
-        """The best model, in a line; "" if there is none."""
+        """One line about the best model; "" if there is none."""
         if self.best_metric is None:
             return ""
-        # Detectron2 files the last evaluation under the iteration after the last one.
+        # Detectron2 counts the last evaluation as one iteration after the last.
         iterations = min(self.best_iter + 1, self.trainer.max_iter)
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
         value = f"{self._val_metric} {self.best_metric:.1f}"
@@ -180,7 +169,7 @@ class BestModel(BestCheckpointer):
 
 
 class EarlyStopping(HookBase):
-    """End the training when a metric has not risen for some evaluations."""
+    """Ends the training when a metric has not risen for some evaluations."""
 
     def __init__(self, eval_period: int, metric: str, patience: int):
         """
@@ -207,7 +196,7 @@ class EarlyStopping(HookBase):
         return self.num_bad >= self.patience
 
     def after_step(self) -> None:
-        """See :meth:`HookBase.after_step`; the main process knows the metric."""
+        """All processes decide by the metric of the main process."""
         next_iter = self.trainer.iter + 1
         if next_iter % self.period != 0 or next_iter >= self.trainer.max_iter:
             return
@@ -223,16 +212,16 @@ class EarlyStopping(HookBase):
 
 class AverageWeights(HookBase):
     """
-    Keep an exponential moving average of the weights; buffers, such as statistics of batch norm,
-    are copies.
+    Keeps an exponential moving average of the weights. Buffers, such as batch norm statistics, are
+    copied.
     """
 
     def __init__(self, model: nn.Module, decay: float, output_dir: str):
         """
         Args:
-            model: whose weights are averaged, not in a ``DistributedDataParallel``.
-            decay: in (0, 1), share of the average that a step keeps.
-            output_dir: directory for ``model_final_ema.pth``.
+            model: to average, without ``DistributedDataParallel``.
+            decay: in (0, 1), share of the average that is kept in a step.
+            output_dir: directory of ``model_final_ema.pth``.
         """
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.output_dir = output_dir
@@ -244,17 +233,15 @@ class AverageWeights(HookBase):
         return self.average.module
 
     def before_train(self) -> None:
-        """See :meth:`HookBase.before_train`; weights were loaded since this hook was made."""
+        """Start from the loaded weights, unless an average was loaded as well."""
         if not self._is_resumed:
-            model = getattr(self.trainer.model, "module", self.trainer.model)
-            self.model.load_state_dict(model.state_dict())
+            self.model.load_state_dict(self.trainer.checkpointer.model.state_dict())
 
     def after_step(self) -> None:
-        model = self.trainer.model
-        self.average.update_parameters(getattr(model, "module", model))
+        self.average.update_parameters(self.trainer.checkpointer.model)
 
     def after_train(self) -> None:
-        """See :meth:`HookBase.after_train`; writes the averaged weights of a whole training."""
+        """Write the averaged weights if the training is complete."""
         if self.trainer.iter + 1 >= self.trainer.max_iter:
             LibraCheckpointer(self.model, self.output_dir, tag=False).save("model_final_ema")
 

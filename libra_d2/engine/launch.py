@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a program in one or several processes, and its errors in one line."""
+"""Running a program in one or several processes, with errors in one line."""
 
 import argparse
 import errno
@@ -23,21 +23,20 @@ __all__ = ["Process", "join_processes", "launch", "read_environment", "report_er
 
 
 class Process(NamedTuple):
-    """This process among all of them."""
+    """This process among all of them; "local" means on its machine."""
 
     rank: int
     world_size: int
     local_rank: int
-    #: on each machine
     local_size: int
 
 
 def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
     """
-    What torchrun, or else SLURM's srun, says about this process.
+    Read this process's ranks from the environment variables of torchrun, or else of SLURM's srun.
 
     Returns:
-        None if neither has started it, or not with other ones.
+        None if neither has started it, or as the only process.
 
     Raises:
         InputError: if the machines have different numbers of processes.
@@ -45,7 +44,7 @@ def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
     if "TORCHELASTIC_RUN_ID" in environment or "LOCAL_WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return Process(*(int(environment[name]) for name in names))
-    # Only srun sets this one; the others are there in a batch script, too, which is one process.
+    # Only srun sets this one; a batch script, which is one process, has the others, too.
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
     per_machine = environment["SLURM_STEP_TASKS_PER_NODE"]  # such as "8", "8(x2)" or "8(x2),4"
@@ -61,14 +60,11 @@ def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
 
 def join_processes(process: Process) -> None:
     """
-    Connect this process with the others that torchrun or SLURM has started: with NCCL on GPUs, one
-    for each process, and with gloo on CPUs.
-
-    Args:
-        process: this one.
+    Connect this process to the others that torchrun or SLURM has started: with NCCL and a GPU for
+    each process, or with gloo on CPUs.
 
     Raises:
-        InputError: if they cannot be found, or there are too few GPUs.
+        InputError: if the others' address is unknown, or there are too few GPUs.
     """
     if "MASTER_ADDR" not in os.environ:
         if process.local_size < process.world_size:
@@ -77,7 +73,7 @@ def join_processes(process: Process) -> None:
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         os.environ["MASTER_ADDR"] = "127.0.0.1"
-    # A port that jobs on the same machine do not share.
+    # Jobs on the same machine have different ports.
     port = 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
     os.environ.setdefault("MASTER_PORT", str(port))
     has_gpu = torch.cuda.is_available()
@@ -100,7 +96,7 @@ def _set_local_group(process: Process) -> None:
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(process.local_size)
         return
-    # Detectron2 0.6 does this in its launcher only.
+    # In Detectron2 0.6 only its launcher does this.
     for first in range(0, process.world_size, process.local_size):
         ranks = list(range(first, first + process.local_size))
         group = distributed.new_group(ranks)
@@ -108,7 +104,7 @@ def _set_local_group(process: Process) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-# Permissions, read-only or full disks, and files where folders are wanted.
+# Permissions, read-only or full disks, and files in place of folders.
 _NOT_WRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -117,10 +113,10 @@ _NOT_WRITABLE = (
 
 def report_errors(main: Callable, *args: Any) -> None:
     """
-    Call ``main(*args)``. An InputError, and a place that cannot be written to, becomes one line on
-    stderr and exit status 2, an interrupt one line and exit status 130, as shells have it.
+    Call ``main(*args)``. Input errors and files that cannot be written are reported in one line on
+    stderr with exit status 2, interrupts in one line with exit status 130, as in shells.
     """
-    # It logs what ends a training, with a traceback; what the user can put right needs none.
+    # Detectron2 logs errors of a training with their traceback; users do not need it for their own.
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
     try:
         main(*args)
@@ -142,16 +138,15 @@ def _is_no_input_error(record: logging.LogRecord) -> bool:
 
 
 def _say(line: str) -> None:
-    # Only one process may have met the broken image, so that each speaks for itself.
+    # Each process reports: only one of them may have read the broken image.
     process = f"[process {comm.get_rank()}] " if comm.get_world_size() > 1 else ""
     print(f"{process}{line}", file=sys.stderr, flush=True)
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """
-    Call ``main(args)`` in the processes that torchrun or SLURM has started, or in those that
-    ``args`` of Detectron2's ``default_argument_parser`` asks for. Ends the program for what the
-    user can put right.
+    Call ``main(args)`` in the processes that torchrun or SLURM has started, or that ``args`` of
+    Detectron2's ``default_argument_parser`` asks for; see :func:`report_errors`.
     """
     report_errors(_launch, main, args)
 
@@ -164,7 +159,7 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
             sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
         join_processes(process)
         main(args)
-        # With its threads still there the interpreter may abort at its end.
+        # Threads that still run when the interpreter exits may abort it.
         comm.synchronize()
         distributed.destroy_process_group()
         return

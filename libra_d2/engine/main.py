@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``train_net.py`` does: train or evaluate a config, and say what came out."""
+"""The program behind ``train_net.py``: trains or evaluates a config, and summarizes the results."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ __all__ = ["build_argument_parser", "evaluate", "main", "run", "summarize", "tra
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and those that name data of one's own."""
+    """Detectron2's arguments, and those for your own data."""
     parser = default_argument_parser()
     add_data_arguments(parser)
     return parser
@@ -31,7 +31,7 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     Evaluate the weights of a recipe, or with ``resume`` the last checkpoint.
 
     Returns:
-        the metrics of each task, or of each dataset and task if there are several datasets.
+        see :meth:`Trainer.test`.
     """
     model = recipe.build_trained_model(recipe.output_dir if resume else "")
     results = Trainer.test(recipe.config, model)
@@ -43,12 +43,7 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
 
 
 def train(trainer: Trainer, resume: bool) -> Mapping[str, Any]:
-    """
-    Train, or with ``resume`` continue from the last checkpoint.
-
-    Returns:
-        as :func:`evaluate`, of the last evaluation.
-    """
+    """Train, or with ``resume`` continue; returns the results of the last evaluation."""
     trainer.resume_or_load(resume=resume)
     try:
         return trainer.train()
@@ -69,13 +64,12 @@ def summarize(
     recipe: Recipe, results: Mapping[str, Any], title: str, trainer: Optional[Trainer] = None
 ) -> None:
     """
-    Write tables of the results and, of a training, the learning curves; print results and files.
+    Write tables of the results and the learning curves of a training; print results and files.
 
     Args:
-        recipe: what was trained or evaluated.
         results: see :func:`evaluate`.
         title: of the tables.
-        trainer: of a training.
+        trainer: None after an evaluation.
     """
     datasets, files = recipe.test_datasets, {"log": "log.txt"}
     by_dataset = results if len(datasets) > 1 else {datasets[0]: results} if results else {}

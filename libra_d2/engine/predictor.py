@@ -12,22 +12,21 @@ __all__ = ["LibraPredictor"]
 
 class LibraPredictor(DefaultPredictor):
     """
-    :class:`DefaultPredictor` that resizes as ``MODEL.LIBRA.INPUT.INTERPOLATION`` says, and takes
-    weights in any format that :class:`libra_d2.checkpoint.LibraCheckpointer` reads.
+    :class:`DefaultPredictor` that resizes with ``MODEL.LIBRA.INPUT.INTERPOLATION`` and reads
+    weights in all formats of :class:`libra_d2.checkpoint.LibraCheckpointer`.
     """
 
     def __init__(self, cfg: Any):
         """
-        The parent's constructor loads weights and resizes in its own way, so that its attributes
-        are set here.
+        This replaces the parent's constructor, which loads weights and resizes in its own way.
 
         Args:
             cfg: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, a LazyConfig, or
                 the recipe of one.
 
         Raises:
-            InputError: if config and weights cannot be used; see
-                :meth:`libra_d2.config.Recipe.build_trained_model`.
+            InputError: see :meth:`libra_d2.config.Recipe.build_trained_model`; also if the config
+                has several augmentations for evaluation.
         """
         recipe = make_recipe(cfg).copy()
         self.cfg = recipe.config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact resuming: what a training needs besides weights, optimizer and schedule to continue."""
+"""Exact resuming: the state of a training besides weights, optimizer and schedule."""
 
 import json
 import logging
@@ -23,25 +23,24 @@ __all__ = ["ExactResume"]
 
 logger = logging.getLogger(__name__)
 
-_WINDOW = 20  # of the medians that Detectron2's writers write
+_WINDOW = 20  # of the medians in Detectron2's writers
 
 
 class ExactResume(HookBase):
     """
-    Makes a resumed training the uninterrupted one, bit by bit.
+    Makes a resumed training bit-identical to an uninterrupted one.
 
-    Its state holds, for each process, the position in the data order, the random states, the
-    running statistics of batch norm and the moving averages of normalizers, and for all of them the
-    histories of what is logged as a median. It is restored, and what ``metrics.json`` has of later
-    iterations is removed, before the first iteration.
+    Its state holds the position in the data order, the RNG states, the batch norm statistics and
+    the moving averages of normalizers of each process, and the histories of smoothed metrics. It is
+    restored, and later iterations are removed from ``metrics.json``, before the first iteration.
 
-    It must be the last hook, because its :meth:`before_train` restores the random states.
+    It must be the last hook, because its :meth:`before_train` restores the RNG states.
     """
 
     def __init__(self, loader: Any, output_dir: str):
         """
         Args:
-            loader: of the training data. Other loaders than a :class:`ResumableLoader` start over.
+            loader: of the training data; it starts over unless it is a :class:`ResumableLoader`.
             output_dir: directory of ``metrics.json``.
         """
         self.loader = loader
@@ -49,37 +48,31 @@ class ExactResume(HookBase):
         self._loaded: Optional[Dict[str, Any]] = None
         self._held: Optional[List[Dict[str, Any]]] = None
 
-    @property
-    def _model(self) -> nn.Module:
-        return getattr(self.trainer.model, "module", self.trainer.model)
-
     def state_dict(self) -> Dict[str, Any]:
         """See :meth:`HookBase.state_dict`. Several processes must be inside :meth:`held`."""
         held = self._held
         if held is None:
             held = self._gather() if comm.get_world_size() == 1 else []
         storage = getattr(self.trainer, "storage", None)
-        return {
-            "processes": held,
-            "histories": _get_histories(storage) if storage else {},
-        }
+        return {"processes": held, "histories": _get_histories(storage) if storage else {}}
 
     def _gather(self) -> List[Dict[str, Any]]:
+        model = self.trainer.checkpointer.model
         is_resumable = isinstance(self.loader, ResumableLoader)
         state = {
             "random": get_random_state(),
             "loader": self.loader.state_dict() if is_resumable else None,
-            # Each process has its own running statistics, and evaluates its images with them.
-            "buffers": _get_statistics(self._model) if comm.get_rank() > 0 else {},
-            "normalizers": _get_normalizers(self._model),
+            # The checkpoint's model has the statistics of the main process.
+            "buffers": _get_statistics(model) if comm.get_rank() > 0 else {},
+            "normalizers": _get_normalizers(model),
         }
         return comm.gather(state)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """
-        Exchange the states of all processes, which must enter this together. Inside, each of them
-        may write a checkpoint, which has the states at the start.
+        Gather the states of all processes, which must enter together. Checkpoints that are written
+        inside have these states.
         """
         if self._held is not None:
             yield
@@ -96,6 +89,7 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         start, state, self._loaded = self.trainer.start_iter, self._loaded, None
+        model = self.trainer.checkpointer.model
         if comm.is_main_process() and start > 0:
             _remove_later_metrics(os.path.join(self.output_dir, "metrics.json"), start)
         if state is None:
@@ -109,14 +103,14 @@ class ExactResume(HookBase):
         processes = state["processes"]
         if processes:
             own = processes[comm.get_rank() % len(processes)]
-            _set_normalizers(self._model, own["normalizers"])
+            _set_normalizers(model, own["normalizers"])
         if len(processes) != comm.get_world_size():
             logger.warning(
                 f"The checkpoint is of {len(processes)} processes, and there are "
                 f"{comm.get_world_size()} now: the data order and the random numbers restart"
             )
             return
-        self._model.load_state_dict(own["buffers"], strict=False)
+        model.load_state_dict(own["buffers"], strict=False)
         if isinstance(self.loader, ResumableLoader) and own["loader"] is not None:
             self.loader.load_state_dict(own["loader"])
         else:
@@ -128,7 +122,7 @@ class ExactResume(HookBase):
 
 
 def _get_normalizers(model: nn.Module) -> Dict[str, float]:
-    """Moving averages of what losses are divided by, of those parts of ``model`` that keep one."""
+    """The moving averages of loss normalizers, by the name of the module that keeps them."""
     return {
         name: float(module.loss_normalizer)
         for name, module in model.named_modules()
@@ -137,14 +131,13 @@ def _get_normalizers(model: nn.Module) -> Dict[str, float]:
 
 
 def _set_normalizers(model: nn.Module, normalizers: Dict[str, float]) -> None:
-    """Args: model, normalizers: see :func:`_get_normalizers`."""
     for name, module in model.named_modules():
         if name in normalizers:
             module.loss_normalizer = normalizers[name]
 
 
 def _get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The running statistics of batch norm that is not frozen, on the host."""
+    """Copies on the CPU of the running statistics of batch norms that are not frozen."""
     return {
         f"{name}.{key}": value.cpu().clone()
         for name, module in model.named_modules()
@@ -154,7 +147,7 @@ def _get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
 
 
 def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
-    """The last values, with their iterations, of what is written as a median, except for times."""
+    """The latest values, with their iterations, of smoothed metrics other than times."""
     smoothed = storage.smoothing_hints()
     return {
         name: [[float(value), int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
@@ -164,7 +157,6 @@ def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
 
 
 def _set_histories(storage: EventStorage, histories: Dict[str, List[List[float]]]) -> None:
-    """Args: storage: a new one. histories: see :func:`_get_histories`."""
     now = storage.iter
     for name, values in histories.items():
         for value, iteration in values:
@@ -175,12 +167,8 @@ def _set_histories(storage: EventStorage, histories: Dict[str, List[List[float]]
 
 def _remove_later_metrics(path: str, iteration: int) -> None:
     """
-    Remove from a ``metrics.json`` what a training that is resumed will write again. The file stays
-    the same, because it may be open already.
-
-    Args:
-        path: of the file; it need not be there.
-        iteration: the first one to come.
+    Remove the lines from ``iteration`` on, and truncated ones, from a ``metrics.json`` if there is
+    one. It is changed in place, because it may be open already.
     """
     if not os.path.isfile(path):
         return

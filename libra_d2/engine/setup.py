@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From command line arguments to a recipe and data that work can start with."""
+"""From command line arguments to a checked recipe and registered data."""
 
 import argparse
 import logging
 import os
 import tempfile
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, List, Sequence
 
 import yaml
 
@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import Recipe, check_run, read_recipe
+from ..config.recipe import leaves
 from ..data import prepare_proposals, register_coco_json
 from ..errors import InputError, one_line
 from ..model_zoo import find_config
@@ -29,35 +30,26 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Of what differs when a training is resumed, where outputs and weights are does not matter.
+# Keys that may differ when a training is resumed.
 _PLACES = ("OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "train.output_dir", "train.init_checkpoint")
 
 
 def read_config(config_file: str, options: Sequence[str]) -> Recipe:
-    """
-    Read a config and what the command line sets, and check the values.
-
-    Args:
-        config_file: see :func:`libra_d2.model_zoo.find_config`.
-        options: see :func:`libra_d2.config.read_recipe`.
-
-    Raises:
-        InputError: see these functions.
-    """
+    """:func:`libra_d2.config.read_recipe` of a file or name of a config, see ``find_config``."""
     return read_recipe(find_config(config_file), options, config_file)
 
 
 def prepare_output_dir(recipe: Recipe) -> None:
     """
-    Make sure that there is an output directory, and log into it.
+    Create the output directory, and log into it.
 
     Raises:
-        InputError: if it cannot be written to.
+        InputError: if it is not writable.
     """
     try:
         PathManager.mkdirs(recipe.output_dir)
         with tempfile.TemporaryFile(dir=recipe.output_dir):
-            pass  # it can be written to
+            pass  # it is writable
     except OSError as e:
         name = recipe.name_of("output_dir")
         raise InputError(f"{name}: {recipe.output_dir}: {one_line(e)}") from e
@@ -66,19 +58,18 @@ def prepare_output_dir(recipe: Recipe) -> None:
 
 def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
     """
-    Register the datasets named on the command line and make the recipe use them.
+    Register the datasets given on the command line, and use them in the recipe.
 
     Returns:
-        their names.
+        the names of the datasets.
 
     Raises:
-        InputError: if the arguments or the data are not consistent.
+        InputError: if the arguments or the data are inconsistent.
     """
     names, known_classes = [], None
     for option, split in (("train", "train"), ("val", "test")):
-        json_file, images, proposals = (
-            getattr(args, f"{option}_{what}") for what in ("json", "images", "proposals")
-        )
+        values = (getattr(args, f"{option}_{what}") for what in ("json", "images", "proposals"))
+        json_file, images, proposals = values
         if (json_file is None) != (images is None):
             raise InputError(f"--{option}-json and --{option}-images go together")
         if json_file is None:
@@ -117,11 +108,11 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
 
 def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "test")) -> None:
     """
-    Check the proposals of the datasets, if the model wants any, and make the recipe name files that
-    Detectron2 can read.
+    Check the proposals of the datasets, if the model needs any, and replace them in the recipe by
+    files that Detectron2 can read.
 
     Raises:
-        InputError: if there are none for a dataset; see also :func:`prepare_proposals`.
+        InputError: if a dataset has none; see also :func:`prepare_proposals`.
     """
     for split in splits if recipe.needs_proposals else ():
         names, files = getattr(recipe, f"{split}_datasets"), getattr(recipe, f"{split}_proposals")
@@ -136,16 +127,8 @@ def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "te
         setattr(recipe, f"{split}_proposals", tuple(prepared))
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value
-
-
 class _LenientLoader(yaml.SafeLoader):
-    """Takes what a saved LazyConfig has of Python for lists and names, and executes nothing."""
+    """Reads Python objects in a saved LazyConfig as lists and names, and executes nothing."""
 
 
 def _without_objects(loader: yaml.Loader, name: str, node: yaml.Node) -> Any:
@@ -158,26 +141,26 @@ _LenientLoader.add_multi_constructor("tag:yaml.org,2002:python/", _without_objec
 
 
 def _report_changes(recipe: Recipe) -> None:
-    """Log each value in which a recipe differs from the config of the training it resumes."""
+    """Log the values that differ from the config of the training that is resumed."""
     path = os.path.join(recipe.output_dir, "config.yaml")
     if not os.path.isfile(path):
         return
     try:
         with open(path, encoding="utf-8") as f:
-            before = dict(_leaves(yaml.load(f, Loader=_LenientLoader)))
+            before = dict(leaves(yaml.load(f, Loader=_LenientLoader)))
     except (AttributeError, ValueError, yaml.YAMLError) as e:
         raise InputError(f"{path}: {one_line(e)}") from e
-    for key, value in _leaves(yaml.load(recipe.dump(), Loader=_LenientLoader)):
+    for key, value in leaves(yaml.load(recipe.dump(), Loader=_LenientLoader)):
         if key not in _PLACES and before.get(key, value) != value:
             logger.warning(f"--resume: {key} is {value!r}, but was {before[key]!r} before")
 
 
 def setup(args: argparse.Namespace) -> Recipe:
     """
-    Read the config, register own data, check that work can start, and set up logging and seeds.
+    Read the config, register your own data, check both, and set up logging and seeds.
 
     Returns:
-        the recipe, frozen.
+        the frozen recipe.
 
     Raises:
         InputError: if something is wrong with the config or the data.
@@ -190,7 +173,7 @@ def setup(args: argparse.Namespace) -> Recipe:
     prepare_proposal_files(recipe, ("test",) if args.eval_only else ("train", "test"))
     if resume:
         _report_changes(recipe)
-    # It prints the file, too, and knows paths only.
+    # default_setup prints the file, too, and needs its path.
     path = find_config(args.config_file)
     default_setup(recipe.config, argparse.Namespace(**{**vars(args), "config_file": path}))
     recipe.freeze()

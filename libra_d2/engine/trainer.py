@@ -63,21 +63,21 @@ def pictures_dir(recipe: Recipe, dataset_name: str) -> str:
 class Trainer(DefaultTrainer):
     """
     :class:`DefaultTrainer` with the evaluators, the checkpointer and the errors of libra_d2, for
-    YAML and for LazyConfigs, on GPUs and on CPUs. As there, the ``build_*`` methods are what
-    subclasses override; their ``cfg`` is the config that the trainer was given.
+    YAML configs and LazyConfigs, on GPUs and CPUs. Subclasses override its ``build_*`` methods as
+    there; their ``cfg`` is the config that the trainer was given.
     """
 
     def __init__(self, cfg: Any):
         """
-        The parent's constructor takes it for granted that every process has a GPU, and makes a
-        checkpointer of its own, so that the same parts are put together here.
+        This replaces the parent's constructor, which takes a GPU for each process for granted and
+        makes its own checkpointer.
 
         Args:
             cfg: a ``CfgNode`` with the keys of :func:`libra_d2.add_libra_config`, a LazyConfig, or
                 the recipe of one.
 
         Raises:
-            InputError: if a value of the config cannot be used.
+            InputError: if a value of the config is not usable.
         """
         TrainerBase.__init__(self)
         self.recipe = recipe = make_recipe(cfg).scaled_to(comm.get_world_size())
@@ -91,13 +91,11 @@ class Trainer(DefaultTrainer):
             self.average = AverageWeights(model, recipe.ema_decay, recipe.output_dir)
         on_cpu = {"device_ids": None} if recipe.device == "cpu" else {}
         model = create_ddp_model(model, **recipe.ddp_options, **on_cpu)
+        step = AMPTrainer if recipe.amp else SimpleTrainer
         if recipe.accumulation_steps > 1:
             step = AMPAccumulationTrainer if recipe.amp else AccumulationTrainer
-            self._trainer = step(model, data_loader, optimizer)
-            self._trainer.accumulation_steps = recipe.accumulation_steps
-        else:
-            step = AMPTrainer if recipe.amp else SimpleTrainer
-            self._trainer = step(model, data_loader, optimizer)
+        self._trainer = step(model, data_loader, optimizer)
+        self._trainer.accumulation_steps = recipe.accumulation_steps  # read by the latter two
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = LibraCheckpointer(model, recipe.output_dir, trainer=weakref.proxy(self))
         self.max_iter = recipe.max_iter
@@ -112,13 +110,14 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> List[Optional[HookBase]]:
         """
-        Build the hooks of :class:`DefaultTrainer`, and those of this package between them. What a
-        resumed training must know of comes in front of the checkpoint.
+        Build the hooks of :class:`DefaultTrainer` and of this package. Hooks that change the state
+        of the training precede the checkpoint.
         """
         recipe, is_main = self.recipe, comm.is_main_process()
-        period = recipe.eval_period
+        period, patience = recipe.eval_period, recipe.patience
         if is_main and recipe.best_metric:
             self.best = self._build_best_model()
+        stopping = EarlyStopping(period, recipe.best_metric or "bbox/AP", patience)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -127,16 +126,10 @@ class Trainer(DefaultTrainer):
             hooks.EvalHook(period, self._evaluate),
             hooks.EvalHook(0, self._evaluate_with_tta) if recipe.tta else None,
             self.best,
-            EarlyStopping(period, recipe.best_metric or "bbox/AP", recipe.patience)
-            if recipe.patience > 0
-            else None,
-            hooks.PeriodicWriter(self.build_writers(), period=self._log_period)
-            if is_main
-            else None,
+            stopping if patience > 0 else None,
+            hooks.PeriodicWriter(self.build_writers(), self._log_period) if is_main else None,
             CheckpointHook(
-                self.checkpointer,
-                self._resume,
-                recipe.checkpoint_period,
+                *(self.checkpointer, self._resume, recipe.checkpoint_period),
                 max_to_keep=recipe.max_checkpoints or None,
             ),
             self._stop,
@@ -144,21 +137,16 @@ class Trainer(DefaultTrainer):
         ]
 
     def register_hooks(self, hooks: List[Optional[HookBase]]) -> None:
-        """See :meth:`TrainerBase.register_hooks`; random states are restored after all others."""
+        """See :meth:`TrainerBase.register_hooks`; ExactResume stays the last hook."""
         super().register_hooks(hooks)
         self._hooks.sort(key=lambda hook: isinstance(hook, ExactResume))
 
     def build_writers(self) -> List:
         return default_writers(self.recipe.output_dir, self.max_iter)
 
-    @property
-    def _plain_model(self) -> nn.Module:
-        """The model, without the ``DistributedDataParallel`` around it."""
-        return getattr(self.model, "module", self.model)
-
     def _build_best_model(self) -> BestModel:
         recipe = self.recipe
-        # The task's name has it, or with several datasets theirs.
+        # In the name of the task, or of the dataset if there are several.
         averaged = any(name.endswith("_EMA") for name in recipe.best_metric.split("/")[:-1])
         model = self.average.model if averaged and self.average else self.model
         checkpointer = LibraCheckpointer(model, recipe.output_dir, tag=False)
@@ -166,7 +154,7 @@ class Trainer(DefaultTrainer):
 
     @property
     def _log_period(self) -> int:
-        """Logging period; writers keep the latest value only, so every evaluation is written."""
+        """Logging period: every evaluation is logged, since writers keep only the latest value."""
         period = self.recipe.get("log_period", _LOG_PERIOD)
         return min(period, self.recipe.eval_period or period)
 
@@ -186,7 +174,7 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})  # the parent's name
 
     def _evaluate(self) -> Mapping[str, Any]:
-        """Evaluate, and if that fails save what was trained before."""
+        """Evaluate; if that fails, save the training first."""
         if self._evaluated == self.iter or (self._stop.received and self.iter >= self.max_iter):
             return {}  # nothing new
         with self._resume.held():
@@ -210,7 +198,7 @@ class Trainer(DefaultTrainer):
             for dataset in datasets:
                 prefix = f"validation/{dataset}/" if len(datasets) > 1 else "validation/"
                 loader = self.build_validation_loader(self.cfg, dataset)
-                for name, value in validation_losses(self._plain_model, loader).items():
+                for name, value in validation_losses(self.checkpointer.model, loader).items():
                     self.storage.put_scalar(f"{prefix}{name}", value, smoothing_hint=False)
         return results
 
@@ -226,12 +214,7 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
 
     def train(self) -> Mapping[str, Any]:
-        """
-        See :meth:`DefaultTrainer.train`.
-
-        Returns:
-            the last results.
-        """
+        """See :meth:`DefaultTrainer.train`; returns the last results."""
         stopping = [h for h in self._hooks if isinstance(h, EarlyStopping)]
         if any(hook.is_over for hook in stopping):
             logger.info("This training has ended early")
@@ -245,17 +228,12 @@ class Trainer(DefaultTrainer):
         return self.results
 
     def end_early(self, reason: str) -> None:
-        """Make this iteration the last one. Args: reason: to log."""
+        """Make this iteration the last one, and log the reason."""
         self.max_iter = self.iter + 1
         self._end_reason = reason
 
     def after_step(self) -> None:
-        """
-        See :meth:`TrainerBase.after_step`.
-
-        Raises:
-            TrainingEnded: if a hook has called :meth:`end_early`.
-        """
+        """See :meth:`TrainerBase.after_step`. Raises TrainingEnded after :meth:`end_early`."""
         super().after_step()
         if self._end_reason:
             raise TrainingEnded(self._end_reason)
@@ -263,15 +241,15 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """See :meth:`TrainerBase.after_train`; ends the data loading workers."""
         self._trainer.data_loader.close()
-        if self._end_reason:  # as behind the last iteration, whose metrics are written already
+        if self._end_reason:  # as after the last iteration, whose metrics are written already
             if self._evaluated == self.iter:
                 self._evaluated = self.max_iter
             self.iter = self.max_iter
-        self.iter = min(self.iter, self.max_iter)  # there may have been no iteration left to do
+        self.iter = min(self.iter, self.max_iter)  # no iteration may have been left
         super().after_train()
 
     def save_state(self) -> None:
-        """Write a checkpoint to resume behind this iteration from. All processes call it."""
+        """Write a checkpoint of this iteration to resume from. All processes must call it."""
         with self._resume.held():
             self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
@@ -291,15 +269,10 @@ class Trainer(DefaultTrainer):
         self._losses = losses
 
     def run_step(self) -> None:
-        """
-        See :meth:`DefaultTrainer.run_step`.
-
-        Raises:
-            InputError: if a loss is not finite.
-        """
+        """See :meth:`DefaultTrainer.run_step`. Raises InputError if a loss is not finite."""
         try:
             super().run_step()
-            # The main process has looked at the mean of all; each one knows its own images.
+            # The main process has checked the mean over all; only this one knows its images.
             finite = comm.is_main_process() or torch.isfinite(sum(self._losses.values()))
         except FloatingPointError:
             finite = False
@@ -349,7 +322,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
-        """See :meth:`Recipe.build_evaluator`; draws pictures if the config says so."""
+        """See :meth:`Recipe.build_evaluator`; adds pictures if the config asks for them."""
         recipe = make_recipe(cfg)
         folder = os.path.join(recipe.output_dir, "inference")
         evaluator = recipe.build_evaluator(dataset_name, folder)
@@ -361,10 +334,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(
-        cls,
-        cfg: Any,
-        model: nn.Module,
-        evaluators: Optional[Sequence[DatasetEvaluator]] = None,
+        cls, cfg: Any, model: nn.Module, evaluators: Optional[Sequence[DatasetEvaluator]] = None
     ) -> Mapping[str, Any]:
         """
         See :meth:`DefaultTrainer.test`, which finds the datasets in YAML configs only.
@@ -383,12 +353,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: Any, model: nn.Module) -> Mapping[str, Any]:
-        """
-        Evaluate with test-time augmentation.
-
-        Returns:
-            what :meth:`test` does, with "_TTA" behind each name.
-        """
+        """Evaluate with test-time augmentation: as :meth:`test`, with "_TTA" behind each name."""
         logger.info("Evaluating with test-time augmentation")
         recipe = make_recipe(cfg)
         folder, limit = os.path.join(recipe.output_dir, "inference_TTA"), recipe.max_detections

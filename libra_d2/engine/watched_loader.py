@@ -5,10 +5,9 @@ __all__ = ["WatchedLoader"]
 
 
 class WatchedLoader:
-    """A data loader that remembers what it gave last, and can be closed."""
+    """A data loader that keeps its last batch and can be closed."""
 
     def __init__(self, loader: Iterable[List[Dict[str, Any]]]):
-        """Args: loader: gives batches of a model's inputs."""
         self.loader = loader
         self.last_batch: List[Dict[str, Any]] = []
         self._iterators: List[Iterator[List[Dict[str, Any]]]] = []
