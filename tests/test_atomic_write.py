@@ -10,7 +10,7 @@ from libra_d2.utils.atomic_write import atomic_write
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
 def test_appears_when_complete(mode, tmp_path, monkeypatch):
-    """Written beside it, under another name in each process, and flushed to the disk; in UTF-8."""
+    """Written to a temporary file of this process, in UTF-8, and flushed before it is renamed."""
     path, unfinished, calls = tmp_path / "a", tmp_path / "a.3", []
     replace = os.replace
     monkeypatch.setattr(comm, "get_rank", lambda: 3)
@@ -19,7 +19,7 @@ def test_appears_when_complete(mode, tmp_path, monkeypatch):
     path.write_text("before")
     with atomic_write(str(path), *([mode] if mode == "w" else [])) as f:
         f.write("é" if mode == "w" else b"\xc3\xa9")
-        assert mode == "wb" or f.encoding == "utf-8"  # as named: the locale's is "UTF-8"
+        assert mode == "wb" or f.encoding == "utf-8"  # the locale's would be "UTF-8"
         assert path.read_text() == "before"
     assert calls == [b"\xc3\xa9", "replace"]
     assert path.read_bytes() == b"\xc3\xa9"
@@ -28,7 +28,7 @@ def test_appears_when_complete(mode, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_failure(error, tmp_path):
-    """The file stays as it was, nothing is left beside it, and the error goes on."""
+    """The file is unchanged, nothing else is left, and the error propagates."""
     path = tmp_path / "a"
     path.write_text("before")
     with pytest.raises(error, match="^reason$"):  # noqa: PT012, SIM117

@@ -3,6 +3,7 @@ import copy
 import gzip
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from libra_d2.data.coco_json import (
     check_images,
-    class_colors,
     read_categories,
     read_coco_json,
     register_coco_json,
@@ -50,23 +50,33 @@ def write(folder, dataset):
 
 
 def changed(*changes):
-    """DATASET with each (key, index, field, value) applied; value None deletes the field."""
+    """DATASET with each (key, index, field, value) applied."""
     dataset = copy.deepcopy(DATASET)
     for key, index, field, value in changes:
-        if value is None:
-            del dataset[key][index][field]
-        else:
-            dataset[key][index][field] = value
+        dataset[key][index][field] = value
     return dataset
 
 
-def test_good_data_is_used_as_it_is(folder):
-    """Registered again, under a name that had other data."""
+def with_box(box, **fields):
+    """DATASET with one more annotation in its first image."""
+    dataset = copy.deepcopy(DATASET)
+    dataset["annotations"].append({**DATASET["annotations"][0], "id": 3, "bbox": box, **fields})
+    return dataset
+
+
+def with_image(name, size):
+    """DATASET whose first image has that name and that size."""
+    fields = {"file_name": name, "width": size[0], "height": size[1]}
+    return changed(*(("images", 0, *field) for field in fields.items()))
+
+
+def test_register(folder):
+    """Good data is used unchanged, and replaces other data under the same name."""
+    cache = str(folder / "cache")
     other = changed(("annotations", 0, "bbox", [1, 2, 3, 4]), ("categories", 0, "name", "cow"))
-    register_coco_json("test_good", write(folder, other), str(folder), str(folder / "cache"))
+    register_coco_json("test_good", write(folder, other), str(folder), cache)
     path = write(folder, DATASET)
-    classes = register_coco_json("test_good", path, str(folder), str(folder / "cache"))
-    assert classes == ["dog", "cat"]  # by category id
+    assert register_coco_json("test_good", path, str(folder), cache) == ["dog", "cat"]  # by id
     assert not (folder / "cache").exists()
     for i, record in enumerate(DatasetCatalog.get("test_good")):
         image, expected = DATASET["images"][i], DATASET["annotations"][i]
@@ -79,16 +89,9 @@ def test_good_data_is_used_as_it_is(folder):
     assert metadata.pop("thing_dataset_id_to_contiguous_id") == {3: 0, 20: 1}
     assert metadata == {
         **{"name": "test_good", "json_file": path, "image_root": str(folder), "num_images": 2},
-        **{"evaluator_type": "coco", "thing_classes": classes},
+        **{"evaluator_type": "coco", "thing_classes": ["dog", "cat"]},
         "thing_colors": [(0, 113, 188), (216, 82, 24)],
     }
-
-
-def test_colors():
-    """Those of Detectron2, over and over if there are more classes."""
-    colors = class_colors(75)
-    assert colors[:3] == [(0, 113, 188), (216, 82, 24), (236, 176, 31)]
-    assert (len(colors), len(set(colors)), colors[74]) == (75, 70, colors[0])
 
 
 @pytest.mark.parametrize(
@@ -97,60 +100,55 @@ def test_colors():
         *(([-0.5, 20, 30.5, 40], [0, 20, 30, 40]), ([10, -0.5, 30, 40.5], [10, 0, 30, 40])),
         *(([70, 20, 30.5, 40], [70, 20, 30, 40]), ([10, 40, 30, 40.5], [10, 40, 30, 40])),
         *(([-9, -8, 999, 999], [0, 0, 100, 80]), ([-0.011, 20, 30, 40], [0, 20, 29.989, 40])),
-        *(([10, 20, 90.011, 60], [10, 20, 90, 60]), ([0, 0, 100, 80], None)),
-        *(([10.25, 20.5, 89.75, 59.5], None), ([-0.009, 20, 90, 60.009], None)),
+        *(([10, 20, 90.011, 60], [10, 20, 90, 60]), ([-0.009, 20, 90, 60.009], None)),
         *(([5, 5, 0, 9], []), ([5, 5, 9, 0], []), ([5, 5, 9, -2], []), ([5, 5, -2, 9], [])),
         *(([100, 0, 9, 9], []), ([0, 80, 9, 9], []), ([-9, 5, 9, 9], []), ([5, -9, 9, 9], [])),
-        *(([99, 79, 9, 9], [99, 79, 1, 1]), ([-8, -8, 9, 9], [0, 0, 1, 1])),
-        *(([5, 5, 1e-3, 9], None), ([99.999, 5, 9, 9], [99.999, 5, pytest.approx(1e-3), 9])),
+        ([99.999, 5, 9, 9], [99.999, 5, pytest.approx(1e-3), 9]),
     ],
 )
 def test_clipping(folder, box, expected):
-    """To an image of 100 x 80; what sums of rounded numbers are too large by is left."""
-    dataset = changed()
-    dataset["annotations"].append({**DATASET["annotations"][0], "id": 3, "bbox": box})
-    dataset, changes = read_coco_json(write(folder, dataset))
+    """To an image of 100 x 80, except for rounding errors."""
+    dataset, changes = read_coco_json(write(folder, with_box(box)))
     boxes = [annotation["bbox"] for annotation in dataset["annotations"]]
     assert boxes[:2] == [annotation["bbox"] for annotation in DATASET["annotations"]]
     assert boxes[2:] == ([box] if expected is None else [expected] if expected else [])
     assert changes == ({} if expected is None else {"clipped" if expected else "dropped": 1})
 
 
-@pytest.mark.parametrize("what", ["clipped", "dropped", "both"])
-def test_changed_data(folder, caplog, what):
-    """Evaluation reads the changed annotations, too. What was changed is in the log."""
-    dataset = changed(("images", 0, "width", 100.0))
-    boxes = {"clipped": [[-10, 70, 30, 40], [50, 79, 50.5, 9]], "dropped": [[5, 5, 0, 9]] * 3}
-    used = [box for key in boxes if what in (key, "both") for box in boxes[key]]
-    for i, box in enumerate(used):
-        entry = {**DATASET["annotations"][0], "id": 10 + i, "bbox": box, "iscrowd": None}
-        dataset["annotations"].append(entry)
+@pytest.mark.parametrize(
+    ("box", "clipped", "counts"),
+    [([-10, 70, 30, 40], [[0, 70, 20, 10]], (1, 0)), ([5, 5, 0, 9], [], (0, 1))],
+)
+def test_changed_data(folder, caplog, box, clipped, counts):
+    """A warning says what was changed. Evaluation reads the changed annotations, too."""
+    dataset = with_box(box, iscrowd=None)
+    dataset["images"][0]["width"] = 100.0
     path, caplog.handler.level = write(folder, dataset), logging.WARNING
-    register_coco_json("test_clip", path, str(folder), str(folder / "cache"))
+    register_coco_json("test_changed", path, str(folder), str(folder / "cache"))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: {2 * (what != 'dropped')} boxes reached out of their image and were clipped, "
-        f"{3 * (what != 'clipped')} boxes had no area in their image and were dropped.",
-        f"{path}: put right or filled in: image width of 1, annotation iscrowd of {len(used)}",
+        f"{path}: {counts[0]} boxes reached out of their image and were clipped, "
+        f"{counts[1]} boxes had no area in their image and were dropped.",
+        f"{path}: put right or filled in: image width of 1, annotation iscrowd of 1",
     ]
-    assert MetadataCatalog.get("test_clip").json_file == str(folder / "cache/test_clip.json")
-    coco = COCO(MetadataCatalog.get("test_clip").json_file)
-    boxes = [[10, 20, 30, 40], *([[0, 70, 20, 10], [50, 79, 50, 1]] if what != "dropped" else [])]
-    assert [a["bbox"] for a in coco.loadAnns(coco.getAnnIds(imgIds=7))] == boxes
-    assert [a["bbox"] for a in DatasetCatalog.get("test_clip")[0]["annotations"]] == boxes
+    assert MetadataCatalog.get("test_changed").json_file == str(folder / "cache/test_changed.json")
+    coco = COCO(MetadataCatalog.get("test_changed").json_file)
+    kept = [DATASET["annotations"][0]["bbox"], *clipped]
+    assert [a["bbox"] for a in coco.loadAnns(coco.getAnnIds(imgIds=7))] == kept
+    assert [a["bbox"] for a in DatasetCatalog.get("test_changed")[0]["annotations"]] == kept
 
 
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
         *(([5, 2**31 - 1], None), ([1, 0], [1, 2]), ([7, 2**31], [1, 2]), ([-1, 7], [1, 2])),
-        *((["a", "b"], [1, 2]), ([5, 1.5], [1, 2]), ([0, 5], [1, 2])),
+        *((["a", "b"], [1, 2]), ([5, 1.5], [1, 2])),
     ],
 )
 def test_annotation_ids(folder, ids, expected):
-    """Those that pycocotools cannot use are numbered anew, together with the others."""
-    dropped = {**DATASET["annotations"][0], "id": "z" if "a" in ids else 0.5, "bbox": [0, 0, 0, 0]}
-    dataset = changed(*(("annotations", i, "id", id) for i, id in enumerate(ids)))
-    dataset["annotations"].insert(0, dropped)
+    """All are renumbered if pycocotools cannot use one; ids of dropped boxes do not matter."""
+    dataset = with_box([0, 0, 0, 0], id="z" if "a" in ids else 0.5)
+    for annotation, id in zip(dataset["annotations"], ids):
+        annotation["id"] = id
     dataset, changes = read_coco_json(write(folder, dataset))
     assert [a["id"] for a in dataset["annotations"]] == (expected or ids)
     assert [a["image_id"] for a in dataset["annotations"]] == [7, 9]
@@ -160,16 +158,12 @@ def test_annotation_ids(folder, ids, expected):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        *(
-            (text, "not valid JSON, is the fi")
-            for text in (json.dumps(DATASET)[:200], "", "[" * 10**5)
-        ),
+        *((text, "not valid JSON, is") for text in (json.dumps(DATASET)[:200], "", "[" * 10**5)),
         ([], "there is no list 'images'"),
         *(({**DATASET, key: {}}, f"there is no list '{key}'") for key in DATASET),
         *(({**DATASET, key: []}, f"there are no {key}") for key in ("images", "categories")),
         (changed(("images", 1, "file_name", "a.png")), "image ids 7 and 9 have the same file_name"),
         (changed(("categories", 1, "name", "cat")), "category ids 20 and 3 have the same name"),
-        (changed(("images", 1, "width", None)), "image id 9 has no 'width'"),
         (changed(("categories", 1, "id", 20)), "category id 20 occurs more than once"),
         (changed(("annotations", 1, "id", 1)), "annotation id 1 occurs more than once"),
         (changed(("annotations", 0, "image_id", 8)), "annotation id 1 names image id 8"),
@@ -221,12 +215,11 @@ SMALL = {"size": [60, 60], "counts": [10, 20, 3570]}
         ([[1, 2, 3, 4, 5, 6, 7]], "bitmask", "a polygon must be"),
         ([[1, 2, 3, 4, 5, "6"]], "bitmask", "a polygon must be"),
         (RUN_LENGTHS, "polygon", "run-length mask; set INPUT.MASK_FORMAT to 'bitmask'"),
-        ({"size": [8, 8], "counts": "a"}, "bitmask", "must have 'counts' and the size \\[80, 100"),
-        ({"size": [80, 100]}, "bitmask", "must have 'counts'"),
+        (SMALL, "bitmask", "must have 'counts' and the size \\[80, 100"),
     ],
 )
 def test_masks(folder, segmentation, mask_format, message):
-    """What is wrong is found before training, if the model has masks. Crowds need none."""
+    """Required of each object, but not of crowds, if the model has masks."""
     path = write(folder, changed(("annotations", 0, "segmentation", segmentation)))
     if message is None:
         assert not read_coco_json(path, mask_format)[1]
@@ -237,100 +230,74 @@ def test_masks(folder, segmentation, mask_format, message):
 
 @pytest.mark.parametrize("mask_format", [None, "bitmask"])
 @pytest.mark.parametrize(
-    ("segmentation", "readable"),
+    ("segmentation", "is_loadable"),
     [
         *((x, True) for x in (None, [], [[]], [[1, 2, 3]], POLYGON, SMALL)),
         *((x, False) for x in (0, "", "x", 3, {}, [3], [[1], 3], {**SMALL, "counts": [9]})),
     ],
 )
-def test_masks_that_are_not_used(folder, segmentation, readable, mask_format):
-    """Those of crowds, and all of a model without masks: taken out if Detectron2 breaks on them."""
+def test_masks_that_are_not_used(folder, segmentation, is_loadable, mask_format):
+    """Masks of crowds, or for a model without masks, are removed if Detectron2 cannot load them."""
     dataset = changed(("annotations", 0, "segmentation", POLYGON))
     dataset["annotations"][1]["segmentation"] = segmentation
-    dataset, changes = read_coco_json(write(folder, dataset), mask_format)
-    masks = [annotation["segmentation"] for annotation in dataset["annotations"]]
-    assert masks == [POLYGON, segmentation if readable else []]
-    assert changes == ({} if readable else {"annotation segmentation": 1})
     path = write(folder, dataset)
+    dataset, changes = read_coco_json(path, mask_format)
+    masks = [annotation["segmentation"] for annotation in dataset["annotations"]]
+    assert masks == [POLYGON, segmentation if is_loadable else []]
+    assert changes == ({} if is_loadable else {"annotation segmentation": 1})
     register_coco_json("test_masks", path, str(folder), str(folder), mask_format)
     (registered,) = DatasetCatalog.get("test_masks")[0]["annotations"]
     assert registered.get("segmentation") == (POLYGON if mask_format else None)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 4, 5, 8])
 def test_orientation(folder, orientation, suffix):
-    """Cameras store portraits as landscapes with a tag. Detectron2 turns them, and so do we."""
-    exif, is_turned = Image.Exif(), orientation >= 5
+    """Sizes are compared after the Exif orientation is applied."""
+    exif, name, is_turned = Image.Exif(), f"a.{suffix}", orientation >= 5
     exif[0x0112] = orientation
-    stored = (80, 100) if is_turned else (100, 80)
-    Image.new("RGB", stored).save(folder / f"a.{suffix}", exif=exif)
-    dataset = changed(("images", 0, "file_name", f"a.{suffix}"))
-    check_images(dataset, str(folder), "x.json")
-    if suffix == "png" and is_turned:
-        return  # the tag may be at the end of the file, and is looked for if it has to be there
-    dataset["images"][0].update(width=80, height=100)
-    message = f"a.{suffix}: the image is 100 x 80 pixels, but x.json says 80 x 100$"
-    with pytest.raises(InputError, match=message):
-        check_images(dataset, str(folder), "x.json")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_progress(folder, monkeypatch, capsys, rank):
-    """One of several processes shows it."""
-    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
-    check_images(DATASET, str(folder), "x.json")
-    assert ("checking images: 100%" in capsys.readouterr().err) == (rank == 0)
+    Image.new("RGB", (80, 100) if is_turned else (100, 80)).save(folder / name, exif=exif)
+    check_images(with_image(name, (100, 80)), str(folder), "x.json")
+    if suffix == "jpg" or not is_turned:  # the tag of a PNG is not read if the stored size is right
+        with pytest.raises(InputError, match=f"{name}: the image is 100 x 80 pixels, but x.json s"):
+            check_images(with_image(name, (80, 100)), str(folder), "x.json")
 
 
 @pytest.mark.parametrize(
     ("encoding", "message"),
     [
-        *(
-            (name, "encoded in UTF-16; save it as UTF-8")
-            for name in ("utf-16", "utf-16-le", "utf-16-be")
-        ),
+        *((name, "encoded in UTF-16; save it") for name in ("utf-16", "utf-16-le", "utf-16-be")),
         *(("latin-1", "perhaps in Latin-1; save it as UTF-8"), (None, "compressed with gzip; unp")),
     ],
 )
 def test_other_encodings(folder, encoding, message):
     text = json.dumps(changed(("categories", 0, "name", "K\u00e4tzchen")), ensure_ascii=False)
-    path = folder / "instances.json"
-    text = "\ufeff" * (encoding == "utf-16-be") + text
+    text, path = "\ufeff" * (encoding == "utf-16-be") + text, folder / "instances.json"
     path.write_bytes(text.encode(encoding) if encoding else gzip.compress(text.encode()))
-    if "Latin" in message:
+    if encoding == "latin-1":
         message = f"not encoded in UTF-8 .byte {path.read_bytes().index(0xE4)} is 0xe4.*{message}"
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=f"{path}: {message}"):
         read_coco_json(str(path))
-    assert "cut short" not in str(error.value)
 
 
 def test_byte_order_mark(folder):
-    """As Windows writes it; evaluation reads the file, too."""
+    """Removed from the file that evaluation reads."""
     path = write(folder, "\ufeff" + json.dumps(DATASET))
     register_coco_json("test_mark", path, str(folder), str(folder / "cache"))
     assert len(DatasetCatalog.get("test_mark")) == 2
     assert COCO(MetadataCatalog.get("test_mark").json_file).getCatIds() == [20, 3]
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/hostname", "x/../../a.png", ".."])
-def test_images_elsewhere(folder, name):
-    """Nothing outside of the image directory is opened unless it is asked for."""
-    (folder / "inner").mkdir()
-    dataset = changed(("images", 0, "file_name", name))
-    with pytest.raises(InputError, match="names an image outside of the image directory"):
-        check_images(dataset, str(folder / "inner"), "x.json")
-
-
-@pytest.mark.parametrize("name", ["{}/..b.png", "{}/x/../..b.png", "..b.png", "x/../..b.png"])
-def test_unusual_paths(folder, name):
-    """Absolute ones that are in the directory, such as /, and names with two dots in front."""
-    (folder / "b.png").rename(folder / "..b.png")
+def test_paths(folder):
+    """Nothing outside of the image directory is opened; absolute paths inside of it are fine."""
+    (folder / "a.png").rename(folder / "..a.png")
     (folder / "x").mkdir()
-    for root in (folder, "/")[: 1 + ("{}" in name)]:
-        names = (str(folder / "a.png"), name.format(folder))
-        dataset = changed(*(("images", i, "file_name", x) for i, x in enumerate(names)))
-        check_images(dataset, str(root), "x.json")
+    for name in (f"{folder}/..a.png", f"{folder}/x/../..a.png", "..a.png", "x/../..a.png"):
+        check_images(with_image(name, (100, 80)), str(folder), "x.json")
+    check_images({"images": with_image(f"{folder}/..a.png", (100, 80))["images"][:1]}, "/", "x")
+    for name in ("../..a.png", "/etc/hostname", "x/../../..a.png", ".."):
+        with pytest.raises(InputError, match="names an image outside of the image directory"):
+            check_images(with_image(name, (100, 80)), str(folder), "x.json")
 
 
 @pytest.mark.parametrize(
@@ -343,39 +310,36 @@ def test_unusual_paths(folder, name):
     ],
 )
 def test_resized(folder, size, lengths, limit, new):
-    """To a pixel or more and 2^26 or less, by each pair of keys; a length of 0 leaves the size."""
+    """To 1 to 2^26 pixels; a length of 0 keeps the size."""
     Image.new("RGB", size).save(folder / "a.png")
-    dataset = changed(("images", 0, "width", size[0]), ("images", 0, "height", size[1]))
     limits = {"INPUT.A and INPUT.B": ((0,), 1), "INPUT.C and INPUT.D": (lengths, limit)}
-    arguments = (str(folder), "x.json", limits)
+    arguments = (with_image("a.png", size), str(folder), "x.json")
+    check_images(*arguments)
     if new is None:
-        check_images(dataset, *arguments)
+        check_images(*arguments, limits)
         return
     message = f"a.png: {size[0]} x {size[1]} pixels become {new} with INPUT.C and INPUT.D "
     with pytest.raises(InputError, match=f"{message}.{lengths[-1]}, {limit}., which no network"):
-        check_images(dataset, *arguments)
-    check_images(dataset, *arguments[:2])
+        check_images(*arguments, limits)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "gif", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp"])
 def test_cut_short(folder, suffix, caplog):
-    """Found before training; of a JPEG file the rest is gray."""
+    """An error, or a warning for a JPEG file."""
     path, arguments = folder / f"a.{suffix}", (str(folder), "x.json")
+    dataset = with_image(path.name, (100, 80))
     Image.effect_noise((100, 80), 50).save(path)
-    dataset = changed(("images", 0, "file_name", f"a.{suffix}"))
     check_images(dataset, *arguments)
     assert not caplog.records
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    if suffix == "jpg":
+    error = pytest.raises(InputError, match=f"{path}: ")
+    with nullcontext() if suffix == "jpg" else error:
         check_images(dataset, *arguments)
-        assert f"{path}: the file is cut short; what is missing is gray" in caplog.text
-    else:
-        with pytest.raises(InputError, match=f"{path}: "):
-            check_images(dataset, *arguments)
+    assert ("the file is cut short; what is missing is gray" in caplog.text) == (suffix == "jpg")
 
 
 def test_categories(folder):
-    """Their names in the order of their ids, or what is wrong with the file."""
+    """Names in the order of their ids."""
     names = [{"id": 20, "name": "cat"}, {"id": 3, "name": 7}]
     assert read_categories(write(folder, {"categories": names})) == ["7", "cat"]
     for content in ({}, [], {"categories": [{"id": 3}]}, {"categories": 3}, "{", None):

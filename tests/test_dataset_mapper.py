@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model gets, by value: an image of 3 x 2 pixels, mirrored, with all that goes with it."""
+"""The input of a model for an image of 3 x 2 pixels."""
 
 import copy
 
@@ -18,7 +18,6 @@ from detectron2.structures import BoxMode
 
 from libra_d2.config import make_recipe
 from libra_d2.data import LibraDatasetMapper
-from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
 
 RED = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
@@ -51,7 +50,7 @@ def mapper(*augmentations, is_train=True, **kwargs):
 
 
 def test_training(record):
-    """All is mirrored alike; crowds and masks are left out; the record stays as it was."""
+    """Everything is flipped; crowds and masks are left out; the record is not modified."""
     before, red = copy.deepcopy(record), RED[:, ::-1]
     mapped = mapper(T.HFlipTransform(3), precomputed_proposal_topk=2)(record)
     np.testing.assert_equal(record, before)
@@ -71,7 +70,7 @@ def test_training(record):
 
 
 def test_resized(record):
-    """Sizes of what is returned are those of the new image, height first; masks on request."""
+    """Boxes and masks are scaled; image sizes are (height, width) of the new image."""
     mapped = mapper(T.ResizeTransform(2, 3, 4, 9), use_instance_mask=True)(record)
     assert mapped["image"].shape == (3, 4, 9)
     assert mapped["instances"].image_size == (4, 9)
@@ -81,7 +80,7 @@ def test_resized(record):
 
 
 def test_evaluation(record):
-    """Without ground truth, but for the segmentation map."""
+    """No ground truth except the segmentation map."""
     mapped = mapper(is_train=False, precomputed_proposal_topk=3)(record)
     assert not mapped.keys() & {"annotations", "instances"}
     assert len(mapped["proposals"]) == 3
@@ -92,38 +91,14 @@ def test_evaluation(record):
         mapper()({**record, "width": 2})
 
 
-@pytest.mark.parametrize("interpolation", ["pillow", "opencv"])
-@pytest.mark.parametrize(
-    ("is_train", "sampling", "expected"),
-    [
-        (True, "choice", {6, 12}),  # of the shorter side 4 and 8
-        (True, "range", {6, 8, 9, 11, 12}),  # 4, 5, 6, 7, 8 times 1.5, of which half is rounded
-        (False, "range", {15}),
-    ],
-)
-def test_config(record, interpolation, is_train, sampling, expected):
-    """Sizes, and how they are drawn, are the config's with either interpolation."""
-    cfg = demo_cfg(
-        MODEL__LIBRA__INPUT__INTERPOLATION=interpolation,
-        **{"INPUT__MIN_SIZE_TRAIN": (4, 8), "INPUT__MIN_SIZE_TRAIN_SAMPLING": sampling},
-        **{"INPUT__MAX_SIZE_TRAIN": 12, "INPUT__MIN_SIZE_TEST": 11, "INPUT__MAX_SIZE_TEST": 15},
-    )
-    mapped_by = make_recipe(cfg).build_mapper(is_train)
-    resize = {"pillow": T.ResizeShortestEdge, "opencv": OpenCVResizeShortestEdge}[interpolation]
-    assert type(mapped_by.augmentations.augs[0]) is resize
-    del record["annotations"]
-    np.random.seed(0)
-    assert {mapped_by(record)["image"].shape[2] for _ in range(60)} == expected
-
-
 def lazy_recipe(**mappers):
-    """Of a LazyConfig with such mappers for "train" and "test"."""
+    """Recipe of a LazyConfig with mappers for "train" and "test"."""
     loaders = {split: {"mapper": node} for split, node in mappers.items()}
     return make_recipe(OmegaConf.create({"model": L(ShapeSpec)(), "dataloader": loaders}))
 
 
 def test_lazy_config(record):
-    """Each split has its own; Detectron2's class becomes this project's, others are used."""
+    """Each split has its mapper; Detectron2's class is replaced, others are kept."""
 
     class Other(DatasetMapper):
         pass
@@ -145,15 +120,9 @@ def test_lazy_config(record):
     assert [type(a) for a in recipe.build_augmentations(True)] == [T.HFlipTransform]
     assert recipe.build_augmentations(False) == []
     lacking = lazy_recipe(train=recipe.config.dataloader.train.mapper)
+    augmented = make_recipe(demo_cfg(INPUT__FORMAT="RGB")).build_mapper(True, augmentations=[])
+    assert augmented(record)["image"][0].tolist() == RED.tolist()
     for split, without in (("test", lacking), ("train", lazy_recipe())):
         for place, name in (("mapper", "mapper"), ("mapper.augmentations", "augmentations")):
             with pytest.raises(InputError, match=f"^dataloader.{split}.{place}: the LazyConfig la"):
                 getattr(without, f"build_{name}")(split == "train")
-
-
-def test_augmentations_in_place_of_the_config(record):
-    recipe = make_recipe(demo_cfg(INPUT__FORMAT="RGB"))
-    mapped = recipe.build_mapper(True, augmentations=[])(record)
-    assert mapped["image"][0].tolist() == RED.tolist()
-    assert "instances" in mapped
-    assert "instances" not in recipe.build_mapper(False, augmentations=[])(record)

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The route of a Fast R-CNN: train an RPN, write its proposals, train and evaluate on them."""
+"""From the proposals of an RPN to a Fast R-CNN that is trained and evaluated on them."""
 
-import json
 import pickle
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_model, load_cfg
+from conftest import ROOT
 from test_train_net import TINY, own_data, run
 
-from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
-
+from libra_d2.engine import read_config
 from libra_d2.tools.dump_proposals import main
 
 DEMO = ROOT / "configs/Demo"
@@ -26,84 +22,54 @@ def dump(*args):
 
 @pytest.fixture(scope="module")
 def rpn(synthetic, tmp_path_factory):
-    """An RPN trained for four iterations, as options."""
-    out = tmp_path_factory.mktemp("rpn")
-    args = [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
-    assert any("AR@1000" in x for x in run(*args, config=DEMO / "rpn_R_18_FPN.yaml"))
-    return ["MODEL.WEIGHTS", out / "model_final.pth", *TINY]
+    """Options for a trained RPN, and its recipe."""
+    out, config = tmp_path_factory.mktemp("rpn"), DEMO / "rpn_R_18_FPN.yaml"
+    args = [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY, "SOLVER.MAX_ITER", 1]
+    assert any("AR@1000" in x for x in run(*args, config=config))
+    opts = [*TINY, "INPUT.MIN_SIZE_TEST", "144", "MODEL.WEIGHTS", str(out / "model_final.pth")]
+    return opts, read_config(str(config), opts)
 
 
 @pytest.fixture(scope="module")
-def data(synthetic, tmp_path_factory):
-    """Arguments that name the synthetic dataset, whose third image is emptied."""
-    folder = tmp_path_factory.mktemp("data") / "data"
-    shutil.copytree(synthetic, folder)
-    dataset = json.loads((folder / "instances.json").read_text())
-    dataset["annotations"] = [a for a in dataset["annotations"] if a["image_id"] != 3]
-    (folder / "instances.json").write_text(json.dumps(dataset))
-    return own_data(folder, "train", "val")
-
-
-@pytest.fixture(scope="module")
-def dumped(rpn, data, tmp_path_factory):
-    """Folder of the proposals of both."""
+def dumped(rpn, synthetic, tmp_path_factory):
+    """Directory of the proposals for "own_train" and "own_val"."""
     out = tmp_path_factory.mktemp("dumped")
-    dump(*data, *rpn, "OUTPUT_DIR", out, "INPUT.MIN_SIZE_TEST", 144)
+    dump(*own_data(synthetic, "train", "val"), *rpn[0], "OUTPUT_DIR", out)
     return out / "proposals"
 
 
-def load(path):
-    return pickle.loads(path.read_bytes())
-
-
-def test_proposals_are_those_of_the_model(rpn, dumped, synthetic):
-    """In pixels of the file, for an image that the model sees at another size; of each image."""
+def test_proposals_are_those_of_the_model(rpn, dumped):
     assert sorted(p.name for p in dumped.iterdir()) == ["own_train.pkl", "own_val.pkl"]
-    content = load(dumped / "own_val.pkl")
+    content = pickle.loads((dumped / "own_val.pkl").read_bytes())
     assert content["ids"] == list(range(1, 13))
-    cfg = load_cfg(DEMO / "rpn_R_18_FPN.yaml")
-    cfg.merge_from_list([str(x) for x in rpn])
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg).eval()
-    model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS)["model"])
-    for i in (2, 4):
-        image = read_image(str(synthetic / f"images/00000{i}.jpg"), "RGB")
-        image = T.ResizeShortestEdge(144, 1333).get_transform(image).apply_image(image)
-        image = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    model = rpn[1].build_trained_model()
+    for i, (record,) in zip(range(3), rpn[1].build_test_loader("own_val")):
         with torch.no_grad():
-            (expected,) = model([{"image": image, "height": 96, "width": 96}])
-        expected = expected["proposals"]
+            expected = model([record])[0]["proposals"]
         assert len(expected) > 20
         boxes, logits = expected.proposal_boxes.tensor, expected.objectness_logits
         np.testing.assert_allclose(content["boxes"][i], boxes, atol=1e-3)
         np.testing.assert_allclose(content["objectness_logits"][i], logits, atol=1e-4)
 
 
-def test_which_datasets(rpn, data, dumped, tmp_path):
+def test_which_datasets(rpn, synthetic, dumped, tmp_path):
     """Those of --dataset, or else one's own, or else the config's, each of them once."""
     sets = ["DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "('own_train', 'own_train')"]
-    sets += ["MODEL.ROI_HEADS.NUM_CLASSES", 4, "INPUT.MIN_SIZE_TEST", 144]
-    dump(*rpn, *sets, "OUTPUT_DIR", tmp_path)  # it is registered
-    assert [p.name for p in (tmp_path / "proposals").iterdir()] == ["own_train.pkl"]
+    dump(*rpn[0], *sets, "MODEL.ROI_HEADS.NUM_CLASSES", 4, "OUTPUT_DIR", tmp_path)
     (path,) = (tmp_path / "proposals").iterdir()
     assert path.read_bytes() == (dumped / "own_train.pkl").read_bytes()
     assert (tmp_path / "log.txt").read_text().count(f"Proposals: {path}") == 1
-    dump("--dataset", "own_val", *data, *rpn, "OUTPUT_DIR", tmp_path / "val")
+    own = own_data(synthetic, "train", "val")
+    dump("--dataset", "own_val", *own, *rpn[0], "OUTPUT_DIR", tmp_path / "val")
     assert [p.name for p in (tmp_path / "val/proposals").iterdir()] == ["own_val.pkl"]
 
 
-def test_fast_rcnn(dumped, data, tmp_path):
-    """Train on the proposals and evaluate on them, the latter in the format of mmdetection."""
-    content = load(dumped / "own_val.pkl")
-    scores = [1 / (1 + np.exp(-x)) for x in content["objectness_logits"]]
-    arrays = [np.column_stack(x) for x in zip(content["boxes"], scores)]
-    (tmp_path / "val.pkl").write_bytes(pickle.dumps(arrays))
-    args = ["--train-proposals", dumped / "own_train.pkl", "--val-proposals", tmp_path / "val.pkl"]
+def test_fast_rcnn(dumped, synthetic, tmp_path):
+    args = ["--train-proposals", dumped / "own_train.pkl"]
+    args += ["--val-proposals", dumped / "own_val.pkl", "OUTPUT_DIR", tmp_path, *TINY]
     config = DEMO / "libra_fast_rcnn_R_18_FPN.yaml"
-    printed = run(*data, *args, "OUTPUT_DIR", tmp_path / "out", *TINY, config=config)
+    printed = run(*own_data(synthetic, "train", "val"), *args, config=config)
     assert any(x.startswith("bbox: AP") for x in printed)
-    weights = torch.load(tmp_path / "out/model_final.pth")["model"]
-    assert not any(key.startswith("proposal_generator") for key in weights)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +80,7 @@ def test_fast_rcnn(dumped, data, tmp_path):
         (["--dataset", "none", "MODEL.WEIGHTS", "x"], "'none' is not a registered dataset"),
     ],
 )
-def test_bad_arguments(args, message, tmp_path, data, capsys):
+def test_bad_arguments(args, message, tmp_path, synthetic, capsys):
     with pytest.raises(SystemExit, match="2"):
-        dump(*data, *args, "OUTPUT_DIR", tmp_path)
+        dump(*own_data(synthetic, "train"), *args, "OUTPUT_DIR", tmp_path)
     assert re.match(f"error: .*{message}", capsys.readouterr().err.splitlines()[-1])

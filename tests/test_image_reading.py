@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels by value: small images in which no two are alike."""
+"""Pixels of small images by value."""
 
 import cv2
 import numpy as np
@@ -11,7 +11,7 @@ from libra_d2.data.image_reading import is_whole
 from libra_d2.errors import InputError
 
 STORED = [[1, 2, 3], [4, 5, 6]]
-# As Exif defines them: where the first row and the first column of what is stored are to be seen.
+# As Exif defines them, by the visual position of the first stored row and column.
 SEEN = {
     1: [[1, 2, 3], [4, 5, 6]],  # top, left
     2: [[3, 2, 1], [6, 5, 4]],  # top, right
@@ -26,7 +26,7 @@ SEEN = {
 
 @pytest.mark.parametrize("orientation", SEEN)
 def test_orientation(tmp_path, orientation):
-    """In color, gray, and gray with 16 bits, of which 65535 becomes 255."""
+    """Exif orientation of color images and of grayscale with 8 and 16 bits."""
     exif, path = Image.Exif(), str(tmp_path / "a.png")
     exif[0x0112] = orientation
     stored, seen = np.array(STORED, np.uint8), np.array(SEEN[orientation])
@@ -38,27 +38,26 @@ def test_orientation(tmp_path, orientation):
 
 
 def test_kinds(tmp_path):
-    """In the order of channels that is asked for, as uint8."""
-    path = str(tmp_path / "a.png")
-    for mode, color, expected in (
-        *(("RGB", (1, 2, 3), [1, 2, 3]), ("RGBA", (1, 2, 3, 128), [1, 2, 3])),
-        *(("L", 7, [7, 7, 7]), ("1", 1, [255, 255, 255]), ("I;16", 7 * 257, [7, 7, 7])),
-        ("P", 0, [9, 8, 7]),
+    """Any kind of image is uint8 in the requested channel order."""
+    path = str(tmp_path / "a.tif")
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([9, 8, 7])
+    for image, expected in (
+        (Image.new("RGB", (1, 1), (1, 2, 3)), [1, 2, 3]),
+        (Image.new("RGBA", (1, 1), (1, 2, 3, 128)), [1, 2, 3]),
+        (Image.new("CMYK", (1, 1), (10, 20, 30, 0)), [245, 235, 225]),
+        (Image.new("I;16", (1, 1), 7 * 257), [7, 7, 7]),
+        (Image.new("1", (1, 1), 1), [255, 255, 255]),
+        (palette, [9, 8, 7]),
     ):
-        image = Image.new(mode, (1, 1), color)
-        if mode == "P":
-            image.putpalette([9, 8, 7])
         image.save(path)
-        for order in ("RGB", "BGR"):
-            pixels = read_image(path, order)
-            assert pixels.dtype == np.uint8
-            assert pixels.tolist() == [[expected[:: 1 if order == "RGB" else -1]]], mode
-    Image.new("CMYK", (1, 1), (10, 20, 30, 0)).save(tmp_path / "a.tif")
-    assert read_image(str(tmp_path / "a.tif"), "RGB").tolist() == [[[245, 235, 225]]]
+        assert read_image(path).dtype == np.uint8
+        assert read_image(path, "RGB").tolist() == [[expected]], image.mode
+        assert read_image(path, "BGR").tolist() == [[expected[::-1]]], image.mode
 
 
 def test_more_bits(tmp_path):
-    """Divided by 257 and rounded to the nearest gray level; what is out of range is clipped."""
+    """Grayscale is divided by 257, rounded and clipped."""
     sixteen = {0: 0, 128: 0, 129: 1, 385: 1, 386: 2, 32768: 128, 65406: 254, 65407: 255, 65535: 255}
     Image.fromarray(np.array([list(sixteen)], np.uint16)).save(tmp_path / "a.png")
     assert read_image(str(tmp_path / "a.png"), "L").ravel().tolist() == list(sixteen.values())
@@ -67,28 +66,27 @@ def test_more_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("content", "message"),
     [
+        *((content, "cannot identify image file") for content in (b"", b"\xff\xd8 no image")),
         *(("cut short", "truncated"), ("too large", "exceeds limit"), ("long text", "too large")),
-        *((content, "cannot identify image file") for content in (b"", b"x", b"\xff\xd8 no image")),
         *(("broken tag", "not a TIFF"), ("none", "No such file")),
     ],
 )
-def test_unusable(tmp_path, monkeypatch, caplog, what, message):
-    """Pillow says it with five kinds of errors; this is one line that names the file."""
-    path, info, exif = tmp_path / "a.png", PngImagePlugin.PngInfo(), b""
-    image = Image.effect_noise((40, 30), 50)
-    if what == "too large":  # DecompressionBombError
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 // 3)
-    if what == "long text":  # ValueError
+def test_unusable(tmp_path, monkeypatch, caplog, content, message):
+    """Pillow raises five kinds of errors; each becomes one line that names the file."""
+    path, info = tmp_path / "a.png", PngImagePlugin.PngInfo()
+    if content == "long text":  # ValueError
         info.add_text("a", "x" * 2**21, zip=True)
-    if what == "broken tag":  # SyntaxError
-        image, exif = Image.new("I;16", (4, 4)), b"no Exif at all"
-    image.save(path, pnginfo=info, exif=exif)
-    if isinstance(what, bytes) or what == "cut short":
-        path.write_bytes(path.read_bytes()[:700] if what == "cut short" else what)
-    if what == "none":
+    Image.effect_noise((40, 30), 50).save(path, pnginfo=info)
+    if content == "too large":  # DecompressionBombError
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 // 3)
+    elif content == "broken tag":  # SyntaxError
+        Image.new("I;16", (4, 4)).save(path, exif=b"no Exif at all")
+    elif content == "none":
         path.unlink()
+    elif content != "long text":
+        path.write_bytes(path.read_bytes()[:700] if content == "cut short" else content)
     with pytest.raises(InputError, match=message) as error:
         read_image(str(path))
     assert str(error.value).startswith(f"{path}: the image cannot be used: ")
@@ -97,16 +95,16 @@ def test_unusable(tmp_path, monkeypatch, caplog, what, message):
 
 
 def test_floating_point(tmp_path):
-    Image.new("F", (4, 4)).save(tmp_path / "f.tif")
-    message = r"f\.tif: floating point pixels: save it with 8 bits per channel$"
-    with pytest.raises(InputError, match=message) as error:
-        read_image(str(tmp_path / "f.tif"))
-    assert str(error.value).startswith(str(tmp_path))
+    path = tmp_path / "f.tif"
+    Image.new("F", (4, 4)).save(path)
+    message = f"^{path}: floating point pixels: save it with 8 bits per channel$"
+    with pytest.raises(InputError, match=message):
+        read_image(str(path))
 
 
-@pytest.mark.parametrize("missing", [2, 20, 1500])
+@pytest.mark.parametrize("missing", [2, 1500])
 def test_jpeg_cut_short(tmp_path, caplog, missing):
-    """As OpenCV reads it: what is there, then gray. A warning names the file."""
+    """The missing part is gray, as with OpenCV. A warning names the file."""
     path = tmp_path / "a.jpg"
     Image.effect_noise((100, 80), 50).convert("RGB").save(path)
     whole, content = read_image(str(path)), path.read_bytes()
@@ -121,7 +119,7 @@ def test_jpeg_cut_short(tmp_path, caplog, missing):
 
 @pytest.mark.parametrize(("format", "end"), [("JPEG", b"\xff\xd9"), ("PNG", b"IEND")])
 def test_is_whole(tmp_path, format, end):
-    """The end is in the last 64 KiB, whatever follows there."""
+    """The end marker is in the last 64 KiB."""
     path, after = tmp_path / "a", 65536 - len(end)
     for content, expected in (
         *((end, True), (b"x" + end, True), (end[:-1], False), (b"", False)),

@@ -16,7 +16,7 @@ NAME = "test_proposals"
 
 @pytest.fixture
 def ids(synthetic, tmp_path):
-    """Image ids of a registered dataset, in the order of its JSON, which is not sorted."""
+    """Image ids of a registered dataset, in descending order as in its JSON."""
     dataset = json.loads((synthetic / "instances.json").read_text())
     dataset["images"].reverse()
     path = tmp_path / "instances.json"
@@ -28,7 +28,7 @@ def ids(synthetic, tmp_path):
 
 
 def arrays(num_images):
-    """As mmdetection writes them: boxes and scores, best first; the last image has none."""
+    """mmdetection's proposals: boxes and scores, best first; the last image has none."""
     rng = np.random.default_rng(0)
     return [
         np.column_stack([rng.random((n, 4)), -np.sort(-rng.random(n))]).astype(np.float32)
@@ -52,7 +52,7 @@ def detectron2s(ids):
 
 
 def test_from_mmdetection(ids, tmp_path):
-    """Each image gets its own boxes, in the order of their scores, of which it gets the logits."""
+    """Each image gets its own boxes, in the same order, with the logits of their scores."""
     theirs = arrays(len(ids))
     theirs[3][[0, 1, -1], 4] = 1.0, 1 - 1e-7, 0.0
     path = prepare_proposals(write(tmp_path, theirs), NAME, str(tmp_path / "cache"))
@@ -68,21 +68,17 @@ def test_from_mmdetection(ids, tmp_path):
         assert record["proposal_bbox_mode"] == BoxMode.XYXY_ABS
 
 
-def older(content):
-    content["indexes"], content["scores"] = content.pop("ids"), content.pop("objectness_logits")
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        *(lambda content: None, older),
-        lambda content: content.update(ids=list(map(str, content["ids"]))),
-        lambda content: content.update(bbox_mode=int(BoxMode.XYWH_ABS)),
-        lambda content: content.pop("bbox_mode"),
+        lambda c: c.update(indexes=c.pop("ids"), scores=c.pop("objectness_logits")),  # Detectron's
+        lambda c: c.update(ids=list(map(str, c["ids"]))),
+        lambda c: c.update(bbox_mode=int(BoxMode.XYWH_ABS)),
+        lambda c: c.pop("bbox_mode"),
     ],
 )
 def test_from_detectron2(ids, tmp_path, change):
-    """The file is used as it is, under the names that Detectron used, with ids of more images."""
+    """The file is used unchanged; it may have more images than the dataset."""
     content = detectron2s([*ids, 99])
     change(content)
     path = write(tmp_path, content)
@@ -100,66 +96,46 @@ def put(key, position, value):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
         (lambda c: c["boxes"].pop(), "not proposals, which are 'ids', 'boxes' and 'obj"),
         (lambda c: c.pop("ids"), "not .*; found 'boxes', 'objectness_logits', 'bbox_mode'$"),
-        (
-            lambda c: c["objectness_logits"].pop(),
-            "'objectness_logits' of equal length; found 'ids'",
-        ),
+        (lambda c: c["objectness_logits"].pop(), "'objectness_logits' of equal length; found 'ids"),
         (lambda c: c.clear(), "'objectness_logits' of equal length; found nothing"),
         (put("boxes", 2, np.zeros((3, 5))), "boxes of image number 2 must .* of shape .3, 5.$"),
         (put("boxes", 2, [[0, 0, 1, 1]]), "boxes of image number 2 .* list"),
         (put("boxes", 0, np.zeros((11, 2, 4))), "number 0 must .* R x 4 .* shape .11, 2, 4"),
         (put("boxes", 2, np.zeros((9, 4), int)), "boxes of image number 2 must"),
         (lambda c: c["boxes"][1].__setitem__(0, np.nan), "number 1 must be a finite R x 4 array"),
-        (lambda c: c.update(objectness_logits=c["boxes"]), "logits of image number 0 must .* R ar"),
-        (
-            put("objectness_logits", 2, np.zeros(())),
-            "logits of image number 2 must .* of shape ..$",
-        ),
-        (put("boxes", 1, np.zeros((2, 4))), "image id 11 has 2 boxes, but 10 scores"),
+        (put("objectness_logits", 2, np.zeros(())), "logits of image number 2 .* of shape ..$"),
         (put("boxes", 2, np.zeros((11, 4))), "image id 10 has 11 boxes, but 9 scores"),
         (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
         (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
         (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
         (lambda c: c.update(bbox_mode=Malicious()), "not loaded, .* refers to .*open"),
-    ],
-)
-def test_bad_detectron2_file(ids, tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    content = detectron2s(ids)
-    change(content)
-    with pytest.raises(InputError, match=message) as error:
-        prepare_proposals(write(tmp_path, content), NAME, str(tmp_path))
-    assert "\n" not in str(error.value)
-    assert str(error.value).startswith(f"{tmp_path}/proposals.pkl: ")
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
         *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),
         ([np.zeros((2, 4), np.float32)] * 12, "proposals of image number 0 must .* R x 5"),
         ([Malicious()] * 12, "not loaded, .* refers to .*open, which may run code"),
         (pickle.dumps(arrays(12))[:500], "not loaded, .* cut short"),
-        (b"", "not loaded, .* cut short"),
         (b"<html>", "not loaded"),
         ("text", "not proposals, neither Detectron2's dict nor"),
     ],
 )
 def test_bad_file(ids, tmp_path, monkeypatch, content, message):
+    """Contents, or changes of a good file of Detectron2's, are refused in one line."""
     monkeypatch.chdir(tmp_path)
+    if callable(content):
+        change, content = content, detectron2s(ids)
+        change(content)
     with pytest.raises(InputError, match=message) as error:
         prepare_proposals(write(tmp_path, content), NAME, str(tmp_path))
     assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/proposals.pkl: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["instances.json", "proposals.pkl"]
 
 
 def test_no_file(ids, tmp_path):
-    """And no JSON: mmdetection's are in the order of one, Detectron2's name their images."""
+    """No proposal file, and mmdetection's proposals without the JSON that they follow."""
     with pytest.raises(InputError, match="none.pkl: no such proposal file; tools/dump_proposals"):
         prepare_proposals("none.pkl", NAME, "none")
     MetadataCatalog.remove(NAME)

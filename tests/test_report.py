@@ -9,10 +9,7 @@ from libra_d2.evaluation import plot_learning_curves, read_metrics, write_result
 
 
 def test_read_metrics(tmp_path):
-    """
-    Of a training that was stopped while it wrote, and resumed with more lines: the last value
-    counts, of each metric by itself, in the order of the iterations.
-    """
+    """Of a resumed training with a truncated line, the last value of each metric counts."""
     entries = [{"iteration": i, "total_loss": 3.0 - i / 10, "lr": 0.1} for i in (0, 20, 30)]
     entries += [{"iteration": i, "total_loss": 1.0, "bbox/AP": 20.0 + i} for i in (10, 20)]
     lines = [json.dumps(entry) for entry in entries]
@@ -27,7 +24,7 @@ def test_read_metrics(tmp_path):
 
 
 def panels(metrics, tmp_path, monkeypatch):
-    """Each panel that is drawn of them, with its curves by their label."""
+    """Each panel that is drawn, with its curves by label."""
     figures, save = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: figures.append(save(self, *a, **k) or self)
@@ -38,10 +35,7 @@ def panels(metrics, tmp_path, monkeypatch):
 
 
 def test_curves(tmp_path, monkeypatch):
-    """
-    All losses, AP, and the samples' bins, each where it was measured, with iterations counted from
-    1; the evaluation after the last iteration at that one.
-    """
+    """Losses, AP and IoU bins by iteration, counted from 1; the final evaluation is at the last."""
     metrics = [
         {"iteration": 0, "total_loss": 3.0, "loss_cls": 2.0, "lr": 0.1, "time": 1.0},
         {"iteration": 19, "total_loss": 2.0, "loss_cls": 1.5, "roi_head/num_bg_iou_bin_1": 7.0},
@@ -70,7 +64,7 @@ def test_curves(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num", [0, 29, 30])
 def test_points(tmp_path, monkeypatch, num):
-    """Up to 29 are marked; without losses, iterations are as they are filed; no file of nothing."""
+    """Up to 29 points are marked; without losses there is no last iteration; no empty figures."""
     metrics = [{"iteration": i, "lr": 1.0, **({"bbox/AP": i} if i else {})} for i in range(num + 1)]
     drawn = panels(metrics, tmp_path, monkeypatch)
     assert [list(*curves.values()) for _, curves in drawn] == (num > 0) * [
@@ -81,7 +75,7 @@ def test_points(tmp_path, monkeypatch, num):
 
 
 def test_write_results(tmp_path, monkeypatch):
-    """All numbers, by size and by class; those that do not exist stay empty."""
+    """All numbers, by size and by class; NaN is left empty."""
     bbox = {"AP": 41.26, "AP50": 60.0, "APs": float("nan"), "AP-cat": 30.0, "AP-AP-dog|": 52.44}
     results = {"a_val": {"bbox": bbox, "segm": {"AP": 5.0}}, "b_val": None, "c_val": {}}
     write_results(str(tmp_path / "new/results.md"), results, "Title", "Remark")

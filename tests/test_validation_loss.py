@@ -15,7 +15,7 @@ from libra_d2.evaluation.validation_loss import validation_losses
 
 
 class Detector(nn.Module):
-    """Parts that change or draw while they train; its losses are those that the images name."""
+    """Has modules that change or draw in training mode; the inputs are its losses."""
 
     def __init__(self):
         super().__init__()
@@ -37,23 +37,16 @@ class Detector(nn.Module):
 
 
 def states():
-    """Of all random number generators."""
+    """The states of all random number generators."""
     return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
 
 def test_mean_over_images(monkeypatch):
-    """
-    Of all processes, not over batches: of three images and a single one, of which one batch has
-    loss_b, and more in others. Those get nothing.
-    """
+    """The mean is over the images of all processes, not over batches; only the main one gets it."""
     batches = [[(1.0, 4.0), (2.0, 4.0), (6.0, 4.0)], [(7.0, 0.0)]]
-    expected = {
-        "loss_a": (3 * 3.0 + 7.0) / 4,
-        "loss_b": 3 * 4.0 / 4,
-        "total_loss": (3 * (3.0 + 4.0) + 7.0) / 4,
-        "roi_head/max": (3 * 6.0 + 7.0) / 4,
-        "roi_head/b": 3 * 8.0 / 4,
-    }
+    expected = {"loss_a": (3 * 3.0 + 7.0) / 4, "loss_b": 3 * 4.0 / 4}
+    expected["total_loss"] = (3 * (3.0 + 4.0) + 7.0) / 4
+    expected.update({"roi_head/max": (3 * 6.0 + 7.0) / 4, "roi_head/b": 3 * 8.0 / 4})
     assert validation_losses(Detector(), batches) == expected
     sent = []
     monkeypatch.setattr(comm, "gather", lambda x: sent.append(x) or [])
@@ -66,8 +59,8 @@ def test_mean_over_images(monkeypatch):
 @pytest.mark.parametrize("last", [[(1.0, 0.0)], [()]])
 def test_leaves_everything_alone(trains, last):
     """
-    Inside, the model trains, but for its backbone, batch norm and dropout, and draws what it always
-    does. After it, or an error, modes, weights, buffers and random states are as before.
+    Training mode except for backbone, batch norm and dropout, with the same draws each time. Modes,
+    weights, buffers and RNG states are restored, also after an error.
     """
     model = Detector().train(trains)
     model.head[0].train(not trains)
@@ -93,8 +86,8 @@ def test_leaves_everything_alone(trains, last):
 @pytest.mark.parametrize("system", ["faster_rcnn", "retinanet"])
 def test_detectors(system, average, monkeypatch):
     """
-    Losses do not depend on what else is done, nor wait for other processes, which may have fewer
-    batches; a moving average of normalizers stays as it is.
+    Losses are reproducible and do not wait for other processes, which may have fewer batches. The
+    moving average of the normalizer is kept.
     """
     config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
     model = build_model(demo_cfg(config, MODEL__LIBRA__RETINANET__NORMALIZER="moving_average"))
