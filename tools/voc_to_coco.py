@@ -95,16 +95,10 @@ def convert(
     annotations: Path, images: Path, stems: List[str], classes: Optional[List[str]]
 ) -> Dict[str, List]:
     """
-    Args:
-        annotations, images: directories.
-        stems: names of the XML files, without suffix.
-        classes: their names; None for those found.
-
-    Returns:
-        the content of a COCO JSON.
+    The content of a COCO JSON for the XML files with these stems.
 
     Raises:
-        InputError: if a file is missing or broken, or has an object of another class.
+        InputError: if a file is missing or broken, or has an object of none of ``classes``.
     """
     records = {stem: read_xml(annotations / f"{stem}.xml") for stem in tqdm(stems, unit="file")}
     found = {o["name"] for record in records.values() for o in record["objects"]}
@@ -112,11 +106,8 @@ def convert(
     if found - set(names):
         raise InputError(f"--classes: {sorted(found - set(names))} in {annotations} are not named")
     ids = {name: i for i, name in enumerate(names, 1)}
-    dataset = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for name, i in ids.items()],
-    }
+    categories = [{"id": i, "name": name} for name, i in ids.items()]
+    dataset = {"images": [], "annotations": [], "categories": categories}
     for image_id, (stem, record) in enumerate(records.items(), 1):
         name = find_image(images, stem, record["file_name"])
         objects = record.pop("objects")

@@ -211,14 +211,9 @@ def check_images(
     dataset: Dict, image_root: str, json_file: str, limits: Optional[ResizeLimits] = None
 ) -> None:
     """
-    Check that each image is in ``image_root``, is an image, and is as large as the annotations say.
-    JPEG and PNG files are decoded only if their end is missing, other files always.
-
-    Args:
-        dataset: see :func:`read_coco_json`.
-        image_root: directory that its file names are relative to.
-        json_file: for messages.
-        limits: what the images are resized to.
+    Check that each image of a dataset, see :func:`read_coco_json`, is in ``image_root``, is an
+    image, has the size in the annotations, and can be resized to ``limits``. JPEG and PNG files are
+    only decoded if their end is missing.
 
     Raises:
         InputError: names the first image for which this is not so.
@@ -271,7 +266,7 @@ def register_coco_json(
         json_file, image_root: annotations, and the directory that their file names are relative to.
         cache_dir: directory for changed annotations.
         mask_format: see :func:`read_coco_json`. None registers boxes only.
-        limits: see :func:`check_images`.
+        limits: what the images are resized to.
 
     Returns:
         names of the classes, in the order of their category ids.

@@ -128,7 +128,7 @@ def check_entries(entries: List[Any], kind: str, json_file: str, repaired: Count
         entries: one of the lists of the JSON.
         kind: key of SCHEMA.
         json_file: for messages.
-        repaired: counts the values that were repaired, by kind and field.
+        repaired: counts repaired values by kind and field.
 
     Returns:
         the entries by their id.

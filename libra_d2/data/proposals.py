@@ -30,14 +30,7 @@ logger = logging.getLogger(__name__)
 def write_proposals(
     path: str, ids: List, boxes: List[np.ndarray], objectness_logits: List[np.ndarray]
 ) -> None:
-    """
-    Write proposals in Detectron2's format, atomically.
-
-    Args:
-        path: the file; its directory is created.
-        ids: image ids.
-        boxes, objectness_logits: for each image (R, 4) and (R,), see the module.
-    """
+    """Write proposals in Detectron2's format, see the module; the directory is created."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     content = {
         "ids": ids,
@@ -118,7 +111,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
         cache_dir: directory for ``<dataset_name>.pkl``, to which mmdetection's are converted.
 
     Returns:
-        path of a file in Detectron2's format.
+        path of the file in Detectron2's format.
 
     Raises:
         InputError: if the file is missing, cut short, would execute code, or does not have

@@ -35,13 +35,8 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
     def apply_image(self, img: np.ndarray, interp: Optional[int] = None) -> np.ndarray:
         """
-        Args:
-            img: (h, w) or (h, w, C), uint8 or floating point.
-            interp: resize with this method of Pillow's instead, as Detectron2 does with
-                segmentation maps (nearest neighbor).
-
-        Returns:
-            (new_h, new_w) or (new_h, new_w, C), of the same type.
+        Resize (h, w) or (h, w, C), uint8 or floating point; with a method of Pillow's if ``interp``
+        is one, as Detectron2 does with segmentation maps (nearest neighbor).
         """
         if interp is not None:
             return super().apply_image(img, interp)
@@ -83,15 +78,10 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
 
 def with_interpolation(augmentations: Augmentations, interpolation: str) -> Augmentations:
     """
-    Args:
-        augmentations: Detectron2's.
-        interpolation: of :data:`INTERPOLATIONS`.
-
-    Returns:
-        the same, in which each :class:`ResizeShortestEdge` uses ``interpolation``.
+    The same augmentations, in which each :class:`ResizeShortestEdge` uses ``interpolation``.
 
     Raises:
-        ArgumentError: for another interpolation.
+        ArgumentError: if it is none of :data:`INTERPOLATIONS`.
     """
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     if interpolation == "pillow":

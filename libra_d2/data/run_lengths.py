@@ -32,12 +32,9 @@ def _decode(text: str) -> List[int]:
 
 def check_run_lengths(segmentation: Any, height: int, width: int) -> None:
     """
-    Args:
-        segmentation: dict of "size", [height, width], and "counts", a list or compressed text.
-        height, width: of the image.
-
     Raises:
-        ValueError: says what is wrong with the mask.
+        ValueError: unless the mask, a dict of "size", [height, width], and "counts", a list or
+            compressed text, is valid for an image of that size.
     """
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width] or not counts:

@@ -31,13 +31,7 @@ def read_metrics(path: str) -> List[Dict[str, float]]:
 
 
 def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
-    """
-    Plot losses, average precision, and the IoU balance of the samples over the iterations.
-
-    Args:
-        metrics: see :func:`read_metrics`.
-        path: PNG to write; none is written without any of these metrics.
-    """
+    """Plot losses, AP and the IoU balance of the samples, if there are any, to a PNG."""
     from matplotlib.figure import Figure
 
     names = sorted({name for entry in metrics for name in entry})

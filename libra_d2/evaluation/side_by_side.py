@@ -17,12 +17,8 @@ SAME, OTHER = (0.15, 0.35, 0.75), (1.0, 0.45, 0.0)  # RGB
 
 def match_detections(ours: Instances, theirs: Instances, iou_thresh: float = 0.5) -> torch.Tensor:
     """
-    Args:
-        ours, theirs: detections in one image, in descending order of scores.
-        iou_thresh: IoU of boxes of the same class that are taken for the same detection.
-
-    Returns:
-        (len(ours),) bool: whether a detection is among theirs. Matching is greedy and one to one.
+    Which of our detections in an image, (len(ours),) bool, are also theirs: boxes of the same class
+    with at least ``iou_thresh``, matched one to one, greedily in the order of ours.
     """
     iou = pairwise_iou(ours.pred_boxes, theirs.pred_boxes)
     iou[ours.pred_classes[:, None] != theirs.pred_classes[None]] = 0
@@ -61,17 +57,8 @@ def draw_side_by_side(
     titles: Tuple[str, str] = ("plain", "Libra"),
 ) -> np.ndarray:
     """
-    Draw the detections of two models next to each other: blue if both have found them, orange and
-    labeled otherwise.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        metadata: with the names of the classes, if there are any.
-        detections: of both models, on the CPU.
-        titles: names of the models.
-
-    Returns:
-        (H', W', 3) uint8 RGB.
+    Draw the detections of two models, on the CPU, next to each other: blue if both have found them,
+    orange and labeled otherwise. Images are (H, W, 3) uint8 RGB.
     """
     left, right = detections
     halves = [

@@ -61,7 +61,7 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
     def __init__(
         self, cfg: CfgNode, model: nn.Module, tta_mapper: Optional[DatasetMapperTTA] = None
     ):
-        """Args: see :class:`GeneralizedRCNNWithTTA`, whose constructor only takes R-CNNs."""
+        """See :class:`GeneralizedRCNNWithTTA`, whose constructor only takes R-CNNs."""
         nn.Module.__init__(self)
         self.cfg = cfg.clone()
         self.cfg.defrost()
@@ -92,13 +92,8 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
 
 def add_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """
-    Args:
-        cfg: config of the model.
-        model: an R-CNN (masks and cascade included) or a RetinaNet, possibly in a
-            ``DistributedDataParallel``.
-
-    Returns:
-        a model with test-time augmentation as in ``cfg.TEST.AUG``, which shares the weights.
+    A model with test-time augmentation as in ``cfg.TEST.AUG``, which shares the weights of an R-CNN
+    (masks and cascade included) or a RetinaNet, possibly in a ``DistributedDataParallel``.
 
     Raises:
         InputError: for any other model.

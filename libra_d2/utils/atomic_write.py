@@ -13,11 +13,7 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """
     Open a file that appears at ``path`` when the body is done and its content is on the disk. If
     the body fails or the process is killed, ``path`` stays as it was. Several processes may write
-    the same content.
-
-    Args:
-        path: the file; one that exists is replaced.
-        mode: "wb", or "w" for text in UTF-8.
+    the same content. Modes are "wb", and "w" for text in UTF-8.
     """
     unfinished = f"{path}.{comm.get_rank()}"
     try:

@@ -125,8 +125,8 @@ def reading_weights(path: str) -> Iterator[None]:
 
 def read_weights(path: str) -> Any:
     """
-    Load a local file of weights, PyTorch's or a ``.pkl`` of arrays, on the CPU. Nothing in it is
-    executed.
+    Load a local file of weights, PyTorch's or a ``.pkl`` of arrays, on the CPU, without executing
+    anything in it.
 
     Raises:
         BrokenFileError: if it is missing, cut short, or holds anything else.
