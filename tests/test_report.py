@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -10,16 +8,14 @@ from libra_d2.evaluation import plot_learning_curves, read_metrics, write_result
 
 def test_read_metrics(tmp_path):
     """Of a resumed training with a truncated line, the last value of each metric counts."""
-    entries = [{"iteration": i, "total_loss": 3.0 - i / 10, "lr": 0.1} for i in (0, 20, 30)]
-    entries += [{"iteration": i, "total_loss": 1.0, "bbox/AP": 20.0 + i} for i in (10, 20)]
-    lines = [json.dumps(entry) for entry in entries]
-    lines.insert(3, lines[2][:20])  # cut short
-    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    (tmp_path / "metrics.json").write_text(
+        '{"iteration": 20, "loss": 3.0, "lr": 0.1}\n{"iteration": 30, "loss": 2.0}\n{"iterat\n'
+        '{"iteration": 10, "loss": 1.0}\n{"iteration": 20, "loss": 1.0, "bbox/AP": 40.0}\n'
+    )
     assert read_metrics(str(tmp_path / "metrics.json")) == [
-        {"iteration": 0, "total_loss": 3.0, "lr": 0.1},
-        {"iteration": 10, "total_loss": 1.0, "bbox/AP": 30.0},
-        {"iteration": 20, "total_loss": 1.0, "lr": 0.1, "bbox/AP": 40.0},
-        {"iteration": 30, "total_loss": 0.0, "lr": 0.1},
+        {"iteration": 10, "loss": 1.0},
+        {"iteration": 20, "loss": 1.0, "lr": 0.1, "bbox/AP": 40.0},
+        {"iteration": 30, "loss": 2.0},
     ]
 
 
@@ -43,18 +39,19 @@ def test_curves(tmp_path, monkeypatch):
         {"iteration": 39, "total_loss": 1.0, "loss_cls": 0.5, "validation/loss_cls": 0.75},
         {"iteration": 40, "bbox/AP": 20.0, "bbox/AP50": 40.0, "segm/AP": 15.0, "bbox/APs": 1.0},
     ]
-    drawn = panels(metrics, tmp_path, monkeypatch)
-    losses = {
-        "loss cls": ([1, 20, 40], [2.0, 1.5, 0.5]),
-        "total loss": ([1, 20, 40], [3.0, 2.0, 1.0]),
-        "validation/loss cls": ([40], [0.75]),
-    }
+    losses = {"loss cls": ([1, 20, 40], [2.0, 1.5, 0.5]), "validation/loss cls": ([40], [0.75])}
     precisions = {"bbox/AP": ([30, 40], [10.0, 20.0]), "bbox/AP50": ([40], [40.0])}
     precisions.update({"bbox/AP75": ([30], [4.0]), "segm/AP": ([40], [15.0])})
-    assert [(axis.get_ylabel(), curves) for axis, curves in drawn] == [
-        *(("loss", losses), ("average precision (%)", precisions)),
-        ("negatives drawn", {"IoU bin 1": ([20], [7.0])}),
-    ]
+    drawn = panels(metrics, tmp_path, monkeypatch)
+    assert {axis.get_ylabel(): curves for axis, curves in drawn} == {
+        "loss": {**losses, "total loss": ([1, 20, 40], [3.0, 2.0, 1.0])},
+        "average precision (%)": {
+            **precisions,
+            "bbox/AP75": ([30], [4.0]),
+            "segm/AP": ([40], [15.0]),
+        },
+        "negatives drawn": {"IoU bin 1": ([20], [7.0])},
+    }
     for axis, curves in drawn:
         assert (axis.get_xlabel(), axis.get_xlim()[0], axis.get_ylim()[0]) == ("iteration", 0, 0)
         assert [text.get_text() for text in axis.get_legend().get_texts()] == list(curves)

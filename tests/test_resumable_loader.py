@@ -34,7 +34,7 @@ def augment(image):
 
 def loader(seed=3, **kwargs):
     arguments = {"dataset": IMAGES, "mapper": augment, "total_batch_size": 3, **kwargs}
-    return ResumableLoader(lambda: dict(arguments), seed=seed)
+    return ResumableLoader(lambda: arguments, seed=seed)
 
 
 def take(iterator, number):
@@ -77,7 +77,7 @@ def test_resumed_twice():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_leaves_the_random_state_alone(num_workers):
+def test_keeps_the_random_state(num_workers):
     """Random numbers of the training do not depend on the loader."""
     state = get_random_state()
     expected = [draw() for _ in range(4)]
@@ -114,7 +114,7 @@ def test_order_and_shapes():
     assert len({x for numbers in drawn for x in numbers}) == 90
 
 
-def test_waiting_images():
+def test_pending_images():
     """The state has the first position not drawn yet, and the pending positions before it."""
     sampler = [1, 2, 0, 3, 6, 4, 5]  # 0, 3 and 6 are upright
     one = loader(sampler=sampler, total_batch_size=3)
@@ -158,8 +158,8 @@ def draw():
     return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
 
 
-@pytest.mark.parametrize("broken_off", [False, True])
-def test_random_state(broken_off, tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_random_state(fails, tmp_path):
     """All RNG states are restored, also from a file and after an error."""
     np.random.randn()  # caches the second number of a pair
     random.gauss(0, 1)
@@ -168,9 +168,9 @@ def test_random_state(broken_off, tmp_path):
     expected = random.gauss(0, 1), draw()
     for context in (keep_random_state(), seeded(1, 2)):
         set_random_state(state)
-        with pytest.raises(ZeroDivisionError) if broken_off else nullcontext(), context:
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext(), context:
             draw(), random.gauss(0, 1)
-            assert not broken_off or 1 / 0
+            assert not fails or 1 / 0
         assert (random.gauss(0, 1), draw()) == expected
 
 

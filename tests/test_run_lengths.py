@@ -7,7 +7,7 @@ from libra_d2.data.run_lengths import check_run_lengths
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_pycocotools_writes(seed):
+def test_valid_masks(seed):
     """Its masks of any size are accepted, compressed or not, if the lengths add up to the size."""
     rng = np.random.default_rng(seed)
     height, width = (int(x) for x in rng.integers(1, 90, 2))

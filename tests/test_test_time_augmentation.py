@@ -3,16 +3,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_CONFIG, ROOT, demo_cfg, random_inputs
+from conftest import ROOT, demo_cfg, random_inputs
 from test_train_net import TINY, own_data, run
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from libra_d2.errors import InputError
 from libra_d2.evaluation import RetinaNetWithTTA, add_test_time_augmentation
-from libra_d2.evaluation.test_time_augmentation import LibraDatasetMapperTTA
 
 RETINANET = ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"
 
@@ -28,17 +28,36 @@ def one_image():
     return [{"image": image, "height": 192, "width": 256}]
 
 
+@pytest.mark.parametrize("system", ["mask_rcnn", "cascade_rcnn"])
+def test_rcnn(system):
+    """The same detections, masks included, as with Detectron2's own class."""
+    cfg = tta_cfg(ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml", (80, 112))
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.1
+    model = build_model(cfg)
+    with EventStorage(), torch.no_grad():
+        for _ in range(3):  # running statistics of batch norm
+            model(random_inputs(3, 3))
+        model.eval()
+        inputs = one_image()
+        (ours,) = add_test_time_augmentation(cfg, model)(inputs)
+        (theirs,) = GeneralizedRCNNWithTTA(cfg, model)(inputs)
+    ours, theirs = ours["instances"], theirs["instances"]
+    assert len(ours) > 3
+    assert ours.has("pred_masks") == theirs.has("pred_masks") == (system == "mask_rcnn")
+    for name, value in ours.get_fields().items():
+        value, other = (getattr(x, "tensor", x) for x in (value, theirs.get(name)))
+        assert torch.equal(value, other), name
+
+
 def test_models():
-    """Detectron2's class for R-CNNs, one for RetinaNets, also in a DistributedDataParallel."""
-    for config, expected in ((DEMO_CONFIG, GeneralizedRCNNWithTTA), (RETINANET, RetinaNetWithTTA)):
-        cfg = tta_cfg(config, (96,))
-        model, parallel = build_model(cfg), DistributedDataParallel.__new__(DistributedDataParallel)
-        torch.nn.Module.__init__(parallel)  # without processes
-        parallel.module = model
-        for given in (model, parallel):
-            tta = add_test_time_augmentation(cfg, given)
-            assert (type(tta), type(tta.tta_mapper)) == (expected, LibraDatasetMapperTTA)
-            assert tta.model is model
+    """A RetinaNet, also in a DistributedDataParallel; other models are refused."""
+    cfg = tta_cfg(RETINANET, (96,))
+    parallel = DistributedDataParallel.__new__(DistributedDataParallel)  # without processes
+    torch.nn.Module.__init__(parallel)
+    parallel.module = build_model(cfg)
+    for model in (parallel, parallel.module):
+        tta = add_test_time_augmentation(cfg, model)
+        assert (type(tta), tta.model) == (RetinaNetWithTTA, parallel.module)
     with pytest.raises(InputError, match="there is no test-time augmentation of a Identity"):
         add_test_time_augmentation(cfg, torch.nn.Identity())
 

@@ -25,7 +25,7 @@ UNUSUAL = {  # height and width of an image, and its boxes
 
 
 @pytest.mark.parametrize("system", ["libra_faster_rcnn", "libra_retinanet"])
-def test_trains_on(system):
+def test_finite_losses(system):
     """Losses and gradients are finite for all images, each in a batch with an ordinary one."""
     model = build_model(demo_cfg(ROOT / f"configs/Demo/{system}_R_18_FPN.yaml"))
     for name, unusual in UNUSUAL.items():

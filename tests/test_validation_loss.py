@@ -57,7 +57,7 @@ def test_mean_over_images(monkeypatch):
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("last", [[(1.0, 0.0)], [()]])
-def test_leaves_everything_alone(trains, last):
+def test_restores_the_model(trains, last):
     """
     Training mode except for backbone, batch norm and dropout, with the same draws each time. Modes,
     weights, buffers and RNG states are restored, also after an error.

@@ -49,12 +49,12 @@ _MIN_VISIBLE = 0.4  # visible part of each object, at least
 
 
 def _outline(corners, center, radius: float, turn: float, stretch: float) -> List[tuple]:
-    """Squeeze, rotate, scale and place an outline."""
+    """Squeeze, rotate, scale and place an outline; returns points of the oversampled image."""
     points = [(r * math.cos(math.tau * a), r * math.sin(math.tau * a)) for r, a in corners]
     points = np.array(points) * [1, stretch]
     c, s = math.cos(math.tau * turn), math.sin(math.tau * turn)
     points = radius * points @ np.array([[c, s], [-s, c]]) + center
-    return [tuple(p) for p in points]
+    return [tuple(p) for p in points * _OVERSAMPLING]
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
@@ -86,24 +86,21 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
         line = [tuple(p) for p in rng.uniform(0, size, (rng.integers(2, 5), 2))]
         draw.line(line, fill=tuple(rng.integers(0, 256, 3).tolist()), width=rng.integers(1, 4))
 
-    names = list(CLASSES[:num_classes])
     objects = []  # (class index or None, full area, visible mask)
     for _ in range(rng.integers(2, 10)):
         distractor = rng.random() < 0.2
-        name = rng.choice(list(_DISTRACTORS) if distractor else names)
+        name = rng.choice(list(_DISTRACTORS) if distractor else CLASSES[:num_classes])
         # Log-uniform: as many small objects as large ones, over a factor of 5 in size.
         radius = size * math.exp(rng.uniform(math.log(0.06), math.log(0.32)))
         points = _outline(
-            (_DISTRACTORS if distractor else _OUTLINES)[name],
+            {**_OUTLINES, **_DISTRACTORS}[name],
             rng.uniform(0.05 * size, 0.95 * size, 2),
             radius,
             turn=rng.random() if distractor else rng.uniform(-0.06, 0.06),
             stretch=rng.uniform(0.7, 1),
         )
         mask = Image.new("L", (size * _OVERSAMPLING,) * 2)
-        ImageDraw.Draw(mask).polygon(
-            [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points], fill=255
-        )
+        ImageDraw.Draw(mask).polygon(points, fill=255)
         mask = mask.resize((size, size), Image.BOX)
         covered = np.asarray(mask) > 127
         visible = [seen & ~covered for _, _, seen in objects]
@@ -111,10 +108,11 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
         if covered.sum() < 12 or hides:
             continue
         objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
-        objects.append((None if distractor else names.index(name), covered.sum(), covered))
+        category = None if distractor else CLASSES.index(name)
+        objects.append((category, covered.sum(), covered))
         # Each class has a typical hue, which not all of its objects have.
         typical = not distractor and rng.random() < 0.7
-        hue = names.index(name) / len(CLASSES) if typical else None
+        hue = category / len(CLASSES) if typical else None
         fill = Image.new("RGB", image.size, _color(rng, np.asarray(image)[covered], hue))
         if rng.random() < 0.2:  # translucent
             mask = mask.point(lambda v: v * 0.75)

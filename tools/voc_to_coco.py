@@ -64,13 +64,9 @@ def read_xml(path: Path) -> Dict[str, Any]:
             if box is None or not element.findtext("name"):
                 raise ValueError("an <object> lacks <name> or <bndbox>")
             x0, y0, x1, y1 = (number(box, k) for k in ("xmin", "ymin", "xmax", "ymax"))
-            objects.append(
-                {
-                    "name": element.findtext("name").strip(),
-                    "difficult": int(element.findtext("difficult") or 0),
-                    "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
-                }
-            )
+            name, difficult = element.findtext("name").strip(), element.findtext("difficult")
+            bbox = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
+            objects.append({"name": name, "difficult": int(difficult or 0), "bbox": bbox})
         return {
             "file_name": root.findtext("filename"),
             "width": int(number(size, "width")),
@@ -113,16 +109,15 @@ def convert(
         objects = record.pop("objects")
         dataset["images"].append({**record, "id": image_id, "file_name": name})
         for o in objects:
-            dataset["annotations"].append(
-                {
-                    "id": len(dataset["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": ids[o["name"]],
-                    "bbox": o["bbox"],
-                    "area": o["bbox"][2] * o["bbox"][3],
-                    "iscrowd": int(o["difficult"] != 0),
-                }
-            )
+            annotation = {
+                "id": len(dataset["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": ids[o["name"]],
+                "bbox": o["bbox"],
+                "area": o["bbox"][2] * o["bbox"][3],
+                "iscrowd": int(o["difficult"] != 0),
+            }
+            dataset["annotations"].append(annotation)
     return dataset
 
 

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
 from torch.utils import data as torchdata
 
 from detectron2.data import DatasetFromList, MapDataset
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -36,10 +37,6 @@ class _PositionedDataset(torchdata.Dataset):
         position, index = position_and_index
         with seeded(self.seed, position * self.world_size + self.rank):
             return {**self.dataset[index], _POSITION: position}
-
-
-def _identity(image: Dict[str, Any]) -> Dict[str, Any]:
-    return image
 
 
 def _exit_later(number: int, frame) -> None:
@@ -126,7 +123,7 @@ class ResumableLoader:
             _PositionedDataset(self._dataset, self.seed),
             sampler=self._draw(),
             batch_size=None,
-            collate_fn=_identity,
+            collate_fn=trivial_batch_collator,
             worker_init_fn=_defer_signals,
             num_workers=arguments.get("num_workers", 0),
             **{name: arguments[name] for name in _OPTIONS if name in arguments},

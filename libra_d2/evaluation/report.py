@@ -60,14 +60,6 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
         figure.savefig(f, dpi=120, format="png")
 
 
-def _rows(metrics: Dict[str, float], per_class: bool) -> Dict[str, str]:
-    chosen = {k: v for k, v in metrics.items() if k.startswith("AP-") == per_class}
-    return {
-        table_cell(k.replace("AP-", "", 1)) if per_class else k: "" if math.isnan(v) else f"{v:.1f}"
-        for k, v in chosen.items()
-    }
-
-
 def _table(rows, headers) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
@@ -85,12 +77,12 @@ def write_results(path: str, results: Dict[str, Any], title: str, remark: str = 
     lines = [f"# {title}", "", *([remark, ""] if remark else [])]
     for dataset, tasks in results.items():
         for task, metrics in (tasks or {}).items():
-            lines += [f"## {task} on {dataset}", ""]
-            numbers = _rows(metrics, per_class=False)
-            lines += [_table([list(numbers.values())], list(numbers)), ""]
-            classes = _rows(metrics, per_class=True)
+            cells = {k: "" if math.isnan(v) else f"{v:.1f}" for k, v in metrics.items()}
+            classes = [(table_cell(k[3:]), x) for k, x in cells.items() if k.startswith("AP-")]
+            numbers = {k: x for k, x in cells.items() if not k.startswith("AP-")}
+            lines += [f"## {task} on {dataset}", "", _table([numbers.values()], numbers), ""]
             if classes:
-                lines += [_table(classes.items(), ["class", "AP"]), ""]
+                lines += [_table(classes, ["class", "AP"]), ""]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path, "w") as f:
         f.write("\n".join(lines))
