@@ -7,15 +7,17 @@ Detect objects in images, a video or a webcam and draw them, as Detectron2's dem
         --output out --opts MODEL.WEIGHTS model_final.pth
 
 --config-file is a file or the name of a config of the model zoo, such as
-COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml, which by itself means its published weights.
-With --plain-weights each picture shows a plain detector's objects next to Libra R-CNN's, and marks
-what only one of them found.
+COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml, with its published weights unless others are
+named. With --plain-weights each picture shows the detections of a plain detector next to those of
+Libra R-CNN, and marks objects that only one of them found.
 """
 
 import argparse
 import glob
 import logging
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from libra_d2.data.coco_json import read_categories
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
+from libra_d2.evaluation.side_by_side import draw_side_by_side
 from libra_d2.utils.display import display_metadata
 
 logger = logging.getLogger("libra_d2.demo")
@@ -40,7 +43,7 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
-    """The arguments of this program."""
+    """The command line arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +61,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="in [0, 1]; default: %(default)s"
     )
     parser.add_argument(
-        "--categories", metavar="FILE", help="COCO JSON that names the classes of your own model"
+        "--categories", metavar="FILE", help="COCO JSON with the class names of a custom model"
     )
     plain = parser.add_argument_group("side by side with a plain detector (images only)")
     plain.add_argument("--plain-weights", metavar="FILE", help="its weights")
@@ -75,10 +78,10 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 def find_images(inputs: List[str]) -> List[str]:
     """
-    The files that paths, folders and patterns name.
+    The images that paths, folders and glob patterns match.
 
     Raises:
-        InputError: if one of them names none.
+        InputError: if one of them matches none.
     """
     files = []
     for name in inputs:
@@ -95,9 +98,7 @@ def find_images(inputs: List[str]) -> List[str]:
 
 
 def make_predictor(recipe: Recipe, names: Optional[List[str]]) -> LibraPredictor:
-    """
-    The predictor of a recipe, with as many classes as there are ``names``, if any.
-    """
+    """The predictor of a recipe; its number of classes follows from ``names``, if given."""
     if names:
         recipe.num_classes = len(names)
     if recipe.needs_proposals:
@@ -112,24 +113,21 @@ def find_weights(name: str) -> str:
     Raises:
         InputError: if there are none.
     """
-    try:
+    with suppress(RuntimeError):
         return model_zoo.get_checkpoint_url(name)
-    except RuntimeError:
-        pass
-    from detectron2 import model_zoo as detectron2_zoo  # it needs setuptools
+    from detectron2 import model_zoo as detectron2_zoo  # needs setuptools
 
-    try:
+    with suppress(RuntimeError):
         return detectron2_zoo.get_checkpoint_url(name)
-    except RuntimeError as e:
-        raise InputError(
-            f"--config-file: {name} has no published weights; name some with MODEL.WEIGHTS"
-        ) from e
+    raise InputError(
+        f"--config-file: {name} has no published weights; name some with MODEL.WEIGHTS"
+    )
 
 
 def setup(
     args: argparse.Namespace, config_file: str, opts: List[str], plain_weights: str = ""
 ) -> Recipe:
-    """The recipe of one of the two detectors; of the plain one, if its weights are named."""
+    """The recipe of the detector, or of the plain detector if ``plain_weights`` are given."""
     name = config_file if config_file.endswith((".yaml", ".py")) else f"{config_file}.yaml"
     in_zoo = not os.path.exists(config_file)
     path = name if in_zoo else config_file
@@ -145,20 +143,15 @@ def setup(
     return recipe
 
 
-def save(image: np.ndarray, path: str) -> None:
-    """Write an RGB picture."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    Image.fromarray(image).save(path)
-
-
 def process_images(
     files: List[str], output: str, draw: Callable[[np.ndarray], Tuple[np.ndarray, int]]
 ) -> None:
     """
-    Draw each image. One that cannot be read does not stop the others.
+    Save or show a picture of each image, which ``draw`` returns for a BGR image, together with the
+    number of detections.
 
     Raises:
-        InputError: at the end, if there were such images.
+        InputError: at the end, if some images could not be read.
     """
     single = len(files) == 1 and output and output.lower().endswith(IMAGE_SUFFIXES)
     if output and not single and os.path.isfile(output):
@@ -176,7 +169,9 @@ def process_images(
             if not show(picture, path, wait=0):
                 break
         else:
-            save(picture, output if single else os.path.join(output, os.path.basename(path)))
+            target = output if single else os.path.join(output, os.path.basename(path))
+            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+            Image.fromarray(picture).save(target)
     if unreadable:
         raise InputError(
             f"{len(unreadable)} of {len(files)} images cannot be read: {unreadable[0]}"
@@ -185,18 +180,14 @@ def process_images(
 
 def show(picture: np.ndarray, title: str, wait: int) -> bool:
     """
-    Show a picture in a window.
-
-    Args:
-        picture: (H, W, 3) uint8 RGB.
-        title: of the window.
-        wait: for how many milliseconds; 0 for a key.
+    Show a picture, (H, W, 3) uint8 RGB, in a window for ``wait`` milliseconds, or until a key is
+    pressed if it is 0.
 
     Returns:
-        whether to go on, because Escape was not pressed.
+        False if Escape was pressed.
 
     Raises:
-        InputError: if OpenCV has no windows here.
+        InputError: if OpenCV cannot open windows.
     """
     import cv2
 
@@ -210,26 +201,15 @@ def show(picture: np.ndarray, title: str, wait: int) -> bool:
 
 
 def read_frames(source) -> Iterator[np.ndarray]:
-    """Frames of an open cv2.VideoCapture, BGR, with a progress bar."""
-    import cv2
-
-    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
-    with tqdm(unit="frame", total=total if total > 0 else None) as progress:
-        while True:
-            success, frame = source.read()
-            if not success:
-                return
-            yield frame
-            progress.update()
+    """BGR frames of an open cv2.VideoCapture."""
+    success, frame = source.read()
+    while success:
+        yield frame
+        success, frame = source.read()
 
 
 def open_video(args: argparse.Namespace):
-    """
-    The video file or the webcam as a cv2.VideoCapture.
-
-    Raises:
-        InputError: if it cannot be opened.
-    """
+    """Open the video file or webcam. Raises: InputError: if that fails."""
     import cv2
 
     source = cv2.VideoCapture(0 if args.webcam else args.video_input)
@@ -243,7 +223,7 @@ def process_video(
     source, args: argparse.Namespace, predictor: LibraPredictor, metadata: Metadata
 ) -> None:
     """
-    Draw each frame of an open cv2.VideoCapture, into a file or a window.
+    Draw the detections in each frame of an open cv2.VideoCapture and write or show the video.
 
     Raises:
         InputError: if it has no frames, or the file cannot be written.
@@ -252,15 +232,14 @@ def process_video(
 
     from detectron2.utils.video_visualizer import VideoVisualizer
 
-    name = "webcam" if args.webcam else args.video_input
-    visualizer, writer, num_frames = VideoVisualizer(metadata), None, 0
-    path = args.output
+    name, path = "webcam" if args.webcam else args.video_input, args.output
     if path and (os.path.isdir(path) or not os.path.splitext(path)[1]):
         os.makedirs(path, exist_ok=True)
-        stem = os.path.splitext(os.path.basename(name))[0]
-        path = os.path.join(path, f"{stem}.mp4")
+        path = os.path.join(path, f"{Path(name).stem}.mp4")
+    visualizer, writer, num_frames = VideoVisualizer(metadata), None, 0
+    total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
-        for frame in read_frames(source):
+        for frame in tqdm(read_frames(source), unit="frame", total=total if total > 0 else None):
             instances = predictor(frame)["instances"].to("cpu")
             picture = visualizer.draw_instance_predictions(frame[:, :, ::-1], instances).get_image()
             num_frames += 1
@@ -287,7 +266,7 @@ def process_video(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Set up detectors and drawing, and go through the input."""
+    """Build the detectors and process the input."""
     setup_logger(name="libra_d2", abbrev_name="libra_d2")
     setup_logger(name="fvcore")
     if not 0 <= args.confidence_threshold <= 1:
@@ -310,8 +289,6 @@ def run(args: argparse.Namespace) -> None:
         process_video(source, args, predictor, metadata)
         return
     if args.plain_weights:
-        from libra_d2.evaluation.side_by_side import draw_side_by_side
-
         file = args.plain_config_file or args.config_file
         plain = make_predictor(setup(args, file, args.opts, args.plain_weights), names)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Detect objects with an ONNX file of tools/export_model.py and draw them; it needs onnxruntime, NumPy
-and Pillow, and OpenCV for models that were trained with its resizing.
+Detect objects with an ONNX file of tools/export_model.py and draw them. Needs onnxruntime, NumPy
+and Pillow; also OpenCV if the model was trained with its resizing.
 
     python demo/onnx_demo.py model.onnx image.jpg output.jpg
 """

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The published models, by the names of their configs: as :mod:`detectron2.model_zoo`, over the
-configs of this project.
+As :mod:`detectron2.model_zoo`, for the configs of this project.
 
-``libra://<name>`` stands for the weights of a name wherever Detectron2 takes a path: in
-``MODEL.WEIGHTS``, its checkpointers, ``DefaultTrainer`` and ``DefaultPredictor``. What was
-published are files of mmdetection and torchvision. They are downloaded, checked against the hash in
-their name and converted once; the converted file is kept beside the download.
+``libra://<name>`` stands for the published weights of a config wherever Detectron2 takes a path:
+in ``MODEL.WEIGHTS``, checkpointers, ``DefaultTrainer`` and ``DefaultPredictor``. Files of
+mmdetection and torchvision are downloaded, checked against the hash in their name, and converted
+once; the converted file is kept beside the download.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Optional, Union
 
@@ -41,11 +41,11 @@ __all__ = [
 ]
 
 PREFIX = "libra://"
-# Increased when files that were converted before must be converted again.
+# Increased when cached files must be converted again.
 _CONVERSION = 1
 
 _LIBRA = "https://download.openmmlab.com/mmdetection/v2.0/libra_rcnn"
-# Names of mmdetection's config files and model zoo; the last digits are the start of the SHA-256.
+# From mmdetection's model zoo; the last digits are the start of the SHA-256.
 _URLS = {
     "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x": f"{_LIBRA}/libra_faster_rcnn_r50_fpn_1x_coco/"
     "libra_faster_rcnn_r50_fpn_1x_coco_20200130-3afee3a9.pth",
@@ -57,7 +57,7 @@ _URLS = {
     ),
     "COCO-Detection/libra_retinanet_R_50_FPN_1x": f"{_LIBRA}/libra_retinanet_r50_fpn_1x_coco/"
     "libra_retinanet_r50_fpn_1x_coco_20200205-804d94ce.pth",
-    # What the published models were trained from.
+    # The weights that the published models were trained from.
     "ImageNetPretrained/torchvision/R-50": (
         "https://download.pytorch.org/models/resnet50-0676ba61.pth"
     ),
@@ -71,22 +71,11 @@ _URLS = {
 
 
 def _without_suffix(config_path: str) -> str:
-    return (
-        os.path.splitext(config_path)[0] if config_path.endswith((".yaml", ".py")) else config_path
-    )
+    return re.sub(r"\.(yaml|py)$", "", config_path)
 
 
 def get_published_url(config_path: str) -> str:
-    """
-    Args:
-        config_path: see :func:`get_checkpoint_url`.
-
-    Returns:
-        URL of the published file, in the format of the project that published it.
-
-    Raises:
-        RuntimeError: if none was published.
-    """
+    """The URL of the published file, in its original format; see :func:`get_checkpoint_url`."""
     name = _without_suffix(config_path)
     if name not in _URLS:
         raise RuntimeError(
@@ -97,15 +86,14 @@ def get_published_url(config_path: str) -> str:
 
 def get_checkpoint_url(config_path: str) -> str:
     """
-    Args:
-        config_path: name of a config relative to ``configs/``, with or without ".yaml", or of
-            ImageNet weights: the keys of the table in this file.
+    Returns "libra://<name>", which Detectron2's checkpointers load.
 
-    Returns:
-        "libra://<name>", which Detectron2's checkpointers load.
+    Args:
+        config_path: name of a config, with or without suffix, or of ImageNet weights, such as
+            "ImageNetPretrained/torchvision/R-50".
 
     Raises:
-        RuntimeError: if none were published.
+        RuntimeError: if no weights were published.
     """
     get_published_url(config_path)
     return PREFIX + _without_suffix(config_path)
@@ -113,12 +101,8 @@ def get_checkpoint_url(config_path: str) -> str:
 
 def get_config_file(config_path: str) -> str:
     """
-    Args:
-        config_path: name of a config relative to ``configs/``, such as
-            "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml".
-
-    Returns:
-        path of that file, in the installed package or in the checkout.
+    Returns the path of a config, such as "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml", in
+    the installed package or the checkout.
 
     Raises:
         RuntimeError: if there is no such config.
@@ -135,11 +119,7 @@ def get_config_file(config_path: str) -> str:
 
 def find_config(name: str) -> str:
     """
-    Args:
-        name: a path, a URL, or the name of a config of this model zoo or of Detectron2's.
-
-    Returns:
-        the path or URL.
+    Returns the path of a config of this model zoo or of Detectron2's; paths and URLs unchanged.
 
     Raises:
         InputError: if there is no such file.
@@ -157,13 +137,12 @@ def find_config(name: str) -> str:
 
 def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:
     """
+    Returns a config, a LazyConfig if the name ends in ".py".
+
     Args:
         config_path: see :func:`get_config_file`.
-        trained: whether ``MODEL.WEIGHTS``, or ``train.init_checkpoint``, names the published
-            weights, instead of those that training starts from.
-
-    Returns:
-        the config; for a name that ends in ".py" it is a LazyConfig.
+        trained: whether ``MODEL.WEIGHTS``, or ``train.init_checkpoint``, is the published weights
+            instead of those that training starts from.
 
     Raises:
         RuntimeError: if there is no such config, or no such weights.
@@ -184,18 +163,15 @@ def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictCo
 
 def get(config_path: str, trained: bool = False, device: Optional[str] = None) -> nn.Module:
     """
-    Build a model and load its weights.
+    Build a model in training mode and load its weights.
 
     Args:
         config_path, trained: see :func:`get_config`.
-        device: "cuda", "cpu", ... None for the config's, or the CPU if there is no GPU.
-
-    Returns:
-        the model, in training mode.
+        device: such as "cuda". None for the config's, or the CPU if there is no GPU.
 
     Raises:
         RuntimeError: see :func:`get_config`.
-        InputError: if the weights cannot be had; see :class:`LibraCheckpointer`.
+        InputError: if the weights cannot be loaded; see :class:`LibraCheckpointer`.
     """
     recipe = make_recipe(get_config(config_path, trained))
     if device is None and not torch.cuda.is_available():
@@ -209,29 +185,8 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
     return model
 
 
-def _converted(path: str) -> str:
-    """
-    Convert a published file, unless that was done before.
-
-    Args:
-        path: of a checkpoint of mmdetection, or of ImageNet weights of torchvision or open-mmlab.
-
-    Returns:
-        path of the same weights in Detectron2's format.
-    """
-    target = f"{os.path.splitext(path)[0]}.detectron2-{_CONVERSION}.pth"
-    with file_lock(target):  # other processes may want it, too
-        if not os.path.isfile(target):
-            content = read_weights(path)
-            with reading_weights(path):
-                checkpoint = to_detectron2_checkpoint({"model": content})
-            with atomic_write(target) as f:
-                torch.save(checkpoint, f)
-    return target
-
-
 class LibraZooHandler(PathHandler):
-    """Resolves ``libra://<name>`` for Detectron2's path manager to a file in its own format."""
+    """Resolves ``libra://<name>`` to the path of a file in Detectron2's format."""
 
     def _get_supported_prefixes(self):
         return [PREFIX]
@@ -241,7 +196,16 @@ class LibraZooHandler(PathHandler):
             url = get_published_url(path[len(PREFIX) :])
         except RuntimeError as e:
             raise FileNotFoundError(str(e)) from e
-        return _converted(fetch(url))
+        path = fetch(url)
+        target = f"{os.path.splitext(path)[0]}.detectron2-{_CONVERSION}.pth"
+        with file_lock(target):  # against other processes
+            if not os.path.isfile(target):
+                content = read_weights(path)
+                with reading_weights(path):
+                    checkpoint = to_detectron2_checkpoint({"model": content})
+                with atomic_write(target) as f:
+                    torch.save(checkpoint, f)
+        return target
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
         return open(self._get_local_path(path), mode)

@@ -13,13 +13,13 @@ from detectron2.modeling import build_model
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.tools.convert_mmdet import main
 
-# Numbers of weights: ours have no counters of batches.
+# Numbers of weights without num_batches_tracked.
 SYSTEMS = {"Faster R-CNN": 303, "Fast R-CNN": 297, "RetinaNet": 309}
 
 
 @pytest.fixture(scope="module", params=SYSTEMS)
 def theirs(request, mmdet):
-    """A model of mmdetection's with random weights, and our model of that config."""
+    """A model of mmdetection with random weights, and our model of that config."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
@@ -30,14 +30,14 @@ def theirs(request, mmdet):
     model.backbone.init_cfg = None
     model = MODELS.build(model)
     for value in model.state_dict().values():
-        value.normal_() if value.is_floating_point() else value.fill_(7)  # batches that were seen
+        value.normal_() if value.is_floating_point() else value.fill_(7)
     cfg = load_cfg(ROOT / f"configs/COCO-Detection/{name}_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = "cpu"
     return request.param, model, build_model(cfg)
 
 
 def test_round_trip(theirs, tmp_path, capsys, caplog):
-    """From mmdetection and back, bit by bit, counters included; either side loads its own."""
+    """From mmdetection and back bit by bit; our checkpointer loads both files."""
     name, model, ours = theirs
     files = [str(tmp_path / f"{x}.pth") for x in ("theirs", "ours", "back")]
     state, meta = model.state_dict(), {"mmdet_version": "2.25.0", "CLASSES": ["a"]}
@@ -60,7 +60,7 @@ def test_round_trip(theirs, tmp_path, capsys, caplog):
 
 
 def test_from_detectron2(theirs, tmp_path):
-    """A model trained here, old files of Detectron2 included, is one of mmdetection's."""
+    """mmdetection loads a converted model, also from old files of Detectron2."""
     name, model, ours = theirs
     state = {**ours.state_dict(), "pixel_mean": torch.zeros(3, 1, 1)}
     state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.zeros(3, 4)
@@ -79,11 +79,6 @@ def test_from_detectron2(theirs, tmp_path):
     assert equal(torch.load(tmp_path / "back.pth")["model"], dict(ours.state_dict()))
 
 
-class Malicious:
-    def __reduce__(self):
-        return (open, ("executed", "w"))
-
-
 ONE = torch.ones(1)
 
 
@@ -91,25 +86,14 @@ ONE = torch.ones(1)
     ("content", "message"),
     [
         (None, "the weights cannot be read: .*No such file"),
-        (b"", "not a checkpoint, or cut short"),
-        (b"PK\x03\x04 no archive", "not a checkpoint, or cut short"),
-        (b"plain text", "not loaded"),
         ({"model": {"a.weight": ONE}}, "'a.weight' has no counterpart"),
-        ([1], "not a checkpoint: it holds a list"),
-        (
-            {"meta": {"mmdet_version": "1.2.0"}, "state_dict": STATE},
-            "a checkpoint of mmdetection 1.x",
-        ),
-        (Malicious(), "not loaded, .*short: Unsupported global: GLOBAL io.open$"),
         ({"state_dict": {**STATE, "mask": ONE}}, "'.?mask' has no counterpart"),
     ],
 )
 def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
-    """One line, and nothing is left behind."""
+    """One line is printed, and no file is written."""
     monkeypatch.chdir(tmp_path)
-    if isinstance(content, bytes):
-        (tmp_path / "source.pth").write_bytes(content)
-    elif content is not None:
+    if content is not None:
         save(tmp_path / "source.pth", content)
     with pytest.raises(SystemExit, match="2"):
         main(["source.pth", "target.pth"])

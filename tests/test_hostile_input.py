@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files from strangers: none runs code, writes outside OUTPUT_DIR, or takes memory by saying so."""
+"""Malicious files do not run code, write outside OUTPUT_DIR or exhaust the memory."""
 
 import json
 import os
@@ -15,10 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_train_net import QUICK, fails, run
+from test_train_net import QUICK, fails, run, small_data
 
 from libra_d2.checkpoint import LibraCheckpointer
-from libra_d2.data import prepare_proposals
 from libra_d2.engine import read_config
 from libra_d2.errors import InputError
 
@@ -26,32 +25,25 @@ MARK = "executed"
 
 
 class Exploit:
-    """Leaves a directory behind when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (MARK,)
 
 
-class HugeArray:
-    """800 GB, according to itself."""
-
-    def __reduce__(self):
-        return np.zeros(0).__reduce__()[0], (np.ndarray, (10**11,), b"d")
-
-
 def array_with_wrong_size():
-    """A pickled array of 10^12 numbers, of which there are three."""
+    """A pickled array that declares 10^12 numbers and holds three."""
     pickled = pickle.dumps(np.arange(3.0), protocol=2)
     return pickled.replace(b"K\x03\x85", b"\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85")
 
 
 def many_references():
-    """Two bytes, kept under the number 2^31 - 2, which is where a list of 16 GB would end."""
+    """A pickle with memo index 2^31 - 2, for which C unpicklers allocate 16 GB."""
     return b"\x80\x02}U\x01ar" + struct.pack("<I", 2**31 - 2) + b"K\x01s."
 
 
 def write_compressed(path):
-    """100 MB of zeros in 100 kB."""
+    """A zip bomb: 100 MB of zeros in 100 kB."""
     torch.save({"model": {"x": torch.zeros(25_000_000)}}, path)
     with zipfile.ZipFile(path) as source:
         entries = {info.filename: source.read(info) for info in source.infolist()}
@@ -60,31 +52,26 @@ def write_compressed(path):
             target.writestr(name, data)
 
 
-def pickled(weight):
-    return pickle.dumps({"model": {"x": weight}, "__author__": "a"})
-
-
-# Bytes, weights or what writes a file, and what is said about it.
+# Bytes, a weight or a function that writes the file; and the message.
 CHECKPOINTS = {
-    "code.pth": (Exploit(), "must not hold anything but arrays"),
+    "old format.pth": (Exploit(), "must not hold anything but arrays"),
     "compressed.pth": (write_compressed, "would take .* bytes of memory: not written by PyTorch"),
     "expanded.pth": (torch.zeros(1).expand(10**6, 10**6), "these are weights of another model"),
-    "code.pkl": (pickled(Exploit()), "refers to .*mkdir, which may run code"),
-    "huge.pkl": (pickled(HugeArray()), "declares an array of shape"),
+    "code.pkl": (pickle.dumps({"model": Exploit()}), "refers to .*mkdir, which may run code"),
     "size.pkl": (array_with_wrong_size(), "not a checkpoint, or cut short"),
     "references.pkl": (many_references(), "declares more references than it has"),
 }
 
 
 def resident_peak():
-    """The most memory that this process has had, in bytes."""
+    """Peak memory of this process in bytes."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 
 
 @pytest.fixture(autouse=True)
 def harmless(tmp_path, monkeypatch):
-    """Nothing is executed, and 200 MB of memory do."""
+    """Checks that nothing was executed, and that less than 200 MB of memory were used."""
     monkeypatch.chdir(tmp_path)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
@@ -94,52 +81,41 @@ def harmless(tmp_path, monkeypatch):
     assert resident_peak() - before < 200e6
 
 
-@pytest.mark.parametrize("name", [*CHECKPOINTS, "old format code.pth"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(name, tmp_path):
-    path, (content, message) = tmp_path / name, CHECKPOINTS[name.split()[-1]]
+    path, (content, message) = tmp_path / name, CHECKPOINTS[name]
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif callable(content):
         content(path)
     else:
-        new_format = not name.startswith("old")
-        torch.save({"model": {"x": content}}, path, _use_new_zipfile_serialization=new_format)
+        zipped = name != "old format.pth"
+        torch.save({"model": {"x": content}}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=message) as error:
         LibraCheckpointer(torch.nn.Linear(2, 2), complete=True).load(str(path))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [many_references(), pickle.dumps([HugeArray()])])
-def test_proposals(content, tmp_path):
-    (tmp_path / "evil.pkl").write_bytes(content)
-    with pytest.raises(InputError, match=f"^{tmp_path}/evil.pkl: .*declares"):
-        prepare_proposals(str(tmp_path / "evil.pkl"), "any", str(tmp_path / "out"))
+CALL = "MODEL: !!python/object/apply:os.mkdir ['executed']\n"
+BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "MODEL: !!python/object/apply:os.mkdir ['executed']\n",
-        "OUTPUT_DIR: !!python/object/new:os.mkdir ['executed']\n",
-        "_BASE_: other.yaml\n",
-        "a: &a [x, x, x, x, x, x, x, x, x]\n"
-        + "".join(
-            f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
-        ),
-    ],
-    ids=["call", "new", "base", "billion laughs"],
+    "text", [CALL, "_BASE_: other.yaml\n", BILLION_LAUGHS], ids=["call", "base", "laughs"]
 )
 def test_config(text, tmp_path):
-    """Tags that would call something are refused, in base files as well."""
+    """YAML tags that call a function are refused, also in base files."""
     (tmp_path / "evil.yaml").write_text(text)
-    (tmp_path / "other.yaml").write_text("MODEL: !!python/object/apply:os.mkdir ['executed']\n")
+    (tmp_path / "other.yaml").write_text(CALL)
     with pytest.raises(InputError, match=f"^{tmp_path}/evil.yaml: "):
         read_config(str(tmp_path / "evil.yaml"), [])
 
 
 def annotations(synthetic, folder, change):
-    """The synthetic dataset with a change, and its images."""
+    """Arguments for a changed copy of the synthetic dataset."""
     dataset = json.loads((synthetic / "instances.json").read_text())
     shutil.copytree(synthetic / "images", folder / "images")
     change(dataset, folder)
@@ -149,17 +125,13 @@ def annotations(synthetic, folder, change):
 
 def bomb(dataset, folder):
     """An image of 60000 x 60000 pixels in a small file."""
-    header = Image.new("1", (60000, 1))
-    header.save(folder / "images/bomb.png")
-    data = bytearray((folder / "images/bomb.png").read_bytes())
+    path = folder / "images/bomb.png"
+    Image.new("1", (60000, 1)).save(path)
+    data = bytearray(path.read_bytes())
     data[20:24] = struct.pack(">I", 60000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    (folder / "images/bomb.png").write_bytes(data)
+    path.write_bytes(data)
     dataset["images"][0].update(file_name="bomb.png", width=60000, height=60000)
-
-
-def rename(dataset, folder):
-    dataset["images"][0]["file_name"] = "../evil.json"
 
 
 def large_mask(dataset, folder):
@@ -173,7 +145,6 @@ def large_mask(dataset, folder):
     [
         (bomb, "bomb.png: not a readable image", "faster"),
         (large_mask, "annotation id 1: its run-length mask", "mask"),
-        (rename, "evil.json: .* names an image outside of the image directory", "faster"),
     ],
 )
 def test_annotations(change, message, config, synthetic, tmp_path, capsys):
@@ -184,21 +155,18 @@ def test_annotations(change, message, config, synthetic, tmp_path, capsys):
     assert re.search(message, line), line
 
 
-def test_pictures_stay_in_the_output_directory(synthetic, tmp_path):
-    """Whatever the path in the annotations is; paths of anywhere have to be asked for."""
-    shutil.copytree(synthetic / "images", tmp_path / "elsewhere/images")
-    (tmp_path / "data").mkdir()
-
-    def change(dataset, folder):
-        for image in dataset["images"]:
-            image["file_name"] = str(tmp_path / "elsewhere/images" / image["file_name"])
-
-    annotations(synthetic, tmp_path / "data", change)
-    weights = tmp_path / "data/weights.pth"
-    torch.save({"model": {"number": torch.ones(())}}, weights)
+def test_pictures_stay_in_the_output_directory(tmp_path):
+    """Also those of images with absolute paths."""
+    folder = small_data(tmp_path / "data")
+    dataset = json.loads((folder / "instances.json").read_text())
+    for image in dataset["images"]:
+        image["file_name"] = str(folder / "images" / image["file_name"])
+    (folder / "instances.json").write_text(json.dumps(dataset))
+    torch.save({"model": {"number": torch.ones(())}}, folder / "weights.pth")
     before = {p for p in tmp_path.rglob("*") if p.is_file()}
-    data = ["--val-json", tmp_path / "data/evil.json", "--val-images", "/"]
-    opts = ["MODEL.WEIGHTS", weights, "MODEL.LIBRA.NUM_PICTURES", 2, "OUTPUT_DIR", tmp_path / "out"]
+    data = ["--val-json", folder / "instances.json", "--val-images", "/"]
+    opts = ["MODEL.LIBRA.NUM_PICTURES", 2, "MODEL.WEIGHTS", folder / "weights.pth"]
+    opts += ["OUTPUT_DIR", tmp_path / "out"]
     run("--eval-only", *data, *QUICK, *opts, config="")
     written = {p for p in tmp_path.rglob("*") if p.is_file()} - before
     assert len([p for p in written if p.suffix == ".jpg"]) == 2

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Show what the three ideas of Libra R-CNN do for a model and a dataset: numbers, figures and one HTML
-page of the imbalances of samples, features and losses.
+Show what the three ideas of Libra R-CNN do for a model and a dataset: numbers, figures and an HTML
+page about the imbalance of samples, features and losses.
 
     python tools/analyze_balance.py --config-file configs/Demo/libra_faster_rcnn_R_18_FPN.yaml \
         --train-json a.json --train-images a/ MODEL.WEIGHTS model_final.pth OUTPUT_DIR output
 
 writes OUTPUT_DIR/balance/index.html, its figures and balance.json. The model computes its losses
-for a few images; nothing is trained. Without --train-json and --val-json the images are those of
-DATASETS.TRAIN.
+for a few images; nothing is trained. Without --train-json and --val-json, images of DATASETS.TRAIN
+are used.
 """
 
 import argparse
@@ -53,22 +53,17 @@ from libra_d2.errors import InputError
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
-    """The arguments of this program."""
+    """The command line arguments."""
     parser = config_argument_parser(__doc__)
-    parser.add_argument("--num-images", type=int, default=32, help="how many to look at")
+    parser.add_argument("--num-images", type=int, default=32, help="number of images to analyze")
     add_data_arguments(parser)
     return parser
 
 
 def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> List[Dict[str, Any]]:
     """
-    Inputs of a model in training, of images spread over a dataset, not augmented.
-
-    Args:
-        recipe: for image sizes, and proposals if the model needs them.
-        dataset: a registered dataset.
-        split: "train" or "test", where the recipe names it.
-        num_images: at most so many, of those with annotations.
+    Training inputs without augmentation, for at most ``num_images`` images with annotations, spread
+    over a registered dataset. Proposals are those of the ``split``, "train" or "test".
     """
     files = getattr(recipe, f"{split}_proposals") if recipe.needs_proposals else None
     records = get_detection_dataset_dicts([dataset], proposal_files=files)
@@ -77,24 +72,10 @@ def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> Li
     return [mapper(records[i]) for i in chosen]
 
 
-def merge(recordings: List[Recording]) -> Recording:
-    """All of them as one."""
-    merged = Recording()
-    for recording in recordings:
-        for name, values in vars(recording).items():
-            getattr(merged, name).extend(values)
-    return merged
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
-
-
 class Report:
-    """Figures, texts and numbers, one imbalance after the other."""
+    """Numbers, and the sections of the page, whose figures are saved in ``folder``."""
 
     def __init__(self, folder: str):
-        """Args: folder: for the figures."""
         self.folder = folder
         self.sections: List[Section] = []
         self.numbers: Dict[str, Any] = {}
@@ -107,29 +88,31 @@ class Report:
 
 
 def report_samples(report: Report, recipe: Recipe, recording: Recording) -> None:
-    """Which proposals the second stage is trained on."""
+    """Add which proposals the second stage is trained on."""
     report.numbers["samples"] = samples = sample_statistics(
         recording.candidates,
         num_bins=recipe.num_bins,
         negative_iou_thresh=recipe.iou_thresholds[0],
     )
-    easy = [percent(samples[name]["negatives"][0]) for name in ("candidates", "random")]
-    paper = samples["balanced, paper's bins"]
+    candidates, random, paper = (
+        f"{samples[name]['negatives'][0]:.0%}"
+        for name in ("candidates", "random", "balanced, paper's bins")
+    )
     report.add(
         plot_sampling(samples),
         "samples",
         "Samples: which negatives the second stage is trained on",
-        f"{easy[0]} of the negative proposals, and {easy[1]} of those drawn at random, overlap "
-        f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. Drawn equally "
-        f"from each bin (dotted lines) it is {percent(paper['negatives'][0])}, as far as the "
-        "bins hold enough; and each object gets the same number of positives.",
+        f"{candidates} of the negative proposals, and {random} of those sampled at random, overlap "
+        f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. Sampled equally from "
+        f"each bin (dotted lines) it is {paper}, as far as the bins hold enough; and each object "
+        "gets the same number of positives.",
     )
 
 
 def report_features(
     report: Report, model: torch.nn.Module, recording: Recording, image: np.ndarray
 ) -> None:
-    """What the levels of the pyramid hold."""
+    """Add what the pyramid levels contain."""
     report.numbers["features"] = features = feature_statistics(recording.levels)
     shapes = model.backbone.output_shape()
     names = sorted(shapes, key=lambda name: shapes[name].stride)
@@ -145,62 +128,54 @@ def report_features(
             "This model has no balanced feature pyramid. The bars show the energy of each level, "
             "the matrix how much the levels resemble each other at the same place."
         )
-    title = "Features: what the pyramid's levels hold"
+    title = "Features: what the pyramid levels contain"
     report.add(plot_levels(features, names), "levels", title, text)
     report.add(
         plot_heat_maps(recording.levels[0], names, image),
         "heat_maps",
         "Features: the levels of one image",
-        "Bright places have large features; each map has a scale of its own. Where the first and "
-        "the last level of a plain pyramid see different things, after balancing both hold what "
-        "all levels have seen.",
+        "Bright locations have large features; each map has its own color scale. Levels of a plain "
+        "pyramid respond to objects of different sizes; after balancing, each level contains the "
+        "features of all.",
     )
 
 
 def report_objective(report: Report, recipe: Recipe, recording: Recording) -> None:
-    """Which errors set the gradient of the box loss."""
-    losses = {name: getattr(recipe, name) for name in ("alpha", "gamma", "beta", "form")}
-    beta = recipe.smooth_l1_beta  # of the baseline
-    loss_name = box_loss_name(beta)
+    """Add which errors dominate the gradient of the box loss."""
+    names = ("alpha", "gamma", "beta", "form", "smooth_l1_beta")
+    settings = {name: getattr(recipe, name) for name in names}
+    plain = box_loss_name(recipe.smooth_l1_beta)
     report.add(
-        plot_losses(**losses, smooth_l1_beta=beta),
+        plot_losses(**settings),
         "losses",
-        f"Objective: balanced L1 and {loss_name}",
+        f"Objective: balanced L1 and {plain}",
         "A smaller alpha raises the gradient of errors below beta (vertical line), the inliers. "
         "Gamma is the gradient of all larger errors, the outliers.",
     )
-    errors = torch.cat(recording.box_errors) if recording.box_errors else torch.empty(0)
+    errors = torch.cat([torch.empty(0), *(x.cpu() for x in recording.box_errors)])
     if not len(errors):
         return
-    report.numbers["objective"] = objective = objective_statistics(
-        errors.cpu(), **losses, smooth_l1_beta=beta
-    )
-    shares = {k: percent(v["inlier_gradient"]) for k, v in objective.items() if "L1" in k}
+    report.numbers["objective"] = objective = objective_statistics(errors, **settings)
+    shares = {k: f"{v['inlier_gradient']:.0%}" for k, v in objective.items() if "L1" in k}
     report.add(
         plot_gradient_shares(objective),
         "gradient_shares",
-        "Objective: who sets the gradient in these images",
-        f"{percent(objective['inliers'])} of the errors are inliers. They contribute "
-        f"{shares[loss_name]} of the gradient of {loss_name} loss, the plain detector's; "
-        f"{shares[box_loss_name(losses['beta'])]} of that of smooth L1 loss with the same "
-        f"beta, which the paper compares with; and {shares['balanced L1']} of that of balanced "
-        "L1 loss.",
+        "Objective: which errors dominate the gradient in these images",
+        f"{objective['inliers']:.0%} of the errors are inliers. They contribute {shares[plain]} of "
+        f"the gradient of {plain} loss, the plain detector's; {shares[box_loss_name(recipe.beta)]} "
+        "of that of smooth L1 loss with the same beta, which the paper compares with; and "
+        f"{shares['balanced L1']} of that of balanced L1 loss.",
     )
 
 
 def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: str) -> Dict:
-    """
-    Write figures and page into ``folder``.
-
-    Returns:
-        the numbers: "samples", "features" and "objective", as far as the model has them.
-    """
-    recording = merge([record(model, [[image]]) for image in tqdm(images, unit="image")])
+    """Write figures and page into ``folder``; returns the numbers."""
+    recording = record(model, ([image] for image in tqdm(images, unit="image")))
     report = Report(folder)
     report.numbers["num_images"] = len(images)
     if recording.candidates:
         report_samples(report, recipe, recording)
-    report_features(report, model, recording, _thumbnail(images[0]))
+    report_features(report, model, recording, read_image(images[0]["file_name"], format="RGB"))
     report_objective(report, recipe, recording)
     write_page(
         os.path.join(folder, "index.html"),
@@ -212,13 +187,8 @@ def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: 
     return report.numbers
 
 
-def _thumbnail(image: Dict[str, Any]) -> np.ndarray:
-    """The image as its file has it."""
-    return read_image(image["file_name"], format="RGB")
-
-
 def run(args: argparse.Namespace) -> None:
-    """Read config, data and weights, and analyze."""
+    """Load config, data and weights, and write the report."""
     if args.num_images < 1:
         raise InputError(f"--num-images is {args.num_images}: use 1 or more")
     recipe = read_config(args.config_file, args.opts)

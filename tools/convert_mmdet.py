@@ -6,9 +6,8 @@ Convert a checkpoint of mmdetection 2.x or 3.x to Detectron2, or back.
     python tools/convert_mmdet.py libra_faster_rcnn_r50_fpn_1x_coco_20200130-3afee3a9.pth d2.pth
     python tools/convert_mmdet.py output/model_final.pth mmdet.pth
 
-The direction follows from what is in the file. Both ways, one after the other, give the same
-weights bit by bit. train_net.py and LibraCheckpointer take mmdetection's files as they are; this is
-for other programs.
+The direction follows from the content of the file. A round trip preserves the weights bit by bit.
+This is for other programs; train_net.py and LibraCheckpointer load mmdetection's files directly.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from libra_d2.utils.safe_reading import read_weights, reading_weights
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
-    """The arguments of this program."""
+    """The command line arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,20 +40,16 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 def convert(content: Any) -> Dict[str, Any]:
     """
-    Args:
-        content: of a checkpoint.
-
-    Returns:
-        content of the other framework's.
+    Convert the content of a checkpoint to that of the other framework.
 
     Raises:
-        InputError: if it is of no Libra model or one of its parents.
+        InputError: if it is not from a Libra model or its plain counterpart.
     """
     is_detectron2 = isinstance(content, dict) and "model" in content
     state, meta = unwrap_mmdetection(content["model"] if is_detectron2 else content)
     if is_mmdetection(state):
         model = from_mmdetection(state)
-        to_mmdetection(model)  # all of them have names
+        to_mmdetection(model)  # raises an error for unknown names
         counters = {key: value for key, value in state.items() if key.endswith(COUNTER)}
         return {
             "model": model,
@@ -76,10 +71,9 @@ def run(args: argparse.Namespace) -> None:
             torch.save(converted, f)
     except (OSError, RuntimeError) as e:
         raise InputError(f"{args.target}: cannot be written: {e}") from e
-    framework, model = "mmdetection", "state_dict"
-    if "model" in converted:
-        framework, model = "Detectron2", "model"
-    number = sum(not key.endswith(COUNTER) for key in converted[model])
+    framework = "Detectron2" if "model" in converted else "mmdetection"
+    weights = converted.get("model") or converted["state_dict"]
+    number = sum(not key.endswith(COUNTER) for key in weights)
     print(f"{args.target}: {number} weights, for {framework}")
 
 

@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature level: what each pyramid level holds before and after the balanced feature pyramid."""
+"""Feature level: the pyramid levels before and after the balanced feature pyramid."""
 
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from .recording import Levels
 
 __all__ = ["feature_statistics", "plot_heat_maps", "plot_levels"]
 
 
-def _energy(feature: torch.Tensor) -> torch.Tensor:
-    """(C, H, W) -> (H, W): root mean square over the channels."""
-    return feature.square().mean(dim=0).sqrt()
+def _rms(features: List[torch.Tensor]) -> torch.Tensor:
+    """(L,): root mean square of each level."""
+    return torch.stack([x.square().mean().sqrt() for x in features])
 
 
 def _similarities(levels: Sequence[torch.Tensor]) -> torch.Tensor:
     """
-    (L, L): cosine similarity of the features of two levels at the same place, averaged over the
-    places. Both are seen at the size of the coarser one.
+    (L, L): mean cosine similarity of the features of two levels at the same location. The finer
+    level is pooled to the size of the coarser one.
     """
     result = torch.ones(len(levels), len(levels))
     for coarse in range(len(levels)):
@@ -38,9 +39,9 @@ def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
 
     Returns:
         for "before" and, with a balanced feature pyramid, "after": ``energy``, the root mean square
-        of each level's features, and ``similarity``, (L, L), how alike two levels are: the cosine
-        of their features at the same place. ``added``: root mean square of what the balanced
-        feature pyramid adds to each level. Means over the images.
+        of each level, and ``similarity``, (L, L), the mean cosine similarity of two levels at the
+        same location. ``added``: the root mean square of what the balanced feature pyramid adds to
+        each level. All are means over the images.
     """
 
     def mean(values) -> List:
@@ -51,32 +52,18 @@ def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
         seen = [x for x in (getattr(image, name) for image in levels) if x is not None]
         if seen:
             statistics[name] = {
-                "energy": mean(
-                    torch.stack([x.square().mean().sqrt() for x in image]) for image in seen
-                ),
+                "energy": mean(_rms(image) for image in seen),
                 "similarity": mean(_similarities(image) for image in seen),
             }
     if "after" in statistics:
         statistics["added"] = mean(
-            torch.stack([(a - b).square().mean().sqrt() for a, b in zip(x.after, x.before)])
-            for x in levels
+            _rms([after - before for after, before in zip(x.after, x.before)]) for x in levels
         )
     return statistics
 
 
-def plot_levels(statistics: Dict[str, Any], names: Sequence[str]):
-    """
-    Draw what :func:`feature_statistics` returns.
-
-    Args:
-        statistics: see there.
-        names: of the levels, such as "p2".
-
-    Returns:
-        the matplotlib figure.
-    """
-    from matplotlib.figure import Figure
-
+def plot_levels(statistics: Dict[str, Any], names: Sequence[str]) -> Figure:
+    """Draw what :func:`feature_statistics` returns, with names of the levels such as "p2"."""
     stages = [name for name in ("before", "after") if name in statistics]
     figure = Figure(figsize=(4 * (1 + len(stages)), 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(stages))
@@ -106,20 +93,13 @@ def plot_levels(statistics: Dict[str, Any], names: Sequence[str]):
     return figure
 
 
-def plot_heat_maps(levels: Levels, names: Sequence[str], image: Optional[np.ndarray] = None):
+def plot_heat_maps(
+    levels: Levels, names: Sequence[str], image: Optional[np.ndarray] = None
+) -> Figure:
     """
-    Draw the energy of one image's levels, each in the range of its own.
-
-    Args:
-        levels: of the image.
-        names: of the levels.
-        image: (H, W, 3) uint8 RGB, shown in front of them.
-
-    Returns:
-        the matplotlib figure.
+    Draw heat maps of one image's levels, the root mean square over the channels, each on its own
+    color scale. The ``image``, (H, W, 3) uint8 RGB, is shown to the left.
     """
-    from matplotlib.figure import Figure
-
     stages = {"before": levels.before, "after": levels.after}
     stages = {name: seen for name, seen in stages.items() if seen is not None}
     columns = len(names) + (image is not None)
@@ -132,7 +112,8 @@ def plot_heat_maps(levels: Levels, names: Sequence[str], image: Optional[np.ndar
             row[0].imshow(image)
             row[0].set_title("image")
         for axis, name, feature in zip(row[columns - len(names) :], names, seen):
-            shown = axis.imshow(_energy(feature).cpu().numpy(), cmap="magma")
+            energy = feature.square().mean(dim=0).sqrt()
+            shown = axis.imshow(energy.cpu().numpy(), cmap="magma")
             axis.set_title(f"{name}, {stage}")
             figure.colorbar(shown, ax=axis, fraction=0.035)
         for axis in row:

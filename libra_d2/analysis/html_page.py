@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML file that holds its pictures."""
+"""A self-contained HTML page with pictures."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ p { margin: 0.3rem 0 1rem; }
 
 @dataclass
 class Section:
-    """A picture, a PNG file, with what it shows. All of it is plain text."""
+    """Title and text, both plain text, and the path of a PNG file."""
 
     title: str
     text: str
@@ -29,7 +29,7 @@ class Section:
 
 
 def write_page(path: str, title: str, introduction: str, sections: List[Section]) -> None:
-    """Write ``path``. It refers to no other file."""
+    """Write an HTML file with its pictures embedded."""
     parts = [
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"

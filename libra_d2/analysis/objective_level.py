@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objective level: how much small and large box errors contribute to the gradient (Figure 5)."""
+"""Objective level: gradients of small and large box errors (paper Figure 5)."""
 
+from functools import partial
 from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 import torch
 from fvcore.nn import smooth_l1_loss
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from ..modeling import balanced_l1_loss
 
@@ -15,27 +18,16 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def box_loss_name(beta: float) -> str:
-    """What a smooth L1 loss with this beta is, such as "L1" or "smooth L1 (beta 0.1)"."""
+    """The name of a smooth L1 loss, such as "L1" or "smooth L1 (beta 0.1)"."""
     return f"smooth L1 (beta {beta:g})" if beta > 0 else "L1"
 
 
 def _smooth_l1(beta: float) -> Loss:
-    return lambda input, target: smooth_l1_loss(input, target, beta=beta, reduction="none")
-
-
-def _balanced_l1(**arguments) -> Loss:
-    return lambda input, target: balanced_l1_loss(input, target, **arguments)
+    return partial(smooth_l1_loss, beta=beta, reduction="none")
 
 
 def loss_and_gradient(loss: Loss, errors: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """
-    Args:
-        loss: of predictions and targets, not reduced.
-        errors: (n,).
-
-    Returns:
-        (n,) value and (n,) absolute gradient of the loss for predictions that err by ``errors``.
-    """
+    """Values and absolute gradients, (n,), of a loss without reduction, for ``errors``, (n,)."""
     with torch.enable_grad():
         input = errors.clone().requires_grad_()
         values = loss(input, torch.zeros_like(input))
@@ -53,20 +45,20 @@ def objective_statistics(
     smooth_l1_beta: float = 0.0,
 ) -> Dict[str, Any]:
     """
-    Compare the gradients of balanced L1 loss with those of the plain detector's loss, and of the
-    smooth L1 loss with the same beta that the paper compares with, for the same errors.
+    Compare the gradient of balanced L1 loss with those of the plain detector's loss and, as in the
+    paper, of smooth L1 loss with the same beta.
 
     Args:
         errors: (n,) absolute differences of predicted and target deltas.
         alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
-        smooth_l1_beta: where the plain detector's loss becomes linear: 0 for L1 loss, as in
-            Detectron2's R-CNNs, 0.1 in its RetinaNet.
+        smooth_l1_beta: of the plain detector's loss: 0, L1 loss, in Detectron2's R-CNNs; 0.1 in
+            its RetinaNet.
 
     Returns:
-        ``beta``; ``inliers``, the share of the errors below it; ``percentiles``, 100 errors in
-        equal steps of rank; and for each loss, by its name (see :func:`box_loss_name`; "balanced
-        L1"): ``inlier_gradient``, the share of the absolute gradient that is the inliers', and
-        ``cumulative``, the share of those up to each percentile.
+        ``beta``; ``num_errors``; ``inliers``, the share of errors below beta; ``percentiles``, the
+        100 percentiles of the errors; and for each loss, by :func:`box_loss_name` or "balanced L1":
+        ``inlier_gradient``, the inliers' share of the summed absolute gradient, and ``cumulative``,
+        the share of errors up to each percentile.
     """
     errors = errors.sort().values
     ranks = (torch.linspace(0, 1, 101)[1:] * len(errors)).long().clamp(min=1) - 1
@@ -79,7 +71,7 @@ def objective_statistics(
     losses = {
         box_loss_name(smooth_l1_beta): _smooth_l1(smooth_l1_beta),
         box_loss_name(beta): _smooth_l1(beta),
-        "balanced L1": _balanced_l1(alpha=alpha, gamma=gamma, beta=beta, form=form),
+        "balanced L1": partial(balanced_l1_loss, alpha=alpha, gamma=gamma, beta=beta, form=form),
     }
     for name, loss in losses.items():
         _, gradient = loss_and_gradient(loss, errors)
@@ -98,22 +90,11 @@ def plot_losses(
     beta: float = 1.0,
     form: str = "scaled",
     smooth_l1_beta: float = 0.0,
-):
+) -> Figure:
     """
-    Draw gradient and value of balanced L1 loss, for several alpha and several gamma, beside the
-    plain detector's loss and beside smooth L1 loss with the same beta, as the paper does.
-
-    Args:
-        alpha, gamma, beta, form: see :func:`balanced_l1_loss`; the parameter that is not varied
-            keeps its value.
-        smooth_l1_beta: see :func:`objective_statistics`.
-
-    Returns:
-        the matplotlib figure.
+    Draw gradient and value of balanced L1 loss with varied alpha and varied gamma, the losses of
+    :func:`objective_statistics` for comparison.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     errors = torch.linspace(0, 2 * beta, 401)[1:]
@@ -126,7 +107,7 @@ def plot_losses(
         }
         for i, value in enumerate(values):
             color = colormaps["viridis"](0.1 + 0.75 * i / (len(values) - 1))
-            loss = _balanced_l1(**{**arguments, name: value})
+            loss = partial(balanced_l1_loss, **{**arguments, name: value})
             curves[f"{name} {value}"] = (loss, color, "-")
         for label, (loss, color, style) in curves.items():
             value, gradient = loss_and_gradient(loss, errors)
@@ -145,15 +126,8 @@ def plot_losses(
     return figure
 
 
-def plot_gradient_shares(statistics: Dict[str, Any]):
-    """
-    Draw what :func:`objective_statistics` returns.
-
-    Returns:
-        the matplotlib figure.
-    """
-    from matplotlib.figure import Figure
-
+def plot_gradient_shares(statistics: Dict[str, Any]) -> Figure:
+    """Draw what :func:`objective_statistics` returns."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [name for name, value in statistics.items() if isinstance(value, dict)]
@@ -171,12 +145,8 @@ def plot_gradient_shares(statistics: Dict[str, Any]):
     for name, color in colors.items():
         numbers = statistics[name]
         share = 100 * numbers["inlier_gradient"]
-        right.plot(
-            ranks,
-            100 * np.array(numbers["cumulative"]),
-            color=color,
-            label=f"{name}: {share:.0f}% from inliers",
-        )
+        label = f"{name}: {share:.0f}% from inliers"
+        right.plot(ranks, 100 * np.array(numbers["cumulative"]), color=color, label=label)
     inliers = 100 * statistics["inliers"]
     right.axvline(inliers, color="#555555", linewidth=0.8, linestyle=":")
     right.text(inliers, 2, f"{inliers:.0f}% inliers ", ha="right", fontsize=9)

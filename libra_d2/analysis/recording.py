@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look into a model while it computes its losses."""
+"""Recording of what Libra R-CNN balances while a model computes its losses."""
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ __all__ = ["Candidates", "Levels", "Recording", "record"]
 
 
 class Candidates(NamedTuple):
-    """The R proposals of an image that its sampler may draw: a :class:`BalancedSampler`'s input."""
+    """The R proposals of an image to sample from: the input of :class:`BalancedSampler`."""
 
     labels: torch.Tensor
     max_iou: torch.Tensor
@@ -34,49 +34,46 @@ class Candidates(NamedTuple):
 
 @dataclass
 class Levels:
-    """The L levels of an image's feature pyramid, (C, Hl, Wl) each, from high to low resolution."""
+    """L levels of an image's feature pyramid, (C, Hl, Wl) each, from high to low resolution."""
 
     before: List[torch.Tensor]
     #: None if the model has no balanced feature pyramid
-    after: List[torch.Tensor]
+    after: Optional[List[torch.Tensor]]
 
 
 @dataclass
 class Recording:
-    """What :func:`record` has seen. What a model does not have stays empty."""
+    """What :func:`record` returns; empty lists for what the model does not have."""
 
     candidates: List[Candidates] = field(default_factory=list)
     levels: List[Levels] = field(default_factory=list)
-    #: (n,) absolute differences of predicted and target deltas, of each batch's foreground
+    #: (n,) absolute differences of predicted and target deltas of foreground boxes, by batch
     box_errors: List[torch.Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
-def record(model: nn.Module, batches: Sequence[List[Dict[str, Any]]]) -> Recording:
+def record(model: nn.Module, batches: Iterable[List[Dict[str, Any]]]) -> Recording:
     """
-    Compute the losses of ``batches`` and record what is balanced on the way: proposals that may be
-    sampled, pyramid levels, and errors of boxes. A copy of the model does it, whose batch norms use
-    their running statistics.
+    Compute the losses of ``batches`` with a copy of the model, whose batch norms use their running
+    statistics, and record sampling candidates, pyramid levels and box errors.
 
     Args:
-        model: a model with ``LibraROIHeads`` or ``LibraCascadeROIHeads``, or a
-            ``LibraRetinaNet``, whether or not its balancing is turned on. Of other models only the
-            levels are recorded.
-        batches: inputs of the model in training, with annotations.
+        model: with ``LibraROIHeads`` or ``LibraCascadeROIHeads``, or a ``LibraRetinaNet``, balanced
+            or not. Of other models only the levels are recorded.
+        batches: training inputs of the model, with annotations.
     """
     recording = Recording()
 
-    def see_levels(module, inputs, outputs):
-        (before,) = inputs
+    def add_levels(before, after=None):
         for i in range(len(before[0])):
-            recording.levels.append(
-                Levels([x[i].float() for x in before], [x[i].float() for x in outputs])
-            )
+            of_image = [x and [level[i].float() for level in x] for x in (before, after)]
+            recording.levels.append(Levels(*of_image))
+
+    def see_levels(module, inputs, outputs):
+        add_levels(*inputs, outputs)
 
     def see_plain_levels(module, inputs, outputs):
-        before = sorted(outputs.values(), key=lambda x: -x.shape[-1])
-        for i in range(len(before[0])):
-            recording.levels.append(Levels([x[i].float() for x in before], None))
+        add_levels(sorted(outputs.values(), key=lambda x: -x.shape[-1]))
 
     def see_errors(module, inputs):
         input, target = inputs

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample level: which negatives are drawn, by IoU, and whose positives (paper Figure 3)."""
+"""Sample level: IoU of sampled negatives, and positives per instance (paper Figure 3)."""
 
 from typing import Any, Dict, List
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from ..modeling import BalancedSampler
 from ..modeling.balanced_sampling import iou_histogram
@@ -13,42 +14,35 @@ from .recording import Candidates
 __all__ = ["plot_sampling", "sample_statistics"]
 
 NUM_INTERVALS = 10  # of IoU, in the histograms
-
-
-def _samplers(num_bins: int, negative_iou_thresh: float) -> Dict[str, BalancedSampler]:
-    settings = {
-        "random": {"negatives": "random", "positives": "random"},
-        "balanced, paper's bins": {"mode": "paper"},
-        "balanced, mmdetection's bins": {"mode": "reference"},
-    }
-    return {
-        name: BalancedSampler(num_bins=num_bins, negative_iou_thresh=negative_iou_thresh, **kwargs)
-        for name, kwargs in settings.items()
-    }
+_SAMPLERS = {
+    "random": {"negatives": "random", "positives": "random"},
+    "balanced, paper's bins": {"mode": "paper"},
+    "balanced, mmdetection's bins": {"mode": "reference"},
+}
 
 
 def sample_statistics(
     candidates: List[Candidates], *, num_bins: int = 3, negative_iou_thresh: float = 0.5
 ) -> Dict[str, Any]:
     """
-    Draw from the same candidates at random and with both balanced modes.
+    Sample from the same candidates at random and with both balanced modes.
 
     Args:
         candidates: of at least one image.
         num_bins, negative_iou_thresh: see :class:`BalancedSampler`.
 
     Returns:
-        ``interval_ends``, the upper IoUs of equal intervals from 0 on; and for "candidates" and
-        each sampler: ``negatives``, their share in each interval; ``mean_iou`` of the negatives;
-        ``instances``, the share of ground-truth instances with a positive; and
-        ``largest_share``, the mean over images of the share of the positives that belong to the
-        instance with the most.
+        ``interval_ends``, the upper IoUs of equal intervals from 0; ``num_bins``; and for
+        "candidates" and each sampler: ``negatives``, their share in each interval; ``mean_iou`` of
+        the negatives; ``instances``, the share of ground-truth instances with a positive; and
+        ``largest_share``, the largest share of an image's positives that belong to one instance,
+        averaged over the images.
     """
-    samplers = _samplers(num_bins, negative_iou_thresh)
+    bins = {"num_bins": num_bins, "negative_iou_thresh": negative_iou_thresh}
+    samplers = {name: BalancedSampler(**bins, **kwargs) for name, kwargs in _SAMPLERS.items()}
     names = ["candidates", *samplers]
     counts = {name: np.zeros(NUM_INTERVALS) for name in names}
-    ious = {name: [] for name in names}
-    covered, largest = ({name: [] for name in names} for _ in range(2))
+    ious, covered, largest = ({name: [] for name in names} for _ in range(3))
     for c in candidates:
         chosen = {"candidates": ((c.labels == 1).nonzero()[:, 0], (c.labels == 0).nonzero()[:, 0])}
         for name, sampler in samplers.items():
@@ -77,15 +71,8 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def plot_sampling(statistics: Dict[str, Any]):
-    """
-    Draw what :func:`sample_statistics` returns.
-
-    Returns:
-        the matplotlib figure.
-    """
-    from matplotlib.figure import Figure
-
+def plot_sampling(statistics: Dict[str, Any]) -> Figure:
+    """Draw what :func:`sample_statistics` returns."""
     names = [name for name in statistics if isinstance(statistics[name], dict)]
     ends = np.array(statistics["interval_ends"])
     width = ends[0]
@@ -94,12 +81,9 @@ def plot_sampling(statistics: Dict[str, Any]):
     bin_ends = np.linspace(0, ends[-1], statistics["num_bins"] + 1)[1:-1]
     for axis, name in zip(axes, names):
         numbers = statistics[name]
-        axis.bar(
-            ends - width / 2,
-            100 * np.array(numbers["negatives"]),
-            width=0.9 * width,
-            color="#9aa5b1" if name == "candidates" else "#3b6fb6",
-        )
+        color = "#9aa5b1" if name == "candidates" else "#3b6fb6"
+        shares = 100 * np.array(numbers["negatives"])
+        axis.bar(ends - width / 2, shares, width=0.9 * width, color=color)
         for end in bin_ends:
             axis.axvline(end, color="#555555", linewidth=0.8, linestyle=":")
         covered = 100 * numbers["instances"]

@@ -16,13 +16,14 @@ from .mmdetection import to_detectron2_checkpoint
 
 __all__ = ["LibraCheckpointer"]
 
-_WEIGHTS_ALONE = ("model_best.pth", "model_final_ema.pth")
-# Behind a path: weights have the ends of the model's names, as in Detectron2's main branch.
+# Files without optimizer and schedule, from which a training cannot be resumed.
+_WEIGHTS_ONLY = ("model_best.pth", "model_final_ema.pth")
+# Suffix of a path, as in Detectron2's main branch.
 _HEURISTICS = "?matching_heuristics=True"
 
 
-class _WholeFiles:
-    """A path manager whose new local files appear once they are complete."""
+class _AtomicPathManager:
+    """A path manager that writes local files atomically."""
 
     def __init__(self, path_manager):
         self._path_manager = path_manager
@@ -38,16 +39,14 @@ class _WholeFiles:
 
 class LibraCheckpointer(DetectionCheckpointer):
     """
-    :class:`DetectionCheckpointer` that also takes checkpoints of mmdetection 2.x and 3.x as they
-    are, ImageNet weights of torchvision and open-mmlab, and ``libra://`` names of
-    :mod:`libra_d2.model_zoo`. It refuses, with an error that says why, files that are missing, cut
-    short, of another model, or would execute code when they are read. Downloads are checked against
-    the hash in their name. With ``?matching_heuristics=True`` behind it, names in a file may be the
-    ends of the model's.
+    :class:`DetectionCheckpointer` that also loads checkpoints of mmdetection 2.x and 3.x, ImageNet
+    weights of torchvision and open-mmlab, and ``libra://`` names of :mod:`libra_d2.model_zoo`. With
+    the suffix ``?matching_heuristics=True``, names in the file may be the ends of the model's.
 
-    Weights that are missing, of another shape or not used are logged in one table. A checkpoint of
-    the plain Detectron2 model loads; only the weights of the balanced feature pyramid
-    (``backbone.bfp.*``) are missing.
+    Files that are missing, truncated, of another model, or that would execute code are refused.
+    Downloads are checked against the hash in their name. Weights that are missing, of another shape
+    or unused are logged in one table; a plain Detectron2 model lacks only the balanced feature
+    pyramid (``backbone.bfp.*``).
 
     Checkpoints are written atomically, and only if all weights are finite. Resuming skips corrupt
     ones with a warning.
@@ -60,12 +59,11 @@ class LibraCheckpointer(DetectionCheckpointer):
         Args:
             model, save_dir, kwargs: as for :class:`DetectionCheckpointer`.
             complete: whether a checkpoint must hold all weights except those of the balanced
-                feature pyramid: True for evaluation, False to start training from a backbone or
-                from a model with other classes.
-            tag: whether a checkpoint that is written is the one to resume from.
+                feature pyramid: True for evaluation, False for fine-tuning.
+            tag: whether :meth:`save` marks its checkpoint as the one to resume from.
         """
         super().__init__(model, save_dir, **kwargs)
-        self.path_manager = _WholeFiles(self.path_manager)
+        self.path_manager = _AtomicPathManager(self.path_manager)
         self.complete = complete
         self.tag = tag
         self._resuming = False
@@ -100,7 +98,7 @@ class LibraCheckpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def advice(self) -> str:
-        """What is left when a training stops."""
+        """Says from which checkpoint a training that has failed can be resumed."""
         if not self.has_checkpoint():
             return "There is no earlier checkpoint"
         return f"Training can be resumed from {self.get_checkpoint_file()}"
@@ -115,9 +113,8 @@ class LibraCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         newest = self.get_checkpoint_file()
-        # Weights alone are nothing to go on with.
-        alone = tuple(os.path.join(self.save_dir, name) for name in _WEIGHTS_ALONE)
-        others = (f for f in self.get_all_checkpoint_files() if f not in (newest, *alone))
+        excluded = {newest, *(os.path.join(self.save_dir, name) for name in _WEIGHTS_ONLY)}
+        others = set(self.get_all_checkpoint_files()) - excluded
         files = [newest, *sorted(others, key=os.path.getmtime, reverse=True)]
         errors = []
         self._resuming = True
@@ -146,16 +143,16 @@ class LibraCheckpointer(DetectionCheckpointer):
         except OSError as e:  # an unreadable file, or a URL without a connection
             raise BrokenFileError(f"{self._path}: the weights cannot be read: {e}") from e
         finally:
-            # Upstream's main branch leaves this behind when it fails, and then fails again.
+            # Detectron2's main branch does not reset this when loading fails.
             self._parsed_url_during_load = None
 
     def _find(self, path: str) -> str:
-        """Path of a local file; names of Detectron2's model zoo are left to the parent."""
+        """The local path of an address; names of Detectron2's model zoo are left as they are."""
         if path.startswith(("http://", "https://")):
             return fetch(path)
         local = path[len("file://") :] if path.startswith("file://") else path
         if "://" in local:
-            # An address that nothing is registered for comes back as it is.
+            # An address without a handler is returned unchanged.
             local = self.path_manager.get_local_path(local)
         if not os.path.isfile(local):
             raise BrokenFileError(f"{path}: no such weights file")
@@ -170,7 +167,6 @@ class LibraCheckpointer(DetectionCheckpointer):
         return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):
-        found = set(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         reshaped = {key: shapes for key, *shapes in incompatible.incorrect_shapes}
         absent = {*incompatible.missing_keys, *reshaped}
@@ -187,14 +183,11 @@ class LibraCheckpointer(DetectionCheckpointer):
             absent = {key for key in absent if not key.startswith("backbone.bfp.")}
         if (self.complete or self._resuming) and absent:
             self._log_incompatible_keys(incompatible)
-            first = min(absent)
-            detail = (
-                "shape {}, not {}".format(*reshaped[first])
-                if first in reshaped
-                else "not in the model"
-                if first in found
-                else "missing"
-            )
+            first, detail = min(absent), "missing"
+            if first in reshaped:
+                detail = "shape {}, not {}".format(*reshaped[first])
+            elif first in incompatible.unexpected_keys:
+                detail = "not in the model"
             raise InputError(
                 f"{self._path}: these are weights of another model than the config's: "
                 f"{len(absent)} weights are missing, too many or of another shape, the first "
@@ -204,15 +197,13 @@ class LibraCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        """One table in place of a message for each kind."""
+        """Log one table instead of a message for each kind."""
         rows = [
             ("other shape", key, f"{found} in the file, {wanted} in the model")
             for key, found, wanted in incompatible.incorrect_shapes
         ]
-        for status, keys in (
-            ("missing", incompatible.missing_keys),
-            ("not used", incompatible.unexpected_keys),
-        ):
+        missing, unused = incompatible.missing_keys, incompatible.unexpected_keys
+        for status, keys in (("missing", missing), ("not used", unused)):
             # By the first three parts of the name, such as backbone.bottom_up.res3.
             groups = Counter(".".join(key.split(".")[:-1][:3]) for key in keys)
             rows += [(status, f"{group}.*", f"{n} weights") for group, n in groups.items()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageNet weights of ConvNeXt, as its authors published them, under the names of timm."""
+"""ImageNet weights published by the authors of ConvNeXt, renamed to timm's names."""
 
 import re
 from typing import Any, Dict
@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["from_convnext", "is_convnext"]
 
-# In their order: what the names of github.com/facebookresearch/ConvNeXt are in timm's convnext.py.
+# Names of github.com/facebookresearch/ConvNeXt and of timm's convnext.py, applied in this order.
 _NAMES = (
     (r"^downsample_layers\.0\.", "stem."),
     (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
@@ -19,7 +19,7 @@ _NAMES = (
 
 
 def is_convnext(state: Dict[str, Any]) -> bool:
-    """Whether these are weights under the names that ConvNeXt's authors gave them."""
+    """Whether these weights have the names of ConvNeXt's authors."""
     return "downsample_layers.0.0.weight" in state
 
 

@@ -13,15 +13,10 @@ from detectron2.utils.file_io import PathManager
 __all__ = ["fetch"]
 
 
-def _cache_path(url: str) -> str:
-    """Where Detectron2's path manager keeps the file of ``url``."""
-    return os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
-
-
 def fetch(url: str) -> str:
     """
-    Download a file to where Detectron2 caches downloads, unless it is there. A file whose name ends
-    in a hash, as ``model-3afee3a9.pth`` does, must have it: the first digits of its SHA-256.
+    Download a file to Detectron2's cache unless it is there. If its name ends in a hash, such as
+    ``model-3afee3a9.pth``, its SHA-256 must start with it; otherwise it is removed.
 
     Args:
         url: "http://..." or "https://...".
@@ -30,15 +25,15 @@ def fetch(url: str) -> str:
         path of the file.
 
     Raises:
-        OSError: if there is no connection, no such file, or if its content is another one, in
-            which case it is removed. The message names the URL and where to put the file by hand.
+        OSError: if the download fails or the hash differs. The message names the URL and where to
+            put the file by hand.
     """
     try:
         path = PathManager.get_local_path(url)
     except OSError as e:
+        cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
         raise OSError(
-            f"{url} could not be downloaded ({e}). If you fetch it by hand, put it at "
-            f"{_cache_path(url)}"
+            f"{url} could not be downloaded ({e}). If you fetch it by hand, put it at {cached}"
         ) from e
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     if match is None:

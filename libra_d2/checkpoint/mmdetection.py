@@ -2,12 +2,12 @@
 """
 Weights of mmdetection 2.x and 3.x under Detectron2's names, and back.
 
-Two things are more than names. mmdetection counts the batches that a batch norm has seen, which
-Detectron2 does not. And the channels of RetinaNet's last convolutions are in the order of the
-anchors at one place: ratio-major in mmdetection, scale-major in Detectron2.
+They differ in more than names: only mmdetection's batch norms have ``num_batches_tracked``, and the
+anchors of RetinaNet's last convolutions are ratio-major in mmdetection, scale-major in Detectron2.
 """
 
 import re
+from itertools import product
 from typing import Any, Dict, Tuple
 
 import numpy as np
@@ -27,35 +27,31 @@ __all__ = [
 State = Dict[str, torch.Tensor]
 
 COUNTER = "num_batches_tracked"
-# RetinaNet's anchors at one place, in the configs of either framework.
+# RetinaNet's anchors at each location, in the configs of both frameworks.
 _NUM_RATIOS, _NUM_SCALES = 3, 3
 _OLD_VERSION = (
     "a checkpoint of mmdetection 1.x, which counts pixels and classes in another way; convert it "
     "with tools/model_converters/upgrade_model_version.py of mmdetection 2.x"
 )
-_MAX_BLOCKS = 64  # of a ResNet's stage, and more than any has
+_MAX_BLOCKS = 64  # per ResNet stage, more than any has
 
 
 def _module_names(is_retinanet: bool, has_bfp: bool) -> Dict[str, str]:
     """Names of the modules with weights: mmdetection's to Detectron2's."""
-    backbone = "backbone.bottom_up"
-    names = {
-        "backbone.conv1": f"{backbone}.stem.conv1",
-        "backbone.bn1": f"{backbone}.stem.conv1.norm",
-    }
-    for stage in range(1, 5):
-        for block in range(_MAX_BLOCKS):
-            theirs, ours = f"backbone.layer{stage}.{block}", f"{backbone}.res{stage + 1}.{block}"
-            for i in (1, 2, 3):
-                names[f"{theirs}.conv{i}"] = f"{ours}.conv{i}"
-                names[f"{theirs}.bn{i}"] = f"{ours}.conv{i}.norm"
-            names[f"{theirs}.downsample.0"] = f"{ours}.shortcut"
-            names[f"{theirs}.downsample.1"] = f"{ours}.shortcut.norm"
+    stem = "backbone.bottom_up.stem.conv1"
+    names = {"backbone.conv1": stem, "backbone.bn1": f"{stem}.norm"}
+    for stage, block in product(range(1, 5), range(_MAX_BLOCKS)):
+        theirs = f"backbone.layer{stage}.{block}"
+        ours = f"backbone.bottom_up.res{stage + 1}.{block}"
+        for i in (1, 2, 3):
+            names[f"{theirs}.conv{i}"] = f"{ours}.conv{i}"
+            names[f"{theirs}.bn{i}"] = f"{ours}.conv{i}.norm"
+        names[f"{theirs}.downsample.0"] = f"{ours}.shortcut"
+        names[f"{theirs}.downsample.1"] = f"{ours}.shortcut.norm"
 
-    # With a balanced feature pyramid, the neck is a sequence of two.
-    fpn, lowest_level = "neck.0" if has_bfp else "neck", 3 if is_retinanet else 2
-    for level in range(lowest_level, 6):
-        i = level - lowest_level
+    # With a balanced feature pyramid, the neck is a sequence of two modules.
+    fpn = "neck.0" if has_bfp else "neck"
+    for i, level in enumerate(range(3 if is_retinanet else 2, 6)):
         names[f"{fpn}.lateral_convs.{i}.conv"] = f"backbone.fpn_lateral{level}"
         names[f"{fpn}.fpn_convs.{i}.conv"] = f"backbone.fpn_output{level}"
     names["neck.1.refine.conv"] = "backbone.bfp.refine"
@@ -71,19 +67,18 @@ def _module_names(is_retinanet: bool, has_bfp: bool) -> Dict[str, str]:
         names["bbox_head.retina_cls"] = "head.cls_score"
         names["bbox_head.retina_reg"] = "head.bbox_pred"
         return names
-    rpn, heads = "proposal_generator.rpn_head", "roi_heads"
-    names["rpn_head.rpn_conv"] = f"{rpn}.conv"
-    names["rpn_head.rpn_cls"] = f"{rpn}.objectness_logits"
-    names["rpn_head.rpn_reg"] = f"{rpn}.anchor_deltas"
+    names["rpn_head.rpn_conv"] = "proposal_generator.rpn_head.conv"
+    names["rpn_head.rpn_cls"] = "proposal_generator.rpn_head.objectness_logits"
+    names["rpn_head.rpn_reg"] = "proposal_generator.rpn_head.anchor_deltas"
     for i in range(_MAX_BLOCKS):
-        names[f"roi_head.bbox_head.shared_fcs.{i}"] = f"{heads}.box_head.fc{i + 1}"
-    names["roi_head.bbox_head.fc_cls"] = f"{heads}.box_predictor.cls_score"
-    names["roi_head.bbox_head.fc_reg"] = f"{heads}.box_predictor.bbox_pred"
+        names[f"roi_head.bbox_head.shared_fcs.{i}"] = f"roi_heads.box_head.fc{i + 1}"
+    names["roi_head.bbox_head.fc_cls"] = "roi_heads.box_predictor.cls_score"
+    names["roi_head.bbox_head.fc_reg"] = "roi_heads.box_predictor.bbox_pred"
     return names
 
 
 def _reorder_anchors(weight: torch.Tensor, num_outer: int, num_inner: int) -> torch.Tensor:
-    """Exchange two orders of the anchors in (num_outer * num_inner * C, ...) channels."""
+    """Swap outer and inner order of the anchors in (num_outer * num_inner * C, ...) channels."""
     channels = len(weight) // (num_outer * num_inner)
     if channels * num_outer * num_inner != len(weight):
         raise InputError(
@@ -95,18 +90,14 @@ def _reorder_anchors(weight: torch.Tensor, num_outer: int, num_inner: int) -> to
 
 
 def is_mmdetection(state: Dict[str, Any]) -> bool:
-    """Whether these are weights under mmdetection's names (or of another project of OpenMMLab)."""
+    """Whether these weights have the names of mmdetection or another OpenMMLab project."""
     return any(key.startswith(("backbone.conv1.", "backbone.layer1.")) for key in state)
 
 
 def from_mmdetection(state: State) -> State:
     """
-    Args:
-        state: weights of an mmdetection 2.x or 3.x detector.
-
-    Returns:
-        the same under Detectron2's names and layouts. Copies of the weights that an EMA hook keeps
-        and counters of batches are left out; what has no name in Detectron2 keeps its own.
+    Convert weights of an mmdetection 2.x or 3.x detector to Detectron2's names and layouts. Weights
+    of an EMA hook and ``num_batches_tracked`` are dropped; names that Detectron2 lacks are kept.
 
     Raises:
         InputError: if the weights are from mmdetection 1.x.
@@ -128,13 +119,8 @@ def from_mmdetection(state: State) -> State:
 
 def to_mmdetection(state: State) -> State:
     """
-    Args:
-        state: weights of a Libra R-CNN, Libra RetinaNet or their plain forms in Detectron2, on a
-            ResNet with batch norm.
-
-    Returns:
-        the same under the names and in the layouts of mmdetection 2.x and 3.x, complete: counters
-        of batches are 0.
+    Convert weights of a plain or Libra R-CNN or RetinaNet of Detectron2, on a ResNet with batch
+    norm, to the names and layouts of mmdetection 2.x and 3.x. ``num_batches_tracked`` is 0.
 
     Raises:
         InputError: if a weight has no name in mmdetection.
@@ -146,7 +132,7 @@ def to_mmdetection(state: State) -> State:
     for key, value in state.items():
         module, _, leaf = key.rpartition(".")
         if key in ("pixel_mean", "pixel_std") or "anchor_generator." in key:
-            continue  # older versions of Detectron2 kept what the config says
+            continue  # constants that older versions of Detectron2 saved
         if module not in names:
             raise InputError(f"{key!r} has no counterpart in mmdetection's Libra R-CNN models")
         if module in ("head.cls_score", "head.bbox_pred"):
@@ -157,26 +143,16 @@ def to_mmdetection(state: State) -> State:
     return converted
 
 
-def _is_resnet(state: Dict[str, Any]) -> bool:
-    """Whether these are ImageNet weights under the names that torchvision gave them."""
-    return {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys()
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
-
-
 def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     """
     Args:
-        content: of a checkpoint of mmdetection's, or of a file that holds weights alone.
+        content: an mmdetection checkpoint, or a dict of weights.
 
     Returns:
-        the weights, without the prefix of data parallel training; and what describes them. The
-        optimizer and the like are left out.
+        the weights, without the prefix "module." of data parallel training, and ``meta``.
 
     Raises:
-        InputError: if there are no weights in it, or if they are from mmdetection 1.x.
+        InputError: if it holds no weights or anything else, or is from mmdetection 1.x.
     """
     meta = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -189,7 +165,9 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     for key, value in state.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
-        if isinstance(value, torch.Tensor) and not _is_plain(value):
+        if isinstance(value, torch.Tensor) and (
+            value.layout != torch.strided or value.is_quantized or value.is_meta
+        ):
             raise InputError(
                 f"{key!r} in it is a sparse, quantized or empty (meta) tensor; save the weights as "
                 "plain tensors"
@@ -202,20 +180,17 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
 
 def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """
-    Convert a checkpoint if it is mmdetection's, or ImageNet weights of torchvision, open-mmlab or
-    ConvNeXt.
+    Convert mmdetection's checkpoints, and ImageNet weights of torchvision, open-mmlab or ConvNeXt;
+    unwrap the weights of others.
 
     Args:
         checkpoint: with the key "model", as Detectron2 reads any file.
-
-    Returns:
-        the converted one, or the same without what is wrapped around its weights.
 
     Raises:
         InputError: see :func:`unwrap_mmdetection`.
     """
     state, _ = unwrap_mmdetection(checkpoint["model"])
-    if _is_resnet(state):
+    if {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys():  # torchvision's ResNet
         state = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
     if is_convnext(state):
         return {"model": from_convnext(state), "matching_heuristics": True}
