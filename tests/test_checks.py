@@ -168,18 +168,15 @@ def test_opencv(monkeypatch):
             read(f"MODEL.LIBRA.{name}", value)
 
 
-@pytest.mark.parametrize(
-    ("opts", "what"),
-    [
+def test_no_test_time_augmentation():
+    read("TEST.AUG.ENABLED", True)
+    for opts, what in (
         (["MODEL.LOAD_PROPOSALS", True], "a model without RPN"),
         (["MODEL.KEYPOINT_ON", True], "a model of keypoints"),
         (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "a ProposalNetwork"),
-    ],
-)
-def test_no_test_time_augmentation(opts, what):
-    read("TEST.AUG.ENABLED", True)
-    with pytest.raises(InputError, match=f"^TEST.AUG.ENABLED: .* of {what}"):
-        read("TEST.AUG.ENABLED", True, *opts)
+    ):
+        with pytest.raises(InputError, match=f"^TEST.AUG.ENABLED: .* of {what}"):
+            read("TEST.AUG.ENABLED", True, *opts)
 
 
 # What is checked when a training or an evaluation starts.

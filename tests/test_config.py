@@ -200,7 +200,7 @@ def test_published_recipe(mmdet, ours, theirs, pairs):
 
 
 def ablations():
-    """The arguments in docs/ablations.md's table, by what is left."""
+    """The arguments in the table of docs/ablations.md, by the name of the row."""
     section = (ROOT / "docs/ablations.md").read_text().split("## Arguments")[1].split("\n## ")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ")]
     return {what.strip(): arguments.strip(" `").split() for what, arguments in rows[2:]}
@@ -220,7 +220,7 @@ def ablations():
     ],
 )
 def test_ablations(what, sampling, refine, loss):
-    """Each row of the table in docs/ablations.md leaves what it says."""
+    """Each row of the table has the ideas that it names."""
     assert len(ablations()) == 8
     cfg = demo_cfg()
     cfg.merge_from_list(ablations()[what])

@@ -122,7 +122,6 @@ def torchrun(*numbers):
         (slurm(3, "2(x2)"), Process(3, 4, 1, 2)),
         (slurm(1, "4"), Process(1, 4, 1, 4)),
         (slurm(0, "1", 1), None),
-        (slurm(19, "16(x3)", 48, 3), Process(19, 48, 3, 16)),
         (torchrun(5, 8, 1, 4), Process(5, 8, 1, 4)),
         # Within a step of SLURM's, one for each machine.
         ({**slurm(1, "1(x2)", 2), **torchrun(3, 4, 1, 2)}, Process(3, 4, 1, 2)),

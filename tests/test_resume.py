@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Killed and stopped trainings resume exactly."""
 
-import json
 import os
 import random
 import re
@@ -18,10 +17,6 @@ import test_trainer as toy
 import torch
 from conftest import DEMO_CONFIG, ROOT
 from test_train_net import TINY, own_data
-
-from detectron2.utils.events import EventStorage
-
-from libra_d2.engine.resuming import _get_histories, _remove_later_metrics, _set_histories
 
 MOMENTS = ("step", "checkpoint", "evaluation")
 
@@ -148,10 +143,10 @@ def test_killed(synthetic, tmp_path, system, num_processes, num_workers, moments
     """A training killed twice equals the uninterrupted one; this file, as a script, kills more."""
     config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
     kwargs = {"processes": num_processes, "config": config}
-    args = ["SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SEED", 5, "SOLVER.CHECKPOINT_PERIOD", 4]
+    args = ["SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SOLVER.CHECKPOINT_PERIOD", 4]
+    args += ["SEED", 5, "DATALOADER.NUM_WORKERS", num_workers]
     for name, chosen in (("whole", []), ("out", moments)):
-        workers = ["DATALOADER.NUM_WORKERS", num_workers]
-        kill_and_resume(synthetic, tmp_path / name, chosen, *args, *workers, **kwargs)
+        kill_and_resume(synthetic, tmp_path / name, chosen, *args, **kwargs)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
@@ -168,36 +163,6 @@ def test_interrupted(synthetic, tmp_path):
     assert f"SIGINT: stopped after iteration {last_iteration(out)}; --resume continues" in output
     assert "Traceback" not in output
     assert not processes_of(out)
-
-
-def test_later_metrics(tmp_path):
-    """Lines of later iterations and truncated ones are removed, in place."""
-    path = tmp_path / "metrics.json"
-    _remove_later_metrics(str(path), 0)
-    assert not path.exists()
-    lines = [f'{{"x": {i}.50, "iteration": {i}}}\n' for i in (3, 8, 9, 10, 9, 8, 11)]
-    text = "".join([*lines[:2], '{"x": 1}\n', "[1]\n", "7\n", *lines[2:], '{"iteration": 3'])
-    path.write_text(text)
-    with path.open("a") as already_open:
-        _remove_later_metrics(str(path), 9)
-        assert path.read_text() == lines[0] + lines[1] + lines[5]
-        already_open.write("next\n")
-    assert path.read_text() == lines[0] + lines[1] + lines[5] + "next\n"
-
-
-def test_histories():
-    """The last twenty values of each smoothed metric except times, with their iterations."""
-    storages = [EventStorage(0), EventStorage(30)]
-    for i in range(30):
-        storages[0].iter = i
-        storages[0].put_scalars(loss=i * i, data_time=i)
-        storages[0].put_scalar("bbox/AP", i, smoothing_hint=False)
-    histories = json.loads(json.dumps(_get_histories(storages[0])))
-    assert histories == {"loss": [[i * i, i] for i in range(10, 30)]}
-    _set_histories(storages[1], histories)
-    assert storages[1].iter == 30
-    medians = [storage.latest_with_smoothing_hint(20)["loss"] for storage in storages]
-    assert medians == [((19**2 + 20**2) / 2, 29)] * 2
 
 
 if __name__ == "__main__":

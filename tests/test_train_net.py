@@ -69,13 +69,14 @@ def small_data(folder, box=(8, 8, 32, 24), classes="ab"):
     """A folder as `synthetic`, of two images of 64 x 48 pixels with an object each."""
     (folder / "images").mkdir(parents=True)
     of_object = {"category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-    dataset = {"categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)]}
-    dataset["images"], dataset["annotations"] = [], []
+    size = {"width": 64, "height": 48}
+    dataset = {
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+        "images": [{"id": i, "file_name": f"{i}.png", **size} for i in (1, 2)],
+        "annotations": [{"id": i, "image_id": i, **of_object} for i in (1, 2)],
+    }
     for i in (1, 2):
         Image.new("RGB", (64, 48)).save(folder / f"images/{i}.png")
-        image = {"id": i, "file_name": f"{i}.png", "width": 64, "height": 48}
-        dataset["images"].append(image)
-        dataset["annotations"].append({"id": i, "image_id": i, **of_object})
     (folder / "instances.json").write_text(json.dumps(dataset))
     return folder
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of Libra R-CNN, and the recipe of a training that a config of either language says."""
+"""The config keys of Libra R-CNN, and recipes of trainings in either config language."""
 
 from .checks import check_datasets, check_run, check_values
 from .defaults import add_libra_config

@@ -262,7 +262,7 @@ class Recipe(ABC):
     def check_nulls(self) -> None:
         """
         Raises:
-            InputError: if the config says null where there must be a value.
+            InputError: if the config has null where there must be a value.
         """
 
     @abstractmethod

@@ -117,7 +117,7 @@ class YamlRecipe(Recipe):
     # What a training is made of
 
     def build_model(self) -> nn.Module:
-        """See :meth:`Recipe.build_model`. Keys that nothing reads are warned of."""
+        """See :meth:`Recipe.build_model`; logs keys that no part of the model reads."""
         self._check_registered_names()
         try:
             model = modeling.build_model(self.config)
@@ -169,15 +169,12 @@ class YamlRecipe(Recipe):
         return None
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`detectron2.solver.build_optimizer`."""
         return solver.build_optimizer(self.config, model)
 
     def build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        """See :func:`detectron2.solver.build_lr_scheduler`."""
         return solver.build_lr_scheduler(self.config, optimizer)
 
     def build_augmentations(self, is_train: bool) -> List:
-        """See :func:`libra_d2.data.build_augmentation`."""
         return build_augmentation(self.config, is_train)
 
     def build_mapper(
@@ -187,7 +184,7 @@ class YamlRecipe(Recipe):
         return LibraDatasetMapper(self.config, is_train=is_train, **replaced)
 
     def build_train_loader(self, seed: int) -> Iterable:
-        # What the function with the same arguments would be given.
+        # The arguments that build_detection_train_loader would get.
         make_arguments = partial(
             build_detection_train_loader.from_config, self.config, mapper=self.build_mapper(True)
         )
@@ -205,5 +202,4 @@ class YamlRecipe(Recipe):
         return YamlRecipe(DefaultTrainer.auto_scale_workers(self.config, world_size))
 
     def verify(self, results: Dict[str, Any]) -> None:
-        """See :func:`detectron2.evaluation.verify_results`."""
         verify_results(self.config, results)

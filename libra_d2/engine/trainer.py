@@ -353,7 +353,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: Any, model: nn.Module) -> Mapping[str, Any]:
-        """Evaluate with test-time augmentation: as :meth:`test`, with "_TTA" behind each name."""
+        """Evaluate with test-time augmentation: as :meth:`test`, with "_TTA" after each name."""
         logger.info("Evaluating with test-time augmentation")
         recipe = make_recipe(cfg)
         folder, limit = os.path.join(recipe.output_dir, "inference_TTA"), recipe.max_detections
