@@ -102,10 +102,10 @@ def test_lazy_config(record):
     class Other(DatasetMapper):
         pass
 
-    mirror, common = L(T.HFlipTransform)(width=3), {"augmentations": [], "image_format": "RGB"}
+    flip = L(T.HFlipTransform)(width=3)
     recipe = lazy_recipe(
-        train=L(DatasetMapper)(is_train=True, augmentations=[mirror], image_format="BGR"),
-        test=L(Other)(is_train=False, **common),
+        train=L(DatasetMapper)(is_train=True, augmentations=[flip], image_format="BGR"),
+        test=L(Other)(is_train=False, augmentations=[], image_format="RGB"),
     )
     train, test = recipe.build_mapper(True), recipe.build_mapper(False)
     assert (type(train), type(test)) == (LibraDatasetMapper, Other)

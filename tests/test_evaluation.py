@@ -81,6 +81,11 @@ def assert_equal_results(results, expected):
         assert results[task] == pytest.approx(numbers, abs=1e-10, nan_ok=True)
 
 
+def with_crowds(dataset):
+    for annotation in dataset["annotations"][::3]:
+        annotation["iscrowd"] = 1
+
+
 @pytest.mark.parametrize("coco_eval", EVALUATORS)
 @pytest.mark.parametrize(("masks", "limit"), [(True, 100), (False, 300)])
 def test_evaluators_agree(registered, masks, limit, coco_eval):
@@ -88,12 +93,7 @@ def test_evaluators_agree(registered, masks, limit, coco_eval):
     All numbers, including those of classes and masks, are those of Detectron2 with pycocotools:
     with crowds, for some images or tasks, with more than 100 detections in an image.
     """
-
-    def crowds(dataset):
-        for annotation in dataset["annotations"][::3]:
-            annotation["iscrowd"] = 1
-
-    name = registered("test_agree", crowds, "bitmask" if masks else None)
+    name = registered("test_agree", with_crowds, "bitmask" if masks else None)
     rng, num = torch.Generator().manual_seed(0), 40 if limit > 100 else 3
     records = [r for r in DatasetCatalog.get(name) if r["annotations"]]
     found = {r["image_id"]: detections(r, rng, num, masks) for r in records}
@@ -118,11 +118,7 @@ def test_evaluators_agree(registered, masks, limit, coco_eval):
 )
 def test_limit(registered, tmp_path, rank, limit, expected):
     """AP of a single object is the precision at its rank, up to the limit of the model or 100."""
-
-    def one_object(dataset):
-        dataset["annotations"] = dataset["annotations"][:1]
-
-    name = registered("test_limit", one_object)
+    name = registered("test_limit", lambda x: x.update(annotations=x["annotations"][:1]))
     (record,) = (r for r in DatasetCatalog.get(name) if r["annotations"])
     found = detections(record, num=rank)
     found.pred_boxes.tensor[:-1] = torch.tensor([0.0, 0, 1, 1])
@@ -133,11 +129,10 @@ def test_limit(registered, tmp_path, rank, limit, expected):
     assert (tmp_path / "coco_instances_results.json").exists()
 
 
-BIG = 2**62
 NUMBERINGS = [
     {},
     {"image": lambda i: -i, "annotation": lambda i: i - 20, "category": lambda i: 3 * i - 20},
-    {"annotation": lambda i: BIG + i, "category": lambda i: BIG + i},
+    {"annotation": lambda i: 2**62 + i, "category": lambda i: 2**62 + i},
     {"image": lambda i: 1 + i * 2**-50, "annotation": "a{}".format, "category": "c{:03d}".format},
     *({"image": lambda i: 2**53 + i}, {"image": "img-{:03d}".format}),
 ]
@@ -145,8 +140,8 @@ NUMBERINGS = [
 
 def renumber(dataset, image=int, annotation=int, category=int):
     for x in dataset["annotations"]:
-        x.update(id=annotation(x["id"]), image_id=image(x["image_id"]))
-        x["category_id"] = category(x["category_id"])
+        ids = {"id": annotation(x["id"]), "image_id": image(x["image_id"])}
+        x.update(ids, category_id=category(x["category_id"]))
     for kind, number in (("images", image), ("categories", category)):
         for x in dataset[kind]:
             x["id"] = number(x["id"])

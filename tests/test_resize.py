@@ -11,11 +11,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from libra_d2.data import LibraDatasetMapper, build_augmentation
-from libra_d2.data.resize import (
-    OpenCVResizeShortestEdge,
-    OpenCVResizeTransform,
-    with_interpolation,
-)
+from libra_d2.data.resize import OpenCVResizeShortestEdge, OpenCVResizeTransform, with_interpolation
 from libra_d2.engine import LibraPredictor
 
 CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"

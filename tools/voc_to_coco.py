@@ -7,8 +7,8 @@ Convert annotations in Pascal VOC's format, one XML file for each image, to a CO
         --images JPEGImages/ --output train.json
 
 Without --list all XML files are converted. Classes are those found, sorted by name, or --classes,
-which are needed if a split may lack one. Objects marked as difficult become crowd regions, which
-are not trained on and ignored in evaluation.
+which are needed if a split may lack one. Difficult objects become crowd regions, which are neither
+trained on nor counted in evaluation.
 """
 
 import argparse

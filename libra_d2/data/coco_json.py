@@ -264,7 +264,6 @@ def register_coco_json(
     Args:
         name: name to register; one that is registered already is replaced.
         json_file, image_root: annotations, and the directory that their file names are relative to.
-        cache_dir: directory for changed annotations.
         mask_format: see :func:`read_coco_json`. None registers boxes only.
         limits: what the images are resized to.
 

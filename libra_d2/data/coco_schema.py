@@ -122,13 +122,8 @@ def shorten(value: Any, length: int = 60) -> str:
 
 def check_entries(entries: List[Any], kind: str, json_file: str, repaired: Counter) -> Dict:
     """
-    Check the entries of one kind against :data:`SCHEMA`, and repair them in place.
-
-    Args:
-        entries: one of the lists of the JSON.
-        kind: key of SCHEMA.
-        json_file: for messages.
-        repaired: counts repaired values by kind and field.
+    Check the entries of one list of a JSON against their kind in :data:`SCHEMA`, and repair them in
+    place; ``repaired`` counts this by kind and field.
 
     Returns:
         the entries by their id.

@@ -31,12 +31,7 @@ class LibraDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
         """
-        Args:
-            dataset_dict: one image, in Detectron2's dataset format.
-
-        Returns:
-            the input of a model; see :meth:`DatasetMapper.__call__`, whose function for reading
-            images cannot be replaced.
+        See :meth:`DatasetMapper.__call__`, whose function for reading images cannot be replaced.
 
         Raises:
             InputError: if the image is unreadable, or of another size than the dataset says.

@@ -43,8 +43,7 @@ def build_evaluator(
     Args:
         dataset_name: a registered dataset.
         output_dir: directory for the predictions, as JSON in COCO's result format.
-        max_dets_per_image: limit of the model. All detections count, even if COCO's own limit of
-            100 is lower. Pascal VOC has no limit.
+        max_dets_per_image: limit of the model. COCO's metrics count that many or 100.
 
     Raises:
         InputError: see :func:`check_evaluator_type`.

@@ -114,10 +114,7 @@ class LibraCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(
         self, predictions: List[Dict[str, Any]], img_ids: Optional[List] = None
     ) -> None:
-        """
-        See :meth:`COCOEvaluator._eval_predictions`, which does not take other implementations, and
-        is used for keypoints.
-        """
+        """The parent does not take other implementations; it is used for keypoints."""
         results = list(chain.from_iterable(x["instances"] for x in predictions))
         tasks = sorted(self._tasks or self._tasks_from_predictions(results))
         if "keypoints" in tasks or not results or not self._do_evaluation:
@@ -130,9 +127,9 @@ class LibraCOCOEvaluator(COCOEvaluator):
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             with atomic_write(path, "w") as f:
                 json.dump(results, f)
+        names = self._metadata.get("thing_classes")
         for task in tasks:
             evaluated = self._evaluate(results, task, img_ids)
-            names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(evaluated, task, class_names=names)
 
     def _evaluate(self, results: List[Dict[str, Any]], task: str, img_ids: Optional[List]):

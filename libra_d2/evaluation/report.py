@@ -66,13 +66,8 @@ def _table(rows, headers) -> str:
 
 def write_results(path: str, results: Dict[str, Any], title: str, remark: str = "") -> None:
     """
-    Write Markdown tables of average precision (%): by IoU and object size, and by class.
-
-    Args:
-        path: the file; its directory is created.
-        results: for each dataset, the results of Detectron2's evaluators.
-        title: heading of the page.
-        remark: a line below the title.
+    Write Markdown tables of average precision (%) by IoU and object size, and by class. ``results``
+    has those of Detectron2's evaluators for each dataset; the directory is created.
     """
     lines = [f"# {title}", "", *([remark, ""] if remark else [])]
     for dataset, tasks in results.items():

@@ -9,12 +9,7 @@ from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.modeling import (
-    DatasetMapperTTA,
-    GeneralizedRCNN,
-    GeneralizedRCNNWithTTA,
-    RetinaNet,
-)
+from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNN, GeneralizedRCNNWithTTA, RetinaNet
 from detectron2.structures import Instances
 
 from ..data.resize import OpenCVResizeTransform
