@@ -19,10 +19,9 @@ class InputError(Exception):
     """
 
     def __str__(self) -> str:
-        """The message, also where a data loading worker's traceback was put in front of it."""
-        return re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)[
-            -1
-        ].strip()
+        """The message, without the traceback that a data loading worker puts in front of it."""
+        parts = re.split(rf"^.*{InputError.__qualname__}: ", super().__str__(), flags=re.M)
+        return parts[-1].strip()
 
 
 class Interrupted(Exception):
@@ -30,20 +29,20 @@ class Interrupted(Exception):
 
 
 class BrokenFileError(InputError):
-    """A file is missing, cut short, or not what its name says; another one might do."""
+    """A file is missing, cut short, or not what its name says; another file may be usable."""
 
 
 class ArgumentError(ValueError):
     """
-    An argument of a component is out of its range. The message names the argument; a recipe, which
-    knows where it comes from, names the key of the config instead.
+    An argument of a component is out of range. The message names the argument; a recipe names the
+    config key that it comes from instead.
     """
 
     def __init__(self, argument: str, value: Any, rule: str):
         """
         Args:
-            argument: its name.
-            value: that it has.
+            argument: name of the argument.
+            value: its value.
             rule: what to use instead, such as "use 1 or more".
         """
         super().__init__(f"{argument} is {value!r}: {rule}")
@@ -51,16 +50,13 @@ class ArgumentError(ValueError):
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """
-    Raises:
-        ArgumentError: if ``value`` is none of ``choices``.
-    """
+    """Raise ArgumentError if ``value`` is none of ``choices``."""
     if value not in choices:
         raise ArgumentError(argument, value, f"use one of {tuple(choices)}")
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error``."""
+    """The message of ``error``, with any whitespace replaced by single spaces."""
     # str() of a KeyError is the repr of its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(message).split())

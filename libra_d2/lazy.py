@@ -2,8 +2,8 @@
 """
 Libra R-CNN in LazyConfigs: turns the config of any R-CNN or RetinaNet into a balanced one.
 
-Only the ``_target_`` of nodes is replaced. All keys stay in place, so that overrides and
-interpolations such as ``${..backbone.out_channels}`` keep their meaning.
+Nodes get another ``_target_`` and keep their keys, so that overrides and interpolations such as
+``${..backbone.out_channels}`` keep their meaning.
 """
 
 from typing import Any, Dict, Iterator, List, Tuple, Type
@@ -46,7 +46,7 @@ _RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min
 
 
 def target_of(node: Any) -> Any:
-    """The class or function that a part of a LazyConfig is made with; None if it is no part."""
+    """The class or function that a node of a LazyConfig instantiates; None if it has no target."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     return locate(target) if isinstance(target, str) else target
 
@@ -62,13 +62,8 @@ def _name(node: Any) -> str:
 
 def _exchange(node: DictConfig, exchange: Dict[Type, Type], what: str, instead: str) -> bool:
     """
-    Give ``node`` the class that takes the place of its own.
-
-    Returns:
-        whether it was exchanged; False if it has such a class already.
-
-    Raises:
-        InputError: if nothing takes the place of its class.
+    Replace the class of ``node``. Returns: False if it has been replaced already. Raises InputError
+    if its class has no replacement.
     """
     if target_of(node) in exchange:
         node._target_ = exchange[target_of(node)]
@@ -95,18 +90,17 @@ def balance(
             RetinaNet, such as ``model_zoo.get_config("common/models/mask_rcnn_fpn.py").model``.
         sampling: whether proposals are drawn by a :class:`BalancedSampler`, whose bins span the
             IoUs of the matcher's negatives. A RetinaNet draws none.
-        feature_pyramid: whether the backbone gets a balanced feature pyramid, which is refined at
-            P4, the level with a stride of 16.
+        feature_pyramid: whether the backbone gets a balanced feature pyramid, refined at P4, the
+            level with a stride of 16.
         balanced_l1: whether boxes have balanced L1 loss.
-        reference: whether the model is also trained as mmdetection's: its form of the ideas, its
-            RPN, matching, normalizers and batch norm (:mod:`libra_d2.modeling.reference_recipe`).
-            The paper's form and Detectron2's training otherwise.
+        reference: whether to use mmdetection's form of the ideas, its RPN, matching, normalizers
+            and batch norm (:mod:`libra_d2.modeling.reference_recipe`) instead of the paper's form
+            and Detectron2's recipe.
 
-    Returns:
-        ``model``.
+    Returns: ``model``.
 
     Raises:
-        InputError: if a part of the model is of a class that nothing takes the place of.
+        InputError: if a part of the model is of a class that has no replacement.
     """
     if not isinstance(model, DictConfig) or "backbone" not in model:
         hint = "; pass its .model" if isinstance(model, DictConfig) and "model" in model else ""
@@ -198,11 +192,10 @@ def _balance_sampling(heads: DictConfig, reference: bool) -> None:
 
 
 def _box_predictors(heads: DictConfig) -> Iterator[Tuple[str, DictConfig]]:
-    """The box predictors of ROI heads, with their keys."""
-    if "box_predictors" in heads:
-        for i, predictor in enumerate(heads.box_predictors):
-            yield f"box_predictors.{i}", predictor
-    elif "box_predictor" in heads:
+    """Keys and nodes of the box predictors of ROI heads."""
+    for i, predictor in enumerate(heads.get("box_predictors", ())):
+        yield f"box_predictors.{i}", predictor
+    if "box_predictor" in heads:
         yield "box_predictor", heads.box_predictor
 
 
@@ -220,26 +213,22 @@ def _balance_box_loss(heads: DictConfig, reference: bool) -> None:
 def disable(model: DictConfig, *ideas: str) -> List[str]:
     """
     Args:
-        model: a LazyConfig that is called ``model``, balanced.
+        model: a LazyConfig that is called ``model``.
         ideas: of "sampling", "feature_pyramid" and "balanced_l1".
 
     Returns:
-        overrides for ``LazyConfig.apply_overrides`` that disable those of them that are enabled.
+        overrides for ``LazyConfig.apply_overrides`` that disable the enabled ones among them.
     """
-    overrides = []
-    heads = model.get("roi_heads")
+    overrides, heads = [], model.get("roi_heads") or {}
     if "feature_pyramid" in ideas and target_of(model.backbone) is build_balanced_backbone:
         overrides.append("model.backbone.balanced=False")
-    if "sampling" in ideas and heads is not None and "proposal_sampler" in heads:
+    if "sampling" in ideas and "proposal_sampler" in heads:
         sampler = "model.roi_heads.proposal_sampler"
         overrides += [f"{sampler}.negatives=random", f"{sampler}.positives=random"]
     if "balanced_l1" in ideas:
-        keys = ["model"] if _is(model, LibraRetinaNet) else []
-        if heads is not None:
-            keys += [
-                f"model.roi_heads.{key}"
-                for key, predictor in _box_predictors(heads)
-                if _is(predictor, LibraFastRCNNOutputLayers)
-            ]
-        overrides += [f"{key}.box_reg_loss_type=smooth_l1" for key in keys]
+        nodes = {f"model.roi_heads.{key}": node for key, node in _box_predictors(heads)}
+        nodes["model"] = model
+        for key, node in nodes.items():
+            if _is(node, LibraRetinaNet, LibraFastRCNNOutputLayers):
+                overrides.append(f"{key}.box_reg_loss_type=smooth_l1")
     return overrides

@@ -25,7 +25,7 @@ __all__ = [
 def _balance_outputs(
     self, input: Tuple[torch.Tensor], output: Dict[str, torch.Tensor]
 ) -> Dict[str, torch.Tensor]:
-    """Forward hook; its signature and annotations are those that torch.jit.script asks for."""
+    """Forward hook, with the signature that torch.jit.script requires."""
     balanced = self.bfp(list(output.values()))
     return dict(zip(output.keys(), balanced))
 
@@ -39,34 +39,29 @@ def add_balanced_feature_pyramid(
     """
     Let ``backbone`` return balanced features. It is modified in place.
 
-    The balanced feature pyramid becomes the child ``bfp`` of the backbone and is applied to its
-    outputs by a forward hook, rather than by a module around it: class, attributes
-    (``bottom_up``, ``size_divisibility``, ...) and checkpoint keys of the backbone stay what they
-    are, for any pyramid that Detectron2 or a user can build.
+    The balanced feature pyramid becomes the child ``bfp`` of the backbone, and a forward hook
+    applies it to the outputs. Unlike a wrapper this keeps class, attributes (``bottom_up``,
+    ``size_divisibility``, ...) and checkpoint keys of the backbone.
 
     Args:
         backbone: returns a dict of features from high to low resolution, such as
             :class:`detectron2.modeling.FPN`, with the same number of channels at each level.
-        refine_level: see :class:`BalancedFeaturePyramid`. None for P4, the level whose stride is
-            16, which the paper refines at.
+        refine_level: see :class:`BalancedFeaturePyramid`. None for P4, the level with a stride of
+            16, as in the paper.
         refine_type: see :class:`BalancedFeaturePyramid`.
 
-    Returns:
-        ``backbone``.
+    Returns: ``backbone``.
 
     Raises:
-        ArgumentError: a ValueError, if the levels differ in their number of channels, the backbone
-            is balanced already, or an argument is out of range.
+        ArgumentError: if the levels differ in their number of channels, the backbone is balanced
+            already, or an argument is out of range.
     """
     name = type(backbone).__name__
     if isinstance(getattr(backbone, "bfp", None), BalancedFeaturePyramid):
-        rule = (
-            "it has a balanced feature pyramid already; a second one would change its features "
-            "once more"
-        )
-        raise ArgumentError("backbone", name, rule)
+        rule = "it has a balanced feature pyramid already; a second one would change its features "
+        raise ArgumentError("backbone", name, rule + "once more")
     shapes = backbone.output_shape()
-    channels = {name: shape.channels for name, shape in shapes.items()}
+    channels = {level: shape.channels for level, shape in shapes.items()}
     if len(set(channels.values())) != 1:
         rule = (
             "use a pyramid. What is averaged must have as many channels at each level, but its "
@@ -79,8 +74,7 @@ def add_balanced_feature_pyramid(
             rule = f"no level has a stride of {_P4_STRIDE}, but {strides}: name one by its index"
             raise ArgumentError("refine_level", None, rule)
         refine_level = strides.index(_P4_STRIDE)
-    # The rest of a model has the same initial weights with it as without: runs can be compared pair
-    # by pair.
+    # Leaves the random state alone: the rest of a model has the same initial weights either way.
     with torch.random.fork_rng(devices=[]):
         backbone.bfp = BalancedFeaturePyramid(
             next(iter(channels.values())),
@@ -102,8 +96,8 @@ def build_balanced_backbone(
     **kwargs,
 ) -> Backbone:
     """
-    Build a backbone and balance it: a ``_target_`` for LazyConfigs, which takes the place of the
-    plain backbone's, so that its arguments, and what refers to them, stay where they are.
+    Build a backbone and balance it: a ``_target_`` for LazyConfigs in place of the plain
+    backbone's, next to the same arguments.
 
     Args:
         plain_backbone: name of a class or function that returns a backbone, such as
@@ -114,45 +108,34 @@ def build_balanced_backbone(
         kwargs: arguments of ``plain_backbone``.
 
     Raises:
-        ArgumentError: a ValueError, see :func:`add_balanced_feature_pyramid`.
+        ArgumentError: see :func:`add_balanced_feature_pyramid`.
     """
     backbone = locate(plain_backbone)(**kwargs)
     if train_affine:
-        backbone = train_norm_affine(backbone)
-    if not balanced:
-        return backbone
-    return add_balanced_feature_pyramid(
-        backbone, refine_level=refine_level, refine_type=refine_type
-    )
+        train_norm_affine(backbone)
+    if balanced:
+        add_balanced_feature_pyramid(backbone, refine_level=refine_level, refine_type=refine_type)
+    return backbone
 
 
 def configure_backbone(cfg, backbone: Backbone) -> Backbone:
-    """
-    Make ``backbone`` what ``cfg.MODEL.LIBRA`` says, in place: :func:`train_norm_affine` if
-    ``TRAIN_NORM_AFFINE``, and :func:`add_balanced_feature_pyramid` unless disabled.
-    """
+    """Apply ``MODEL.LIBRA.TRAIN_NORM_AFFINE`` and ``MODEL.LIBRA.BFP`` to ``backbone``, in place."""
     if cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE:
-        backbone = train_norm_affine(backbone)
+        train_norm_affine(backbone)
     bfp = cfg.MODEL.LIBRA.BFP
-    if not bfp.ENABLED:
-        return backbone
-    return add_balanced_feature_pyramid(
-        backbone, refine_level=bfp.REFINE_LEVEL, refine_type=bfp.REFINE_TYPE
-    )
+    if bfp.ENABLED:
+        add_balanced_feature_pyramid(
+            backbone, refine_level=bfp.REFINE_LEVEL, refine_type=bfp.REFINE_TYPE
+        )
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()
 def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """
     Build Detectron2's ResNet-FPN, with a balanced feature pyramid over all of its levels (the top
-    block's included) unless ``MODEL.LIBRA.BFP.ENABLED`` is False.
-
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
-        input_shape: shape of the input image.
-
-    Returns:
-        the backbone; its checkpoint keys are those of ``build_resnet_fpn_backbone`` and ``bfp.*``.
+    block's included) unless ``MODEL.LIBRA.BFP.ENABLED`` is False. Its checkpoint keys are those of
+    ``build_resnet_fpn_backbone`` and ``bfp.*``.
     """
     return configure_backbone(cfg, build_resnet_fpn_backbone(cfg, input_shape))
 
@@ -161,18 +144,12 @@ def build_libra_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
 def build_libra_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """
     Build the backbone that ``MODEL.LIBRA.BFP.BASE_BACKBONE`` names, any registered one with a
-    pyramid, and add a balanced feature pyramid unless ``MODEL.LIBRA.BFP.ENABLED`` is False.
-
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
-        input_shape: shape of the input image.
-
-    Returns:
-        the backbone; its checkpoint keys are those of the named one and ``bfp.*``.
+    pyramid, and add a balanced feature pyramid unless ``MODEL.LIBRA.BFP.ENABLED`` is False. Its
+    checkpoint keys are those of the named one and ``bfp.*``.
 
     Raises:
         KeyError: if there is no backbone of that name.
-        ArgumentError: a ValueError, see :func:`add_balanced_feature_pyramid`.
+        ArgumentError: see :func:`add_balanced_feature_pyramid`.
     """
     base = BACKBONE_REGISTRY.get(cfg.MODEL.LIBRA.BFP.BASE_BACKBONE)(cfg, input_shape)
     return configure_backbone(cfg, base)

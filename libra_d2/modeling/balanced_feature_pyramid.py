@@ -26,7 +26,7 @@ __all__ = ["REFINEMENT_REGISTRY", "BalancedFeaturePyramid", "NonLocalBlock"]
 
 REFINEMENT_REGISTRY = Registry("LIBRA_REFINEMENT")
 REFINEMENT_REGISTRY.__doc__ = """
-What refines the averaged features, by ``MODEL.LIBRA.BFP.REFINE_TYPE``: functions of the number of
+Refinements of the averaged features, by ``MODEL.LIBRA.BFP.REFINE_TYPE``: functions of the number of
 channels C that return a module, which maps (N, C, H, W) to the same shape.
 """
 
@@ -40,11 +40,8 @@ def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) 
     Args:
         x: (N, C, H, W).
         height, width: of the result, in pixels.
-        num_halvings: the exporter must know in advance how large a window may become: H and W are
-            at most ``2 ** num_halvings`` times ``height`` and ``width``. It matters there alone.
-
-    Returns:
-        (N, C, height, width).
+        num_halvings: for tracing only, which needs an upper bound of the window: H and W are at
+            most ``2 ** num_halvings`` times ``height`` and ``width``.
     """
     if not torch.jit.is_tracing():
         if x.shape[2] % height == 0 and x.shape[3] % width == 0:
@@ -60,13 +57,22 @@ def _max_along(x: torch.Tensor, dim: int, size: int, num_halvings: int) -> torch
     position = torch.arange(size, device=x.device)
     start = position * length // size
     last = ((position + 1) * length - 1) // size
-    largest_window = int(2**num_halvings) + 1
-    if not torch.jit.is_tracing():
-        largest_window = (length - 1) // size + 2
+    by_halvings, exact = int(2**num_halvings) + 1, (length - 1) // size + 2
+    largest_window = by_halvings if torch.jit.is_tracing() else exact
     result = x.index_select(dim, start)
     for i in range(1, largest_window):
         result = torch.maximum(result, x.index_select(dim, torch.minimum(start + i, last)))
     return result
+
+
+def _resize(x: torch.Tensor, size: List[int], num_halvings: int) -> torch.Tensor:
+    """
+    Resize from one level to another as mmdetection: max pooling if there are halvings, repetition
+    of values if their number is negative.
+    """
+    if num_halvings > 0:
+        return max_in_windows(x, size[0], size[1], num_halvings)
+    return x if num_halvings == 0 else F.interpolate(x, size=size, mode="nearest")
 
 
 class NonLocalBlock(nn.Module):
@@ -79,10 +85,7 @@ class NonLocalBlock(nn.Module):
     """
 
     def __init__(self, channels: int):
-        """
-        Args:
-            channels: C, number of input and output channels.
-        """
+        """Args: channels: C, number of input and output channels."""
         super().__init__()
         self.theta = Conv2d(channels, channels, kernel_size=1)
         self.phi = Conv2d(channels, channels, kernel_size=1)
@@ -91,19 +94,14 @@ class NonLocalBlock(nn.Module):
         for layer in (self.theta, self.phi, self.g):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        # The block starts as the identity, so that it can be put into a trained model.
+        # The initial block is the identity, so that it can be added to a trained model.
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            x: (N, C, H, W).
-
-        Returns:
-            (N, C, H, W), ``x`` plus the attended features. They are computed in float32 under
-            autocast, too: the dot products, which are not scaled, are too large for half precision,
-            and rounded in front of an exponential.
+        Args: x: (N, C, H, W). Returns: (N, C, H, W), ``x`` plus the attended features, computed in
+        float32 even under autocast, as unscaled dot products exceed half precision's range.
         """
         if not _is_autocast_enabled(x):
             return self._attend(x)
@@ -115,9 +113,8 @@ class NonLocalBlock(nn.Module):
             return self._attend(x.float())
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        # With the channels last, positions are rows: then neither the 1x1 convolutions nor the
-        # fused attention kernels, which never hold the P x P weights, need copies. Memory grows
-        # linearly with P.
+        # With channels last, neither the 1x1 convolutions nor the fused attention kernels need
+        # copies. The kernels' memory is linear in P.
         pixels = x.contiguous(memory_format=torch.channels_last)
         attended = F.scaled_dot_product_attention(
             _rows(self.theta(pixels)), _rows(self.phi(pixels)), _rows(self.g(pixels)), scale=1.0
@@ -131,7 +128,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_autocast_enabled(x: torch.Tensor) -> bool:
-    """Whether operations on ``x`` run in mixed precision; TorchScript decides that elsewhere."""
+    """Whether operations on ``x`` run in mixed precision; False in TorchScript."""
     if torch.jit.is_scripting():
         return False
     else:  # noqa: RET505 (without it the compiler would not skip the next line)
@@ -183,17 +180,13 @@ class BalancedFeaturePyramid(nn.Module):
                 ReLU), "none", or another name in :data:`REFINEMENT_REGISTRY`.
 
         Raises:
-            ArgumentError: a ValueError, if an argument is out of range.
+            ArgumentError: if an argument is out of range.
         """
         super().__init__()
         if not 0 <= refine_level < num_levels:
-            raise ArgumentError(
-                "refine_level",
-                refine_level,
-                f"the pyramid has {num_levels} levels, use a value from 0 to {num_levels - 1}",
-            )
-        names = [name for name, _ in REFINEMENT_REGISTRY]
-        check_choice("refine_type", refine_type, names)
+            rule = f"the pyramid has {num_levels} levels, use a value from 0 to {num_levels - 1}"
+            raise ArgumentError("refine_level", refine_level, rule)
+        check_choice("refine_type", refine_type, [name for name, _ in REFINEMENT_REGISTRY])
         self.num_levels = num_levels
         self.refine_level = refine_level
         self.refine = REFINEMENT_REGISTRY.get(refine_type)(channels)
@@ -207,30 +200,17 @@ class BalancedFeaturePyramid(nn.Module):
             L tensors of the shapes of ``features``.
         """
         assert len(features) == self.num_levels, f"{len(features)} levels, not {self.num_levels}"
-        size = features[self.refine_level].shape[-2:]
-        # As in mmdetection: maxima are kept where resolution is lost, values are repeated where
-        # it is gained.
         balanced = features[self.refine_level]
-        dtype = balanced.dtype
+        size, dtype = balanced.shape[-2:], balanced.dtype
         if _is_autocast_enabled(balanced):
             balanced = balanced.float()  # the sum of all levels might overflow
         for level, feature in enumerate(features):
-            if level < self.refine_level:
-                num_halvings = self.refine_level - level
-                balanced = balanced + max_in_windows(feature, size[0], size[1], num_halvings)
-            elif level > self.refine_level:
-                balanced = balanced + F.interpolate(feature, size=size, mode="nearest")
+            if level != self.refine_level:
+                balanced = balanced + _resize(feature, size, self.refine_level - level)
         balanced = self.refine(balanced / self.num_levels).to(dtype)
 
         outputs = []
         for level, feature in enumerate(features):
-            size = feature.shape[-2:]
-            if level < self.refine_level:
-                outputs.append(feature + F.interpolate(balanced, size=size, mode="nearest"))
-            elif level > self.refine_level:
-                num_halvings = level - self.refine_level
-                pooled = max_in_windows(balanced, size[0], size[1], num_halvings)
-                outputs.append(feature + pooled)
-            else:
-                outputs.append(feature + balanced)
+            resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
+            outputs.append(feature + resized)
         return outputs

@@ -3,7 +3,7 @@
 Balanced L1 loss: the objective level balance of Libra R-CNN (paper Section 3.3).
 
 A smooth L1 loss whose gradient grows faster near zero, so that accurate boxes ("inliers") weigh
-more in training than with smooth L1, where the few large errors ("outliers") prevail.
+more than with smooth L1 loss, where few large errors ("outliers") dominate.
 """
 
 import math
@@ -44,16 +44,15 @@ def balanced_l1_loss(
                  | gamma * x + gamma / b - alpha                       otherwise
 
     Its gradient is ``alpha * ln(b x + 1)`` below 1 and ``gamma`` above. The paper defines the loss
-    for ``beta = 1`` only. There are two ways to move the joint to another ``beta``; both agree at
-    ``beta = 1``:
+    for ``beta = 1`` only, for which the two generalizations to other ``beta`` agree:
 
     * ``"scaled"``: ``beta * L_b(x / beta)``, as smooth L1 loss is scaled. Value and gradient are
-      continuous; the gradient is 0 at zero error and ``gamma`` at the joint for every ``beta``.
+      continuous; the gradient is 0 at zero error and ``gamma`` at ``beta``.
     * ``"reference"``: what mmdetection computes. It divides by ``beta`` inside the logarithm only.
       The value is continuous, the gradient is not: with ``beta = 0.11``, the setting of the
       published RetinaNet, it is 4.05 next to zero error and falls from 1.70 to 1.5 at ``beta``.
-      Use it to reproduce that model. With ``beta > 1`` it is no loss: below zero for small errors,
-      which it enlarges.
+      Use it to reproduce that model. With ``beta > 1`` small errors have negative values, and the
+      gradient enlarges them.
 
     Args:
         input: predictions, any shape, floating point.
@@ -68,14 +67,13 @@ def balanced_l1_loss(
         the loss: of the shape of ``input`` if ``reduction`` is "none", else a scalar.
 
     Raises:
-        ValueError: if an argument is out of range (an ArgumentError), or the shapes differ.
+        ValueError: if an argument is out of range (ArgumentError), or the shapes differ.
     """
     _check_arguments(alpha, gamma, beta, form)
     if input.shape != target.shape:
-        raise ValueError(
-            f"balanced L1 loss: input and target must have the same shape, "
-            f"got {tuple(input.shape)} and {tuple(target.shape)}"
-        )
+        rule = "input and target must have the same shape"
+        shapes = f"{tuple(input.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"balanced L1 loss: {rule}, got {shapes}")
     train = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
     loss, _ = _BalancedL1.apply(input, target, alpha, gamma, beta, form, train)
     if reduction == "none":
@@ -91,8 +89,8 @@ def balanced_l1_loss(
 
 class _BalancedL1(torch.autograd.Function):
     """
-    :func:`balanced_l1_loss` with its gradient written out: it shares the logarithm with the value,
-    which halves the time, and is all that has to be kept for the backward pass.
+    :func:`balanced_l1_loss` with an explicit gradient, which shares the logarithm with the value
+    (half the time) and is all that is saved for the backward pass.
     """
 
     generate_vmap_rule = True
@@ -100,21 +98,20 @@ class _BalancedL1(torch.autograd.Function):
     @staticmethod
     def forward(input, target, alpha: float, gamma: float, beta: float, form: str, train: bool):
         b = math.expm1(gamma / alpha)
-        # The two forms differ in what is added to b x in front of the logarithm, and thereby in
-        # the constant that keeps the value continuous at beta.
+        # The forms differ in what is added to b x in front of the logarithm.
         one = beta if form == "scaled" else 1.0
         difference = input - target
         x = difference.abs()
         inlier = x.clamp(max=beta)
         log = inlier.mul(b / beta).log1p_()
-        # The inliers' value at most at beta, and a straight line from there.
+        # The inliers' loss, at most that at beta, plus a linear part.
         shrunk = alpha * inlier
         loss = shrunk.add(alpha * one / b).mul_(log).sub_(shrunk).add_(x - inlier, alpha=gamma)
         if not train:
             return loss, loss.new_empty(())
         slope = log.mul_(alpha)
         if one != beta:
-            # d/dx of the product has this much more than the logarithm.
+            # What the derivative of the product has besides the logarithm.
             extra = alpha * (one - beta) / inlier.mul_(b).add_(beta)
             slope = torch.where(x < beta, slope + extra, gamma)
         return loss, slope.mul_(difference.sign_())
@@ -144,36 +141,19 @@ def _check_arguments(alpha: float, gamma: float, beta: float, form: str) -> None
         if not (math.isfinite(value) and value > 0):
             raise ArgumentError(name, value, "use a positive number")
     if gamma / alpha > 80:
-        raise ArgumentError(
-            "gamma",
-            gamma,
-            f"use at most 80 times alpha, {alpha}: b = exp(gamma / alpha) - 1 must fit a float32",
-        )
+        rule = f"use at most 80 times alpha, {alpha}: b = exp(gamma / alpha) - 1 must fit a float32"
+        raise ArgumentError("gamma", gamma, rule)
     check_choice("form", form, BALANCED_L1_FORMS)
 
 
 class BalancedL1Loss(nn.Module):
-    """
-    :func:`balanced_l1_loss` with fixed parameters. They are checked when it is made, so that a bad
-    config fails before training starts.
-    """
+    """:func:`balanced_l1_loss` with fixed parameters, which are checked on construction."""
 
     @configurable
     def __init__(
-        self,
-        *,
-        alpha: float = 0.5,
-        gamma: float = 1.5,
-        beta: float = 1.0,
-        form: str = "scaled",
+        self, *, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0, form: str = "scaled"
     ):
-        """
-        Args:
-            alpha, gamma, beta, form: see :func:`balanced_l1_loss`.
-
-        Raises:
-            ArgumentError: a ValueError, if one is out of range.
-        """
+        """See :func:`balanced_l1_loss`. Raises ArgumentError if an argument is out of range."""
         super().__init__()
         _check_arguments(alpha, gamma, beta, form)
         self.arguments = {"alpha": alpha, "gamma": gamma, "beta": beta, "form": form}

@@ -36,8 +36,8 @@ __all__ = [
 
 PROPOSAL_SAMPLER_REGISTRY = Registry("LIBRA_PROPOSAL_SAMPLER")
 PROPOSAL_SAMPLER_REGISTRY.__doc__ = """
-Modules that choose the proposals of an image that the second stage is trained on, by
-``MODEL.LIBRA.SAMPLER.NAME``. They are made with a config and called as :class:`BalancedSampler` is.
+Samplers of proposals for training the second stage, by ``MODEL.LIBRA.SAMPLER.NAME``: modules that
+are built from a config and called as :class:`BalancedSampler` is.
 """
 
 NEGATIVE_SAMPLERS = ("iou_balanced", "random")
@@ -53,35 +53,20 @@ def iou_bins(max_iou: np.ndarray, num_bins: int, upper: float) -> np.ndarray:
         upper: in (0, 1], upper end of the last bin, exclusive.
 
     Returns:
-        (R,) int64: index of the bin of equal width in [0, upper) that holds the IoU; K if none.
+        (R,) int64: index of the IoU's bin, of K bins of equal width in [0, upper); K for no bin.
     """
     return np.minimum(max_iou * np.float32(num_bins / upper), num_bins).astype(np.int64)
 
 
 def iou_histogram(max_iou: np.ndarray, num_bins: int, upper: float) -> np.ndarray:
-    """
-    Count IoUs in K bins of equal width in [0, upper).
-
-    Args:
-        max_iou: (R,) float32, in [0, 1].
-        num_bins: K.
-        upper: in (0, 1].
-
-    Returns:
-        (K,) int64. IoUs of ``upper`` or above are not counted.
-    """
+    """Count the IoUs in each bin of :func:`iou_bins`. Returns: (K,) int64."""
     return np.bincount(iou_bins(max_iou, num_bins, upper), minlength=num_bins + 1)[:num_bins]
 
 
 def _draw_counts(sizes: np.ndarray, num: int) -> np.ndarray:
     """
-    Args:
-        sizes: (G,) int64, sizes of groups.
-        num: at least 0.
-
-    Returns:
-        (G,) int64: how many members of each group are among ``num`` (or all, if there are fewer)
-        that are drawn at random from all groups together, without replacement.
+    Draw ``num`` members (or all, if there are fewer) at random, without replacement, from the union
+    of groups of the given sizes, (G,) int64. Returns: (G,) int64, members drawn of each group.
     """
     if num == 0:
         return np.zeros_like(sizes)
@@ -93,44 +78,42 @@ def _draw_counts(sizes: np.ndarray, num: int) -> np.ndarray:
 
 
 class SamplingResult(NamedTuple):
-    """The proposals of one image that were drawn, and statistics of the draw."""
+    """The sampled proposals of one image, and statistics of the draw."""
 
     #: indices in [0, R) of the positives drawn, without repetition, ordered by instance
     positives: torch.Tensor
-    #: the same of the negatives, ordered by group
+    #: the same for negatives
     negatives: torch.Tensor
     #: number of ground-truth instances with at least one positive drawn
     num_instances: int
-    #: (K,) int64, on the host: negatives drawn from each of K bins of equal width of the
-    #: negatives' IoU range, whichever sampler drew them
+    #: (K,) int64: negatives drawn from each of K bins of equal width of the negatives' IoU range
     negatives_in_bins: np.ndarray
 
 
 @PROPOSAL_SAMPLER_REGISTRY.register()
 class BalancedSampler(nn.Module):
     """
-    Choose the proposals of one image that the second stage is trained on.
+    Choose the proposals of one image that the second stage is trained on. Negatives as well as
+    positives may also be drawn at "random".
 
     * **Negatives, "iou_balanced"**: the IoU range of the negatives is split into K bins of equal
-      width and ``n / K`` of the ``n`` negatives are drawn from each (paper Equation 2). Drawn at
-      random, 70% of them would overlap by less than 0.05, which few hard negatives do (Figure 3).
-      What a bin lacks is filled at random from the other negatives.
+      width and ``n / K`` of the ``n`` negatives are drawn from each (paper Equation 2), as random
+      samples rarely include hard negatives (Figure 3). Bins with too few are made up for at random.
     * **Positives, "instance_balanced"**: the same number is drawn for every ground-truth instance,
-      so that objects with many proposals do not dominate. It is ``round(n / instances) + 1``, as
-      in mmdetection; the result is then topped up or trimmed at random to ``n``.
+      so that objects with many proposals do not dominate: ``round(n / instances) + 1`` as in
+      mmdetection, then topped up or trimmed at random to ``n``.
 
     Two modes:
 
-    * ``"paper"``: the bins span ``[0, negative_iou_thresh)``, the negatives' range. This is the
-      default: it is what the paper describes, and all K bins do what they are there for.
+    * ``"paper"``, the default: the bins span ``[0, negative_iou_thresh)``, the negatives' range.
     * ``"reference"``: what mmdetection does, to reproduce models trained with it. (1) The bins span
       ``[0, max IoU over all proposals)``, positives and added ground truth included, so that the
       last bins hold no negatives and their share is drawn at random. (2) Negatives with zero IoU
-      are in no bin and drawn only once all others are. (3) Topping up draws from all positives, and
-      those that had been drawn already are not replaced, so that there are fewer than ``n``.
+      are in no bin and drawn only once all others are. (3) Topping up draws from all positives and
+      does not replace those drawn already, so that there may be fewer than ``n``.
 
-    The sampler has no state: equal random states give equal draws. (mmdetection's negative sampler
-    treats zero IoU differently for the first image it sees; that is not reproduced.)
+    The sampler has no state. (mmdetection's negative sampler treats zero IoU differently in the
+    first image it sees; that is not reproduced.)
     """
 
     @configurable
@@ -145,15 +128,12 @@ class BalancedSampler(nn.Module):
     ):
         """
         Args:
-            negatives: "iou_balanced" or "random".
-            positives: "instance_balanced" or "random".
-            mode: "paper" or "reference", see above.
+            negatives, positives, mode: see above.
             num_bins: K, at least 1. The paper uses 3 and finds little sensitivity to it.
-            negative_iou_thresh: proposals with an IoU below are negatives, in (0, 1]. The upper end
-                of the bins in mode "paper".
+            negative_iou_thresh: in (0, 1]; proposals with an IoU below are negatives.
 
         Raises:
-            ArgumentError: a ValueError, if an argument is out of range.
+            ArgumentError: if an argument is out of range.
         """
         super().__init__()
         check_choice("negatives", negatives, NEGATIVE_SAMPLERS)
@@ -171,14 +151,9 @@ class BalancedSampler(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> Dict[str, Any]:
-        sampler = cfg.MODEL.LIBRA.SAMPLER
-        return {
-            "negatives": sampler.NEGATIVES,
-            "positives": sampler.POSITIVES,
-            "mode": sampler.MODE,
-            "num_bins": sampler.NUM_BINS,
-            "negative_iou_thresh": cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0],
-        }
+        keys = ("negatives", "positives", "mode", "num_bins")
+        arguments = {key: cfg.MODEL.LIBRA.SAMPLER[key.upper()] for key in keys}
+        return {**arguments, "negative_iou_thresh": cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS[0]}
 
     @torch.jit.unused  # it works on the host; scripted models do not train
     @torch.compiler.disable  # NumPy is no part of a graph
@@ -201,22 +176,20 @@ class BalancedSampler(nn.Module):
                 [0, M). Its value matters for positives only.
             num_instances: M.
             num_samples: number of proposals to draw.
-            positive_fraction: at most ``int(num_samples * positive_fraction)`` of the drawn ones
-                are positives.
-            objectness: (R,), logits of the RPN, 23 for added ground truth. Not used here: it is for
-                samplers that look for hard proposals.
+            positive_fraction: limits the positives to ``int(num_samples * positive_fraction)``.
+            objectness: (R,) logits of the RPN, 23 for added ground truth. Unused here; other
+                samplers may look for hard proposals.
 
         Returns:
-            the proposals drawn, ``num_samples`` unless there are too few negatives. The host waits
-            for the device once.
+            the sample: ``num_samples`` proposals, or fewer if negatives are too few. The host
+            synchronizes with the device once.
         """
-        # From here on there is less to do than a GPU takes to start. One copy, one wait; a float32
-        # holds the index of any instance of an image.
+        # The rest is less work than launching kernels. Float32 holds any instance's index.
         packed = torch.stack([max_iou.float(), labels.float(), matched_idxs.float()])
         iou, host_labels, instances = packed.cpu().numpy()
         instances = instances.astype(np.int64)
-        # Groups: the M instances, the K bins, negatives in no bin, negatives that are drawn once
-        # all others are, and what is not drawn.
+        # Groups: the M instances, the K bins, negatives in no bin, negatives that are drawn last,
+        # and ignored proposals.
         first_bin, ignored = num_instances, num_instances + self.num_bins + 2
         upper = self.negative_iou_thresh
         if self.mode == "reference":
@@ -230,8 +203,7 @@ class BalancedSampler(nn.Module):
         # Small integers are sorted in linear time.
         groups = groups.astype(np.uint8 if ignored < 256 else np.uint16)
 
-        # A random order, sorted by group. In it the first members of a group are a random draw of
-        # them, so that all there is left to decide is how many to take of each.
+        # Proposals in random order within each group: the first n of a group are a random sample.
         order = torch.randperm(len(groups)).numpy()
         order = order[np.argsort(groups[order], kind="stable")]
         sizes = np.bincount(groups, minlength=ignored + 1)[:ignored]
@@ -254,14 +226,7 @@ class BalancedSampler(nn.Module):
         )
 
     def _draw_from_instances(self, sizes: np.ndarray, num: int) -> np.ndarray:
-        """
-        Args:
-            sizes: (M,), how many positives each instance has.
-            num: how many to draw, at most their sum.
-
-        Returns:
-            (M,), how many to draw of each.
-        """
+        """Args: sizes: (M,), positives of each instance; num: to draw. Returns: (M,), to draw."""
         if num == sizes.sum():
             return sizes
         if self.positives == "random":
@@ -271,23 +236,15 @@ class BalancedSampler(nn.Module):
         if missing < 0:
             return _draw_counts(quotas, num)
         if self.mode == "reference":
-            # What is missing is drawn from all positives, and those that have been drawn already
-            # are not replaced.
-            within, beyond = np.split(
-                _draw_counts(np.concatenate([quotas, sizes - quotas]), missing), 2
-            )
-            return quotas + beyond
+            # Drawn from all positives; those that are drawn already are lost.
+            drawn = _draw_counts(np.concatenate([quotas, sizes - quotas]), missing)
+            return quotas + drawn[len(sizes) :]
         return quotas + _draw_counts(sizes - quotas, missing)
 
     def _draw_from_bins(self, sizes: np.ndarray, num: int) -> np.ndarray:
         """
-        Args:
-            sizes: (K + 2,), how many negatives there are in each bin, in no bin, and of those that
-                are drawn once all others are.
-            num: how many to draw.
-
-        Returns:
-            (K + 2,), how many to draw of each.
+        Args: sizes: (K + 2,), negatives in each bin, in no bin, and to be drawn last; num: to draw.
+        Returns: (K + 2,), to draw.
         """
         taken = np.zeros_like(sizes)
         if self.negatives == "iou_balanced":
@@ -299,16 +256,11 @@ class BalancedSampler(nn.Module):
 
 def build_proposal_sampler(cfg) -> nn.Module:
     """
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
-
-    Returns:
-        the registered sampler that ``MODEL.LIBRA.SAMPLER.NAME`` names.
+    Build the sampler that ``MODEL.LIBRA.SAMPLER.NAME`` names.
 
     Raises:
         ArgumentError: if there is none of that name, or an argument is out of range.
     """
     name = cfg.MODEL.LIBRA.SAMPLER.NAME
-    names = [name for name, _ in PROPOSAL_SAMPLER_REGISTRY]
-    check_choice("name", name, names)
+    check_choice("name", name, [name for name, _ in PROPOSAL_SAMPLER_REGISTRY])
     return PROPOSAL_SAMPLER_REGISTRY.get(name)(cfg)

@@ -14,15 +14,12 @@ __all__ = ["AffineBatchNorm2d", "train_norm_affine"]
 
 class AffineBatchNorm2d(FrozenBatchNorm2d):
     """
-    :class:`FrozenBatchNorm2d` whose scale and shift are trained; its running statistics are fixed.
-    The checkpoint keys are the same.
-
-    Its parameters are those of an affine map rather than of a normalization, so that they decay
-    with ``SOLVER.WEIGHT_DECAY``, as in mmdetection, and not with ``WEIGHT_DECAY_NORM``.
+    :class:`FrozenBatchNorm2d` with trained scale and shift and the same checkpoint keys. Optimizers
+    do not regard it as a norm: ``SOLVER.WEIGHT_DECAY`` applies, as in mmdetection, and not
+    ``WEIGHT_DECAY_NORM``.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
-        """Args: see :class:`FrozenBatchNorm2d`."""
         super().__init__(num_features, eps)
         for name in ("weight", "bias"):
             value = getattr(self, name)
@@ -38,15 +35,8 @@ class AffineBatchNorm2d(FrozenBatchNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, num_features, H, W). Returns: the same shape."""
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=False,
-            eps=self.eps,
-        )
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, training=False, eps=self.eps)
 
 
 def train_norm_affine(module: nn.Module) -> nn.Module:
@@ -54,14 +44,13 @@ def train_norm_affine(module: nn.Module) -> nn.Module:
     Replace the frozen batch norms of trained convolutions by :class:`AffineBatchNorm2d`.
 
     Args:
-        module: modified in place. Convolutions hold their norm as Detectron2's do; those without a
-            trained parameter keep theirs.
+        module: modified in place. Norms are children of their convolutions, as in Detectron2; those
+            of convolutions without trained parameters stay.
 
-    Returns:
-        ``module``.
+    Returns: ``module``.
 
     Raises:
-        ArgumentError: a ValueError, if there is none to replace.
+        ArgumentError: if there is none to replace.
     """
     num_replaced = 0
     for parent in list(module.modules()):
@@ -72,10 +61,9 @@ def train_norm_affine(module: nn.Module) -> nn.Module:
                 setattr(parent, name, AffineBatchNorm2d.from_frozen(child))
                 num_replaced += 1
     if num_replaced == 0:
-        raise ArgumentError(
-            "module",
-            type(module).__name__,
+        rule = (
             "it has no FrozenBatchNorm2d in a trained stage. Norms other than 'FrozenBN' train "
-            "their scale and shift anyway",
+            "their scale and shift anyway"
         )
+        raise ArgumentError("module", type(module).__name__, rule)
     return module

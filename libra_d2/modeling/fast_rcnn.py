@@ -18,8 +18,8 @@ __all__ = ["LibraFastRCNNOutputLayers"]
 
 class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     """
-    Detectron2's box predictor, which also knows the box loss type "balanced_l1"
-    (``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``). Other types are left to Detectron2.
+    Detectron2's box predictor with another box loss type, "balanced_l1"
+    (``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``).
     """
 
     @configurable
@@ -29,8 +29,8 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: shape of the features of one proposal.
-            balanced_l1: the loss that is used if ``box_reg_loss_type`` is "balanced_l1". None for
-                one with the paper's parameters.
+            balanced_l1: the loss for ``box_reg_loss_type="balanced_l1"``. None for one with the
+                paper's parameters.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, **kwargs)
@@ -38,14 +38,11 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
-        return {
-            **super().from_config(cfg, input_shape),
-            "balanced_l1": BalancedL1Loss(cfg),
-        }
+        return {**super().from_config(cfg, input_shape), "balanced_l1": BalancedL1Loss(cfg)}
 
     def losses(self, predictions, proposals: List[Instances]) -> Dict[str, torch.Tensor]:
         """
-        See :meth:`FastRCNNOutputLayers.losses`. Where a batch is divided, losses are divided by
+        See :meth:`FastRCNNOutputLayers.losses`. If the batch is divided, losses are normalized by
         the mean number of proposals, see :func:`mean_over_batch`.
         """
         losses = super().losses(predictions, proposals)
@@ -70,8 +67,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             gt_classes: (R,) int64 in [0, num_classes], background last.
 
         Returns:
-            scalar: sum of the loss over the foreground's deltas, divided by R. It is 0, with a
-            gradient, if there is none.
+            scalar: sum of the loss over the foreground's deltas, divided by R.
         """
         if self.box_reg_loss_type != "balanced_l1":
             return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
@@ -85,5 +81,5 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground]),
             reduction="sum",
         )
-        # By all sampled proposals rather than the foreground, as in Detectron2 and mmdetection.
+        # All sampled proposals rather than the foreground, as in Detectron2 and mmdetection.
         return loss / max(gt_classes.numel(), 1)

@@ -24,8 +24,8 @@ def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 class Normalizers:
     """
-    The normalizers of a batch that is computed in micro-batches: counted in a first pass over all
-    of them, and used in a second one, both of them inside :meth:`active`.
+    Loss normalizers of a batch that is computed in micro-batches. A first pass over them collects
+    the numbers, a second one uses their means; both run inside :meth:`active`.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Normalizers:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, :func:`mean_over_batch` asks these normalizers."""
+        """Context in which :func:`mean_over_batch` uses these normalizers."""
         token = _current.set(self)
         try:
             yield
@@ -63,16 +63,15 @@ def is_batch_divided() -> bool:
 
 def mean_over_batch(value: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     """
-    The mean of a scalar over all processes of a training and the micro-batches of their batches;
-    float32, without host synchronization.
+    The mean of a scalar over all processes and micro-batches, in float32 and without host
+    synchronization.
 
-    Gradients are averaged over processes and micro-batches. If each divides its loss by this mean
-    of their numbers, rather than by a number of its own, that is the gradient of the whole batch: a
-    loss does not depend on how the batch is spread. (In mmdetection each process divides by its own
-    number. Both are the same where all processes have equally many, which is why there is no key.)
+    Gradients are averaged over processes and micro-batches. Dividing each loss by this mean, rather
+    than by a number of its own, gives the gradient of the whole batch, however it is divided. (In
+    mmdetection each process divides by its own number.)
 
     Args:
-        value: scalar without gradient. It is returned as it is if the batch is not divided.
+        value: scalar without gradient. It is returned unchanged if the batch is not divided.
         owner: the module whose loss is divided by it, once in each forward pass.
     """
     normalizers = _current.get()

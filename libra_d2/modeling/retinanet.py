@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RetinaNet with balanced L1 loss, trained and evaluated as mmdetection does it."""
+"""RetinaNet with balanced L1 loss and mmdetection's recipe."""
 
 from typing import Dict, List, Optional, Tuple
 
@@ -37,15 +37,8 @@ def build_libra_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ba
     """
     Build Detectron2's ResNet-FPN with the levels P3 to P7, and a balanced feature pyramid over all
     of them unless ``MODEL.LIBRA.BFP.ENABLED`` is False. ``MODEL.LIBRA.RETINANET.P7_RELU`` chooses
-    the top block.
-
-    Args:
-        cfg: a config with the keys of :func:`libra_d2.add_libra_config`.
-        input_shape: shape of the input image.
-
-    Returns:
-        the backbone; its checkpoint keys are those of ``build_retinanet_resnet_fpn_backbone`` and
-        ``bfp.*``.
+    the top block. Its checkpoint keys are those of ``build_retinanet_resnet_fpn_backbone`` and
+    ``bfp.*``.
     """
     backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
     if not cfg.MODEL.LIBRA.RETINANET.P7_RELU:
@@ -57,10 +50,9 @@ def build_libra_retinanet_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ba
 @META_ARCH_REGISTRY.register()
 class LibraRetinaNet(RetinaNet):
     """
-    Detectron2's RetinaNet, which also knows the box loss type "balanced_l1"
-    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``) and habits of mmdetection: the loss normalizer of the
-    batch, and clipping boxes before non-maximum suppression. A config also sets its
-    :class:`LowQualityMatcher`.
+    Detectron2's RetinaNet with another box loss type, "balanced_l1"
+    (``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``), and mmdetection's loss normalizer and clipping of
+    boxes before non-maximum suppression. A config also sets its :class:`LowQualityMatcher`.
     """
 
     @configurable
@@ -77,19 +69,19 @@ class LibraRetinaNet(RetinaNet):
         """
         Args:
             box_reg_loss_type: "balanced_l1", or one that :class:`RetinaNet` knows.
-            balanced_l1: the loss that is used if ``box_reg_loss_type`` is "balanced_l1". None for
-                one with the paper's parameters and a beta of 0.11.
+            balanced_l1: the loss for ``box_reg_loss_type="balanced_l1"``. None for one with the
+                paper's parameters and a beta of 0.11.
             normalizer: what the losses are divided by. "batch": number of foreground anchors in
-                the batch (the mean over the processes), where each image counts at least one.
-                "moving_average": that of Detectron2, with start value 100 and momentum 0.9.
+                the batch (mean over processes), at least one per image. "moving_average": that of
+                Detectron2, which starts at 100 and has a momentum of 0.9.
             clip_boxes: whether boxes are clipped to the image, and those without area dropped,
                 before non-maximum suppression rather than after it.
-            padding_anchors: whether anchors beyond an image, where the batch is padded because of
-                a larger one, are trained on as in Detectron2; see :func:`label_without_padding`.
+            padding_anchors: whether anchors in a batch's padding are trained on as in Detectron2;
+                see :func:`label_without_padding`.
             kwargs: arguments of :class:`RetinaNet`.
 
         Raises:
-            ArgumentError: a ValueError, if ``normalizer`` is neither.
+            ArgumentError: if ``normalizer`` is neither.
         """
         super().__init__(box_reg_loss_type=box_reg_loss_type, **kwargs)
         check_choice("normalizer", normalizer, RETINANET_NORMALIZERS)
@@ -100,15 +92,14 @@ class LibraRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
-        ret = super().from_config(cfg)
-        low_quality_iou = cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU
+        ret, libra = super().from_config(cfg), cfg.MODEL.LIBRA.RETINANET
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], libra.LOW_QUALITY_IOU),
             "balanced_l1": BalancedL1Loss(cfg),
-            "normalizer": cfg.MODEL.LIBRA.RETINANET.NORMALIZER,
-            "clip_boxes": cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES,
-            "padding_anchors": cfg.MODEL.LIBRA.RETINANET.PADDING_ANCHORS,
+            "normalizer": libra.NORMALIZER,
+            "clip_boxes": libra.CLIP_BOXES,
+            "padding_anchors": libra.PADDING_ANCHORS,
         }
 
     @torch.no_grad()
@@ -128,9 +119,8 @@ class LibraRetinaNet(RetinaNet):
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         """
-        See :meth:`RetinaNet.losses`, which knows its own box losses only, and computes the focal
-        loss with a compiled function that rounds its first calls in another way than those after
-        them: a training that was resumed would not be the same one.
+        See :meth:`RetinaNet.losses`. Its compiled focal loss is avoided: it rounds differently in
+        its first calls, so that a resumed training would not be the uninterrupted one.
         """
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
@@ -154,13 +144,10 @@ class LibraRetinaNet(RetinaNet):
         )
         if self.box_reg_loss_type == "balanced_l1":
             anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
-            loss_box_reg = self.balanced_l1(
-                cat(pred_anchor_deltas, dim=1)[chosen],
-                self.box2box_transform.get_deltas(
-                    anchor_boxes[chosen], torch.stack(gt_boxes)[chosen]
-                ),
-                reduction="sum",
-            )
+            matched_boxes = torch.stack(gt_boxes)[chosen]
+            targets = self.box2box_transform.get_deltas(anchor_boxes[chosen], matched_boxes)
+            predicted = cat(pred_anchor_deltas, dim=1)[chosen]
+            loss_box_reg = self.balanced_l1(predicted, targets, reduction="sum")
         else:
             loss_box_reg = _dense_box_regression_loss(
                 anchors,
@@ -196,8 +183,8 @@ class LibraRetinaNet(RetinaNet):
         if torch.jit.is_scripting() or torch.jit.is_tracing():
             merged.pred_boxes.clip(image_size)
             return merged[merged.pred_boxes.nonempty()]
-        # Boxes.clip() makes the host wait for whether they are finite, and dropping those without
-        # area for their number. These come behind all others; in the end they are dropped anyway.
+        # Without the host synchronizations of Boxes.clip() and of dropping boxes without area:
+        # these get a score of 0, and postprocessing drops them.
         height, width = image_size
         x, y = merged.pred_boxes.tensor.view(-1, 2, 2).clamp(min=0).unbind(dim=2)
         corners = torch.stack([x.clamp(max=width), y.clamp(max=height)], dim=2)

@@ -26,47 +26,16 @@ __all__ = [
     "LibraRes5ROIHeads",
 ]
 
-# Detectron2's logit of ground truth that is added to the proposals, whose probability is nearly 1.
+# Detectron2's logit of ground truth that is added to the proposals.
 _GROUND_TRUTH_OBJECTNESS = math.log((1 - 1e-10) / 1e-10)
-
-
-class _IoURecorder:
-    """
-    A matcher that also remembers the highest IoU of each proposal.
-
-    :meth:`ROIHeads.label_and_sample_proposals` passes the IoUs to the matcher and only its result
-    to the sampler. Recording them here saves a copy of that method.
-    """
-
-    def __init__(self, matcher):
-        self.matcher = matcher
-        self._max_iou = None
-
-    def __call__(self, match_quality_matrix: torch.Tensor):
-        """Args: match_quality_matrix: (M, R) IoUs. Returns: what the matcher returns."""
-        matches, labels = self.matcher(match_quality_matrix)
-        num_instances, num_proposals = match_quality_matrix.shape
-        self._max_iou = (
-            match_quality_matrix.gather(0, matches[None])[0]
-            if num_instances > 0
-            else match_quality_matrix.new_zeros(num_proposals)
-        )
-        return matches, labels
-
-    def pop_max_iou(self) -> torch.Tensor:
-        """Return the IoUs of the last call, (R,), once: they are those of one image."""
-        max_iou, self._max_iou = self._max_iou, None
-        assert max_iou is not None, "proposals must be matched before they are sampled"
-        return max_iou
 
 
 class BalancedSamplingMixin:
     """
-    The sample level balance of Libra R-CNN for any subclass of :class:`ROIHeads`, in front of which
-    it is inherited: proposals are drawn by a :class:`BalancedSampler`, or another sampler.
+    The sample level balance of Libra R-CNN for any subclass of :class:`ROIHeads`, which comes after
+    it in the bases: proposals are drawn by a :class:`BalancedSampler`, or another sampler.
 
-    While training it puts, next to Detectron2's ``roi_head/num_fg_samples`` and
-    ``num_bg_samples``, into the event storage (means over the images of the batch):
+    In training it puts means over the images of the batch into the event storage:
 
     * ``roi_head/num_bg_iou_bin_<k>``: negatives drawn from the k-th of K bins of equal width of
       ``[0, IoU threshold of negatives)``, whichever sampler drew them;
@@ -84,8 +53,10 @@ class BalancedSamplingMixin:
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
-        self._sampled: List[SamplingResult] = []  # of the images of the batch
-        self._objectness: List[torch.Tensor] = []  # of their proposals
+        # For each image of the batch.
+        self._objectness: List[torch.Tensor] = []
+        self._max_iou: List[torch.Tensor] = []
+        self._sampled: List[SamplingResult] = []
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -98,11 +69,11 @@ class BalancedSamplingMixin:
         self, matched_idxs: torch.Tensor, matched_labels: torch.Tensor, gt_classes: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """
-        Args and returns as :meth:`ROIHeads._sample_proposals`: indices of the sampled proposals,
-        positives first, and their classes, ``num_classes`` being the background.
+        See :meth:`ROIHeads._sample_proposals`. Returns: indices of the sampled proposals, positives
+        first, and their classes.
         """
-        max_iou = self.proposal_matcher.pop_max_iou()
-        objectness = self._objectness[len(self._sampled)]
+        image = len(self._sampled)
+        objectness, max_iou = self._objectness[image], self._max_iou[image]
         num_added = len(max_iou) - len(objectness)
         sampled = self.proposal_sampler(
             matched_labels,
@@ -123,34 +94,33 @@ class BalancedSamplingMixin:
         self, proposals: List[Instances], targets: List[Instances]
     ) -> List[Instances]:
         """See :meth:`ROIHeads.label_and_sample_proposals`; records the statistics of the draw."""
-        self._sampled.clear()
         self._objectness = [x.objectness_logits for x in proposals]
+        self._max_iou, self._sampled = [], []
         matcher = self.proposal_matcher
-        self.proposal_matcher = _IoURecorder(matcher)
+
+        def match(ious: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+            # Only the matcher is given the IoUs, (M, R). Without objects the highest one is 0.
+            self._max_iou.append(F.pad(ious, (0, 0, 0, 1)).amax(dim=0))
+            return matcher(ious)
+
+        self.proposal_matcher = match
         try:
             sampled = super().label_and_sample_proposals(proposals, targets)
         finally:
             self.proposal_matcher = matcher
-        self._put_statistics()
-        return sampled
-
-    def _put_statistics(self) -> None:
-        """Put the means over the images of the batch into the event storage."""
         storage = get_event_storage()
         num_instances = np.mean([x.num_instances for x in self._sampled])
         storage.put_scalar("roi_head/num_fg_instances", num_instances)
         in_bins = np.mean([x.negatives_in_bins for x in self._sampled], axis=0)
         for k, num_negatives in enumerate(in_bins):
             storage.put_scalar(f"roi_head/num_bg_iou_bin_{k}", num_negatives)
+        return sampled
 
 
 def _with_weights_of(
     parent: FastRCNNOutputLayers, cfg, input_shape: ShapeSpec, **kwargs
 ) -> LibraFastRCNNOutputLayers:
-    """
-    A predictor with the initial weights of Detectron2's, which leaves the random state alone: a
-    seed gives the same weights with either.
-    """
+    """A predictor with the initial weights of ``parent``; it leaves the random state alone."""
     with torch.random.fork_rng(devices=[]):
         predictor = LibraFastRCNNOutputLayers(cfg, input_shape, **kwargs)
     predictor.load_state_dict(parent.state_dict())
@@ -164,7 +134,7 @@ class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     :class:`BalancedSamplingMixin` and :class:`LibraFastRCNNOutputLayers`.
     """
 
-    # Detectron2 declares these for scripting on the parent, and annotations are not inherited.
+    # For scripting: annotations of the parent are not inherited.
     mask_on: torch.jit.Final[bool]
     keypoint_on: torch.jit.Final[bool]
 
@@ -181,8 +151,7 @@ class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
 class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
     """
     :class:`CascadeROIHeads` with balanced L1 loss in each stage and balanced sampling in the first.
-    The later stages train on all boxes that the stage before them returns, so that there is nothing
-    to draw from.
+    Later stages train on all boxes of the stage before.
     """
 
     @classmethod
@@ -199,10 +168,7 @@ class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class LibraRes5ROIHeads(BalancedSamplingMixin, Res5ROIHeads):
-    """
-    :class:`Res5ROIHeads`, those of C4 models, with the sample level and objective level balance of
-    Libra R-CNN. C4 models have no pyramid to balance.
-    """
+    """:class:`Res5ROIHeads`, those of C4 models, as :class:`LibraROIHeads`."""
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:

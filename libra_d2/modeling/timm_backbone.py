@@ -3,7 +3,6 @@ from typing import Dict, Sequence
 
 import torch
 
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 
 from ..errors import ArgumentError
@@ -13,9 +12,9 @@ __all__ = ["TimmBackbone"]
 
 class TimmBackbone(Backbone):
     """
-    A network of the package timm (``pip install timm``) as the bottom-up network of a pyramid.
-    Its weights are those of timm under timm's names, without their classifier; a checkpoint with
-    them loads with ``?matching_heuristics=True`` behind its name.
+    A network of the package timm (``pip install timm``) as the bottom-up network of a pyramid. It
+    has timm's parameter names, without the classifier: append ``?matching_heuristics=True`` to the
+    name of a checkpoint with timm's weights.
     """
 
     def __init__(
@@ -28,14 +27,13 @@ class TimmBackbone(Backbone):
     ):
         """
         Args:
-            name: of timm's, such as "convnext_tiny". Its features come at several strides.
+            name: a timm model with features at several strides, such as "convnext_tiny".
             out_features: the levels to return, "res2" to "res5" for strides of 4 to 32.
-            in_chans: channels of the image.
+            in_chans: number of image channels.
             kwargs: other arguments of the network, such as ``drop_path_rate``.
 
         Raises:
-            ArgumentError: a ValueError, if timm is missing or has no such network, or it lacks one
-                of the levels.
+            ArgumentError: if timm is missing or has no such network, or it lacks one of the levels.
         """
         super().__init__()
         try:
@@ -46,12 +44,11 @@ class TimmBackbone(Backbone):
         if name not in timm.list_models():
             similar = timm.list_models(f"*{name[:5]}*")[:5]
             raise ArgumentError("name", name, f"use a model of timm, such as {similar}")
-        # "getter" keeps the names that timm's weights are published with.
+        # "getter" keeps timm's parameter names.
         self.net = timm.create_model(
             name, features_only=True, feature_cls="getter", in_chans=in_chans, **kwargs
         )
         info = self.net.feature_info
-        # Names as Detectron2's ResNets have them.
         strides = {f"res{stride.bit_length() - 1}": stride for stride in info.reduction()}
         missing = [level for level in out_features if level not in strides]
         if missing:
@@ -63,25 +60,10 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """See :class:`Backbone`: levels have half the size of the one before."""
+        """See :class:`Backbone`."""
         return self._size_divisibility
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """
-        Args:
-            x: (N, in_chans, H, W).
-
-        Returns:
-            for each of ``out_features`` (N, C, H / stride, W / stride).
-        """
+        """Args: x: (N, in_chans, H, W). Returns: (N, C, H / stride, W / stride) by level."""
         features = dict(zip(self._out_feature_strides, self.net(x)))
         return {name: features[name] for name in self._out_features}
-
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        """See :class:`Backbone`."""
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
-            for name in self._out_features
-        }

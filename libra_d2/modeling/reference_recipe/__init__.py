@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the recipe of the published models has besides the three ideas of the paper: how mmdetection
-trains the RPN, matches anchors, pads batches and normalizes losses. Each has a config key that
-disables it.
+What the published models have besides the three ideas: how mmdetection trains the RPN, matches
+anchors, pads batches and normalizes losses. Each has a config key that disables it.
 """
 
 from .matcher import LowQualityMatcher, build_anchor_matcher

@@ -14,11 +14,10 @@ __all__ = ["LowQualityMatcher", "build_anchor_matcher"]
 
 class LowQualityMatcher(Matcher):
     """
-    Detectron2's matcher with mmdetection's rule for the anchors that overlap a ground-truth box
-    more than any other anchor does, which make up for boxes that no anchor overlaps much. Such an
-    anchor is matched with that box, the last one if there are several, provided that their IoU is
-    at least ``min_iou``. In Detectron2 it is matched with the box that it overlaps most, whatever
-    the IoU.
+    Detectron2's matcher with mmdetection's rule for low-quality matches: the anchor with the
+    highest IoU with a ground-truth box is matched with that box (the last one if there are several)
+    if their IoU is at least ``min_iou``. In Detectron2 it is matched with the box that it overlaps
+    most, whatever the IoU.
     """
 
     def __init__(self, thresholds: List[float], labels: List[int], min_iou: float):
@@ -28,7 +27,7 @@ class LowQualityMatcher(Matcher):
             min_iou: in [0, 1].
 
         Raises:
-            ArgumentError: a ValueError, if ``min_iou`` is out of range.
+            ArgumentError: if ``min_iou`` is out of range.
         """
         if not 0 <= min_iou <= 1:
             raise ArgumentError("min_iou", min_iou, "use a value in [0, 1]")
@@ -58,13 +57,12 @@ def build_anchor_matcher(matcher: Matcher, low_quality_iou: float) -> Matcher:
     """
     Args:
         matcher: Detectron2's, with low-quality matches.
-        low_quality_iou: lowest IoU of low-quality matches made in mmdetection's way, in [0, 1].
-            Negative for Detectron2's way.
+        low_quality_iou: ``min_iou`` of a :class:`LowQualityMatcher`. Negative for ``matcher``.
 
     Returns:
         a matcher with the thresholds and labels of ``matcher``.
     """
     if low_quality_iou < 0:
         return matcher
-    # It keeps its thresholds with an infinite one at each end.
+    # Its thresholds have an infinite one at each end.
     return LowQualityMatcher(matcher.thresholds[1:-1], matcher.labels, low_quality_iou)

@@ -22,10 +22,9 @@ RPN_NORMALIZERS = ("sampled", "batch_size")
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LibraRPN(RPN):
     """
-    Detectron2's RPN with habits of mmdetection: it trains on at most ``max_neg_per_pos``
-    negative anchors per positive one, and divides its losses by the number of anchors it trains on
-    rather than by the number it may train on at most. They belong together: with the cap, images
-    with few objects use far fewer anchors. A config also sets its :class:`LowQualityMatcher`.
+    Detectron2's RPN trained as in mmdetection: on at most ``max_neg_per_pos`` negative anchors per
+    positive one, with losses that are divided by the actual number of anchors, which the limit
+    reduces, rather than the batch size. A config also sets its :class:`LowQualityMatcher`.
     """
 
     @configurable
@@ -42,15 +41,14 @@ class LibraRPN(RPN):
             max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
                 image; an image without positives counts as having one. Negative for no limit.
             normalizer: what the losses are divided by. "sampled": number of sampled anchors in the
-                batch (the mean over the processes), where each image counts at least one positive
-                and one negative.
+                batch (mean over processes), at least one positive and one negative per image.
                 "batch_size": ``batch_size_per_image`` times the number of images, as in Detectron2.
-            padding_anchors: whether anchors beyond an image, where the batch is padded because of
-                a larger one, are trained on as in Detectron2; see :func:`label_without_padding`.
+            padding_anchors: whether anchors in a batch's padding are trained on as in Detectron2;
+                see :func:`label_without_padding`.
             kwargs: arguments of :class:`RPN`.
 
         Raises:
-            ArgumentError: a ValueError, if ``normalizer`` is neither.
+            ArgumentError: if ``normalizer`` is neither.
         """
         super().__init__(**kwargs)
         check_choice("normalizer", normalizer, RPN_NORMALIZERS)
@@ -60,14 +58,13 @@ class LibraRPN(RPN):
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
-        ret = super().from_config(cfg, input_shape)
-        low_quality_iou = cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU
+        ret, rpn = super().from_config(cfg, input_shape), cfg.MODEL.LIBRA.RPN
         return {
             **ret,
-            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], low_quality_iou),
-            "max_neg_per_pos": cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS,
-            "normalizer": cfg.MODEL.LIBRA.RPN.NORMALIZER,
-            "padding_anchors": cfg.MODEL.LIBRA.RPN.PADDING_ANCHORS,
+            "anchor_matcher": build_anchor_matcher(ret["anchor_matcher"], rpn.LOW_QUALITY_IOU),
+            "max_neg_per_pos": rpn.MAX_NEG_PER_POS,
+            "normalizer": rpn.NORMALIZER,
+            "padding_anchors": rpn.PADDING_ANCHORS,
         }
 
     @torch.jit.unused
@@ -91,8 +88,7 @@ class LibraRPN(RPN):
         label = super()._subsample_labels(label)
         if self.max_neg_per_pos < 0:
             return label
-        # A random subset of the negatives drawn above is a random subset of all negatives. Those
-        # beyond the limit are found by rank, so that no count has to reach the host.
+        # Random negatives beyond the limit are found by rank, without host synchronization.
         negative = label == 0
         limit = (label == 1).sum().clamp(min=1) * self.max_neg_per_pos
         key = torch.rand(label.shape, device=label.device) - negative.float()
