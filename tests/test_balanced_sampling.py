@@ -38,7 +38,7 @@ def proposals(positives_of=(), negative_ious=(), num_ignored=0):
 
 
 def draw(args, num_samples, fraction=0.25, **kwargs):
-    """Draw, and check what always holds."""
+    """Draw, and check the invariants."""
     labels, _, matched, _ = args
     positive, negative, _, _ = BalancedSampler(**kwargs)(*args, num_samples, fraction)
     assert (labels[positive] == 1).all()
@@ -54,38 +54,12 @@ def linear(num, low=0.0, high=0.5):
     return (low + (high - low) * (torch.arange(num) + 0.5) / num).tolist()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
-@pytest.mark.parametrize("positives", ["instance_balanced", "random"])
-@pytest.mark.parametrize(
-    ("args", "num_positives", "num_negatives"),
-    [
-        ({"negative_ious": [0.0] * 100}, 0, 67),  # no ground truth
-        ({"positives_of": (0, 0), "negative_ious": linear(100)}, 0, 67),  # no foreground
-        ({"positives_of": (5,), "negative_ious": linear(100)}, 5, 62),
-        ({"positives_of": (5, 3), "negative_ious": linear(7)}, 8, 7),  # fewer than asked
-        ({"positives_of": (5, 3), "negative_ious": linear(59)}, 8, 59),  # just as many
-        ({"positives_of": (10,) * 4}, 16, 0),  # no background
-        ({"positives_of": (1,) * 50, "negative_ious": linear(99)}, 16, 51),  # more instances
-        ({"positives_of": (3,), "negative_ious": [0.2] * 100}, 3, 64),  # all in one bin
-        ({"positives_of": (2,), "negative_ious": [0.0] * 9, "num_ignored": 90}, 2, 9),
-        ({"num_ignored": 5}, 0, 0),
-        ({}, 0, 0),  # no proposals
-    ],
-)
-def test_counts(mode, negatives, positives, args, num_positives, num_negatives):
-    """Of 67 at most a quarter, 16.75, are positives: that is 16."""
-    kwargs = {"mode": mode, "negatives": negatives, "positives": positives}
-    positive, negative = draw(proposals(**args), 67, **kwargs)
-    assert (len(positive), len(negative)) == (num_positives, num_negatives)
-
-
 @pytest.mark.parametrize("num_bins", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 1.0])
 def test_paper_bins_are_equally_filled(num_bins, threshold):
     """
-    Equation 2: N / K from each bin, whatever the number of candidates in it, the first one's being
-    without overlap; what is left of the division is drawn from any.
+    Equation 2: N / K from each bin, however many candidates it has; those of the first one do not
+    overlap any object. The remainder of the division is drawn from all bins.
     """
     ious = [threshold * u for u in linear(4000, 0, 1) if u > 1 / num_bins]
     args = proposals((4,), [0.0] * 700 + ious)
@@ -100,7 +74,7 @@ def test_paper_bins_are_equally_filled(num_bins, threshold):
 
 @pytest.mark.parametrize("iou", [0.4, 0.55])
 def test_negatives_in_no_bin(iou):
-    """Those beyond the threshold are drawn like what is left over in the bins."""
+    """Negatives beyond the threshold are drawn at random with the leftovers of the bins."""
     args = proposals((4,), [*linear(60, 0, 0.3), *linear(500, 0, 0.1), *[iou] * 500])
     _, negative = draw(args, 94, num_bins=3, negative_iou_thresh=0.3)
     # 30, 20 and 20 from the bins, and of 990 left over 20, with a standard deviation of 2.2.
@@ -119,25 +93,6 @@ def test_uniform_within_a_bin():
     assert statistic < 105  # 57 degrees of freedom exceed 105 with probability 1e-4
 
 
-def test_reference_mode_draws_zero_iou_last():
-    args = proposals((3,), [0.0] * 500 + [1e-4] * 10 + linear(50, 0.01, 0.5))
-    _, negative = draw(args, 93, mode="reference")
-    assert (args[1][negative] > 0).sum() == 60
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_positives_are_balanced(mode):
-    """Nobody is left out: at random it would be 14.9, 3.0, 1.2 and 0.9 of 20."""
-    args = proposals((100, 20, 8, 6), linear(200))
-    counts = torch.stack(
-        [args[2][draw(args, 80, mode=mode)[0]].bincount(minlength=4) for _ in range(200)]
-    )
-    assert (counts.sum(dim=1) == 20).all()
-    assert counts.min() >= 2
-    # A count deviates by less than 1, its mean over 200 by 0.07.
-    assert (counts.double().mean(dim=0) - 5).abs().max() < 0.3
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("positives_of", "num", "quota"),
@@ -149,7 +104,7 @@ def test_positives_are_balanced(mode):
     ],
 )
 def test_quota(mode, positives_of, num, quota):
-    """At most round(n / instances) + 1 of each are drawn, and as many now and then."""
+    """At most round(n / instances) + 1 positives of an instance, a limit that is reached."""
     args = proposals(positives_of, linear(200))
     positives = [draw(args, 4 * num, mode=mode)[0] for _ in range(50)]
     most = max(args[2][x].bincount().max().item() for x in positives)
@@ -158,18 +113,12 @@ def test_quota(mode, positives_of, num, quota):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_random(mode):
-    """At random, objects and IoUs have the shares that they have among the candidates."""
-    args = proposals((100, 20), [0.0] * 300 + linear(100, 0.01, 0.5))
-    counts = []
-    for _ in range(300):
-        positive, negative = draw(args, 84, mode=mode, positives="random", negatives="random")
-        assert len(positive) == 21
-        counts.append([(args[2][positive] == 1).sum(), (args[1][negative] == 0).sum()])
-    # Of 21 a sixth, and of 63 three quarters. Without replacement the standard deviations are 1.56
-    # and 3.16, those of the means 0.09 and 0.18.
-    few, zero = np.mean(counts, axis=0)
-    assert few == pytest.approx(3.5, abs=0.4)
-    assert zero == pytest.approx(47.25, abs=0.8)
+    """Random sampling keeps the candidates' shares of instances and IoUs."""
+    args = proposals((1000, 200), [0.0] * 3000 + linear(1000, 0.01, 0.5))
+    positive, negative = draw(args, 960, mode=mode, positives="random", negatives="random")
+    # With standard deviations of 5.2 and 10.5; balanced, the numbers would be 120 and near 240.
+    assert args[2][positive].sum().item() == pytest.approx(40, abs=25)
+    assert (args[1][negative] == 0).sum().item() == pytest.approx(540, abs=50)
 
 
 def test_paper_mode_tops_up_positives():
@@ -187,13 +136,10 @@ def oracle(args, num_samples, sampler):
     labels, max_iou, matched, num_instances = args
     gt_inds = torch.where(labels == 1, matched + 1, labels.long())
     assigned = AssignResult(num_instances, gt_inds, max_iou, torch.zeros_like(gt_inds))
-    result = sampler.sample(
-        assigned,
-        InstanceData(priors=torch.zeros(len(labels), 4)),
-        InstanceData(
-            bboxes=torch.zeros(num_instances, 4), labels=torch.zeros(num_instances).long()
-        ),
-    )
+    priors = InstanceData(priors=torch.zeros(len(labels), 4))
+    classes = torch.zeros(num_instances).long()
+    gt = InstanceData(bboxes=torch.zeros(num_instances, 4), labels=classes)
+    result = sampler.sample(assigned, priors, gt)
     return result.pos_inds, result.neg_inds
 
 
@@ -220,20 +166,13 @@ def test_reference_mode_draws_as_reference(mmdet, name, candidates):
         pos_fraction=0.25,
         add_gt_as_proposals=False,
         pos_sampler={"type": "InstanceBalancedPosSampler"},
-        neg_sampler={
-            "type": "IoUBalancedNegSampler",
-            "floor_thr": -1,
-            "floor_fraction": 0,
-            "num_bins": 3,
-        },
+        neg_sampler={"type": "IoUBalancedNegSampler", "num_bins": 3},
     )
     np.random.seed(0)
     args = proposals(*candidates)
     _, max_iou, matched, num_instances = args
-    # A bin for zero IoU, and ten others.
-    intervals = torch.where(
-        max_iou == 0, 0, torch.from_numpy(iou_bins(max_iou.numpy(), 10, 0.5)) + 1
-    )
+    # One interval for zero IoU, ten for [0, 0.5), and one beyond.
+    intervals = (torch.from_numpy(iou_bins(max_iou.numpy(), 10, 0.5)) + 1) * (max_iou > 0)
     oracle(args, num_samples, sampler)
     ours, reference = [], []
     for _ in range(400):
@@ -248,17 +187,6 @@ def test_reference_mode_draws_as_reference(mmdet, name, candidates):
     error = ((ours.var(dim=0) + reference.var(dim=0)) / 400).sqrt()
     difference = (ours.mean(dim=0) - reference.mean(dim=0)).abs()
     assert (difference <= 4.5 * error + 1e-9).all(), difference / error
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
-def test_statistics(mode, negatives):
-    """Counted from what was drawn, in the bins of the negatives' range, whatever the sampler."""
-    args = proposals((9, 0, 1, 40), [0.0] * 100 + linear(300))
-    drawn = BalancedSampler(mode=mode, negatives=negatives, num_bins=4)(*args, 64, 0.25)
-    counts = np.histogram(args[1][drawn.negatives].numpy(), bins=4, range=(0, 0.5))[0]
-    assert drawn.negatives_in_bins.tolist() == counts.tolist()
-    assert drawn.num_instances == len(args[2][drawn.positives].unique())
 
 
 def test_iou_histogram():
@@ -278,10 +206,10 @@ def test_config(expected):
     """Every argument is read from its key, whose default is that of the argument."""
     cfg = demo_cfg()
     cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS = [expected["negative_iou_thresh"], 0.6]
-    for name in NAMES[:4] if expected is not DEFAULTS else ():
+    for name in NAMES[:4] if expected is OTHERS else ():
         cfg.MODEL.LIBRA.SAMPLER[name.upper()] = expected[name]
-    samplers = [build_proposal_sampler(cfg), BalancedSampler(**expected)]
-    for sampler in samplers + [BalancedSampler()] * (expected is DEFAULTS):
+    arguments = expected if expected is OTHERS else {}
+    for sampler in (BalancedSampler(**arguments), build_proposal_sampler(cfg)):
         assert {name: getattr(sampler, name) for name in NAMES} == expected
 
 
@@ -296,16 +224,14 @@ def test_config(expected):
     ],
 )
 def test_bad_arguments(kwargs, message):
-    (argument,) = kwargs
-    with pytest.raises(ArgumentError, match=f"^{argument} is ") as error:
+    with pytest.raises(ArgumentError, match=f"^{message}"):
         BalancedSampler(**kwargs)
-    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_instances", [250, 251, 300])  # with 5 other groups a byte is full
 def test_many_instances(mode, num_instances):
-    """More than a byte can number: at most round(1) + 1 of each; ignored ones are not drawn."""
+    """More groups than uint8 holds: at most round(1) + 1 of each, and none of the ignored."""
     args = proposals((4,) * num_instances, [], num_ignored=50)
     positive, _ = draw(args, 4 * num_instances, mode=mode)
     assert args[2][positive].bincount().max() == 2

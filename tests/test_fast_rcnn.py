@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from conftest import demo_cfg
 from test_normalizer import another_process
 
 from detectron2.layers import ShapeSpec
@@ -15,14 +14,10 @@ from detectron2.utils.events import EventStorage
 from libra_d2.modeling import BalancedL1Loss, LibraFastRCNNOutputLayers
 
 
-def build(cls=LibraFastRCNNOutputLayers, **kwargs):
-    kwargs.setdefault("box_reg_loss_type", "balanced_l1")
-    return cls(
-        ShapeSpec(channels=8),
-        box2box_transform=Box2BoxTransform(weights=(10, 10, 5, 5)),
-        num_classes=3,
-        **kwargs,
-    )
+def build(cls=LibraFastRCNNOutputLayers, box_reg_loss_type="balanced_l1", **kwargs):
+    kwargs["box2box_transform"] = Box2BoxTransform(weights=(10, 10, 5, 5))
+    kwargs["box_reg_loss_type"] = box_reg_loss_type
+    return cls(ShapeSpec(channels=8), num_classes=3, **kwargs)
 
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 20], [5, 5, 30, 20], [1, 1, 4, 4]])
@@ -31,28 +26,26 @@ BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 20], [5, 5, 30, 20], [1, 1, 4
 @pytest.mark.parametrize("cls_agnostic", [False, True])
 def test_hand_computed(cls_agnostic):
     """
-    Two of four proposals are foreground, and are their ground truth: all target deltas are 0.
+    Two of four proposals are foreground and equal to their ground truth: all target deltas are 0.
     With alpha = 1, gamma = ln 3, the loss is ln 2 - 0.5 at 0.5 and 3.5 ln 3 - 1 at 3 (see
     test_balanced_l1_loss). The sum is divided by the 4 proposals.
     """
     loss = BalancedL1Loss(alpha=1.0, gamma=math.log(3))
     predictor = build(balanced_l1=loss, cls_agnostic_bbox_reg=cls_agnostic)
-    deltas = torch.full((4, 3, 4), 100.0)  # must not be looked at
+    deltas = torch.full((4, 3, 4), 100.0)  # must be ignored
     deltas[0, 2] = torch.tensor([0.5, -0.5, 0, 0])
     deltas[2, 0] = torch.tensor([0, 0, 3.0, 0])
     if cls_agnostic:
-        deltas = torch.stack([deltas[0, 2], deltas[1, 0], deltas[2, 0], deltas[3, 0]])
-    classes = torch.tensor([2, 3, 0, -1])  # of the others one is background, and one has none
+        deltas = deltas[range(4), [2, 0, 0, 0]]
+    classes = torch.tensor([2, 3, 0, -1])  # 3 is background, -1 is ignored
     loss = predictor.box_reg_loss(BOXES, BOXES, deltas.flatten(1), classes)
     expected = (2 * (math.log(2) - 0.5) + 3.5 * math.log(3) - 1) / 4
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "parameters", [{}, {"beta": 0.11}, {"alpha": 0.4, "gamma": 1.2, "form": "reference"}]
-)
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 0.4, "gamma": 1.2, "form": "reference"}])
 def test_targets_and_parameters(parameters):
-    """Deltas that move boxes to the ground truth, by the loss given, or else by the paper's."""
+    """Targets are the deltas to the ground truth; the loss is the one given, or the paper's."""
     loss = BalancedL1Loss(**parameters)
     predictor = build(balanced_l1=loss) if parameters else build()
     deltas, classes = torch.randn(4, 3, 4), torch.tensor([0, 1, 2, 1])
@@ -78,7 +71,7 @@ def test_other_losses_are_the_parents(loss_type):
 
 
 def proposals(num, num_foreground=0):
-    """With boxes 1 pixel off their objects of class 1."""
+    """Proposals whose foreground is 1 pixel off objects of class 1."""
     result = Instances((32, 32), proposal_boxes=Boxes(BOXES[:num]))
     result.gt_classes = torch.full((num,), 3)
     result.gt_classes[:num_foreground] = 1
@@ -94,17 +87,8 @@ def losses(predictor, *images):
         return predictor.losses(predictions, list(images))
 
 
-@pytest.mark.parametrize(("num_proposals", "num_foreground"), [(0, 0), (4, 0), (4, 4)])
-def test_losses_have_gradients(num_proposals, num_foreground):
-    predictor = build()
-    found = losses(predictor, proposals(num_proposals, num_foreground))
-    assert (found["loss_box_reg"] > 0) == (num_foreground > 0)
-    sum(found.values()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in predictor.parameters())
-
-
 def test_several_processes(monkeypatch):
-    """Both losses are divided by the mean of the numbers of proposals, or by 1 if there is none."""
+    """Both losses are divided by the processes' mean number of proposals, and at least by 1."""
     predictor, images = build(), [proposals(3, 2), proposals(1, 1)]
     alone = losses(predictor, *images)
     another_process(monkeypatch, 10)
@@ -113,11 +97,7 @@ def test_several_processes(monkeypatch):
     for name, loss in alone.items():
         torch.testing.assert_close(together[name], loss * 4 / 7)
     another_process(monkeypatch, 0)
-    assert [x.item() for x in losses(predictor, proposals(0)).values()] == [0, 0]
-
-
-def test_config():
-    """The loss has the parameters of the config."""
-    cfg = demo_cfg(MODEL__LIBRA__BALANCED_L1__ALPHA=0.4, MODEL__LIBRA__BALANCED_L1__BETA=0.3)
-    loss = LibraFastRCNNOutputLayers(cfg, ShapeSpec(channels=8)).balanced_l1
-    assert loss.arguments == {"alpha": 0.4, "gamma": 1.5, "beta": 0.3, "form": "scaled"}
+    empty = losses(predictor, proposals(0))
+    assert [x.item() for x in empty.values()] == [0, 0]
+    sum(empty.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in predictor.parameters())

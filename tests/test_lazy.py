@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libra_d2.lazy: balancing LazyConfigs from anywhere."""
+"""Balancing of LazyConfigs from Detectron2's model zoo and elsewhere."""
 
 import copy
 
@@ -12,18 +12,17 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import FPN, RetinaNet, StandardROIHeads, build_backbone
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling import RetinaNet, StandardROIHeads, build_backbone
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
-from detectron2.utils.registry import locate
 
 from libra_d2.errors import InputError
-from libra_d2.lazy import balance, disable, target_of
+from libra_d2.lazy import balance, disable
 from libra_d2.modeling import (
+    AffineBatchNorm2d,
     BalancedSamplingMixin,
     LibraCascadeROIHeads,
     LibraFastRCNNOutputLayers,
@@ -32,7 +31,6 @@ from libra_d2.modeling import (
     LibraROIHeads,
     LibraRPN,
     LinearLastLevelP6P7,
-    LowQualityMatcher,
 )
 
 FPN_MODELS = ("mask_rcnn_fpn", "cascade_rcnn", "keypoint_rcnn_fpn", "panoptic_fpn", "retinanet")
@@ -40,7 +38,7 @@ C4 = "mask_rcnn_c4"
 
 
 def zoo_model(name):
-    """Detectron2's LazyConfig of that model, smaller, and with batch norm to be trained."""
+    """Detectron2's LazyConfig of that model, smaller, and with trained batch norm."""
     model = model_zoo.get_config(f"common/models/{name}.py").model
     heads = model.get("roi_heads", {})
     for head in heads.get("box_heads", [heads.box_head] if "box_head" in heads else []):
@@ -59,7 +57,7 @@ def zoo_model(name):
 
 
 def balanced(name, **kwargs):
-    """The same, balanced as far as it has what can be."""
+    """The same, balanced; a C4 model has no pyramid."""
     kwargs = {"feature_pyramid": False, **kwargs} if name == C4 else kwargs
     return balance(zoo_model(name), **kwargs)
 
@@ -78,14 +76,13 @@ def inputs_for(name):
 
 @pytest.mark.parametrize("name", [*FPN_MODELS, C4])
 def test_balance(name):
-    """All ideas are there, at their places, and the model trains on them."""
+    """The model has all ideas in the paper's form, Detectron2's recipe, and trains."""
     model = instantiate(balanced(name))
     if name == "retinanet":
         assert type(model) is LibraRetinaNet
         losses = [model]
-        assert model.balanced_l1.arguments["beta"] == 0.11
-        assert (model.normalizer, model.clip_boxes) == ("moving_average", False)
-        assert model.padding_anchors
+        recipe = (model.normalizer, model.clip_boxes, model.padding_anchors)
+        assert recipe == ("moving_average", False, True)
     else:
         kinds = {"cascade_rcnn": LibraCascadeROIHeads, C4: LibraRes5ROIHeads}
         assert type(model.roi_heads) is kinds.get(name, LibraROIHeads)
@@ -94,7 +91,12 @@ def test_balance(name):
         assert len(losses) == (3 if name == "cascade_rcnn" else 1)
         assert model.roi_heads.proposal_sampler.negative_iou_thresh == 0.5
         assert model.roi_heads.proposal_sampler.mode == "paper"
-    assert {m.box_reg_loss_type for m in losses} == {"balanced_l1"}
+        assert type(model.proposal_generator) is RPN
+    assert type(getattr(model, "proposal_generator", model).anchor_matcher) is Matcher
+    for module in losses:
+        assert module.box_reg_loss_type == "balanced_l1"
+        assert module.balanced_l1.arguments["form"] == "scaled"
+        assert module.balanced_l1.arguments["beta"] == (0.11 if name == "retinanet" else 1.0)
     if name != C4:
         shapes = list(model.backbone.output_shape().values())
         assert shapes[model.backbone.bfp.refine_level].stride == 16
@@ -108,7 +110,7 @@ def test_balance(name):
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("name", [*FPN_MODELS, C4])
 def test_balance_twice_and_saved(name, reference, tmp_path):
-    """Nothing changes; and nothing is lost in a file."""
+    """A second call changes nothing, and nothing is lost in a file."""
     model = balanced(name, reference=reference)
     before = copy.deepcopy(model)
     balance(model, feature_pyramid=name != C4, reference=reference)
@@ -123,16 +125,8 @@ def test_balance_twice_and_saved(name, reference, tmp_path):
 
 @pytest.mark.parametrize("name", FPN_MODELS)
 def test_keys_and_references_stay(name):
-    """Overrides of what is in the backbone, and values that refer to it, keep their meaning."""
+    """Overrides of the backbone and references to it keep their meaning."""
     plain, model = zoo_model(name), balanced(name)
-
-    def keys(node, prefix=""):
-        for key in node:
-            if not OmegaConf.is_interpolation(node, key) and OmegaConf.is_dict(node._get_node(key)):
-                yield from keys(node[key], f"{prefix}{key}.")
-            yield f"{prefix}{key}"
-
-    assert set(keys(plain)) <= set(keys(model))
     config = OmegaConf.create({"model": model}, flags={"allow_objects": True})
     LazyConfig.apply_overrides(config, ["model.backbone.bottom_up.stages.depth=34"])
     weights = instantiate(config.model).state_dict()
@@ -144,7 +138,7 @@ IDEAS = ("sampling", "feature_pyramid", "balanced_l1")
 
 
 def what_is_on(model):
-    """The ideas in a model: its pyramid, how it samples negatives and positives, its box losses."""
+    """Whether a model has the pyramid, its samplers of negatives and positives, its box losses."""
     kinds = (FastRCNNOutputLayers, RetinaNet)
     losses = {m.box_reg_loss_type for m in model.modules() if isinstance(m, kinds)}
     sampler = getattr(getattr(model, "roi_heads", None), "proposal_sampler", None)
@@ -170,123 +164,58 @@ def test_each_idea_alone(name, idea):
 
 
 def test_disable():
-    """One override for each place, of what is on."""
+    """One override for each place where an idea is enabled."""
     pyramid, heads = "model.backbone.balanced=False", "model.roi_heads"
     sampler = [f"{heads}.proposal_sampler.{x}=random" for x in ("negatives", "positives")]
     losses = [f"{heads}.box_predictors.{i}.box_reg_loss_type=smooth_l1" for i in range(3)]
     assert disable(balanced("cascade_rcnn"), *IDEAS) == [pyramid, *sampler, *losses]
-    assert disable(balanced("cascade_rcnn"), "sampling") == sampler
-    retinanet = balanced("retinanet")
-    assert disable(retinanet, *IDEAS) == [pyramid, "model.box_reg_loss_type=smooth_l1"]
     for name in (*FPN_MODELS, C4):
         assert disable(zoo_model(name), *IDEAS) == disable(balanced(name)) == []
-
-
-_MATCHER = {
-    "anchor_matcher._target_": (Matcher, LowQualityMatcher),
-    "anchor_matcher.allow_low_quality_matches": (True, None),
-}
-# What balance() sets, in the paper's form and with reference=True; None for a class's own default.
-RECIPES = {
-    "cascade_rcnn": {
-        "backbone.train_affine": (None, True),
-        "roi_heads.proposal_sampler.mode": ("paper", "reference"),
-        "roi_heads.box_predictors[2].balanced_l1.form": ("scaled", "reference"),
-        "roi_heads.box_predictors[2].balanced_l1.beta": (None, None),
-        "proposal_generator._target_": (RPN, LibraRPN),
-        "proposal_generator.anchor_matcher.min_iou": (None, 0.3),
-        **{f"proposal_generator.{key}": values for key, values in _MATCHER.items()},
-    },
-    "retinanet": {
-        "backbone.train_affine": (None, True),
-        "backbone.top_block._target_": (LastLevelP6P7, LinearLastLevelP6P7),
-        "normalizer": ("moving_average", None),
-        "clip_boxes": (False, None),
-        "padding_anchors": (True, None),
-        "balanced_l1.form": ("scaled", "reference"),
-        "balanced_l1.beta": (0.11, 0.11),
-        "anchor_matcher.min_iou": (None, 0.0),
-        **_MATCHER,
-    },
-}
-
-
-def settings(model, keys):
-    """Values of a LazyConfig, with classes in place of their names."""
-    values = {key: OmegaConf.select(model, key) for key in keys}
-    names = [key for key in keys if key.endswith("_target_") and isinstance(values[key], str)]
-    return {**values, **{key: locate(values[key]) for key in names}}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes(name):
-    """With the ideas, and without them: all of the recipe that is no idea remains."""
-    plain = model_zoo.get_config(f"common/models/{name}.py").model
-    for reference in (False, True):
-        expected = {key: values[reference] for key, values in RECIPES[name].items()}
-        model = balance(copy.deepcopy(plain), reference=reference)
-        assert settings(model, expected) == expected
-        assert model.backbone.balanced
-    off = balance(plain, reference=True, **dict.fromkeys(IDEAS, False))
-    parts = ("balanced_l1.", "proposal_sampler.")
-    expected = {k: None if any(x in k for x in parts) else v for k, v in expected.items()}
-    assert settings(off, expected) == expected
-    assert off.backbone.balanced is False
-    if name == "retinanet":
-        assert (target_of(off), off.get("box_reg_loss_type")) == (LibraRetinaNet, None)
-
-
-def test_recipe_on_other_norms():
-    """Batch norm that is trained is left alone; the rest of the recipe does not depend on it."""
-    ideas = dict.fromkeys(IDEAS, False)
-    backbone = balance(zoo_model("retinanet"), reference=True, **ideas).backbone
-    assert target_of(backbone) is FPN
-    assert target_of(backbone.top_block) is LinearLastLevelP6P7
-    assert "train_affine" not in balanced("retinanet", reference=True).backbone
-
-
-def test_what_is_left_alone():
-    """All, if no idea is asked for; and what is set already."""
-    model = zoo_model("mask_rcnn_fpn")
-    before = copy.deepcopy(model)
-    assert balance(model, **dict.fromkeys(IDEAS, False)) == before
-    model = balanced("mask_rcnn_fpn")
-    model.backbone.refine_type = "conv"
-    model.roi_heads.proposal_sampler.num_bins = 5
-    model.roi_heads.box_predictor.balanced_l1.alpha = 0.3
-    before = copy.deepcopy(model)
-    assert balance(model) == before
-
-
-def test_sampler_follows_the_matcher():
-    """Also when its threshold is changed afterwards."""
-    model = balanced("cascade_rcnn")
-    model.roi_heads.proposal_matchers[0].thresholds = [0.4]
-    assert instantiate(model).roi_heads.proposal_sampler.negative_iou_thresh == 0.4
-
-
-def test_forgotten_loss_type():
-    """A predictor and a RetinaNet that know balanced L1 loss, and were not told to use it."""
-    model = zoo_model("mask_rcnn_fpn")
-    model.roi_heads.box_predictor._target_ = LibraFastRCNNOutputLayers
-    assert balance(model).roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
-    model = zoo_model("retinanet")
-    model._target_ = LibraRetinaNet
-    model.box_reg_loss_type = "giou"
-    assert balance(model).box_reg_loss_type == "giou"
-    del model["box_reg_loss_type"]
-    assert balance(model).box_reg_loss_type == "balanced_l1"
 
 
 class OwnROIHeads(StandardROIHeads):
     pass
 
 
-class OwnLibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
+class OwnMatcher:
     pass
 
 
-class OwnMatcher:
+@pytest.mark.parametrize("name", ["cascade_rcnn", "retinanet"])
+def test_recipe_without_ideas(name):
+    """mmdetection's recipe without the ideas; test_lazy_configs has it with all of them."""
+    config = model_zoo.get_config(f"common/models/{name}.py").model
+    model = instantiate(balance(config, reference=True, **dict.fromkeys(IDEAS, False)))
+    assert what_is_on(model) == (False, None, {"smooth_l1"})
+    assert any(isinstance(m, AffineBatchNorm2d) for m in model.backbone.modules())
+    if name == "retinanet":
+        recipe = (model.normalizer, model.clip_boxes, model.padding_anchors)
+        assert recipe == ("batch", True, False)
+        assert type(model.backbone.top_block) is LinearLastLevelP6P7
+        assert model.anchor_matcher.min_iou == 0.0
+    else:
+        assert type(model.proposal_generator) is LibraRPN
+        assert model.proposal_generator.anchor_matcher.min_iou == 0.3
+    # Trained batch norm is left alone.
+    assert "train_affine" not in balanced(name, reference=True).backbone
+
+
+def test_what_is_left_alone():
+    """Everything if no idea is asked for, and settings made before."""
+    model = zoo_model("mask_rcnn_fpn")
+    before = copy.deepcopy(model)
+    assert balance(model, **dict.fromkeys(IDEAS, False)) == before
+    model = balanced("mask_rcnn_fpn")
+    model.backbone.refine_type = "conv"
+    model.roi_heads.proposal_sampler.num_bins = 5
+    model.roi_heads.proposal_matcher.thresholds = [0.4]
+    model.roi_heads.box_predictor.balanced_l1.alpha = 0.3
+    before = copy.deepcopy(model)
+    assert balance(model) == before
+    assert instantiate(model).roi_heads.proposal_sampler.negative_iou_thresh == 0.4
+
+
+class OwnLibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     pass
 
 
@@ -296,12 +225,19 @@ def own_pyramid(channels):
 
 
 def test_own_classes():
-    """ROI heads with the mixin, and any function that returns a pyramid."""
+    """ROI heads with the mixin, predictors and RetinaNets that know the loss, any pyramid."""
     model = zoo_model("mask_rcnn_fpn")
     model.roi_heads._target_ = OwnLibraROIHeads
-    assert type(instantiate(balance(model).roi_heads)) is OwnLibraROIHeads
+    model.roi_heads.box_predictor._target_ = LibraFastRCNNOutputLayers
     model.backbone = L(own_pyramid)(channels=16)
-    assert instantiate(balance(model).backbone).bfp.refine.theta.in_channels == 16
+    assert type(instantiate(balance(model).roi_heads)) is OwnLibraROIHeads
+    assert model.roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
+    assert instantiate(model.backbone).bfp.refine.theta.in_channels == 16
+    for loss_type, expected in ((None, "balanced_l1"), ("giou", "giou")):
+        model = zoo_model("retinanet")
+        model._target_ = LibraRetinaNet
+        model.update({} if loss_type is None else {"box_reg_loss_type": loss_type})
+        assert balance(model).box_reg_loss_type == expected
 
 
 def test_what_cannot_be_balanced():

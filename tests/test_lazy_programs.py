@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs with a LazyConfig: what they do with a YAML config, they do with it."""
+"""Training and evaluation with a LazyConfig."""
 
 import contextlib
 import io
 import json
 import re
-import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
-from PIL import Image
 from test_train_net import OneNumber, number, own_data, small_data
 
 from detectron2 import model_zoo
@@ -23,7 +21,6 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params
 
-from libra_d2.demo import demo
 from libra_d2.engine import LibraPredictor, read_config
 from libra_d2.engine.main import main as train_net
 from libra_d2.errors import InputError
@@ -45,7 +42,7 @@ def run(*args, data, out, opts=()):
 
 @pytest.fixture(scope="module")
 def trained(synthetic, tmp_path_factory):
-    """A training of 4 iterations: its output directory."""
+    """Output directory of a training of 4 iterations."""
     out = tmp_path_factory.mktemp("lazy") / "out"
     run(data=own_data(synthetic, "train", "val"), out=out)
     return out
@@ -67,7 +64,7 @@ def test_training(trained):
 
 
 def test_saved_config(trained, synthetic, tmp_path):
-    """The config.yaml that a training has written evaluates the same."""
+    """The config.yaml of a training gives the same evaluation."""
     config = ["--eval-only", "--config-file", trained / "config.yaml"]
     opts = [f"train.init_checkpoint={trained}/model_final.pth", f"train.output_dir={tmp_path}"]
     train_net([str(x) for x in (*config, *own_data(synthetic, "val"), *TINY, *opts)])
@@ -76,28 +73,14 @@ def test_saved_config(trained, synthetic, tmp_path):
     assert found == expected
 
 
-def test_resume(trained, synthetic, tmp_path):
-    """From the last checkpoint; what has changed is said."""
-    for name in ("model_0000001.pth", "last_checkpoint", "config.yaml"):
-        shutil.copy(trained / name, tmp_path)
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    data = own_data(synthetic, "train", "val")
-    run("--resume", data=data, out=tmp_path, opts=["optimizer.lr=0.01"])
-    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 3
-    log = (tmp_path / "log.txt").read_text()
-    assert "Starting training from iteration 2" in log
-    assert "--resume: optimizer.lr is 0.01, but was 0.04 before" in log
-    assert log.count("--resume: ") == 1
-
-
 def own_loader(dataset, mapper, total_batch_size, num_workers):
-    """The first images in each batch."""
+    """Each batch consists of the first images."""
     while True:
         yield [mapper(x) for x in dataset[:total_batch_size]]
 
 
 class OwnEvaluator(DatasetEvaluator):
-    """How many images a dataset has; its name has to be told."""
+    """Counts the images of a dataset, whose name it must be given."""
 
     def __init__(self, dataset_name):
         self.name, self.number = dataset_name, 0
@@ -110,7 +93,7 @@ class OwnEvaluator(DatasetEvaluator):
 
 
 def test_own_parts(tmp_path):
-    """Loader, evaluators, schedule and mapper are those of the config, for each of its datasets."""
+    """Loader, evaluators, schedule and mapper of the config are used, for each of its datasets."""
     for name, box in (("first", (8, 8, 32, 24)), ("second", (0, 0, 8, 8))):
         folder = small_data(tmp_path / name, box=box)
         register_coco_instances(name, {}, str(folder / "instances.json"), str(folder / "images"))
@@ -148,30 +131,10 @@ def test_own_parts(tmp_path):
     rates = [json.loads(line)["lr"] for line in lines if '"lr"' in line]
     assert rates == [0.5, 0.5, 0.25, 0.25]
     opts = [f"train.init_checkpoint={tmp_path}/out/model_final.pth"]
-    recipe = read_config(str(path), opts)
-    (batch,) = [batch for batch, _ in zip(recipe.build_train_loader(0), range(1))]
-    assert [x["image_id"] for x in batch] == [1, 2]
-    LibraPredictor(recipe)
+    LibraPredictor(read_config(str(path), opts))
     loaders.test.mapper.augmentations = [*loaders.test.mapper.augmentations] * 2
     LazyConfig.save(config, str(path))
     with pytest.raises(InputError, match="single augmentation, but the config has 2 for eval"):
         LibraPredictor(read_config(str(path), opts))
     for name in ("first", "second"):
         DatasetCatalog.remove(name)
-
-
-def test_demo(trained, synthetic, tmp_path):
-    """With a plain detector, the same config without the ideas, beside it."""
-    image = str(next((synthetic / "images").iterdir()))
-    weights = torch.load(trained / "model_final.pth")["model"]
-    weights = {key: value for key, value in weights.items() if "bfp" not in key}
-    torch.save({"model": weights}, tmp_path / "plain.pth")
-    demo.main(
-        [
-            *("--config-file", CONFIG, "--input", image, "--output", str(tmp_path / "a.png")),
-            *("--categories", str(synthetic / "instances.json"), "--confidence-threshold", "0.1"),
-            *("--plain-weights", str(tmp_path / "plain.pth"), "--opts", "train.device=cpu"),
-            f"train.init_checkpoint={trained}/model_final.pth",
-        ]
-    )
-    assert Image.open(tmp_path / "a.png").size == (1280, 640)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from conftest import demo_cfg
 
-from detectron2.modeling import build_backbone, build_proposal_generator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 
@@ -23,7 +21,7 @@ def random_boxes(num, grid=None):
 @pytest.mark.parametrize("num_gt", [0, 1, 40])
 @pytest.mark.parametrize(("low", "high", "min_iou"), [(0.3, 0.7, 0.3), (0.4, 0.5, 0.0)])
 def test_matches_reference(mmdet, grid, num_gt, low, high, min_iou):
-    """Labels of all anchors, and boxes of positive ones: as RPN, and as RetinaNet."""
+    """Same labels, and same boxes of positive anchors, with the settings of RPN and RetinaNet."""
     from mmdet.models.task_modules.assigners import MaxIoUAssigner
     from mmengine.structures import InstanceData
 
@@ -41,7 +39,7 @@ def test_matches_reference(mmdet, grid, num_gt, low, high, min_iou):
 
 
 def test_rule():
-    """By hand: three boxes, five anchors."""
+    """Three boxes and five anchors, worked out by hand."""
     ious = torch.tensor(
         [
             [0.8, 0.1, 0.4, 0.0, 0.0],  # its best anchor is the first one
@@ -58,31 +56,18 @@ def test_rule():
         matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], min_iou)(ious)
         assert labels.tolist() == [1, 1, -1, 1, 0]
         assert matches[3] == 2
-    assert LowQualityMatcher([0.3, 0.7], [0, -1, 1], 1.0)(ious)[1].tolist() == [1, -1, -1, 0, 0]
-    for shape in ((0, 4), (3, 0)):
-        matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], 0.3)(torch.zeros(shape))
-        assert labels.tolist() == matches.tolist() == [0] * shape[1]
+    matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], 0.3)(ious[:, :0])
+    assert labels.tolist() == matches.tolist() == []
 
 
-def test_key():
-    """The key chooses between both rules; the matcher's thresholds stay."""
-    for key, expected in ((0.3, LowQualityMatcher), (-1.0, Matcher)):
-        cfg = demo_cfg(MODEL__LIBRA__RPN__LOW_QUALITY_IOU=key)
-        rpn = build_proposal_generator(cfg, build_backbone(cfg).output_shape())
-        assert type(rpn.anchor_matcher) is expected
-        assert rpn.anchor_matcher.thresholds == [-float("inf"), 0.3, 0.7, float("inf")]
-        assert rpn.anchor_matcher.labels == [0, -1, 1]
+def test_build_anchor_matcher():
+    """A negative IoU keeps Detectron2's matcher; thresholds and labels stay in either case."""
     parent = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
     assert build_anchor_matcher(parent, -1.0) is parent
     matcher = build_anchor_matcher(parent, 0.0)
     assert type(matcher) is LowQualityMatcher
     assert (matcher.thresholds, matcher.labels) == (parent.thresholds, parent.labels)
-
-
-@pytest.mark.parametrize("min_iou", [-0.1, 1.5])
-def test_bad_iou(min_iou):
-    with pytest.raises(ArgumentError, match=f"^min_iou is {min_iou}: use a value in"):
-        LowQualityMatcher([0.5], [0, 1], min_iou)
-    if min_iou > 0:  # a negative one asks for Detectron2's rule
-        with pytest.raises(ArgumentError, match="^min_iou is 1.5"):
-            build_anchor_matcher(Matcher([0.5], [0, 1]), min_iou)
+    with pytest.raises(ArgumentError, match="^min_iou is 1.5: use a value in"):
+        build_anchor_matcher(parent, 1.5)
+    with pytest.raises(ArgumentError, match="^min_iou is -0.1"):
+        LowQualityMatcher([0.5], [0, 1], -0.1)

@@ -7,33 +7,18 @@ from torch import nn
 
 from detectron2.utils import comm
 
-from libra_d2.modeling.normalizer import (
-    Normalizers,
-    is_batch_divided,
-    mean_over_batch,
-)
+from libra_d2.modeling.normalizer import Normalizers, is_batch_divided, mean_over_batch
 
 
 def another_process(monkeypatch, number):
-    """As if there were two processes, and the other one had ``number`` in each place."""
+    """Simulate two processes, the other of which contributes ``number`` to each all-reduce."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(number))
 
 
-def test_processes(monkeypatch):
-    """The mean, without changing the number itself."""
-    number, head = torch.tensor(4.0), nn.Identity()
-    assert mean_over_batch(number, head) is number
-    assert not is_batch_divided()
-    another_process(monkeypatch, 7)
-    assert mean_over_batch(number, head).item() == 5.5
-    assert number == 4
-    assert is_batch_divided()
-
-
 @pytest.mark.parametrize(("other", "expected"), [(None, [4.0, 40.0]), (30, [17.0, 35.0])])
 def test_micro_batches(monkeypatch, other, expected):
-    """Two heads in three micro-batches: a mean for each, in whatever order they are used."""
+    """Each of two heads has its own mean over three micro-batches, in any order of use."""
     if other is not None:
         another_process(monkeypatch, other)
     normalizers, heads = Normalizers(), (nn.Identity(), nn.Identity())
@@ -51,8 +36,8 @@ def test_micro_batches(monkeypatch, other, expected):
 
 
 def test_errors_inside():
-    """Nothing is active after an error."""
+    """Normalizers are deactivated after an error; without losses there is nothing to average."""
     with pytest.raises(ZeroDivisionError), Normalizers().active():
         1 / 0  # noqa: B018
     assert not is_batch_divided()
-    Normalizers().finish()  # there were no losses
+    Normalizers().finish()

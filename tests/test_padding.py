@@ -28,7 +28,7 @@ def retinanet(padding_anchors):
 
 @pytest.mark.parametrize(("build", "lowest_level"), [(rpn, 2), (retinanet, 3)])
 def test_as_if_alone_in_the_batch(build, lowest_level):
-    """Labels and boxes are those of the image in a batch of its own, and -1 elsewhere."""
+    """Labels and boxes are those of the image in a batch of its own; padding is labeled -1."""
     instances = []
     for height, width in SIZES:
         boxes = Boxes(torch.tensor([[8.0, 8, 40, 50], [20, 60, 60, 95]]))
@@ -38,10 +38,8 @@ def test_as_if_alone_in_the_batch(build, lowest_level):
 
     def label(padding_anchors, batch_size, instances):
         anchor_generator, label_anchors = build(padding_anchors)
-        grids = [
-            [-(-side // 2**level) for side in batch_size]
-            for level in range(lowest_level, lowest_level + 5)
-        ]
+        strides = [2**level for level in range(lowest_level, lowest_level + 5)]
+        grids = [[-(-side // stride) for side in batch_size] for stride in strides]
         anchors = anchor_generator([torch.zeros(1, 1, *grid) for grid in grids])
         return Boxes.cat(anchors).tensor, *label_anchors(anchors, instances)
 
@@ -57,5 +55,5 @@ def test_as_if_alone_in_the_batch(build, lowest_level):
         assert labels[i].dtype == plain_labels[i].dtype
         if size == (160, 160):
             assert inside.all()
-        else:  # Detectron2's way: background, except for those that overlap an object
+        else:  # Detectron2 labels padding as background, unless it overlaps an object
             assert (plain_labels[i][~inside] >= 0).double().mean() > 0.9

@@ -2,11 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_detections, demo_cfg, random_inputs
+from conftest import ROOT, demo_cfg, random_inputs
 
-from detectron2.export import scripting_with_instances
 from detectron2.modeling import build_model
-from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -19,31 +17,20 @@ def build(config="faster", **overrides):
     return build_model(demo_cfg(path, **{f"MODEL__{k}": v for k, v in overrides.items()}))
 
 
-def boxes_with_ious(*ious):
-    """Boxes whose IoU with the box [0, 0, 100, 10] is as given: they are cut off at the right."""
-    return Boxes(torch.tensor([[0, 0, 100 * iou, 10.0] for iou in ious]).reshape(-1, 4))
-
-
-def sample(heads, proposal_ious):
-    """Match and sample proposals of one image with one object of class 2."""
-    targets = Instances((128, 128), gt_boxes=boxes_with_ious(1.0))
-    targets.gt_classes = torch.tensor([2])
-    proposals = Instances((128, 128), proposal_boxes=boxes_with_ious(*proposal_ious))
-    proposals.objectness_logits = torch.zeros(len(proposals))
-    with EventStorage() as storage:
-        (sampled,) = heads.label_and_sample_proposals([proposals], [targets])
-        return sampled, {k: v for k, (v, _) in storage.latest().items()}
-
-
-IOUS = [0.01] * 200 + [0.2] * 60 + [0.4] * 30 + [0.7] * 9
-
-
 @pytest.mark.parametrize("config", ["faster", "cascade"])
 @pytest.mark.parametrize("negatives", ["iou_balanced", "random"])
 def test_label_and_sample_proposals(config, negatives):
     """64 proposals: 9 positives and the object itself, 18 negatives from each of three bins."""
     heads = build(config, LIBRA__SAMPLER__NEGATIVES=negatives).roi_heads
-    sampled, scalars = sample(heads, IOUS)
+    right = [1.0] * 200 + [20.0] * 60 + [40.0] * 30 + [70.0] * 9  # edges; the object's is 100
+    boxes = torch.tensor([[0, 0, x, 10] for x in right])
+    proposals = Instances((128, 128), proposal_boxes=Boxes(boxes))
+    proposals.objectness_logits = torch.zeros(len(boxes))
+    targets = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
+    targets.gt_classes = torch.tensor([2])
+    with EventStorage() as storage:
+        (sampled,) = heads.label_and_sample_proposals([proposals], [targets])
+        scalars = {name: value for name, (value, _) in storage.latest().items()}
     assert len(sampled) == 64
     foreground = sampled[sampled.gt_classes == 2]
     assert len(foreground) == 10
@@ -53,14 +40,13 @@ def test_label_and_sample_proposals(config, negatives):
     in_bins = [(background.proposal_boxes.tensor[:, 2] == x).sum().item() for x in (1, 20, 40)]
     assert sum(in_bins) == 54
     assert (in_bins == [18, 18, 18]) == (negatives == "iou_balanced")
-    # The statistics tell what was drawn, by whichever sampler.
     assert [scalars[f"roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == in_bins
     assert scalars["roi_head/num_fg_instances"] == 1
     assert scalars["roi_head/num_fg_samples"] == 10
 
 
 class OwnSampler(torch.nn.Module):
-    """Keeps what it is given, and draws what it is told to."""
+    """Records its arguments and returns preset draws."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -74,10 +60,10 @@ class OwnSampler(torch.nn.Module):
         return SamplingResult(torch.tensor(positives).long(), torch.tensor(negatives), *statistics)
 
 
-def test_what_a_sampler_gets_and_gives():
+def test_sampler_interface():
     """
-    Two images, of which one has objects, at y = 0 and 50; in two steps, and a third one that fails.
-    Ground truth has Detectron2's objectness, whose probability is 1 - 1e-10.
+    Two steps with two images, the first with objects at y = 0 and 50, and a step that fails. Ground
+    truth has Detectron2's objectness, whose probability is 1 - 1e-10.
     """
     PROPOSAL_SAMPLER_REGISTRY._do_register("OwnSampler", OwnSampler)
     try:
@@ -123,70 +109,35 @@ def test_what_a_sampler_gets_and_gives():
     assert heads.proposal_matcher is matcher
 
 
-def test_ignored_proposals_are_not_sampled():
-    heads = build(ROI_HEADS__IOU_THRESHOLDS=[0.3, 0.6], ROI_HEADS__IOU_LABELS=[0, -1, 1]).roi_heads
-    sampled, scalars = sample(heads, IOUS)
-    widths = sampled.proposal_boxes.tensor[:, 2]
-    assert not (widths == 40).any()
-    # The bins end at 0.3: [0, 0.1), [0.1, 0.2), [0.2, 0.3).
-    assert scalars["roi_head/num_bg_iou_bin_2"] == (widths == 20).sum()
-
-
-def test_matcher_can_be_replaced():
-    """It is a plain one between two steps, whose thresholds can be seen."""
-    heads = build().roi_heads
-    sample(heads, IOUS)
-    assert type(heads.proposal_matcher) is Matcher
-    heads.proposal_matcher = Matcher([0.3], [0, 1])
-    sampled, _ = sample(heads, IOUS)
-    # What overlaps by 0.4 is foreground now; there is none above 0.7 but the object itself.
-    widths = sampled[sampled.gt_classes == 2].proposal_boxes.tensor[:, 2]
-    assert (widths < 70).any()
-
-
-BOX_LOSSES = {"loss_cls", "loss_box_reg"}
-LOSSES = {
-    "faster": BOX_LOSSES,
-    "mask": {*BOX_LOSSES, "loss_mask"},
-    "cascade": {f"{loss}_stage{k}" for loss in BOX_LOSSES for k in range(3)},
-}
-
-
-@pytest.mark.parametrize("config", LOSSES)
+@pytest.mark.parametrize("config", ["faster", "mask", "cascade"])
 @pytest.mark.parametrize("num_boxes", [(3, 0), (0, 0)])
 def test_train_step(config, num_boxes):
-    """Finite losses and gradients of all parameters, images without objects included."""
+    """All parameters have finite gradients, also from images without objects."""
     model = build(config, LIBRA__SAMPLER__MODE="reference")
     with EventStorage():
-        losses = model(random_inputs(*num_boxes))
-    assert set(losses) == {*LOSSES[config], "loss_rpn_cls", "loss_rpn_loc"}
-    sum(losses.values()).backward()
+        sum(model(random_inputs(*num_boxes)).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("config", LOSSES)
+@pytest.mark.parametrize("config", ["faster", "cascade"])
 def test_initial_weights(config):
-    """
-    A seed gives a model with and without the ideas the same weights, apart from those of the
-    pyramid, and random numbers behind them: runs can be compared pair by pair.
-    """
+    """A seed gives the same weights with and without the ideas, apart from the pyramid's."""
     parent = {
         "ROI_HEADS__NAME": "CascadeROIHeads" if config == "cascade" else "StandardROIHeads",
         "ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE": "smooth_l1",
         "BACKBONE__NAME": "build_resnet_fpn_backbone",
     }
-    states, random = [], []
+    results = []
     for overrides in ({}, parent):
         torch.manual_seed(3)
-        states.append(build(config, **overrides).state_dict())
-        random.append(torch.rand(1))
-    libra = {k: v for k, v in states[0].items() if not k.startswith("backbone.bfp.")}
-    assert libra.keys() == states[1].keys()
+        weights = build(config, **overrides).state_dict()
+        results.append({**weights, "random number behind them": torch.rand(1)})
+    libra = {k: v for k, v in results[0].items() if not k.startswith("backbone.bfp.")}
+    assert libra.keys() == results[1].keys()
     for name, value in libra.items():
-        assert torch.equal(value, states[1][name]), name
-    assert random[0] == random[1]
+        assert torch.equal(value, results[1][name]), name
 
 
 def test_balanced_l1_in_each_stage():
@@ -197,28 +148,3 @@ def test_balanced_l1_in_each_stage():
     for predictor in heads.box_predictor:
         assert predictor.box_reg_loss_type == "balanced_l1"
         assert predictor.balanced_l1.arguments["alpha"] == 0.4
-
-
-def test_script():  # CascadeROIHeads cannot be
-    model = build(ROI_HEADS__SCORE_THRESH_TEST=0.3)
-    with EventStorage():
-        for _ in range(3):  # running statistics of batch norm
-            model(random_inputs(3, 3))
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.3)
-    torch.nn.init.normal_(model.backbone.bfp.refine.conv_out.weight, std=0.1)
-    fields = {
-        "proposal_boxes": Boxes,
-        "objectness_logits": torch.Tensor,
-        "pred_boxes": Boxes,
-        "scores": torch.Tensor,
-        "pred_classes": torch.Tensor,
-    }
-    inputs = [{"image": random_inputs(0)[0]["image"]}]
-    with torch.no_grad():
-        scripted = scripting_with_instances(model.eval(), fields)
-        (output,) = scripted.inference(inputs, do_postprocess=False)
-        (expected,) = model.inference(inputs, do_postprocess=False)
-    expected = expected.get_fields()
-    assert len(expected["scores"]) > 3
-    names = ("pred_boxes", "pred_classes", "scores")
-    assert_same_detections({name: getattr(output, name) for name in names}, expected)
