@@ -215,7 +215,7 @@ def open_video(args: argparse.Namespace):
     source = cv2.VideoCapture(0 if args.webcam else args.video_input)
     if not source.isOpened():
         name = "--webcam" if args.webcam else f"--video-input: {args.video_input}"
-        raise InputError(f"{name}: this is no video that OpenCV can read")
+        raise InputError(f"{name}: not a video that OpenCV can read")
     return source
 
 
@@ -260,7 +260,7 @@ def process_video(
         if writer is not None:
             writer.release()
     if num_frames == 0:
-        raise InputError(f"{name}: there is not a single frame in it")
+        raise InputError(f"{name}: it has no frames")
     if path:
         print(path)
 

@@ -103,11 +103,11 @@ def test_unusable_files(small, tmp_path, capsys):
     ("args", "message"),
     [
         (["--input", "/none/*.jpg"], "/none/*.jpg: no such image"),
-        (["--video-input", str(ROOT / "setup.py")], "setup.py: this is no video"),
+        (["--video-input", str(ROOT / "setup.py")], "setup.py: not a video"),
         (["--webcam", "--confidence-threshold", "2"], "--confidence-threshold is 2.0"),
         (["--webcam", "--plain-weights", "a.pth"], "two detectors side by side need --input"),
         (["--webcam", "--plain-config-file", "a.yaml"], "goes with --plain-weights"),
-        (["--webcam"], "--webcam: this is no video"),
+        (["--webcam"], "--webcam: not a video"),
         ([*DOCS, "--categories", str(ROOT / "setup.py")], "setup.py: no COCO JSON"),
         ([*DOCS, "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS: name the weights"),
         ([*DOCS, "--opts", "MODEL.LOAD_PROPOSALS", "True"], "a model without RPN needs proposals"),

@@ -81,7 +81,7 @@ def test_anchors():
         assert equal(from_mmdetection(theirs), ours)
         back = to_mmdetection({"head.cls_score.c": torch.zeros(9), **ours})
         assert all(torch.equal(back[key], value) for key, value in theirs.items())
-    message = "a RetinaNet with 9 anchors at each place was expected, but its last layer has 20 cha"
+    message = "a RetinaNet with 9 anchors per location was expected, but its last layer has 20 chan"
     with pytest.raises(InputError, match=message):
         from_mmdetection({"bbox_head.retina_cls.bias": torch.zeros(20)})
 

@@ -1,28 +1,27 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Export a trained model for deployment, as the suffix of the output says: an ONNX file, or a
-TorchScript file that needs neither this project nor Detectron2's Python code.
+Export a trained model as ONNX or, with another suffix of the output, as TorchScript, which needs
+neither this project nor Detectron2's Python code.
 
     python tools/export_model.py --config-file config.yaml --sample-image image.jpg \
         --output model.onnx MODEL.WEIGHTS model_final.pth
 
-The exported model takes an image as (3, H, W) float32 tensor, 0 to 255, with the channels in the
-order of INPUT.FORMAT, resized as INPUT.MIN_SIZE_TEST says; any H and W. A model without RPN takes
-proposals, too: (R, 4), absolute XYXY in that image. It returns boxes (n, 4), absolute XYXY, classes
-(n,) and scores (n,), and with a mask head masks (n, 1, 28, 28), probabilities within the boxes. All
-of this is in OUTPUT.json, and in the metadata of an ONNX file. Before it is written it has to
-detect what the model detects, in the sample image, in others of other sizes, and where there is
-nothing. demo/onnx_demo.py shows how an ONNX file is used.
+The exported model takes an image of any size as (3, H, W) float32 tensor in [0, 255], with the
+channels in the order of INPUT.FORMAT, resized according to INPUT.MIN_SIZE_TEST. A model without RPN
+also takes proposals (R, 4), absolute XYXY. It returns boxes (n, 4), absolute XYXY, classes (n,),
+scores (n,), and with a mask head mask probabilities within the boxes, (n, 1, 28, 28). OUTPUT.json
+and the metadata of an ONNX file describe this. The export fails unless it detects the same as the
+model in the sample image, in images of other sizes and in an empty one. See also demo/onnx_demo.py.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 import warnings
+from functools import partial
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -36,11 +35,7 @@ from detectron2.structures import Boxes, Instances
 from libra_d2.config import Recipe
 from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
-from libra_d2.engine import (
-    config_argument_parser,
-    read_config,
-    report_errors,
-)
+from libra_d2.engine import config_argument_parser, read_config, report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
 
@@ -49,27 +44,25 @@ FIELDS = ("pred_boxes", "pred_classes", "scores", "pred_masks")
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
-    """The arguments of this program."""
+    """The command line arguments."""
     parser = config_argument_parser(__doc__)
-    parser.add_argument(
-        "--sample-image", required=True, metavar="FILE", help="one in which there are objects"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="such as model.onnx, or model.ts"
-    )
-    parser.add_argument(
-        "--categories", metavar="FILE", help="COCO JSON that names the classes of your own model"
-    )
+    add = partial(parser.add_argument, metavar="FILE")
+    add("--sample-image", required=True, help="an image with objects")
+    add("--output", required=True, help="such as model.onnx or model.ts")
+    add("--categories", help="COCO JSON with the class names of a custom model")
     return parser
 
 
 def detect(model: torch.nn.Module, inputs: List[Dict[str, torch.Tensor]]) -> Tuple:
     """
-    The fields of one image's detections, those of :data:`FIELDS` that it has, as tensors.
+    Detect objects in one image.
 
     Args:
         model: in eval mode.
-        inputs: one with an "image" (3, H, W), and "boxes" (R, 4) if the model wants proposals.
+        inputs: one dict with "image" (3, H, W), and "boxes" (R, 4) if the model needs proposals.
+
+    Returns:
+        tensors of n detections each: those of :data:`FIELDS` that the model has.
     """
     (x,) = inputs
     if "boxes" in x:
@@ -84,7 +77,7 @@ def detect(model: torch.nn.Module, inputs: List[Dict[str, torch.Tensor]]) -> Tup
 
 
 def make_input(image: torch.Tensor, with_proposals: bool) -> Dict[str, torch.Tensor]:
-    """The input of :func:`detect`, with random proposals if it needs some."""
+    """The input of :func:`detect`, with random proposals if the model needs them."""
     if not with_proposals:
         return {"image": image}
     height, width = image.shape[1:]
@@ -94,14 +87,7 @@ def make_input(image: torch.Tensor, with_proposals: bool) -> Dict[str, torch.Ten
 
 
 def trace(model: torch.nn.Module, sample: Dict[str, torch.Tensor]) -> Exported:
-    """
-    Args:
-        model: in eval mode.
-        sample: see :func:`detect`.
-
-    Returns:
-        the traced model.
-    """
+    """Trace a model in eval mode; ``sample`` is an input of :func:`detect`."""
     adapter = TracingAdapter(model, [sample], inference_func=detect)
     with torch.no_grad():
         return torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
@@ -109,29 +95,28 @@ def trace(model: torch.nn.Module, sample: Dict[str, torch.Tensor]) -> Exported:
 
 def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: str) -> Exported:
     """
-    Write an ONNX file for any image size.
-
-    Args:
-        model, sample: see :func:`trace`.
-        path: of the file.
+    Write an ONNX file for any image size; see :func:`trace`.
 
     Returns:
-        what onnxruntime makes of it, as a function of tensors.
+        a function of tensors that runs it with onnxruntime.
 
     Raises:
         InputError: if a package is missing, or the model has an operator that ONNX lacks.
     """
     for name in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"--output {path}: `pip install onnx onnxruntime`")
+            raise InputError("--output: for ONNX files, `pip install onnx onnxruntime`")
     import onnxruntime
 
     adapter = TracingAdapter(model, [sample], inference_func=detect).eval()
-    axes = {"image": {1: "height", 2: "width"}, "boxes": {0: "num_proposals"}}
     outputs = list(FIELDS[: len(detect(model, [sample]))])
+    axes = {name: {0: "num_detections"} for name in outputs}
+    axes["image"] = {1: "height", 2: "width"}
+    if "boxes" in sample:
+        axes["boxes"] = {0: "num_proposals"}
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, about what was checked with other sizes
+            warnings.simplefilter("ignore")  # about constants; check() uses other image sizes
             torch.onnx.export(
                 adapter,
                 adapter.flattened_inputs,
@@ -139,14 +124,11 @@ def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: s
                 opset_version=17,
                 input_names=list(sample),
                 output_names=outputs,
-                dynamic_axes={
-                    **{name: axes[name] for name in sample},
-                    **{name: {0: "num_detections"} for name in outputs},
-                },
+                dynamic_axes=axes,
                 dynamo=False,
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as e:
-        raise InputError(f"--output {path}: the model cannot be exported: {one_line(e)}") from e
+        raise InputError(f"the model cannot be exported to ONNX: {one_line(e)}") from e
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(*tensors: torch.Tensor) -> Tuple:
@@ -158,12 +140,8 @@ def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: s
 
 def match(expected: Tuple, found: Tuple) -> torch.Tensor:
     """
-    Args:
-        expected, found: fields of n detections each, see :func:`detect`.
-
-    Returns:
-        (n,) index of the found detection that is nearest to each expected one, of the same class.
-        Equal scores have no order, and rounding may change that of nearly equal ones.
+    (n,): index of the nearest found detection of the same class for each expected one, as rounding
+    may change the order of nearly equal scores. See :func:`detect`.
     """
     (boxes, classes, scores), (other_boxes, other_classes, other_scores) = expected[:3], found[:3]
     distance = (boxes[:, None] - other_boxes).abs().amax(dim=2)
@@ -174,45 +152,32 @@ def match(expected: Tuple, found: Tuple) -> torch.Tensor:
 
 @torch.no_grad()
 def check(model: torch.nn.Module, exported: Exported, sample: Dict[str, torch.Tensor]) -> int:
-    """
-    Compare the detections in an image.
-
-    Returns:
-        how many there are.
-
-    Raises:
-        InputError: if they are not the same.
-    """
+    """The number of detections in an image. Raises: InputError: if the exported model differs."""
     expected, found = detect(model, [sample]), exported(*sample.values())
-    size = "{1} x {0}".format(*sample["image"].shape[1:])
-    what = f"in an image of {size} pixels"
+    number, problem = len(expected[0]), ""
     if [x.shape for x in expected] != [x.shape for x in found]:
-        raise InputError(
-            f"{what} the model detects {len(expected[0])} objects, but exported "
-            f"{len(found[0])}: the model cannot be exported"
-        )
-    # Where more was found than a model returns, equal scores decide which the last ones are.
-    clear = expected[2] > expected[2].amin(dim=0) + 1e-4 if len(expected[0]) else expected[1]
-    expected = tuple(x[clear] for x in expected)
-    index = match(expected, found)
-    if len(index.unique()) != len(index):
-        raise InputError(
-            f"{what} the exported model detects other objects: the model cannot be exported"
-        )
-    for name, a, b in zip(FIELDS, expected, found):
-        # The same operations on the same numbers, some of them fused: pixels, and probabilities.
-        bound = 0.05 if name == "pred_boxes" else 1e-4
-        difference = (a.float() - b[index].float()).abs().max().item() if len(a) else 0
-        if difference > bound:
-            raise InputError(
-                f"{what} {name} of the exported model differ by up to {difference:.3g}: the model "
-                "cannot be exported"
-            )
-    return len(found[0])
+        problem = f"the model detects {number} objects, but exported {len(found[0])}"
+    elif number:
+        # The last of TEST.DETECTIONS_PER_IMAGE detections may have the same score as omitted ones.
+        clear = expected[2] > expected[2].min() + 1e-4
+        expected = tuple(x[clear] for x in expected)
+        index = match(expected, found)
+        if len(index.unique()) != len(index):
+            problem = "the exported model detects other objects"
+        for name, a, b in zip(FIELDS, expected, found):
+            # Rounding errors of fused operations, in pixels or of probabilities.
+            bound = 0.05 if name == "pred_boxes" else 1e-4
+            difference = (a.float() - b[index].float()).abs()
+            if not problem and (difference > bound).any():
+                problem = f"{name} of the exported model differ by up to {difference.max():.3g}"
+    if problem:
+        size = "{1} x {0}".format(*sample["image"].shape[1:])
+        raise InputError(f"in an image of {size} pixels {problem}: the model cannot be exported")
+    return number
 
 
 def other_images(image: torch.Tensor) -> List[torch.Tensor]:
-    """The image in other sizes, portrait and landscape, and one in which there is nothing."""
+    """The image in other sizes, portrait and landscape, and a uniformly gray one."""
     height, width = image.shape[1:]
     sizes = ((height * 3 // 4, width * 2 // 3), (height - 1, width + 37), (height + 33, width // 2))
     resized = [torch.nn.functional.interpolate(image[None], size)[0] for size in sizes]
@@ -220,7 +185,7 @@ def other_images(image: torch.Tensor) -> List[torch.Tensor]:
 
 
 def read_sample(recipe: Recipe, path: str) -> torch.Tensor:
-    """The image as the model gets it, (3, H, W) float32, resized as in evaluation."""
+    """Read an image as the model's input, (3, H, W) float32, resized as in evaluation."""
     augmented = AugInput(read_image(path, recipe.image_format))
     AugmentationList(recipe.build_augmentations(False))(augmented)
     image = torch.from_numpy(augmented.image.copy()).permute(2, 0, 1)
@@ -228,20 +193,21 @@ def read_sample(recipe: Recipe, path: str) -> torch.Tensor:
 
 
 def class_names(recipe: Recipe, path: Optional[str]) -> List[str]:
-    """Names of the model's classes: from a COCO JSON, of its dataset, or numbers."""
-    number = recipe.num_classes
+    """Class names from a COCO JSON, else those of the dataset if they fit, else numbers."""
+    number, names = recipe.num_classes, None
+    datasets = recipe.test_datasets or recipe.train_datasets
     if path:
         names = read_categories(path)
-    else:
-        datasets = recipe.test_datasets or recipe.train_datasets
-        names = MetadataCatalog.get(datasets[0]).get("thing_classes") if datasets else None
-    if path and len(names) != number:
-        raise InputError(f"--categories: {path}: {len(names)} classes, but the model has {number}")
+        if len(names) != number:
+            what = f"{len(names)} classes, but the model has {number}"
+            raise InputError(f"--categories: {path}: {what}")
+    elif datasets:
+        names = MetadataCatalog.get(datasets[0]).get("thing_classes")
     return list(names) if names and len(names) == number else [str(i) for i in range(number)]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build, export, check and write."""
+    """Build the model; export, check and write it."""
     recipe = read_config(args.config_file, args.opts)
     if recipe.is_proposal_network:
         raise InputError("only models that detect objects can be exported")
@@ -273,9 +239,7 @@ def run(args: argparse.Namespace) -> None:
         exported = export_onnx(model, sample, path) if to_onnx else trace(model, sample)
         counts = [check(model, exported, x) for x in (sample, *others)]
         if to_onnx:
-            add_metadata(path, description)
-            with open(path, "rb") as source, atomic_write(args.output) as f:
-                shutil.copyfileobj(source, f)
+            write_onnx(path, description, args.output)
     if not to_onnx:
         save_trace(exported, args.output)
     with atomic_write(f"{args.output}.json", "w") as f:
@@ -285,20 +249,18 @@ def run(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-def add_metadata(path: str, description: Dict) -> None:
-    """Put the description, as JSON by its keys, into an ONNX file."""
+def write_onnx(source: str, description: Dict, path: str) -> None:
+    """Copy an ONNX file, with the values of ``description`` as JSON in its metadata."""
     import onnx
 
-    model = onnx.load(path)
+    model = onnx.load(source)
     onnx.helper.set_model_props(model, {k: json.dumps(v) for k, v in description.items()})
-    onnx.save(model, path)
+    with atomic_write(path) as f:
+        onnx.save(model, f)
 
 
 def save_trace(traced: torch.jit.ScriptModule, path: str) -> None:
-    """
-    Raises:
-        InputError: if a part of the model is not PyTorch's.
-    """
+    """Write a TorchScript file. Raises: InputError: if a part of the model is not PyTorch's."""
     try:
         with atomic_write(path) as f:
             torch.jit.save(traced, f)

@@ -2,17 +2,16 @@
 """
 Install Detectron2 0.6 with pip alone: no source repository, no compiler.
 
-Detectron2 itself is not on the Python package index. Its Python code is, as the source
-distribution ``pb1-detectron2==0.6`` (every Python file and model zoo YAML equals upstream's tag
-v0.6; the C++ sources are missing). This script fetches that archive through pip, verifies its
-hash, applies the fixes which upstream has made since 0.6 and without which it does not run on
-current numpy, Pillow and PyTorch, and builds and installs a wheel named ``detectron2``.
+Detectron2 is not on PyPI, but its Python code is, as the source distribution
+``pb1-detectron2==0.6``: all Python files and model zoo configs of upstream's tag v0.6, without the
+C++ sources. This script downloads it with pip, verifies its hash, applies later upstream fixes that
+current numpy, Pillow and PyTorch require, and builds and installs a wheel named ``detectron2``.
 
 Usage, in an environment that has torch, torchvision, ``setuptools<81`` and wheel::
 
     python tools/install_detectron2.py
 
-An existing Detectron2 is left alone. Exit status: 0 installed or already there, 1 otherwise.
+An existing Detectron2 is not changed. The exit status is 0 if Detectron2 is installed, else 1.
 """
 
 import argparse
@@ -42,11 +41,11 @@ With a compiler and a connection, upstream's own build has all of it:
 
 
 class InstallError(Exception):
-    """The installation cannot go on; the message says why and what to do."""
+    """Detectron2 cannot be installed; the message says why and what to do."""
 
 
 class Fix(NamedTuple):
-    """Replace ``old`` by ``new`` in ``path``, where it must occur exactly ``count`` times."""
+    """Replaces ``old`` by ``new`` in ``path``, where it must occur exactly ``count`` times."""
 
     path: str
     old: str
@@ -56,9 +55,9 @@ class Fix(NamedTuple):
 
 _COMPILED = ("from detectron2 import _C", "from detectron2.layers.no_compiled_ops import _C")
 
-# Each is what upstream's main branch does today, up to the missing operators' error message.
+# All are from upstream's main branch, except the error message of missing operators.
 FIXES = (
-    # Operators that this build lacks: an error on use rather than on `import detectron2`.
+    # Missing operators raise an error when they are used, not when detectron2 is imported.
     Fix("detectron2/layers/deform_conv.py", *_COMPILED),
     Fix("detectron2/layers/roi_align_rotated.py", *_COMPILED),
     Fix("detectron2/layers/rotated_boxes.py", *_COMPILED),
@@ -87,7 +86,7 @@ FIXES = (
     Fix("detectron2/utils/visualizer.py", ".astype(np.bool)", ".astype(bool)", 3),
     # Pillow removed Image.LINEAR, an alias, in 10.
     Fix("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR"),
-    # Python 3.11 samples from sequences only.
+    # Python 3.11 no longer samples from sets.
     Fix(
         "detectron2/data/common.py",
         "self._rng.sample(self._fallback_candidates, k=1)",
@@ -101,7 +100,7 @@ FIXES = (
     ),
     # torch.optim schedulers derive from LRScheduler since PyTorch 2.0.
     Fix("detectron2/engine/hooks.py", "lr_scheduler._LRScheduler)", "lr_scheduler.LRScheduler)", 2),
-    # PyTorch asks for the index order to be named, and warns in every process otherwise.
+    # PyTorch warns if the index order is not given.
     Fix(
         "detectron2/modeling/anchor_generator.py",
         "torch.meshgrid(shifts_y, shifts_x)",
@@ -122,8 +121,8 @@ class _MissingOperators:
 _C = _MissingOperators()
 """
 
-# Replaces the archive's setup.py, which compiles C++ sources that are not in it, looks for the
-# model zoo's YAML files outside the package, and pins a `black` that only LazyConfig printing uses.
+# Replaces the archive's setup.py, which compiles the missing C++ sources, looks for the model zoo's
+# configs outside the package, and pins a `black` that only LazyConfig printing uses.
 PYPROJECT = f"""\
 [build-system]
 requires = ["setuptools", "wheel"]
@@ -152,7 +151,7 @@ packages = [%s]
 
 
 def installed_version() -> "str | None":
-    """Return the version of the Detectron2 in this environment, or None if there is none."""
+    """The version of Detectron2 in this environment, or None."""
     if importlib.util.find_spec("detectron2") is None:
         return None
     try:
@@ -162,7 +161,7 @@ def installed_version() -> "str | None":
 
 
 def run_pip(*args: str) -> None:
-    """Run pip in this environment; raise InstallError with the end of its output on failure."""
+    """Run pip. Raises InstallError with the end of its output if it fails."""
     command = [sys.executable, "-m", "pip", *args]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode != 0:
@@ -171,9 +170,7 @@ def run_pip(*args: str) -> None:
 
 
 def check_environment() -> None:
-    """
-    Raise InstallError if a tool that the installation needs is missing or of a wrong version.
-    """
+    """Raise InstallError if a required package is missing or has the wrong version."""
     for module in ("torch", "torchvision", "setuptools", "wheel"):
         if importlib.util.find_spec(module) is None:
             raise InstallError(
@@ -196,13 +193,10 @@ def check_environment() -> None:
 
 def fetch_source(directory: Path) -> Path:
     """
-    Download and unpack the source archive; pip compares its hash with :data:`SHA256`.
-
-    Args:
-        directory: an existing, writable directory.
+    Download the source archive to ``directory``, where pip verifies its hash, and unpack it there.
 
     Returns:
-        the root of the unpacked source tree, inside ``directory``.
+        root of the source tree.
     """
     requirement = directory / "requirement.txt"
     requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
@@ -212,8 +206,7 @@ def fetch_source(directory: Path) -> Path:
     )
     (archive,) = directory.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        # The filter exists since Python 3.11.4 and the last releases of 3.9 and 3.10. The archive
-        # is the one whose hash was just verified, so that it is a second line of defense.
+        # Early patch releases of Python 3.9 to 3.11 lack the filter; pip has verified the hash.
         tar.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (root,) = (path.parent for path in directory.glob("*/PKG-INFO"))
     return root
@@ -221,11 +214,11 @@ def fetch_source(directory: Path) -> Path:
 
 def apply_fixes(root: Path, fixes: "tuple[Fix, ...]" = FIXES) -> None:
     """
-    Apply ``fixes`` below ``root`` in place.
+    Apply ``fixes`` to the source tree ``root``.
 
     Raises:
-        InstallError: if a file is missing or a text does not occur as often as expected, which
-            means that the source is not the one the fixes were made for. Nothing is written then.
+        InstallError: if a file is missing or a text does not occur as often as expected. Nothing is
+            written then.
     """
     texts = {}
     for fix in fixes:
@@ -246,17 +239,15 @@ def apply_fixes(root: Path, fixes: "tuple[Fix, ...]" = FIXES) -> None:
 
 
 def build_wheel(root: Path, directory: Path) -> Path:
-    """Build a wheel of the fixed source tree ``root`` in ``directory`` and return its path."""
+    """Build a wheel of the fixed source tree ``root`` in ``directory``; returns its path."""
     (root / "detectron2/layers/no_compiled_ops.py").write_text(NO_COMPILED_OPS)
     (root / "setup.py").unlink()
-    packages = {p.parent.relative_to(root) for p in (root / "detectron2").rglob("__init__.py")}
-    packages = {".".join(p.parts) for p in packages if "configs" not in p.parts}
-    projects = ("point_rend", "deeplab", "panoptic_deeplab")
-    packages |= {f"detectron2.projects.{name}" for name in projects}
+    folders = {p.parent.relative_to(root) for p in (root / "detectron2").rglob("__init__.py")}
+    packages = {".".join(p.parts) for p in folders if "configs" not in p.parts}
+    packages |= {f"detectron2.projects.{x}" for x in ("point_rend", "deeplab", "panoptic_deeplab")}
     (root / "pyproject.toml").write_text(PYPROJECT % ", ".join(f'"{p}"' for p in sorted(packages)))
-    run_pip(
-        *("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(root))
-    )
+    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(directory))
+    run_pip("wheel", *options, str(root))
     (wheel,) = directory.glob("detectron2-*.whl")
     return wheel
 

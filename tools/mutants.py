@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Change the package in one place after another, and see whether a test fails.
+Mutation testing: change the package in one place at a time and see whether a test fails.
 
     python tools/mutants.py --seed 0 --mutants 64 --only libra_d2/data
 
-docs/contributing.md says what for. Most kinds of mutants are Cosmic Ray's. Its own runner has one
-command for all of them; here each meets the tests of its module and, if it survives, its folder's.
+See docs/contributing.md. Most mutation operators are Cosmic Ray's. Its own runner has one test
+command for all mutants; here the tests of the mutated module run first, then those of its folder.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "libra_d2"
-TIMEOUT = 600  # seconds for the tests of a module, which a mutant can make endless
-# Of Cosmic Ray's operators those that make bugs people make: a difference for a sum, not a shift.
+TIMEOUT = 600  # seconds for the tests of a module; mutants may not terminate
+# Operators of Cosmic Ray that resemble human errors, such as + for -, but not << for -.
 CHOSEN = re.compile(
     r"""ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Div|Pow_Mul|BitAnd_BitOr
     |BitOr_BitAnd) | ReplaceComparisonOperator_(Eq_NotEq|NotEq_Eq|Is_IsNot|IsNot_Is|Lt_LtE|LtE_Lt
@@ -50,17 +50,17 @@ CHOSEN = re.compile(
     re.VERBOSE,
 )
 LEFT_OUT = (".git", ".venv", "output", "datasets", "build", "__pycache__", ".*_cache")
-# Statements and arguments that no test has to look at.
+# Statements and arguments that need no tests.
 IGNORED = re.compile(r"(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
 LOOKS = ("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar")
 PAIRS = {"min": "max", "mean": "sum", "any": "all", "floor": "ceil", "height": "width"}
 PAIRS.update({new: old for old, new in PAIRS.items()})
 
-Tests = Dict[Path, List[str]]  # files of tests by module
+Tests = Dict[Path, List[str]]  # test files by module
 
 
 class Replacement:
-    """A kind of mutants that Cosmic Ray has not: what ``new`` returns for a node is put there."""
+    """A mutation operator that replaces a node by what ``new`` returns, unless it is None."""
 
     def __init__(self, new: Callable[[NodeOrLeaf], Optional[str]]):
         self._new = new
@@ -74,12 +74,12 @@ class Replacement:
 
 
 def no_statement(node: NodeOrLeaf) -> Optional[str]:
-    """``pass`` for a call, a return out of an ``if``, a ``raise``, or a change of what is there."""
+    """Replaces a call, ``raise``, ``del``, return in an ``if`` or update of a value by ``pass``."""
     if node.parent is None or node.parent.type != "simple_stmt" or not node.get_next_sibling():
         return None
     code = node.get_code(include_prefix=False)
     if node.type == "expr_stmt":
-        # Any test would miss a new name, but not another value of one that it is made of.
+        # A new name is not removed, as any test would fail; an update of its own value is.
         names = re.match(r"([\w, ()]+)(:[^=]+)?( = |$)", code)
         old = names and re.findall(r"\w+", code[names.end() :])
         removable = not names or any(x in old for x in re.findall(r"\w+", names[1]))
@@ -91,13 +91,13 @@ def no_statement(node: NodeOrLeaf) -> Optional[str]:
 
 
 def no_argument(node: NodeOrLeaf) -> Optional[str]:
-    """Nothing for an argument that is passed by its name."""
+    """Removes a keyword argument."""
     by_name = node.type == "argument" and node.children[1] == "="
     return "**{}" if by_name and node.children[0].value not in LOOKS else None
 
 
 def other_name(node: NodeOrLeaf) -> Optional[str]:
-    """The other name of a pair."""
+    """Replaces a name by its counterpart in PAIRS."""
     return PAIRS.get(node.value) if node.type == "name" and not node.is_definition() else None
 
 
@@ -109,12 +109,12 @@ OPERATORS = [
 
 @dataclass
 class Mutant:
-    """A changed module, and which tests it has met."""
+    """A mutated module and the result of its tests."""
 
     path: Path  # in the repository
     source: str
     code: str
-    stage: str = ""  # the tests that it met last: own, wider
+    stage: str = ""  # tests run last: own, wider
     caught_by: str = ""
 
     def diff(self) -> List[str]:
@@ -122,7 +122,7 @@ class Mutant:
         return list(difflib.unified_diff(*texts, str(self.path), str(self.path), lineterm=""))
 
     def key(self) -> Tuple[str, str, str]:
-        """What it is known by, wherever in the file the line comes to be."""
+        """Identifies it independently of line numbers."""
         lines = self.diff()[2:]
         old, new = (one_line(x[1:] for x in lines if x[0] == sign) for sign in "-+")
         return str(self.path), old, new
@@ -139,7 +139,7 @@ def folder_of(path: Path) -> str:
 
 
 def make_mutants(paths: List[Path], seed: str, equivalent: Set[Tuple]) -> Iterator[Mutant]:
-    """All lines of some modules in random order, each with one of the mutants possible there."""
+    """One random mutant of each line of some modules, in random order."""
     places: Dict[Tuple, List] = {}
     sources = {path: (ROOT / path).read_text() for path in paths}
     for path, source in sources.items():
@@ -162,10 +162,10 @@ def make_mutants(paths: List[Path], seed: str, equivalent: Set[Tuple]) -> Iterat
 
 def read_tests(paths: List[Path], suite: bool) -> Tuple[Tests, Tests]:
     """
-    A module's own tests and wider ones, as [tool.libra_mutants] of pyproject.toml has them.
+    The own and the wider tests of each module, see [tool.libra_mutants] in pyproject.toml.
 
-    Its own are those listed for it, else tests/test_<module>.py, else those listed for its folder.
-    Wider ones are those of all modules of its folder and of programs, or with ``suite`` all.
+    Own tests are those listed for the module, else tests/test_<module>.py, else those listed for
+    its folder. Wider tests are those of its folder and of programs, or with ``suite`` all tests.
     """
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["libra_mutants"]
     listed = {key: [f"tests/test_{x}.py" for x in names] for key, names in table.items()}
@@ -188,7 +188,7 @@ def read_tests(paths: List[Path], suite: bool) -> Tuple[Tests, Tests]:
 
 
 def read_equivalent() -> Set[Tuple[str, str, str]]:
-    """The keys of the mutants in tests/equivalent_mutants.toml, whose lines must still be there."""
+    """Keys of the mutants in tests/equivalent_mutants.toml, whose lines must still exist."""
     entries = tomllib.loads((ROOT / "tests/equivalent_mutants.toml").read_text()).get("mutant", [])
     for x in entries:
         if x["line"] not in one_line((ROOT / x["file"]).read_text().splitlines()):
@@ -197,7 +197,7 @@ def read_equivalent() -> Set[Tuple[str, str, str]]:
 
 
 def end_processes(copy: Path) -> None:
-    """End the tests that run in a copy and all that they have started, in whatever session."""
+    """Kill the tests that run in a copy and all their child processes, by their TMPDIR."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get("TMPDIR") == str(copy.parent):
@@ -205,7 +205,7 @@ def end_processes(copy: Path) -> None:
 
 
 def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> str:
-    """The name of the first test that fails, or else what is wrong; "" if all pass."""
+    """The first test that fails, or another reason for failure; "" if all pass."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.update(PYTHONPATH=str(copy), TMPDIR=str(copy.parent))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
@@ -228,7 +228,7 @@ def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> str:
 def try_mutants(
     mutants: List[Mutant], stage: str, tests: Tests, copies: List[Path], deadline: float
 ) -> None:
-    """Run tests by module with each of the mutants, one in each of the copies at a time."""
+    """Run the tests of each mutant, one mutant per copy at a time."""
     free = SimpleQueue()
     for copy in copies:
         free.put(copy)
@@ -244,7 +244,7 @@ def try_mutants(
         finally:
             (copy / mutant.path).write_text(mutant.source)
             free.put(copy)
-        if stage == "own" or caught_by != "timeout":  # where time is short nothing is known
+        if stage == "own" or caught_by != "timeout":  # the time left was too short
             mutant.stage, mutant.caught_by = stage, caught_by
             print(f"{mutant.path}, {stage} tests: {caught_by or 'survived'}", flush=True)
 
@@ -253,7 +253,7 @@ def try_mutants(
         try:
             for future in futures:
                 future.result()
-        finally:  # of an interruption, too
+        finally:  # also when interrupted
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(x.done() for x in futures):
                 for copy in copies:
@@ -261,7 +261,7 @@ def try_mutants(
 
 
 def print_report(mutants: List[Mutant]) -> None:
-    """Survivors as diffs, and the score by folder."""
+    """Print diffs of surviving mutants, and the score by folder."""
     for mutant in mutants:
         if not mutant.caught_by:
             print(f"\nSurvived, {mutant.stage} tests:", *mutant.diff(), sep="\n")
@@ -277,12 +277,12 @@ def print_report(mutants: List[Mutant]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--seed", default="0", help="of the random choice")
-    parser.add_argument("--mutants", type=int, default=64, help="as many of each folder")
+    parser.add_argument("--seed", default="0", help="random seed")
+    parser.add_argument("--mutants", type=int, default=64, help="number, evenly from all folders")
     parser.add_argument("--only", default="libra_d2", metavar="PATH", help="folder or module")
-    parser.add_argument("--minutes", type=float, default=35, help="after which none is begun")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
-    parser.add_argument("--suite", action="store_true", help="survivors meet all tests there are")
+    parser.add_argument("--minutes", type=float, default=35, help="time limit for starting mutants")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel mutants")
+    parser.add_argument("--suite", action="store_true", help="wider tests are all tests")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)

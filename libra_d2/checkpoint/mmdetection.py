@@ -82,7 +82,7 @@ def _reorder_anchors(weight: torch.Tensor, num_outer: int, num_inner: int) -> to
     channels = len(weight) // (num_outer * num_inner)
     if channels * num_outer * num_inner != len(weight):
         raise InputError(
-            f"a RetinaNet with {num_outer * num_inner} anchors at each place was expected, but its "
+            f"a RetinaNet with {num_outer * num_inner} anchors per location was expected, but its "
             f"last layer has {len(weight)} channels"
         )
     split = weight.reshape(num_outer, num_inner, channels, *weight.shape[1:])
