@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Libra R-CNN composes with, as docs/own_project.md lists it."""
+"""Combinations that docs/own_project.md lists."""
 
 import copy
 import re
 
 import pytest
 import torch
-from conftest import ROOT, build_model, demo_cfg, random_inputs
+from conftest import ROOT, assert_same_detections, build_model, demo_cfg, random_inputs
 from test_lazy import inputs_for
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from detectron2.export import scripting_with_instances
 from detectron2.modeling import build_backbone
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 
 from libra_d2.errors import InputError
@@ -30,15 +32,10 @@ def test_page_names_tests_that_exist():
 
 @pytest.mark.parametrize("name", ["panoptic", "keypoint"])
 def test_yaml(name):
-    """LibraROIHeads with a segmentation head beside them, and with a keypoint head."""
-    overrides = {
-        "panoptic": {
-            "MODEL__META_ARCHITECTURE": "PanopticFPN",
-            "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32,
-        },
-        "keypoint": {"MODEL__KEYPOINT_ON": True},
-    }
-    model = build_model(demo_cfg(**overrides[name]))
+    """LibraROIHeads in a panoptic model and with a keypoint head."""
+    panoptic = {"MODEL__META_ARCHITECTURE": "PanopticFPN", "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32}
+    overrides = panoptic if name == "panoptic" else {"MODEL__KEYPOINT_ON": True}
+    model = build_model(demo_cfg(**overrides))
     inputs = inputs_for(name)
     with EventStorage() as storage:
         losses = model(inputs)
@@ -50,7 +47,7 @@ def test_yaml(name):
 
 
 def test_rotated():
-    """The balanced pyramid under rotated boxes."""
+    """A balanced pyramid below rotated ROI heads; balanced L1 loss is refused."""
     overrides = {
         "MODEL__ROI_HEADS__NAME": "RROIHeads",
         "MODEL__PROPOSAL_GENERATOR__NAME": "RRPN",
@@ -69,7 +66,7 @@ def test_rotated():
 
 
 def test_gradient_checkpointing():
-    """The backbone, recomputed in the backward pass, has the same gradients."""
+    """Recomputing the backbone in the backward pass gives the same gradients."""
     backbone = build_backbone(demo_cfg()).double()
     torch.nn.init.normal_(backbone.bfp.refine.conv_out.weight, std=0.1)
     image = torch.randn(1, 3, 64, 96, dtype=torch.float64)
@@ -85,17 +82,18 @@ def test_gradient_checkpointing():
 
 @pytest.mark.parametrize("config", ["faster_rcnn", "cascade_rcnn", "retinanet"])
 def test_copies(config):
-    """Deep copies, and weights that are averaged over steps, during a training."""
+    """Deep copies and averaged weights of a model in training detect the same."""
     cfg = demo_cfg(ROOT / f"configs/Demo/libra_{config}_R_18_FPN.yaml")
     cfg.MODEL.RETINANET.NUM_CLASSES = 4
     model = build_model(cfg)
+    torch.nn.init.normal_(model.backbone.bfp.refine.conv_out.weight, std=0.1)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with EventStorage():
         sum(model(random_inputs(3, 2)).values()).backward()
     optimizer.step()
     averaged.update_parameters(model)
-    averaged.update_parameters(model)  # with a decay of 0 it is the model
+    averaged.update_parameters(model)  # with a decay of 0, the model's own
     copied = copy.deepcopy(model)
     image = [{"image": random_inputs(1)[0]["image"]}]
     with torch.no_grad():
@@ -107,3 +105,30 @@ def test_copies(config):
             found = other.eval()(image)[0]["instances"]
             torch.testing.assert_close(found.scores, expected.scores)
             torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize("system", ["faster_rcnn", "retinanet"])
+def test_script(system):
+    """Scripted models detect the same; test_export_model traces them."""
+    cfg = demo_cfg(ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml")
+    cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NORM = 4, ""
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.02, 0.3
+    model = build_model(cfg)
+    with EventStorage():
+        for _ in range(3):  # running statistics of batch norm
+            model(random_inputs(3, 3))
+    head = model.head if system == "retinanet" else model.roi_heads.box_predictor
+    torch.nn.init.normal_(head.cls_score.weight, std=20.0 if system == "retinanet" else 0.3)
+    torch.nn.init.normal_(model.backbone.bfp.refine.conv_out.weight, std=0.1)
+    fields = {"pred_boxes": Boxes, "scores": torch.Tensor, "pred_classes": torch.Tensor}
+    of_rpn = {"proposal_boxes": Boxes, "objectness_logits": torch.Tensor}
+    inputs = [{"image": random_inputs(0, size=(160, 96))[0]["image"]}]
+    with torch.no_grad():
+        expected = model.eval()(inputs)[0]["instances"]
+        scripted = scripting_with_instances(model, {**fields, **of_rpn})
+        if system == "retinanet":
+            (output,) = scripted(inputs)
+        else:
+            (output,) = scripted.inference(inputs, do_postprocess=False)
+    assert len(expected) > 3
+    assert_same_detections({x: getattr(output, x) for x in fields}, expected.get_fields())
