@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The map in docs/architecture.md."""
+"""The map in docs/architecture.md, and what this project relies on in Detectron2's code."""
 
 import ast
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from detectron2.utils.registry import locate
 
 PACKAGE = ROOT / "libra_d2"
 # Each room, and those that it may import from.
@@ -18,12 +22,44 @@ ROOMS = {
     "evaluation": ("errors", "utils", "modeling", "data"),
     "analysis": ("utils", "modeling"),
     "lazy": ("errors", "modeling"),
-    "config": ("errors", "modeling", "checkpoint", "data", "evaluation", "lazy"),
+    "config": ("errors", "utils", "modeling", "checkpoint", "data", "evaluation", "lazy"),
     "model_zoo": ("errors", "utils", "checkpoint", "config"),
     "engine": (
         *("errors", "utils", "modeling", "checkpoint", "data", "evaluation", "config"),
         "model_zoo",
     ),
+}
+
+
+# What is not public in Detectron2, fvcore or iopath, and used, overridden or imported here.
+PRIVATE_NAMES = {
+    "detectron2.checkpoint.DetectionCheckpointer": (
+        *("_load_file", "_load_model", "_log_incompatible_keys"),
+    ),
+    "detectron2.data.detection_utils": ("_apply_exif_orientation",),
+    "detectron2.engine.DefaultTrainer": ("_trainer", "_last_eval_results"),
+    "detectron2.engine.TrainerBase": ("_hooks",),
+    "detectron2.engine.SimpleTrainer": ("_data_loader_iter", "_write_metrics"),
+    "detectron2.engine.hooks.BestCheckpointer": ("_checkpointer", "_file_prefix", "_val_metric"),
+    "detectron2.evaluation.COCOEvaluator": (
+        *("_coco_api", "_derive_coco_results", "_do_evaluation", "_eval_predictions"),
+        *("_max_dets_per_image", "_metadata", "_output_dir", "_results", "_tasks"),
+        "_tasks_from_predictions",
+    ),
+    "detectron2.modeling.GeneralizedRCNNWithTTA": (
+        *("_batch_inference", "_get_augmented_boxes", "_get_augmented_inputs"),
+        *("_inference_one_image", "_merge_detections"),
+    ),
+    "detectron2.modeling.RetinaNet": (
+        *("_decode_multi_level_predictions", "_decode_per_level_predictions", "_ema_update"),
+    ),
+    "detectron2.modeling.ROIHeads": ("_sample_proposals",),
+    "detectron2.modeling.StandardROIHeads": ("_init_box_head",),
+    "detectron2.modeling.box_regression": ("_dense_box_regression_loss",),
+    "detectron2.modeling.proposal_generator.RPN": ("_subsample_labels",),
+    "detectron2.utils.comm": ("_LOCAL_PROCESS_GROUP",),
+    "detectron2.utils.registry": ("_convert_target_to_string",),
+    "iopath.common.file_io.PathHandler": ("_get_local_path", "_get_supported_prefixes", "_open"),
 }
 
 
@@ -65,3 +101,25 @@ def test_map():
     """The page names every room."""
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     assert not [room for room in ROOMS if f"`{room}" not in page]
+
+
+@pytest.mark.parametrize("owner", PRIVATE_NAMES)
+def test_private_names(owner):
+    """A version of Detectron2 that lacks one is named, before anything fails in an obscure way."""
+    place = locate(owner) if not owner.islower() else __import__(owner, fromlist=["_"])
+    source = "".join(
+        inspect.getsource(x) for x in getattr(place, "__mro__", [place]) if x is not object
+    )
+    missing = [name for name in PRIVATE_NAMES[owner] if not re.search(rf"\b{name}\b", source)]
+    assert not missing, f"{owner} of this version of Detectron2 has no {', '.join(missing)}"
+
+
+def test_private_names_are_listed():
+    """What this package imports, or overrides with super(), of private names is in the table."""
+    listed = {name for names in PRIVATE_NAMES.values() for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        lines = re.findall(r"^from (?:detectron2|fvcore|iopath).* import (.+)", text, re.MULTILINE)
+        used = {name for line in lines for name in re.findall(r"\b_\w+", line)}
+        used |= set(re.findall(r"super\(\)\.(_[a-z]\w+)", text))
+        assert used <= listed | {"_read", "_write", "_apply"}, Path(path).name

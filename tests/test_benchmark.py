@@ -6,8 +6,10 @@ import json
 import matplotlib.pyplot as plt
 import pytest
 
-from libra_d2.tools import benchmark
-from libra_d2.tools.benchmark import OURS, PLAIN, REFERENCE, Result
+from libra_d2.tools import benchmark, benchmark_models
+from libra_d2.tools.benchmark_models import OURS, PLAIN, REFERENCE
+from libra_d2.utils import meter
+from libra_d2.utils.meter import Meter, Result
 
 
 def cells(table):
@@ -16,8 +18,8 @@ def cells(table):
     return rows[:1] + rows[2:]
 
 
-def test_benchmark(tmp_path, capsys, mmdet):
-    """All components at tiny sizes, beside Detectron2 and mmdetection: table, JSON and picture."""
+def test_parts(tmp_path, capsys, mmdet):
+    """At tiny sizes, beside Detectron2 and mmdetection: table, JSON and picture."""
     arguments = ["--device", "cpu", "--seconds", "0.01", "--p4-size", "4", "6"]
     arguments += ["--only", "attention", "non-local", "pyramid", "sampling", "loss"]
     arguments += ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
@@ -25,7 +27,7 @@ def test_benchmark(tmp_path, capsys, mmdet):
     results = json.loads((tmp_path / "out.json").read_text())
     assert len(results) == 15 + 6
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(results)
+    assert len(rows) == 1 + sum(len(result["values"]) for result in results)
     for measured in results:
         assert len(measured["values"]) >= 2
         assert min(measured["values"].values()) >= (1e-9 if measured["unit"] == "ms" else 0)
@@ -50,31 +52,44 @@ def test_times(monkeypatch):
         now[0] += durations[name][calls[name] % 7]
         calls[name] += 1
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
     steps = {name: lambda name=name: step(name) for name in durations}
-    result = benchmark.Meter("cpu", 0).times("what", steps)
+    result = Meter("cpu", 0).times("what", steps)
     assert (result.what, result.unit, calls) == ("what", "ms", {"a": 7, "b": 7})
     assert result.values == pytest.approx({"a": 30, "b": 7})
     assert result.spreads == pytest.approx({"a": 70 - 15, "b": 0})
 
 
-def test_tables():
-    """Ours, Detectron2's and mmdetection's, half the spreads, and ratios of ours to theirs."""
-    one = Result("one", "ms", {OURS: 2, PLAIN: 4, REFERENCE: 8}, {OURS: 0.5, PLAIN: 1}, 1.25)
-    attention = Result("attention, 4 x 6", "ms", {"x": 1.0, "y": 3.1234})
-    results = [one, attention, Result("two", "MB", {OURS: 3, REFERENCE: 2})]
+def test_table():
+    """Half the spreads, and ratios to Detectron2 and mmdetection, or to the first one."""
+    values = {OURS: 2, PLAIN: 4, REFERENCE: 8, f"{OURS}, bfloat16": 1}
+    one = Result("one", "ms", values, {OURS: 0.5, PLAIN: 1}, 1.25)
+    results = [one, Result("two", "MB", {"x": 2.0, "y": 3.1234})]
     assert cells(benchmark.table(results))[1:] == [
-        ["one", "ms", "2 ± 0.25", "4 ± 0.5", "8", "0.50 (1.25)", "0.25"],
-        ["two", "MB", "3", "", "2", "", "1.50"],
+        ["one", OURS, "ms", "2 ± 0.25", "0.50 (1.25)", "0.25"],
+        ["", PLAIN, "ms", "4 ± 0.5", "", "0.50"],
+        ["", REFERENCE, "ms", "8", "2.00", ""],
+        ["", f"{OURS}, bfloat16", "ms", "1", "0.25", "0.12"],
+        ["two", "x", "MB", "2", "", ""],
+        ["", "y", "MB", "3.12", "1.56", ""],
     ]
-    expected = [["what", "unit", "x", "y"], ["attention, 4 x 6", "ms", "1", "3.12"]]
-    assert cells(benchmark.attention_table(results)) == expected
 
 
-class Once:
-    """A meter that runs everything once and measures nothing."""
+def test_growth(tmp_path):
+    """A line for each model, whose slope in logarithms is printed."""
+    results = [Result(f"pixels, RetinaNet, {n}", "ms", {OURS: n**2 / 9}) for n in (10, 20, 40)]
+    assert benchmark.exponents(results).endswith(
+        "RetinaNet: libra_d2: time grows with the number to the 2.00"
+    )
+    benchmark.plot(results, str(tmp_path / "plot.png"))
+    (axis,) = plt.gcf().axes
+    assert (axis.get_xlabel(), axis.get_title()) == ("pixels", "RetinaNet")
+    assert axis.lines[0].get_xydata().tolist() == [[n, n**2 / 9] for n in (10, 20, 40)]
+    plt.close()
 
-    device = "cpu"
+
+class Once(Meter):
+    """Runs everything once and measures nothing."""
 
     def times(self, what, steps, expected=None):
         for step in steps.values():
@@ -86,11 +101,19 @@ class Once:
 
 
 def test_whole_models(mmdet):
-    """Inference and training steps beside Detectron2 and mmdetection, and where the time goes."""
-    results = list(benchmark.whole_models(Once(), (64, 64), reference=True, amp=False))
+    """Inference and training steps beside Detectron2 and mmdetection."""
+    once, size = Once("cpu", 0), (64, 64)
+    results = list(benchmark_models.whole_models(once, size, True, ["float32", "bfloat16"]))
     assert len(results) == 8
     for result in results:
-        assert set(result.values) == {OURS, PLAIN, REFERENCE}
+        assert set(result.values) == {OURS, f"{OURS}, bfloat16", PLAIN, REFERENCE}
         if result.unit == "ms" and "RetinaNet" in result.what:
             assert 1 < result.expected < 1.1  # the pyramid's refinement costs little
-    assert "training step of 2 images; host waits" in benchmark.profile("cpu", (64, 64))
+    assert "training step; host waits" in benchmark_models.profile("cpu", size)
+
+
+def test_levers():
+    results = list(benchmark_models.levers(Once("cpu", 0), (64, 64), ["fold_norm"]))
+    assert [list(result.values) for result in results] == [
+        ["no lever", "fold_norm", "all but compiling"]
+    ] * 8

@@ -20,12 +20,15 @@ LEAST, SIDE, CHOICE = "use {} or more", "use 8 pixels or more", "use one of {}"
 NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
 SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", "Weighted")]
 CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
-TRAINER, SAMPLING = "MODEL.LIBRA.TRAINER", "INPUT.MIN_SIZE_TRAIN_SAMPLING"
+SPEED, TRAINER = "MODEL.LIBRA.SPEED", "MODEL.LIBRA.TRAINER"
+SAMPLING = "INPUT.MIN_SIZE_TRAIN_SAMPLING"
 
 # Key, legal values, illegal ones (numbers on both sides of the boundary), and what to use.
 RULES = [
     ("SOLVER.IMS_PER_BATCH", [1], [0, -4], LEAST.format(1)),
     ("SOLVER.MAX_ITER", [1], [0], LEAST.format(1)),
+    (f"{SPEED}.CHANNELS_LAST", ["never"], ["on"], CHOICE.format(("auto", "always", "never"))),
+    (f"{SPEED}.AMP_DTYPE", ["float16"], ["half"], CHOICE.format(("auto", "float16", "bfloat16"))),
     ("SOLVER.CHECKPOINT_PERIOD", [1], [0], LEAST.format(1)),
     ("SOLVER.WARMUP_ITERS", [0], [-1], LEAST.format(0)),
     ("SOLVER.BASE_LR", [1e-9, 1e9], [0.0, -0.1, "1e999"], "use a positive number, such as 0.02"),
@@ -256,7 +259,24 @@ def test_batch_size(opts, config, message, datasets, monkeypatch):
     check(f"{LAZY_IMAGES}=4", "train.accumulation_steps=2", config=LAZY)
 
 
-def test_mixed_precision_on_the_cpu(datasets):
-    match = "^SOLVER.AMP.ENABLED: Detectron2 trains with mixed .* on GPUs"
-    with pytest.raises(InputError, match=match):
-        check("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu")
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_mixed_precision_on_the_cpu(datasets, monkeypatch, caplog, has_instructions):
+    """float16 is refused; bfloat16 may be slow, and is said to be."""
+    key = "MODEL.LIBRA.SPEED.AMP_DTYPE"
+    on_cpu = ("SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cpu")
+    with pytest.raises(InputError, match=f"^{key} is 'float16': on CPUs use 'bfloat16'$"):
+        check(*on_cpu, key, "float16")
+    name = "_is_mkldnn_bf16_supported"
+    monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
+    check(*on_cpu)
+    warnings = [x for x in caplog.messages if x.startswith("SOLVER.AMP.ENABLED: this CPU has no")]
+    assert bool(warnings) != has_instructions
+
+
+def test_mixed_precision_on_a_gpu(datasets, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    options = ["SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda"]
+    check(*options)
+    with pytest.raises(InputError, match="'bfloat16', which this GPU cannot compute: use 'float"):
+        check(*options, "MODEL.LIBRA.SPEED.AMP_DTYPE", "bfloat16")

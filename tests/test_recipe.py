@@ -18,6 +18,8 @@ from libra_d2.config import Recipe, SettingMissing, make_recipe
 from libra_d2.config.recipe import Setting
 from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
+from libra_d2.modeling.folded_conv import FoldedConv2d
+from libra_d2.modeling.roi_align import ParallelROIAlign
 
 LANGUAGES = pytest.mark.parametrize("language", ["yaml", "lazy"])
 # Settings, their names in YAML configs and in LazyConfigs, and a value.
@@ -54,6 +56,11 @@ ema_decay             MODEL.LIBRA.TRAINER.EMA_DECAY          train.ema_decay    
 best_metric           MODEL.LIBRA.TRAINER.BEST_METRIC        train.best_metric           x
 patience              MODEL.LIBRA.TRAINER.PATIENCE           train.patience              4
 validation_loss       MODEL.LIBRA.TRAINER.VALIDATION_LOSS    train.validation_loss       true
+channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
+fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false
+parallel_roi_align MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN train.speed.parallel_roi_align false
+amp_dtype MODEL.LIBRA.SPEED.AMP_DTYPE train.speed.amp_dtype bfloat16
+compile_backbone MODEL.LIBRA.SPEED.COMPILE_BACKBONE train.speed.compile_backbone true
 """
 R_CNN = """
 num_classes     MODEL.ROI_HEADS.NUM_CLASSES       model.roi_heads.num_classes                 13
@@ -143,6 +150,46 @@ def test_all_settings_are_here():
     settings = {name for name, x in vars(Recipe).items() if isinstance(x, Setting)}
     by_class = {"interpolation", "architecture", "needs_proposals", "has_masks", "has_keypoints"}
     assert settings == named | by_class
+
+
+@LANGUAGES
+@pytest.mark.parametrize(
+    ("device", "amp", "dtype", "channels_last", "expected"),
+    [
+        ("cpu", False, "bfloat16", "auto", (torch.float32, True)),
+        ("cpu", True, "auto", "auto", (torch.bfloat16, True)),
+        ("cpu", False, "auto", "never", (torch.float32, False)),
+        ("cuda:1", False, "auto", "auto", (torch.float32, False)),
+        ("cuda:1", False, "auto", "always", (torch.float32, True)),
+        ("cuda", True, "auto", "auto", (torch.float16, True)),
+        ("cuda", True, "bfloat16", "never", (torch.bfloat16, False)),
+    ],
+)
+def test_speed(language, device, amp, dtype, channels_last, expected):
+    """What "auto" means for a device, and with mixed precision."""
+    recipe = make(language, "mask_rcnn_fpn")
+    recipe.device, recipe.amp, recipe.amp_dtype = device, amp, dtype
+    recipe.channels_last = channels_last
+    assert (recipe.precision, recipe._has_channels_last) == expected
+    with recipe.autocast():
+        assert torch.is_autocast_enabled("cpu") == (amp and device == "cpu")
+        if amp and device == "cpu":
+            assert torch.get_autocast_dtype(recipe.device_type) == expected[0]
+
+
+@LANGUAGES
+def test_levers(language):
+    """A built model has those that are on."""
+    recipe = make(language, "mask_rcnn_fpn")
+    recipe.device = "cpu"
+    for on in (True, False):
+        recipe.fold_norm = recipe.parallel_roi_align = on
+        recipe.channels_last = "auto" if on else "never"
+        model = recipe.build_model()
+        types = {type(x) for x in model.modules()}
+        weight = model.backbone.bottom_up.stem.conv1.weight
+        assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == on
 
 
 def test_several_places():

@@ -92,6 +92,10 @@ _RULES: Tuple[Rule, ...] = (
     _choice("mask_format", ("polygon", "bitmask")),
     _choice("image_format", ("BGR", "RGB", "L", "YUV-BT.601")),
     _choice("MODEL.LIBRA.INPUT.INTERPOLATION", INTERPOLATIONS),
+    _choice("channels_last", ("auto", "always", "never")),
+    _choice("amp_dtype", ("auto", "float16", "bfloat16")),
+    *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align")),
+    _choice("compile_backbone", (True, False)),
     Rule(
         "seed",
         # Each process adds its rank.
@@ -193,9 +197,25 @@ def _check_tta(recipe: Recipe) -> None:
         raise InputError(f"{recipe.name_of('tta')}: there is no test-time augmentation of {what}")
 
 
+def _check_precision(recipe: Recipe) -> None:
+    """Mixed precision needs instructions for its type."""
+    name = recipe.name_of("amp_dtype")
+    if recipe.precision is torch.float16 and recipe.device_type == "cpu":
+        raise InputError(f"{name} is 'float16': on CPUs use 'bfloat16'")
+    if recipe.precision is not torch.bfloat16:
+        return
+    if recipe.device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(f"{name} is 'bfloat16', which this GPU cannot compute: use 'float16'")
+    if recipe.device_type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning(
+            f"{recipe.name_of('amp')}: this CPU has no instructions for bfloat16; mixed precision "
+            "is slower on it than float32"
+        )
+
+
 _RULES_OF_SEVERAL: Tuple[Callable[[Recipe], None], ...] = (
     *(_check_size_range, _check_device, _check_schedule, _check_evaluations),
-    *(_check_accumulation, _check_opencv, _check_tta),
+    *(_check_accumulation, _check_opencv, _check_tta, _check_precision),
 )
 
 
@@ -282,13 +302,6 @@ def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
             )
 
 
-def _check_amp(recipe: Recipe, train: bool, resume: bool) -> None:
-    if train and recipe.amp and not recipe.device.startswith("cuda"):
-        raise InputError(
-            f"{recipe.name_of('amp')}: Detectron2 trains with mixed precision on GPUs only"
-        )
-
-
 def _check_evaluators(recipe: Recipe, train: bool, resume: bool) -> None:
     for name in () if recipe.has_own_evaluator else recipe.test_datasets:
         check_evaluator_type(name)
@@ -331,7 +344,7 @@ def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 _RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
-    *(_check_weights, _check_amp, _check_named_datasets, _check_keypoints),
+    *(_check_weights, _check_named_datasets, _check_keypoints),
     *(_check_number_of_images, _check_evaluators, _check_batch_size),
 )
 

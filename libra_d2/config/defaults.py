@@ -126,6 +126,24 @@ def add_libra_config(cfg: CN) -> None:
     # ones. 0 for all. model_final.pth does not count.
     cfg.MODEL.LIBRA.TRAINER.MAX_CHECKPOINTS = 0
 
+    # Speed: the same numbers, but for rounding, in less time (docs/benchmark.md)
+    cfg.MODEL.LIBRA.SPEED = CN()
+    # Whether weights and features have their channels last in memory: "always", "never", or "auto":
+    # where it was measured to be faster, on CPUs, and where it is known to be, on GPUs in mixed
+    # precision; not on Windows.
+    cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
+    # Whether batch norms with fixed statistics are folded into the convolutions in front of them,
+    # in training, too. Checkpoints do not change.
+    cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
+    # Whether RoIAlign runs on all cores of a CPU rather than on one.
+    cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True
+    # What SOLVER.AMP computes in, in training and evaluation: "float16" (GPUs only), "bfloat16",
+    # which needs no scaling of the loss, or "auto": float16 on GPUs, as in Detectron2, else
+    # bfloat16.
+    cfg.MODEL.LIBRA.SPEED.AMP_DTYPE = "auto"
+    # Whether the backbone is compiled by torch.compile, which takes minutes once.
+    cfg.MODEL.LIBRA.SPEED.COMPILE_BACKBONE = False
+
     # Number of images whose detections are drawn next to their ground truth at each evaluation,
     # into OUTPUT_DIR/pictures. 0 for none.
     cfg.MODEL.LIBRA.NUM_PICTURES = 0

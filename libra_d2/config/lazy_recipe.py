@@ -21,7 +21,6 @@ from ..evaluation import add_test_time_augmentation
 from ..lazy import disable, target_of
 from .defaults import add_libra_config
 from .ideas import DISABLED
-from .model_checks import check_box_losses
 from .recipe import Recipe, Setting, SettingMissing
 
 __all__ = ["LazyRecipe"]
@@ -214,7 +213,7 @@ class LazyRecipe(Recipe):
             raise SettingMissing(f"{place}: the LazyConfig lacks it")
         return part
 
-    def build_model(self) -> nn.Module:
+    def _build_model(self) -> nn.Module:
         try:
             model = instantiate(self.config.model)
         except ArgumentError as e:
@@ -224,7 +223,6 @@ class LazyRecipe(Recipe):
         except (AssertionError, AttributeError, TypeError, ValueError) as e:
             # A class raises any of these for a bad argument.
             raise InputError(f"model: it cannot be built: {one_line(e)}") from e
-        check_box_losses(model)
         return model.to(torch.device(self.device))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

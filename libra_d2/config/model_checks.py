@@ -20,8 +20,8 @@ from ..modeling import (
     LibraRetinaNet,
     LibraRPN,
 )
+from ..utils.leaves import leaves
 from .defaults import add_libra_config
-from .recipe import leaves
 
 __all__ = ["check_box_losses", "warn_of_unread_keys"]
 

@@ -8,8 +8,21 @@ A :class:`Recipe` wraps a config, which it reads and writes directly: each setti
 """
 
 import copy
+import sys
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import nn
@@ -20,19 +33,12 @@ from detectron2.evaluation import DatasetEvaluator
 from ..checkpoint import LibraCheckpointer
 from ..errors import InputError
 from ..evaluation import build_evaluator
+from ..modeling.acceleration import accelerate
+from .model_checks import check_box_losses
 
-__all__ = ["Recipe", "Setting", "SettingMissing", "leaves"]
+__all__ = ["Recipe", "Setting", "SettingMissing"]
 
 _REQUIRED = object()
-
-
-def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """The dotted key and the value of each leaf of nested dictionaries."""
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 class SettingMissing(InputError):
@@ -98,6 +104,10 @@ def _in_predictor(name: str, retinanet_name: str = "") -> Tuple[str, ...]:
 def _balanced_l1(name: str, default: Any) -> Setting:
     key = f"MODEL.LIBRA.BALANCED_L1.{name.upper()}"
     return Setting(key, _in_predictor(f"balanced_l1.{name}"), default)
+
+
+def _speed(name: str, default: Any) -> Setting:
+    return Setting(f"MODEL.LIBRA.SPEED.{name.upper()}", f"train.speed.{name}", default)
 
 
 def _trainer(name: str, default: Any, lazy: str = "") -> Setting:
@@ -187,6 +197,13 @@ class Recipe(ABC):
     gamma = _balanced_l1("gamma", 1.5)
     beta = _balanced_l1("beta", 1.0)
     form = _balanced_l1("form", "scaled")
+
+    # Speed
+    channels_last = _speed("channels_last", "auto")
+    fold_norm = _speed("fold_norm", True)
+    parallel_roi_align = _speed("parallel_roi_align", True)
+    amp_dtype = _speed("amp_dtype", "auto")
+    compile_backbone = _speed("compile_backbone", False)
 
     # Evaluation
     eval_period = Setting("TEST.EVAL_PERIOD", "train.eval_period", 0)
@@ -315,15 +332,53 @@ class Recipe(ABC):
 
     # The parts of a training
 
-    @abstractmethod
     def build_model(self) -> nn.Module:
         """
-        Build the model, in training mode, on its device.
+        Build the model, in training mode, on its device, and :func:`accelerate` it.
 
         Raises:
             InputError: if a name is not registered, a value is out of its range, or parts of the
                 model do not fit together.
         """
+        model = self._build_model()
+        check_box_losses(model)
+        accelerate(
+            model,
+            channels_last=self._has_channels_last,
+            fold_norm=self.fold_norm,
+            parallel_roi_align=self.parallel_roi_align,
+            compile_backbone=self.compile_backbone,
+        )
+        return model
+
+    @abstractmethod
+    def _build_model(self) -> nn.Module:
+        """See :meth:`build_model`."""
+
+    @property
+    def device_type(self) -> str:
+        """ "cpu" or "cuda", or another kind of device."""
+        return torch.device(self.device).type
+
+    @property
+    def _has_channels_last(self) -> bool:
+        if self.channels_last != "auto":
+            return self.channels_last == "always"
+        return (self.device_type == "cpu" or self.amp) and sys.platform != "win32"
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What the model computes in: that of :attr:`amp`, or float32."""
+        if not self.amp:
+            return torch.float32
+        default = "bfloat16" if self.device_type == "cpu" else "float16"
+        return getattr(torch, default if self.amp_dtype == "auto" else self.amp_dtype)
+
+    def autocast(self) -> ContextManager:
+        """Context for forward passes in :attr:`precision`."""
+        if not self.amp:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.precision)
 
     def build_trained_model(self, checkpoint_dir: str = "") -> nn.Module:
         """

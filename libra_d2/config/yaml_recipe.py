@@ -21,9 +21,10 @@ from detectron2.modeling import (
 from ..data import LibraDatasetMapper, ResumableLoader, build_augmentation
 from ..errors import ArgumentError, InputError
 from ..evaluation import add_test_time_augmentation
+from ..utils.leaves import leaves
 from .ideas import DISABLED
-from .model_checks import check_box_losses, warn_of_unread_keys
-from .recipe import Recipe, Setting, leaves
+from .model_checks import warn_of_unread_keys
+from .recipe import Recipe, Setting
 
 __all__ = ["YamlRecipe"]
 
@@ -116,7 +117,7 @@ class YamlRecipe(Recipe):
 
     # What a training is made of
 
-    def build_model(self) -> nn.Module:
+    def _build_model(self) -> nn.Module:
         """See :meth:`Recipe.build_model`; logs keys that no part of the model reads."""
         self._check_registered_names()
         try:
@@ -125,7 +126,6 @@ class YamlRecipe(Recipe):
             raise InputError(f"{self._key_of(e)} is {e.value!r}: {e.rule}") from e
         except KeyError as e:
             raise self._missing_level(e) or e from None
-        check_box_losses(model)
         warn_of_unread_keys(self.config, model)
         return model
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient accumulation over micro-batches."""
+"""Training steps: gradient accumulation over micro-batches, mixed precision."""
 
 import time
 from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Dict, Iterator, List
+from typing import Any, Callable, ContextManager, Dict, Iterator, List
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from ..modeling.normalizer import Normalizers
 from ..utils.random_state import get_random_state, set_random_state
 
-__all__ = ["AMPAccumulationTrainer", "AccumulationTrainer"]
+__all__ = ["AccumulationTrainer", "AMPAccumulationTrainer"]
 
 Inputs = List[Dict[str, Any]]
 Losses = Dict[str, torch.Tensor]
@@ -34,6 +34,8 @@ class AccumulationTrainer(SimpleTrainer):
 
     #: number of micro-batches in a batch
     accumulation_steps: int = 1
+    #: context of forward passes
+    autocast: Callable[[], ContextManager] = nullcontext
 
     def run_step(self) -> None:
         assert self.model.training, "the model is in evaluation mode"
@@ -42,9 +44,21 @@ class AccumulationTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
         size = len(batch) // self.accumulation_steps
         micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
+        self.optimizer.zero_grad()
+        if len(micro_batches) == 1:
+            losses = self._forward(batch)
+            self._backward(sum(losses.values()))
+        else:
+            losses = self._accumulate(micro_batches)
+        # One transfer from the device for all of them.
+        values = torch.stack([loss.detach() for loss in losses.values()]).cpu()
+        self._write_metrics(dict(zip(losses, values)), data_time)
+        self._step()
+
+    def _accumulate(self, micro_batches: List[Inputs]) -> Losses:
+        """Accumulate gradients; returns the mean losses and puts mean scalars into the storage."""
         normalizers = Normalizers()
         states = self._count(micro_batches, normalizers)
-        self.optimizer.zero_grad()
         losses: List[Losses] = []
         scalars: List[Dict[str, float]] = []
         for i, (micro_batch, state) in enumerate(zip(micro_batches, states)):
@@ -57,9 +71,7 @@ class AccumulationTrainer(SimpleTrainer):
         for name in dict.fromkeys(name for found in scalars for name in found):
             values = [found[name] for found in scalars if name in found]
             get_event_storage().put_scalar(name, np.mean(values))
-        mean = {name: sum(x[name].detach() for x in losses) / len(losses) for name in losses[0]}
-        self._write_metrics(mean, data_time)
-        self._step()
+        return {name: sum(x[name].detach() for x in losses) / len(losses) for name in losses[0]}
 
     @torch.no_grad()
     def _count(self, micro_batches: List[Inputs], normalizers: Normalizers) -> List[Dict[str, Any]]:
@@ -72,7 +84,7 @@ class AccumulationTrainer(SimpleTrainer):
         is_parallel = isinstance(self.model, DistributedDataParallel)
         model = self.model.module if is_parallel else self.model
         states, before = [], get_random_state()
-        with normalizers.active(), EventStorage(), _frozen_statistics(model), self._precision():
+        with normalizers.active(), EventStorage(), _frozen_statistics(model), self.autocast():
             for micro_batch in micro_batches:
                 states.append(get_random_state())
                 model(micro_batch)
@@ -87,11 +99,9 @@ class AccumulationTrainer(SimpleTrainer):
         return self.model.no_sync()
 
     def _forward(self, micro_batch: Inputs) -> Losses:
-        with self._precision():
-            return self.model(micro_batch)
-
-    def _precision(self) -> ContextManager:
-        return nullcontext()
+        with self.autocast():
+            losses = self.model(micro_batch)
+        return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -101,10 +111,7 @@ class AccumulationTrainer(SimpleTrainer):
 
 
 class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
-    """:class:`AccumulationTrainer` with mixed precision."""
-
-    def _precision(self) -> ContextManager:
-        return torch.autocast("cuda")
+    """:class:`AccumulationTrainer` with a scaled loss, whose gradients fit into float16."""
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.grad_scaler.scale(loss).backward()

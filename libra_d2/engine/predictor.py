@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any
+from typing import Any, Dict
+
+import numpy as np
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
@@ -41,3 +43,9 @@ class LibraPredictor(DefaultPredictor):
             )
         self.aug = augmentations[0]
         self.input_format = recipe.image_format
+        self._autocast = recipe.autocast
+
+    def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
+        """See :meth:`DefaultPredictor.__call__`; in mixed precision if ``SOLVER.AMP.ENABLED``."""
+        with self._autocast():
+            return super().__call__(original_image)

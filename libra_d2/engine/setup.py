@@ -15,10 +15,10 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import Recipe, check_run, read_recipe
-from ..config.recipe import leaves
 from ..data import prepare_proposals, register_coco_json
 from ..errors import InputError, one_line
 from ..model_zoo import find_config
+from ..utils.leaves import leaves
 
 __all__ = [
     "prepare_output_dir",

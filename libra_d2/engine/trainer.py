@@ -13,10 +13,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_writers,
@@ -91,11 +89,11 @@ class Trainer(DefaultTrainer):
             self.average = AverageWeights(model, recipe.ema_decay, recipe.output_dir)
         on_cpu = {"device_ids": None} if recipe.device == "cpu" else {}
         model = create_ddp_model(model, **recipe.ddp_options, **on_cpu)
-        step = AMPTrainer if recipe.amp else SimpleTrainer
-        if recipe.accumulation_steps > 1:
-            step = AMPAccumulationTrainer if recipe.amp else AccumulationTrainer
+        is_scaled = recipe.precision is torch.float16
+        step = AMPAccumulationTrainer if is_scaled else AccumulationTrainer
         self._trainer = step(model, data_loader, optimizer)
-        self._trainer.accumulation_steps = recipe.accumulation_steps  # read by the latter two
+        self._trainer.accumulation_steps = recipe.accumulation_steps
+        self._trainer.autocast = recipe.autocast
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = LibraCheckpointer(model, recipe.output_dir, trainer=weakref.proxy(self))
         self.max_iter = recipe.max_iter
@@ -198,7 +196,9 @@ class Trainer(DefaultTrainer):
             for dataset in datasets:
                 prefix = f"validation/{dataset}/" if len(datasets) > 1 else "validation/"
                 loader = self.build_validation_loader(self.cfg, dataset)
-                for name, value in validation_losses(self.checkpointer.model, loader).items():
+                with self.recipe.autocast():
+                    losses = validation_losses(self.checkpointer.model, loader)
+                for name, value in losses.items():
                     self.storage.put_scalar(f"{prefix}{name}", value, smoothing_hint=False)
         return results
 
@@ -343,10 +343,12 @@ class Trainer(DefaultTrainer):
             the metrics of each task, or of each dataset and task if there are several datasets.
         """
         results: Dict[str, Any] = OrderedDict()
-        for i, name in enumerate(make_recipe(cfg).test_datasets):
+        recipe = make_recipe(cfg)
+        for i, name in enumerate(recipe.test_datasets):
             evaluator = evaluators[i] if evaluators else cls.build_evaluator(cfg, name)
             loader = cls.build_test_loader(cfg, name)
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            with torch.inference_mode(), recipe.autocast():
+                results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 print_csv_format(results[name])
         return next(iter(results.values())) if len(results) == 1 else results

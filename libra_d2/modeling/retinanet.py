@@ -4,8 +4,6 @@
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from fvcore.nn import sigmoid_focal_loss
-from torch.nn import functional as F
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat, nonzero_tuple
@@ -18,6 +16,7 @@ from detectron2.utils.events import get_event_storage
 from ..errors import check_choice
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
+from .focal_loss import focal_loss
 from .normalizer import mean_over_batch
 from .reference_recipe.matcher import build_anchor_matcher
 from .reference_recipe.p6p7 import LinearLastLevelP6P7
@@ -119,8 +118,8 @@ class LibraRetinaNet(RetinaNet):
         gt_boxes: List[torch.Tensor],
     ) -> Dict[str, torch.Tensor]:
         """
-        See :meth:`RetinaNet.losses`. Its compiled focal loss is avoided: it rounds differently in
-        its first calls, so that a resumed training would not be the uninterrupted one.
+        See :meth:`RetinaNet.losses`. Its compiled focal loss rounds differently in its first calls,
+        so that a resumed training would not be the uninterrupted one; see :func:`focal_loss`.
         """
         labels = torch.stack(gt_labels)  # (N, R)
         foreground = (labels >= 0) & (labels != self.num_classes)
@@ -132,15 +131,12 @@ class LibraRetinaNet(RetinaNet):
         else:
             normalizer = self._ema_update("loss_normalizer", max(num_foreground, 1), 100)
 
-        valid = nonzero_tuple(labels >= 0)
-        logits = cat(pred_logits, dim=1)[valid]
-        classes = F.one_hot(labels[valid], self.num_classes + 1)[:, :-1]  # no background
-        loss_cls = sigmoid_focal_loss(
-            logits,
-            classes.to(logits.dtype),
-            alpha=self.focal_loss_alpha,
-            gamma=self.focal_loss_gamma,
-            reduction="sum",
+        of_levels = labels.split([logits.shape[1] for logits in pred_logits], dim=1)
+        loss_cls = sum(
+            focal_loss(
+                logits.flatten(0, 1), x.flatten(), self.focal_loss_alpha, self.focal_loss_gamma
+            )
+            for logits, x in zip(pred_logits, of_levels)
         )
         if self.box_reg_loss_type == "balanced_l1":
             anchor_boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)

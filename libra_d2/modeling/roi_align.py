@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+RoIAlign on all CPU cores. torchvision's operator runs on one of them, and copies features that have
+their channels last.
+
+RoIAlign is linear: the value of a bin is a weighted sum of the features of some pixels. With the
+channels last, the features of a pixel are a row, and ``F.embedding_bag`` sums weighted rows in
+parallel over the bins. Its gradient is the transposed sum, in parallel over the pixels. The order
+within each sum does not depend on the number of threads.
+
+Shape shorthand in this module:
+
+    N, C, H, W: images, channels, height and width of the feature map
+    R: number of RoIs
+    P: number of bins along one side of a RoI
+    L: the largest number of pixels that a bin covers along one side
+    T: number of pairs of a bin and a pixel that counts in it
+"""
+
+from typing import Any, NamedTuple, Tuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from detectron2.layers import ROIAlign
+
+__all__ = ["ParallelROIAlign", "parallelize_roi_align"]
+
+
+class _Taps(NamedTuple):
+    """The pixels that count in each bin, in the order of the bins."""
+
+    pixel: torch.Tensor  # (T,) index into N * H * W
+    weight: torch.Tensor  # (T,)
+    bin: torch.Tensor  # (T,) index into R * P * P
+    start: torch.Tensor  # (R * P * P,) index of the first tap of each bin
+
+
+def _taps_along(
+    start: torch.Tensor, extent: torch.Tensor, num_bins: int, sampling_ratio: int, length: int
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Bilinear weights are products of one for each axis; those along one of them.
+
+    Args:
+        start, extent: (R,) where RoIs begin and how long they are, in pixels of the feature map.
+        num_bins: P.
+        sampling_ratio: see :class:`ROIAlign`.
+        length: number of pixels of the feature map.
+
+    Returns:
+        first pixel (R, P) that counts in each bin, number of pixels (R, P) from there on, and their
+        weights (R, P, L).
+    """
+    bin_size = (extent / num_bins)[:, None, None]
+    num_samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio else bin_size.ceil()
+    sample = torch.arange(max(int(num_samples.amax()), 1), dtype=start.dtype)
+    bin_start = start[:, None] + torch.arange(num_bins, dtype=start.dtype) * bin_size[..., 0]
+    position = bin_start[..., None] + (sample + 0.5) * (bin_size / num_samples)  # (R, P, samples)
+    valid = (sample < num_samples) & (position >= -1) & (position <= length)
+    position = position.clamp(0, length - 1)
+    low = position.long()
+    first = torch.where(valid, low, length).amin(dim=2)
+    last = torch.where(valid, low + 1, 0).amax(dim=2).clamp(max=length - 1)
+    num_pixels = (last - first + 1).clamp(min=0)
+
+    share = valid / num_samples.clamp(min=1)
+    fraction = position - low
+    # One more than L: a sample on the last pixel gives nothing to the one behind it.
+    weights = start.new_zeros(*first.shape, max(int(num_pixels.amax()), 1) + 1)
+    index = (low - first[..., None]).clamp(0, weights.shape[2] - 2)
+    weights.scatter_add_(2, index, share * (1 - fraction))
+    weights.scatter_add_(2, index + 1, share * fraction)
+    return first, num_pixels, weights
+
+
+def _expand(counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        counts: (n,).
+
+    Returns:
+        (counts.sum(),) each index i as often as ``counts[i]`` says, and a counter of each.
+    """
+    index = torch.repeat_interleave(counts)
+    return index, torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
+
+
+def _make_taps(rois: torch.Tensor, size: Tuple[int, int], pooler: ROIAlign) -> _Taps:
+    """
+    Args:
+        rois: (R, 5) index of the image and absolute XYXY box, R > 0.
+        size: H, W.
+        pooler: see :class:`ROIAlign`.
+    """
+    height, width = size
+    rows, columns = pooler.output_size
+    x1, y1, x2, y2 = (rois[:, 1:] * pooler.spatial_scale - 0.5 * pooler.aligned).unbind(1)
+    w, h = x2 - x1, y2 - y1
+    if not pooler.aligned:
+        w, h = w.clamp(min=1), h.clamp(min=1)
+    first_y, num_y, weight_y = _taps_along(y1, h, rows, pooler.sampling_ratio, height)
+    first_x, num_x, weight_x = _taps_along(x1, w, columns, pooler.sampling_ratio, width)
+
+    shape = (len(rois), rows, columns)
+    first_row = rois[:, 0].long()[:, None] * height + first_y
+    first = (first_row[:, :, None] * width + first_x[:, None, :]).flatten()
+    num_y, num_x = num_y[:, :, None].expand(shape), num_x[:, None, :].expand(shape)
+    num = (num_y * num_x).flatten()
+    # A strip is what a bin has in one row of pixels.
+    bin_of_strip, y = _expand(torch.where(num > 0, num_y.flatten(), 0))
+    strip, x = _expand(num_x.flatten()[bin_of_strip])
+    bin_ = bin_of_strip[strip]
+    roi_and_row = bin_of_strip // columns
+    roi_and_column = bin_of_strip // (rows * columns) * columns + bin_of_strip % columns
+    weight_of_strip = weight_y.flatten(0, 1)[roi_and_row, y]
+    weight = weight_of_strip[strip] * weight_x.flatten(0, 1)[roi_and_column[strip], x]
+    pixel = (first[bin_of_strip] + y * width)[strip] + x
+    return _Taps(pixel, weight, bin_, num.cumsum(0) - num)
+
+
+class _ROIAlignFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rois: torch.Tensor, pooler: ROIAlign) -> torch.Tensor:
+        taps = _make_taps(rois, x.shape[2:], pooler)
+        ctx.shape = x.shape
+        ctx.save_for_backward(taps.pixel, taps.weight, taps.bin)
+        bins = F.embedding_bag(
+            *(taps.pixel, _pixels(x), taps.start), mode="sum", per_sample_weights=taps.weight
+        )
+        return bins.view(len(rois), *pooler.output_size, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
+        pixel, weight, bin_ = ctx.saved_tensors
+        num_images, channels, height, width = ctx.shape
+        pixel, order = pixel.sort(stable=True)
+        num = pixel.bincount(minlength=num_images * height * width)
+        pixels = F.embedding_bag(
+            *(bin_[order], _pixels(grad), num.cumsum(0) - num),
+            mode="sum",
+            per_sample_weights=weight[order],
+        )
+        return pixels.view(num_images, height, width, channels).permute(0, 3, 1, 2), None, None
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N * H * W, C), without a copy if the channels are last in memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class ParallelROIAlign(ROIAlign):
+    """
+    :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
+    channels last as they are. The numbers are the same but for the order of sums. On other devices,
+    and in traces and scripts, it is the parent.
+    """
+
+    def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            input: (N, C, H, W). Half precision is summed in float32.
+            rois: (R, 5) index of the image and absolute XYXY box.
+
+        Returns:
+            (R, C, *output_size), of the type of ``input``.
+        """
+        if input.device.type != "cpu" or torch.jit.is_tracing() or len(rois) == 0:
+            return super().forward(input, rois)
+        with torch.autocast("cpu", enabled=False):
+            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+            x = input.to(dtype)
+            return _ROIAlignFunction.apply(x, rois.to(dtype), self).to(input.dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        pooler = ROIAlign(self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+        return pooler.train(self.training)
+
+
+def parallelize_roi_align(module: nn.Module) -> None:
+    """Make every :class:`ROIAlign` in ``module`` a :class:`ParallelROIAlign`, in place."""
+    for child in module.modules():
+        if type(child) is ROIAlign:
+            child.__class__ = ParallelROIAlign

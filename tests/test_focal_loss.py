@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch.nn import functional as F
+
+from libra_d2.modeling import focal_loss as module
+from libra_d2.modeling.focal_loss import focal_loss
+
+
+def plain_loss(logits, labels, alpha, gamma):
+    """As the paper writes it, over one-hot targets."""
+    valid = labels >= 0
+    target = F.one_hot(labels[valid], logits.shape[1] + 1)[:, :-1].bool()
+    log_p = F.logsigmoid(logits[valid].where(target, -logits[valid]))
+    weight = 1.0 if alpha < 0 else torch.where(target, alpha, 1 - alpha)
+    return (-weight * (1 - log_p.exp()) ** gamma * log_p).sum()
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, -1.0])
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
+def test_values_and_gradients(alpha, gamma, monkeypatch):
+    """In several chunks, with anchors that are not trained on."""
+    monkeypatch.setattr(module, "_CHUNK_SIZE", 64)
+    logits = (4 * torch.randn(50, 5, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(-1, 6, (50,))
+    found, expected = (f(logits, labels, alpha, gamma) for f in (focal_loss, plain_loss))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    (grad,), (expected_grad,) = (torch.autograd.grad(3 * x, logits) for x in (found, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+    assert grad[labels == -1].abs().sum() == 0
+
+
+def test_large_logits():
+    """Finite, where sigmoid has reached 0 or 1."""
+    logits = torch.tensor([[-200.0, 200.0], [200.0, -200.0]], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([0, 2]), 0.25, 2.0)
+    assert loss.item() == pytest.approx(0.25 * 200 + 2 * 0.75 * 200)
+    loss.backward()
+    assert logits.grad.tolist() == [[-0.25, 0.75], [0.75, 0.0]]
+
+
+@pytest.mark.parametrize("labels", [[], [2, 2, 2], [-1, -1]])
+def test_nothing_in_the_foreground(labels):
+    logits = torch.zeros(len(labels), 2, requires_grad=True)
+    loss = focal_loss(logits, torch.tensor(labels, dtype=torch.long), 0.25, 2.0)
+    loss.backward()
+    background = labels.count(2) * 2 * 0.75 * 0.25 * torch.tensor(2.0).log()
+    torch.testing.assert_close(loss, torch.as_tensor(background).float())
+    assert torch.isfinite(logits.grad).all()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+
+from libra_d2.modeling import AffineBatchNorm2d
+from libra_d2.modeling.folded_conv import FoldedConv2d, fold_norms
+
+
+def make_conv(norm, **kwargs):
+    """With random statistics, scale and shift."""
+    conv = Conv2d(4, 6, 3, stride=2, padding=1, groups=2, norm=norm, **kwargs).double()
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2)
+    return conv
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, AffineBatchNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False, "activation": nn.ReLU()}])
+def test_values_and_gradients(norm, kwargs):
+    """Those of convolution and norm, without calling the norm."""
+    plain = make_conv(norm(6), **kwargs).eval()
+    folded = copy.deepcopy(plain)
+    fold_norms(folded)
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    results = []
+    inputs = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    for conv in (plain, folded):
+        x = inputs.clone().requires_grad_()
+        out = conv(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in conv.parameters())])
+    for found, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    folded.norm.forward = None
+    folded(inputs)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6)])
+def test_statistics_of_the_batch(norm):
+    """Norms that compute statistics are called, and keep them."""
+    plain = make_conv(norm)
+    folded = copy.deepcopy(plain)
+    fold_norms(folded)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    assert torch.equal(folded(x), plain(x))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(folded.state_dict()[name], value), name
+
+
+CHANGES = {
+    "weight": lambda conv: conv.weight.mul_(2),
+    "bias": lambda conv: conv.bias.add_(1),
+    "statistics": lambda conv: conv.norm.running_mean.add_(1),
+    "state": lambda conv: conv.load_state_dict({k: v + 1 for k, v in conv.state_dict().items()}),
+    "other norm": lambda conv: setattr(conv, "norm", nn.BatchNorm2d(6).double().eval()),
+    "other weight": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight + 1)),
+    "data, evaluated anew": lambda conv: (conv.weight.data.add_(1), conv.eval()),
+    "precision": lambda conv: conv.float().double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_may_change(change):
+    """What is kept from one inference for the next follows any change."""
+    plain = make_conv(FrozenBatchNorm2d(6)).eval()
+    folded = copy.deepcopy(plain)
+    fold_norms(folded)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = folded(x)
+        assert folded(x).equal(before)
+        for conv in (plain, folded):
+            CHANGES[change](conv)
+        after = folded(x)
+        torch.testing.assert_close(after, plain(x), rtol=1e-12, atol=1e-12)
+    assert not after.equal(before)
+
+
+def test_folded_once(monkeypatch):
+    """Without gradients; with frozen weights in training, too. Copies and pickles leave it out."""
+    conv = make_conv(FrozenBatchNorm2d(6))
+    fold_norms(conv)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    calls = []
+    fold = FoldedConv2d._fold_weight
+    monkeypatch.setattr(
+        FoldedConv2d, "_fold_weight", lambda *args: (calls.append(1), fold(*args))[1]
+    )
+    with torch.inference_mode():
+        conv(x), conv(x)
+    assert len(calls) == 1
+    assert "_kept" not in pickle.loads(pickle.dumps(conv)).__dict__
+    conv(x).sum().backward()  # nothing that was made in inference mode
+    conv(x).sum().backward()
+    assert len(calls) == 3
+    conv.requires_grad_(False).train()
+    conv(x), conv(x)
+    assert len(calls) == 4
+
+
+def test_hooks():
+    """A norm that is listened to is called."""
+    conv, seen = make_conv(FrozenBatchNorm2d(6)), []
+    fold_norms(conv)
+    handle = conv.norm.register_forward_hook(lambda *args: seen.append(1))
+    conv(torch.randn(1, 4, 8, 8, dtype=torch.float64))
+    handle.remove()
+    conv(torch.randn(1, 4, 8, 8, dtype=torch.float64))
+    assert seen == [1]
+
+
+def test_script():
+    """Scripts have the parts of the parent."""
+    conv = make_conv(FrozenBatchNorm2d(6))
+    fold_norms(conv)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    scripted = torch.jit.script(conv)
+    torch.testing.assert_close(scripted(x), conv(x), rtol=1e-12, atol=1e-12)
+    assert "batch_norm" in str(scripted.inlined_graph)
+    assert type(conv) is FoldedConv2d
+
+
+def test_what_is_folded():
+    """Detectron2's own convolutions with a norm; others may do something else."""
+
+    class Other(Conv2d):
+        pass
+
+    module = nn.ModuleList([Conv2d(1, 1, 1, norm=nn.BatchNorm2d(1)), Conv2d(1, 1, 1)])
+    module.append(Other(1, 1, 1, norm=nn.BatchNorm2d(1)))
+    module.append(nn.Conv2d(1, 1, 1))
+    fold_norms(module)
+    assert [type(x) for x in module] == [FoldedConv2d, Conv2d, Other, nn.Conv2d]

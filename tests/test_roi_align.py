@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torchvision.ops import roi_align
+
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+
+from libra_d2.modeling.roi_align import ParallelROIAlign, parallelize_roi_align
+
+# At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
+# long and flat, on the last pixels, empty, inverted; the last two count for nothing.
+ROIS = [
+    *([1, 10, 20, 90, 130], [0, 3.3, 4.7, 151.9, 111.2], [0, 0, 0, 200, 160], [1, 40, 50, 41, 51]),
+    *([1, -30, -40, 260, 90], [1, 5, 60, 195, 66], [0, 60, 5, 64, 155], [1, 192, 150, 200, 160]),
+    *([0, 50, 50, 50, 50], [0, 90, 40, 20, 30], [1, -400, -300, -200, -100]),
+    [0, 900, 900, 950, 999],
+]
+
+
+def make_input(dtype=torch.float64, memory_format=torch.contiguous_format):
+    x = torch.randn(2, 6, 20, 25, dtype=dtype).contiguous(memory_format=memory_format)
+    return x.requires_grad_(), torch.tensor(ROIS, dtype=dtype)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
+def test_values_and_gradients(sampling_ratio, aligned, memory_format):
+    """Those of torchvision's operator."""
+    x, rois = make_input(memory_format=memory_format)
+    arguments = ((3, 5), 1 / 8, sampling_ratio, aligned)
+    found, expected = ParallelROIAlign(*arguments)(x, rois), roi_align(x, rois, *arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    weight = torch.randn_like(found)
+    (grad,), (expected_grad,) = (torch.autograd.grad(y, x, weight) for y in (found, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
+
+
+def test_no_rois():
+    x, rois = make_input()
+    pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois[:0])
+    assert pooled.shape == (0, 6, 7, 7)
+    pooled.sum().backward()
+    assert x.grad.abs().sum() == 0
+
+
+def test_only_rois_that_count_for_nothing():
+    x, rois = make_input()
+    assert ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois[-2:]).abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """Sums are float32, of features that are rounded already; the result has their type."""
+    x, rois = make_input(dtype, torch.channels_last)
+    rois = rois.float()
+    pooler = ParallelROIAlign((7, 7), 1 / 8, 0)
+    with torch.autocast("cpu", dtype=dtype):
+        pooled = pooler(x, rois)
+    torch.testing.assert_close(pooled, pooler(x.float(), rois).to(dtype), rtol=0, atol=0)
+
+
+def test_number_of_threads():
+    """The same bits, values and gradients."""
+    x, rois = make_input(torch.float32, torch.channels_last)
+    rois = torch.cat([rois + i for i in range(40)])
+    rois[:, 0] = torch.arange(len(rois)) % 2
+    results, num_threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois)
+            results.append((pooled, *torch.autograd.grad(pooled.square().sum(), x)))
+    finally:
+        torch.set_num_threads(num_threads)
+    for pooled, grad in results[1:]:
+        assert torch.equal(pooled, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_trace():
+    """torchvision's operator, for any number of RoIs."""
+    x, rois = (value.detach() for value in make_input())
+    pooler = ParallelROIAlign((7, 7), 1 / 8, 2)
+    for exported in (torch.jit.trace(pooler, (x, rois)), torch.jit.script(pooler)):
+        assert "torchvision::roi_align" in str(exported.inlined_graph)
+        torch.testing.assert_close(exported(x, rois[3:7]), pooler(x, rois[3:7]), rtol=0, atol=1e-13)
+
+
+def test_pooler():
+    """In a pyramid, in place."""
+    pooler = ROIPooler((7, 7), (1 / 4, 1 / 8), sampling_ratio=0, pooler_type="ROIAlignV2")
+    features = [torch.randn(1, 6, 40, 50), torch.randn(1, 6, 20, 25)]
+    boxes = [Boxes(torch.tensor(ROIS)[:8, 1:])]
+    expected = pooler(features, boxes)
+    parallelize_roi_align(pooler)
+    assert {type(x) for x in pooler.level_poolers} == {ParallelROIAlign}
+    torch.testing.assert_close(pooler(features, boxes), expected, rtol=0, atol=1e-5)
+    assert type(ROIAlign(7, 1.0, 0)) is ROIAlign

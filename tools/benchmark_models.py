@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole R-50 models, what makes them fast, and how their time grows; see benchmark.py."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.events import EventStorage
+
+from libra_d2 import model_zoo
+from libra_d2.checkpoint.mmdetection import to_mmdetection
+from libra_d2.config import BASELINE
+from libra_d2.modeling.acceleration import accelerate
+from libra_d2.utils.meter import Meter, Result
+
+OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
+FILES = {"Faster R-CNN": "faster_rcnn", "RetinaNet": "retinanet"}
+SYSTEMS = tuple(FILES)
+LEVERS = ("channels_last", "fold_norm", "parallel_roi_align", "compile_backbone")
+# What a profile of CUDA calls when the host waits.
+WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+Size = Tuple[int, int]
+Step = Callable[[nn.Module], Any]
+
+
+def model_config(system: str, name: str, device: str) -> CfgNode:
+    """The published config, or Detectron2's own parts in place of all that is balanced."""
+    cfg = model_zoo.get_config(f"COCO-Detection/libra_{FILES[system]}_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = device
+    if name == PLAIN:
+        cfg.merge_from_list(BASELINE)
+        cfg.MODEL.LIBRA.TRAIN_NORM_AFFINE = False
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE.replace("Libra", "")
+        cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+        cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
+    return cfg
+
+
+def random_boxes(num: int, device: str) -> torch.Tensor:
+    corner = torch.rand(num, 2, device=device) * 700
+    return torch.cat([corner, corner + 16 + torch.rand(num, 2, device=device) * 300], dim=1)
+
+
+def random_input(size: Size) -> Dict[str, Any]:
+    """An image of random pixels with 8 objects."""
+    instances = Instances(size, gt_classes=torch.arange(8))
+    instances.gt_boxes = Boxes(random_boxes(8, "cpu") / 1000 * min(size))
+    return {"image": torch.randint(256, (3, *size), dtype=torch.uint8), "instances": instances}
+
+
+def reference_model(system: str, ours: nn.Module, device: str) -> nn.Module:
+    """mmdetection's model with the weights of ``ours``."""
+    import mmdet
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules()
+    folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
+    name = FILES[system].replace("_", "-")
+    config = Config.fromfile(folder / f"libra-{name}_r50_fpn_1x_coco.py").model
+    config.backbone.init_cfg = None
+    model = MODELS.build(config)
+    model.load_state_dict(to_mmdetection(ours.state_dict()))
+    return model.to(device)
+
+
+def reference_data(x: Dict[str, Any]) -> Dict[str, Any]:
+    """The same pixels and objects for mmdetection."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    size = tuple(x["image"].shape[1:])
+    sample = DetDataSample(
+        metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=x["instances"].gt_boxes.tensor.clone(), labels=x["instances"].gt_classes.clone()
+    )
+    return {"inputs": [x["image"].flip(0)], "data_samples": [sample]}
+
+
+@torch.no_grad()
+def infer(model: nn.Module, x: Dict[str, Any]) -> None:
+    """Inference of one image."""
+    if hasattr(model, "test_step"):
+        model.eval().test_step(reference_data(x))
+    else:
+        model.eval()([{"image": x["image"]}])
+
+
+def train(model: nn.Module, x: Dict[str, Any]) -> None:
+    """A training step of one image, without the optimizer's."""
+    with EventStorage():
+        if hasattr(model, "test_step"):
+            data = model.train().data_preprocessor(reference_data(x), True)
+            loss = model.parse_losses(model(**data, mode="loss"))[0]
+        else:
+            loss = sum(model.train()([x]).values())
+    loss.backward()
+
+
+STEPS: Dict[str, Callable] = {"inference": infer, "training step": train}
+
+
+def in_precision(step: Callable, device: str, precision: str) -> Callable:
+    """``step`` in "float32", or under autocast to another type."""
+    if precision == "float32":
+        return step
+
+    def run(*args):
+        with torch.autocast(device, getattr(torch, precision)):
+            step(*args)
+
+    return run
+
+
+def make_models(system: str, device: str, reference: bool) -> Dict[str, nn.Module]:
+    """Models with the same weights, as far as they have the same parts."""
+    models = {}
+    for name in (OURS, PLAIN):
+        torch.manual_seed(0)
+        models[name] = build_model(model_config(system, name, device))
+    if reference:
+        models[REFERENCE] = reference_model(system, models[OURS], device)
+    accelerate(models[OURS])
+    return models
+
+
+def count_flops(model: nn.Module, x: Dict[str, Any]) -> float:
+    """Multiplications with an addition each, of one inference."""
+
+    def attention(inputs, outputs):
+        batch, heads, positions, channels = inputs[0].type().sizes()
+        return 2 * batch * heads * positions**2 * channels
+
+    counter = FlopCountAnalysis(model.eval(), [{"image": x["image"]}])
+    counter.set_op_handle("aten::scaled_dot_product_attention", attention)
+    return counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
+
+
+def measure(meter: Meter, what: str, steps: Dict[str, Callable], expected=None) -> Iterator[Result]:
+    yield meter.times(what, steps, expected)
+    yield meter.memory(what, steps)
+
+
+def whole_models(
+    meter: Meter, size: Size, reference: bool, precisions: Sequence[str]
+) -> Iterator[Result]:
+    """Ours in each precision, Detectron2's plain model and mmdetection's as they come."""
+    x = random_input(size)
+    for system in SYSTEMS:
+        models = make_models(system, meter.device, reference)
+        flops = {name: count_flops(models[name], x) for name in (OURS, PLAIN)}
+        for what, step in STEPS.items():
+            steps = {name: partial(step, model, x) for name, model in models.items()}
+            for precision in precisions:
+                run = in_precision(step, meter.device, precision)
+                name = OURS if precision == "float32" else f"{OURS}, {precision}"
+                steps[name] = partial(run, models[OURS], x)
+            title = f"{system} R-50, {size[0]} x {size[1]}, {what}"
+            yield from measure(meter, title, steps, flops[OURS] / flops[PLAIN])
+
+
+def levers(meter: Meter, size: Size, names: Optional[Sequence[str]] = None) -> Iterator[Result]:
+    """Our models with each lever of :func:`accelerate` alone, with none and with all."""
+    x = random_input(size)
+    for system in SYSTEMS:
+        plain = build_model(model_config(system, OURS, meter.device))
+        models = {"no lever": plain}
+        for name in names or LEVERS:
+            if name == "parallel_roi_align" and system == "RetinaNet":
+                continue
+            models[name] = copy.deepcopy(plain)
+            accelerate(models[name], **{**dict.fromkeys(LEVERS, False), name: True})
+        models["all but compiling"] = copy.deepcopy(plain)
+        accelerate(models["all but compiling"])
+        for what, step in STEPS.items():
+            steps = {name: partial(step, model, x) for name, model in models.items()}
+            title = f"levers, {system} R-50, {size[0]} x {size[1]}, {what}"
+            yield from measure(meter, title, steps)
+
+
+def growth(meter: Meter, size: Size) -> Iterator[Result]:
+    """Inference at several image sizes, and with several numbers of proposals."""
+    for system in SYSTEMS:
+        models = make_models(system, meter.device, False)
+        for factor in (0.25, 0.5, 1):
+            height, width = (max(round(side * factor / 32), 1) * 32 for side in size)
+            x = random_input((height, width))
+            steps = {name: partial(infer, model, x) for name, model in models.items()}
+            yield meter.times(f"pixels, {system}, {height * width}", steps)
+    models = make_models("Faster R-CNN", meter.device, False)
+    x = random_input(size)
+    for number in (250, 500, 1000, 2000):
+        for model in models.values():
+            model.proposal_generator.pre_nms_topk[False] = 4 * number
+            model.proposal_generator.post_nms_topk[False] = number
+        steps = {name: partial(infer, model, x) for name, model in models.items()}
+        yield meter.times(f"proposals, Faster R-CNN, {number}", steps)
+
+
+def profile(device: str, size: Size) -> str:
+    """Where the time of a training step goes, and how often the host waits for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    x, text = random_input(size), []
+    for system in SYSTEMS:
+        for name, model in make_models(system, device, reference=False).items():
+            train(model, x)
+            with torch.profiler.profile(activities=activities) as profiler:
+                train(model, x)
+            averages = profiler.key_averages()
+            waits = {x.key: x.count for x in averages if x.key in WAITING}
+            order = f"self_{device}_time_total"
+            text += [f"{system} R-50, {name}, training step; host waits: {waits}"]
+            text += [averages.table(sort_by=order, row_limit=15, max_name_column_width=50)]
+    return "\n".join(text)
