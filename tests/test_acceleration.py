@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from detectron2 import modeling
 from detectron2.utils.events import EventStorage
 
 from libra_d2.config import BASELINE
-from libra_d2.modeling.acceleration import accelerate
+from libra_d2.modeling.acceleration import CHANNELS_LAST, accelerate, choose_channels_last
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
-LEVERS = ["channels_last", "fold_norm", "parallel_roi_align"]
+NONE = {"channels_last": "never", "fold_norm": False, "parallel_roi_align": False}
 
 
 @pytest.fixture
@@ -67,19 +68,49 @@ def test_same_numbers(name):
         torch.testing.assert_close(found[key], value, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("lever", LEVERS)
+def has_channels_last(model):
+    """Whether all features of the backbone have."""
+    features = model.backbone(torch.randn(1, 3, 64, 96, dtype=torch.float64)).values()
+    return all(x.is_contiguous(memory_format=torch.channels_last) for x in features)
+
+
+@pytest.mark.parametrize("lever", NONE)
 def test_levers(lever):
     """Each alone does what it says, and nothing else."""
     model = make_model("libra_faster_rcnn")
-    accelerate(model, **{**dict.fromkeys(LEVERS, False), lever: True})
-    features = model.backbone(torch.randn(1, 3, 64, 96, dtype=torch.float64))
-    channels_last = [x.is_contiguous(memory_format=torch.channels_last) for x in features.values()]
+    accelerate(model, **{**NONE, lever: "always" if lever == "channels_last" else True})
     types = {type(module) for module in model.modules()}
-    assert {
-        "channels_last": all(channels_last),
-        "fold_norm": FoldedConv2d in types,
-        "parallel_roi_align": ParallelROIAlign in types,
-    } == {**dict.fromkeys(LEVERS, False), lever: True}
+    assert has_channels_last(model) == (lever == "channels_last")
+    assert (FoldedConv2d in types) == (lever == "fold_norm")
+    assert (ParallelROIAlign in types) == (lever == "parallel_roi_align")
+
+
+@pytest.mark.parametrize("when", CHANNELS_LAST)
+def test_channels_last(when):
+    """In training and in inference; weights keep their format."""
+    model = make_model("libra_retinanet")
+    accelerate(model, channels_last=when)
+    expected = {"always": [True, True], "inference": [False, True], "never": [False, False]}
+    found = [has_channels_last(model.train(is_training)) for is_training in (True, False)]
+    assert found == expected[when]
+    assert all(x.is_contiguous() for x in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "mixed", "capability", "expected"),
+    [
+        ("linux", "cpu", False, "AVX512", "always"),
+        ("linux", "cpu", True, "AVX2", "inference"),
+        ("win32", "cpu", False, "AVX512", "never"),
+        ("linux", "cuda", False, "AVX512", "never"),
+        ("linux", "cuda", True, "AVX2", "always"),
+        ("darwin", "mps", False, "DEFAULT", "never"),
+    ],
+)
+def test_choose_channels_last(platform, device, mixed, capability, expected, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert choose_channels_last(device, mixed) == expected
 
 
 def test_compiled_backbone():
@@ -93,3 +124,11 @@ def test_compiled_backbone():
     for name, feature in model.backbone(image).items():
         torch.testing.assert_close(feature, expected[name], rtol=1e-9, atol=1e-9)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_no_compiler(caplog):
+    """It is said, and the model works as it is."""
+    model = make_model("libra_faster_rcnn")
+    accelerate(model, compile_backbone=True, backend="no such backend")
+    assert "The backbone is not compiled, and runs as without" in caplog.text
+    model.backbone(torch.randn(1, 3, 64, 96, dtype=torch.float64))

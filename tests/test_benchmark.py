@@ -115,5 +115,5 @@ def test_whole_models(mmdet):
 def test_levers():
     results = list(benchmark_models.levers(Once("cpu", 0), (64, 64), ["fold_norm"]))
     assert [list(result.values) for result in results] == [
-        ["no lever", "fold_norm", "all but compiling"]
+        ["no lever", "fold_norm", "as by default"]
     ] * 8

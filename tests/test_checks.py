@@ -21,13 +21,14 @@ NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
 SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", "Weighted")]
 CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
 SPEED, TRAINER = "MODEL.LIBRA.SPEED", "MODEL.LIBRA.TRAINER"
+FORMATS = ("auto", "always", "inference", "never")
 SAMPLING = "INPUT.MIN_SIZE_TRAIN_SAMPLING"
 
 # Key, legal values, illegal ones (numbers on both sides of the boundary), and what to use.
 RULES = [
     ("SOLVER.IMS_PER_BATCH", [1], [0, -4], LEAST.format(1)),
     ("SOLVER.MAX_ITER", [1], [0], LEAST.format(1)),
-    (f"{SPEED}.CHANNELS_LAST", ["never"], ["on"], CHOICE.format(("auto", "always", "never"))),
+    (f"{SPEED}.CHANNELS_LAST", ["never"], ["on"], CHOICE.format(FORMATS)),
     (f"{SPEED}.AMP_DTYPE", ["float16"], ["half"], CHOICE.format(("auto", "float16", "bfloat16"))),
     ("SOLVER.CHECKPOINT_PERIOD", [1], [0], LEAST.format(1)),
     ("SOLVER.WARMUP_ITERS", [0], [-1], LEAST.format(0)),

@@ -156,21 +156,22 @@ def test_all_settings_are_here():
 @pytest.mark.parametrize(
     ("device", "amp", "dtype", "channels_last", "expected"),
     [
-        ("cpu", False, "bfloat16", "auto", (torch.float32, True)),
-        ("cpu", True, "auto", "auto", (torch.bfloat16, True)),
-        ("cpu", False, "auto", "never", (torch.float32, False)),
-        ("cuda:1", False, "auto", "auto", (torch.float32, False)),
-        ("cuda:1", False, "auto", "always", (torch.float32, True)),
-        ("cuda", True, "auto", "auto", (torch.float16, True)),
-        ("cuda", True, "bfloat16", "never", (torch.bfloat16, False)),
+        ("cpu", False, "bfloat16", "auto", (torch.float32, "always")),
+        ("cpu", True, "auto", "auto", (torch.bfloat16, "always")),
+        ("cpu", False, "auto", "never", (torch.float32, "never")),
+        ("cuda:1", False, "auto", "auto", (torch.float32, "never")),
+        ("cuda:1", False, "auto", "always", (torch.float32, "always")),
+        ("cuda", True, "auto", "auto", (torch.float16, "always")),
+        ("cuda", True, "bfloat16", "inference", (torch.bfloat16, "inference")),
     ],
 )
-def test_speed(language, device, amp, dtype, channels_last, expected):
+def test_speed(language, device, amp, dtype, channels_last, expected, monkeypatch):
     """What "auto" means for a device, and with mixed precision."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     recipe = make(language, "mask_rcnn_fpn")
     recipe.device, recipe.amp, recipe.amp_dtype = device, amp, dtype
     recipe.channels_last = channels_last
-    assert (recipe.precision, recipe._has_channels_last) == expected
+    assert (recipe.precision, recipe._channels_last) == expected
     with recipe.autocast():
         assert torch.is_autocast_enabled("cpu") == (amp and device == "cpu")
         if amp and device == "cpu":
@@ -185,11 +186,11 @@ def test_levers(language):
     for on in (True, False):
         recipe.fold_norm = recipe.parallel_roi_align = on
         recipe.channels_last = "auto" if on else "never"
-        model = recipe.build_model()
+        model = recipe.build_model().eval()
         types = {type(x) for x in model.modules()}
-        weight = model.backbone.bottom_up.stem.conv1.weight
         assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
-        assert weight.is_contiguous(memory_format=torch.channels_last) == on
+        feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
+        assert feature.is_contiguous(memory_format=torch.channels_last) == on
 
 
 def test_several_places():

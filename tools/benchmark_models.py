@@ -18,13 +18,19 @@ from detectron2.utils.events import EventStorage
 from libra_d2 import model_zoo
 from libra_d2.checkpoint.mmdetection import to_mmdetection
 from libra_d2.config import BASELINE
-from libra_d2.modeling.acceleration import accelerate
+from libra_d2.modeling.acceleration import accelerate, choose_channels_last
 from libra_d2.utils.meter import Meter, Result
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
 FILES = {"Faster R-CNN": "faster_rcnn", "RetinaNet": "retinanet"}
 SYSTEMS = tuple(FILES)
-LEVERS = ("channels_last", "fold_norm", "parallel_roi_align", "compile_backbone")
+NO_LEVER = {
+    "channels_last": "never",
+    "fold_norm": False,
+    "parallel_roi_align": False,
+    "compile_backbone": False,
+}
+LEVERS = tuple(NO_LEVER)
 # What a profile of CUDA calls when the host waits.
 WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -132,8 +138,13 @@ def make_models(system: str, device: str, reference: bool) -> Dict[str, nn.Modul
         models[name] = build_model(model_config(system, name, device))
     if reference:
         models[REFERENCE] = reference_model(system, models[OURS], device)
-    accelerate(models[OURS])
+    accelerate_by_default(models[OURS], device)
     return models
+
+
+def accelerate_by_default(model: nn.Module, device: str, precision: str = "float32") -> None:
+    """As the configs do."""
+    accelerate(model, channels_last=choose_channels_last(device, precision != "float32"))
 
 
 def count_flops(model: nn.Module, x: Dict[str, Any]) -> float:
@@ -163,10 +174,11 @@ def whole_models(
         flops = {name: count_flops(models[name], x) for name in (OURS, PLAIN)}
         for what, step in STEPS.items():
             steps = {name: partial(step, model, x) for name, model in models.items()}
-            for precision in precisions:
+            for precision in set(precisions) - {"float32"}:
+                model = copy.deepcopy(models[OURS])
+                accelerate_by_default(model, meter.device, precision)
                 run = in_precision(step, meter.device, precision)
-                name = OURS if precision == "float32" else f"{OURS}, {precision}"
-                steps[name] = partial(run, models[OURS], x)
+                steps[f"{OURS}, {precision}"] = partial(run, model, x)
             title = f"{system} R-50, {size[0]} x {size[1]}, {what}"
             yield from measure(meter, title, steps, flops[OURS] / flops[PLAIN])
 
@@ -181,9 +193,10 @@ def levers(meter: Meter, size: Size, names: Optional[Sequence[str]] = None) -> I
             if name == "parallel_roi_align" and system == "RetinaNet":
                 continue
             models[name] = copy.deepcopy(plain)
-            accelerate(models[name], **{**dict.fromkeys(LEVERS, False), name: True})
-        models["all but compiling"] = copy.deepcopy(plain)
-        accelerate(models["all but compiling"])
+            value = "always" if name == "channels_last" else True
+            accelerate(models[name], **{**NO_LEVER, name: value})
+        models["as by default"] = copy.deepcopy(plain)
+        accelerate_by_default(models["as by default"], meter.device)
         for what, step in STEPS.items():
             steps = {name: partial(step, model, x) for name, model in models.items()}
             title = f"levers, {system} R-50, {size[0]} x {size[1]}, {what}"

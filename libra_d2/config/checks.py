@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from ..data.resize import INTERPOLATIONS
 from ..errors import InputError, one_line
 from ..evaluation import check_evaluator_type
+from ..modeling.acceleration import CHANNELS_LAST
 from .recipe import Recipe, SettingMissing
 
 __all__ = ["check_datasets", "check_run", "check_values"]
@@ -92,7 +93,7 @@ _RULES: Tuple[Rule, ...] = (
     _choice("mask_format", ("polygon", "bitmask")),
     _choice("image_format", ("BGR", "RGB", "L", "YUV-BT.601")),
     _choice("MODEL.LIBRA.INPUT.INTERPOLATION", INTERPOLATIONS),
-    _choice("channels_last", ("auto", "always", "never")),
+    _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
     *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align")),
     _choice("compile_backbone", (True, False)),

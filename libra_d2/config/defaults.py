@@ -128,9 +128,9 @@ def add_libra_config(cfg: CN) -> None:
 
     # Speed: the same numbers, but for rounding, in less time (docs/benchmark.md)
     cfg.MODEL.LIBRA.SPEED = CN()
-    # Whether weights and features have their channels last in memory: "always", "never", or "auto":
-    # where it was measured to be faster, on CPUs, and where it is known to be, on GPUs in mixed
-    # precision; not on Windows.
+    # When features have their channels last in memory: "always", "inference", "never", or "auto":
+    # where it was measured to be faster, in inference on CPUs, in training on those with AVX-512,
+    # and where it is known to be, on GPUs in mixed precision; not on Windows.
     cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
     # Whether batch norms with fixed statistics are folded into the convolutions in front of them,
     # in training, too. Checkpoints do not change.

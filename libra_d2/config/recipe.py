@@ -8,7 +8,6 @@ A :class:`Recipe` wraps a config, which it reads and writes directly: each setti
 """
 
 import copy
-import sys
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import (
@@ -33,7 +32,7 @@ from detectron2.evaluation import DatasetEvaluator
 from ..checkpoint import LibraCheckpointer
 from ..errors import InputError
 from ..evaluation import build_evaluator
-from ..modeling.acceleration import accelerate
+from ..modeling.acceleration import accelerate, choose_channels_last
 from .model_checks import check_box_losses
 
 __all__ = ["Recipe", "Setting", "SettingMissing"]
@@ -344,7 +343,7 @@ class Recipe(ABC):
         check_box_losses(model)
         accelerate(
             model,
-            channels_last=self._has_channels_last,
+            channels_last=self._channels_last,
             fold_norm=self.fold_norm,
             parallel_roi_align=self.parallel_roi_align,
             compile_backbone=self.compile_backbone,
@@ -361,10 +360,10 @@ class Recipe(ABC):
         return torch.device(self.device).type
 
     @property
-    def _has_channels_last(self) -> bool:
+    def _channels_last(self) -> str:
         if self.channels_last != "auto":
-            return self.channels_last == "always"
-        return (self.device_type == "cpu" or self.amp) and sys.platform != "win32"
+            return self.channels_last
+        return choose_channels_last(self.device_type, self.amp)
 
     @property
     def precision(self) -> torch.dtype:

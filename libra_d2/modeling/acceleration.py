@@ -1,15 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a built model fast, Detectron2's own models too, without changing what it computes."""
 
+import logging
+import sys
 from typing import Tuple
 
 import torch
 from torch import nn
 
+from ..errors import check_choice, one_line
 from .folded_conv import fold_norms
 from .roi_align import parallelize_roi_align
 
-__all__ = ["accelerate"]
+__all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
+
+logger = logging.getLogger(__name__)
+
+CHANNELS_LAST = ("always", "inference", "never")
+
+
+def choose_channels_last(device_type: str, is_mixed_precision: bool) -> str:
+    """
+    When channels last is faster, as far as it was measured (docs/benchmark.md) or is known.
+
+    Args:
+        device_type: "cpu", "cuda" or another kind of device.
+        is_mixed_precision: whether convolutions run in 16 bits.
+
+    Returns:
+        one of :data:`CHANNELS_LAST`.
+    """
+    if sys.platform == "win32":
+        return "never"
+    if device_type != "cpu":
+        return "always" if is_mixed_precision else "never"
+    # Without AVX-512, oneDNN has no fast gradient of a convolution's weights for it.
+    has_fast_gradients = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "always" if has_fast_gradients else "inference"
 
 
 def _channels_last(self, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
@@ -17,10 +44,16 @@ def _channels_last(self, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
     return (input[0].contiguous(memory_format=torch.channels_last),)
 
 
+def _channels_last_in_inference(self, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
+    if self.training:
+        return (input[0],)
+    return (input[0].contiguous(memory_format=torch.channels_last),)
+
+
 def accelerate(
     model: nn.Module,
     *,
-    channels_last: bool = True,
+    channels_last: str = "always",
     fold_norm: bool = True,
     parallel_roi_align: bool = True,
     compile_backbone: bool = False,
@@ -32,19 +65,38 @@ def accelerate(
 
     Args:
         model: a detector of Detectron2 or of this project, with a ``backbone``.
-        channels_last: whether weights and features have their channels last in memory.
+        channels_last: when features have their channels last in memory: "always", "inference" or
+            "never". Convolutions and all that follows go on with the format of the image that the
+            backbone gets; weights keep theirs.
         fold_norm: see :class:`FoldedConv2d`.
         parallel_roi_align: see :class:`ParallelROIAlign`.
         compile_backbone: whether the backbone is compiled by ``torch.compile``, during the first
-            iterations, for images of any size.
+            iterations, for images of any size. Where nothing can be compiled, that is logged.
         backend: that of ``torch.compile``.
+
+    Raises:
+        ArgumentError: a ValueError, if ``channels_last`` is something else.
     """
+    check_choice("channels_last", channels_last, CHANNELS_LAST)
     if fold_norm:
         fold_norms(model)
     if parallel_roi_align:
         parallelize_roi_align(model)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-        model.backbone.register_forward_pre_hook(_channels_last)
+    if channels_last != "never":
+        always = channels_last == "always"
+        model.backbone.register_forward_pre_hook(
+            _channels_last if always else _channels_last_in_inference
+        )
     if compile_backbone:
-        model.backbone.compile(dynamic=True, backend=backend)
+        _compile(model.backbone, backend)
+
+
+def _compile(module: nn.Module, backend: str) -> None:
+    probe = torch.zeros(2, device=next(module.parameters()).device)
+    try:
+        torch.compile(torch.exp, backend=backend)(probe)
+    except Exception as e:  # there is no compiler, or one of many kinds of failure
+        logger.warning(f"The backbone is not compiled, and runs as without: {one_line(e)}")
+        return
+    module.compile(dynamic=True, backend=backend)
+    logger.info(f"The backbone is compiled by torch.compile ({backend}) when it is first used")

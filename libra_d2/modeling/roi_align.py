@@ -128,7 +128,9 @@ class _ROIAlignFunction(torch.autograd.Function):
         ctx.shape = x.shape
         ctx.save_for_backward(taps.pixel, taps.weight, taps.bin)
         bins = F.embedding_bag(
-            *(taps.pixel, _pixels(x), taps.start), mode="sum", per_sample_weights=taps.weight
+            *(taps.pixel, _pixels(x.detach()), taps.start),
+            mode="sum",
+            per_sample_weights=taps.weight,
         )
         return bins.view(len(rois), *pooler.output_size, -1).permute(0, 3, 1, 2)
 
@@ -140,7 +142,7 @@ class _ROIAlignFunction(torch.autograd.Function):
         pixel, order = pixel.sort(stable=True)
         num = pixel.bincount(minlength=num_images * height * width)
         pixels = F.embedding_bag(
-            *(bin_[order], _pixels(grad), num.cumsum(0) - num),
+            *(bin_[order], _pixels(grad.detach()), num.cumsum(0) - num),
             mode="sum",
             per_sample_weights=weight[order],
         )
