@@ -17,10 +17,12 @@ import glob
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -36,6 +38,7 @@ from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.evaluation.side_by_side import draw_side_by_side
 from libra_d2.utils.display import display_metadata
+from libra_d2.utils.meter import Meter
 
 logger = logging.getLogger("libra_d2.demo")
 
@@ -56,6 +59,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="PATH",
         help="a folder; or a file, for one image or a video (.mp4). Default: a window",
+    )
+    parser.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="measure the time that an image of --input takes on this machine, and draw nothing",
     )
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="in [0, 1]; default: %(default)s"
@@ -265,6 +273,19 @@ def process_video(
         print(path)
 
 
+def measure(path: str, predictors: Dict[str, LibraPredictor], recipe: Recipe) -> None:
+    """Print the median time of each detector for an image, resizing included, in turn."""
+    image = read_image(path, format="BGR")
+    steps = {name: partial(predictor, image) for name, predictor in predictors.items()}
+    result = Meter(recipe.device_type, seconds=10).times(path, steps)
+    size, precision = f"{image.shape[1]} x {image.shape[0]}", str(recipe.precision)[6:]
+    threads = f" with {torch.get_num_threads()} threads" if recipe.device_type == "cpu" else ""
+    print(f"{path}: {size} pixels, {precision}, {recipe.device}{threads}")
+    for name, time in result.values.items():
+        spread, rate = result.spreads[name] / 2, 1000 / time
+        print(f"{name}: {time:.1f} ± {spread:.1f} ms for an image, {rate:.1f} images per second")
+
+
 def run(args: argparse.Namespace) -> None:
     """Build the detectors and process the input."""
     setup_logger(name="libra_d2", abbrev_name="libra_d2")
@@ -275,6 +296,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.plain_weights and not args.input:
         raise InputError("--plain-weights: two detectors side by side need --input")
+    if args.benchmark and not args.input:
+        raise InputError("--benchmark needs --input")
     if args.plain_config_file and not args.plain_weights:
         raise InputError("--plain-config-file goes with --plain-weights")
     files, source = (find_images(args.input), None) if args.input else ([], open_video(args))
@@ -291,6 +314,13 @@ def run(args: argparse.Namespace) -> None:
     if args.plain_weights:
         file = args.plain_config_file or args.config_file
         plain = make_predictor(setup(args, file, args.opts, args.plain_weights), names)
+    if args.benchmark:
+        predictors = {"detector": predictor}
+        if args.plain_weights:
+            predictors["plain detector"] = plain
+        measure(files[0], predictors, recipe)
+        return
+    if args.plain_weights:
 
         def draw(image):
             found = [p(image)["instances"].to("cpu") for p in (plain, predictor)]

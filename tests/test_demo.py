@@ -12,6 +12,7 @@ from PIL import Image
 from test_train_net import QUICK, OneNumber, small_data
 
 from libra_d2.demo.demo import build_argument_parser, main, setup
+from libra_d2.utils.meter import Meter, Result
 
 DOCS = ["--input", str(ROOT / "docs/images")]
 COLOR = (30, 60, 90)  # RGB
@@ -50,6 +51,27 @@ def test_folder_and_pattern(small, tmp_path, capsys):
     assert logged == ["2", "1", "2", "1"]
     assert sorted(x.name for x in out.iterdir()) == ["1.png", "2.png"]
     assert is_drawn(np.array(Image.open(out / "1.png")))
+
+
+def test_benchmark(small, capsys, monkeypatch):
+    """Median time and rate of both detectors, for the image as it is."""
+    values = Result("", "ms", {"detector": 20.0, "plain detector": 50.0}, {"detector": 3.0})
+    values.spreads["plain detector"] = 1.0
+    seen = []
+
+    def times(meter, what, steps):
+        seen.extend(len(step()["instances"]) for step in steps.values())
+        return values
+
+    monkeypatch.setattr(Meter, "times", times)
+    path = small / "images/1.png"
+    run(small, "--benchmark", "--plain-weights", small / "0.pth", "--input", path)
+    assert seen == [1, 0]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    threads = torch.get_num_threads()
+    assert lines[0] == f"{path}: 64 x 48 pixels, float32, cpu with {threads} threads"
+    assert lines[1] == "detector: 20.0 ± 1.5 ms for an image, 50.0 images per second"
+    assert lines[2] == "plain detector: 50.0 ± 0.5 ms for an image, 20.0 images per second"
 
 
 def test_side_by_side(small, tmp_path):

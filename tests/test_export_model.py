@@ -96,6 +96,8 @@ def test_onnx(system, synthetic, tmp_path, capsys):
     path = str(tmp_path / "model.onnx")
     export(system, synthetic, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    graph = pytest.importorskip("onnx").load(path).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}  # folded
     about = session.get_modelmeta().custom_metadata_map
     description = json.loads((tmp_path / "model.onnx.json").read_text())
     assert {key: json.loads(value) for key, value in about.items()} == description

@@ -3,12 +3,17 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_trainer import SECTION, ToyTrainer, lines, run, weights
 from test_trainer import toy_data as toy_data
 from test_trainer import whole as whole
+
+from detectron2.utils.events import EventStorage
+
+from libra_d2.engine.hooks import Throughput
 
 
 @pytest.mark.parametrize("names", [("one",), ("toy", "one")])
@@ -93,6 +98,19 @@ def test_number_of_checkpoints(toy_data, tmp_path):
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def test_throughput(caplog):
+    """The batch size by the median time, if there were steps."""
+    hook = Throughput(6)
+    hook.trainer = SimpleNamespace(storage=EventStorage())
+    hook.after_train()
+    assert not caplog.messages
+    for seconds in (0.5, 9.0, 0.25):
+        hook.trainer.storage.put_scalar("time", seconds)
+    with caplog.at_level("INFO"):
+        hook.after_train()
+    assert caplog.messages == ["12 images per second (median)"]
 
 
 def send(*numbers):

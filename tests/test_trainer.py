@@ -23,14 +23,19 @@ from torch import nn
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
+from libra_d2.config import Recipe, make_recipe
 from libra_d2.data import register_coco_json
-from libra_d2.engine import Trainer
+from libra_d2.engine import LibraPredictor, Trainer
+from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from libra_d2.errors import InputError
 
 SECTION = "MODEL.LIBRA.TRAINER."
+NO_OBJECTS = {"pred_boxes": Boxes(torch.zeros(0, 4)), "scores": torch.zeros(0)}
+NO_OBJECTS["pred_classes"] = torch.zeros(0)
 
 
 class Toy(DenseDetector):
@@ -367,6 +372,63 @@ def test_loaders(toy_data, tmp_path):
     assert "instances" not in tested
     assert len(validated["instances"]) == len(trained[0]["instances"]) > 0
     assert len(list(Trainer.build_validation_loader(cfg, "toy"))) == 11
+
+
+class Listening(ToyTrainer):
+    """Its model notes what it is computed in."""
+
+    seen = []
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        model.register_forward_pre_hook(lambda *args: cls.seen.append(autocast_type()))
+        return model
+
+
+def autocast_type():
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_mixed_precision(toy_data, tmp_path, monkeypatch, amp, accumulation_steps):
+    """Training steps, counting passes and validation losses."""
+    monkeypatch.setattr(Listening, "seen", [])
+    opts = ["SOLVER.AMP.ENABLED", amp, f"{SECTION}ACCUMULATION_STEPS", accumulation_steps]
+    opts += ["SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 6]
+    trainer = run(tmp_path, *opts, trainer=Listening)
+    assert type(trainer._trainer) is AccumulationTrainer  # without a scaler
+    assert set(Listening.seen) == {torch.bfloat16 if amp else torch.float32}
+    assert len(Listening.seen) == (6 if accumulation_steps > 1 else 1) + 11
+
+
+def test_float16(toy_data, tmp_path, monkeypatch):
+    """The loss is scaled."""
+    monkeypatch.setattr(Recipe, "precision", torch.float16)
+    assert type(make(tmp_path)._trainer) is AMPAccumulationTrainer
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_precision_of_evaluation(toy_data, tmp_path, amp):
+    """Mixed if the config says so, in inference mode; the same for a predictor."""
+    seen = []
+
+    def detect(inputs):
+        seen.append((autocast_type(), torch.is_inference_mode_enabled()))
+        return [{"instances": Instances((96, 96), **NO_OBJECTS)} for _ in inputs]
+
+    cfg = make(tmp_path, "SOLVER.AMP.ENABLED", amp).cfg
+    model = Toy()
+    model.forward = detect
+    Trainer.test(cfg, model)
+    predictor = LibraPredictor.__new__(LibraPredictor)
+    recipe = make_recipe(cfg)
+    predictor.cfg, predictor.model, predictor.input_format = cfg, model, "BGR"
+    predictor.aug, predictor._autocast = recipe.build_augmentations(False)[0], recipe.autocast
+    predictor(np.zeros((96, 96, 3), np.uint8))
+    dtype = torch.bfloat16 if amp else torch.float32
+    assert seen == [(dtype, True)] * 12 + [(dtype, False)]
 
 
 SEVERAL = """

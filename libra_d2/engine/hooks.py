@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training hooks: checkpoints, signals, best model, early stopping, moving average of weights."""
+"""Training hooks: checkpoints, signals, best model, early stopping, averaged weights, speed."""
 
+import logging
 import os
 import re
 import signal
@@ -26,8 +27,12 @@ __all__ = [
     "CheckpointHook",
     "EarlyStopping",
     "StopOnSignal",
+    "Throughput",
     "TrainingEnded",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingEnded(BaseException):
@@ -146,6 +151,19 @@ class StopOnSignal(HookBase):
 
     def __exit__(self, *error) -> None:
         self._interruptible = False
+
+
+class Throughput(HookBase):
+    """Logs the images per second of all processes, by the median time of an iteration."""
+
+    def __init__(self, batch_size: int):
+        """Args: batch_size: images in an iteration."""
+        self.batch_size = batch_size
+
+    def after_train(self) -> None:
+        times = self.trainer.storage.histories().get("time")  # of IterationTimer
+        if times is not None:
+            logger.info(f"{self.batch_size / times.median(1000):.3g} images per second (median)")
 
 
 class BestModel(BestCheckpointer):

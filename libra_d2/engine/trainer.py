@@ -41,6 +41,7 @@ from .hooks import (
     CheckpointHook,
     EarlyStopping,
     StopOnSignal,
+    Throughput,
     TrainingEnded,
 )
 from .resuming import ExactResume
@@ -118,6 +119,7 @@ class Trainer(DefaultTrainer):
         stopping = EarlyStopping(period, recipe.best_metric or "bbox/AP", patience)
         return [
             hooks.IterationTimer(),
+            Throughput(recipe.batch_size) if is_main else None,
             hooks.LRScheduler(),
             self._build_precise_bn(),
             self.average,

@@ -64,7 +64,8 @@ def accelerate(
     its parameters and checkpoint keys stay.
 
     Args:
-        model: a detector of Detectron2 or of this project, with a ``backbone``.
+        model: a detector of Detectron2 or of this project. One without a ``backbone`` keeps the
+            memory format of its features, and is not compiled.
         channels_last: when features have their channels last in memory: "always", "inference" or
             "never". Convolutions and all that follows go on with the format of the image that the
             backbone gets; weights keep theirs.
@@ -82,13 +83,15 @@ def accelerate(
         fold_norms(model)
     if parallel_roi_align:
         parallelize_roi_align(model)
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        return
     if channels_last != "never":
         always = channels_last == "always"
-        model.backbone.register_forward_pre_hook(
-            _channels_last if always else _channels_last_in_inference
-        )
+        hook = _channels_last if always else _channels_last_in_inference
+        backbone.register_forward_pre_hook(hook)
     if compile_backbone:
-        _compile(model.backbone, backend)
+        _compile(backbone, backend)
 
 
 def _compile(module: nn.Module, backend: str) -> None:
