@@ -189,7 +189,7 @@ def test_launch(monkeypatch):
         with pytest.raises(SystemExit, match="torchrun or SLURM has started the processes already"):
             launch(fail, arguments(2))
 
-    def spawn(function, nprocs, args, daemon):
+    def spawn(function, nprocs, args, **kwargs):
         main, *numbers, given, _ = args
         spawned.append((nprocs, *numbers))
         if len(spawned) == 2:
@@ -197,7 +197,8 @@ def test_launch(monkeypatch):
         main(*given)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    for name in ("spawn", "start_processes"):  # of Detectron2 0.6, and of its main branch
+        monkeypatch.setattr(torch.multiprocessing, name, spawn)
     launch(called.append, arguments(2, 3))
     assert called[2:] == [arguments(2, 3)]
     with pytest.raises(SystemExit, match="3"):

@@ -13,10 +13,9 @@ from itertools import cycle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, calibrate_norms, load_cfg, reference_config
+from conftest import ROOT, build_model, calibrate_norms, load_cfg, reference_config
 from uncompiled_mmcv import import_mmdet
 
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.checkpoint import to_mmdetection
@@ -143,7 +142,8 @@ class Pair:
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = ALL
         cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = num_proposals
         self.loads_proposals = cfg.MODEL.LOAD_PROPOSALS
-        self.ours = build_model(cfg)
+        cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "always"
+        self.ours = build_model(cfg)  # with all that makes it fast
         self.inputs = []
         for size, num_objects in zip(sizes, cycle((7, 3))):
             boxes = random_boxes(self.generator, num_objects, size)
