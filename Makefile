@@ -73,8 +73,10 @@ gpu-report: $(VENV)/.installed-test
 	$(PY) -m pytest tests/test_devices.py | tee $(REPORT)/tests.txt
 	$(BENCHMARK) --only attention | tee $(REPORT)/attention.txt
 	$(BENCHMARK) --only non-local pyramid sampling loss | tee $(REPORT)/parts.txt
-	$(BENCHMARK) --only models --profile $(REPORT)/profile.txt | tee $(REPORT)/models.txt
-	$(BENCHMARK) --only models --amp | tee $(REPORT)/models_amp.txt
+	$(BENCHMARK) --only models --precision float32 float16 bfloat16 \
+	  --profile $(REPORT)/profile.txt | tee $(REPORT)/models.txt
+	$(BENCHMARK) --only levers | tee $(REPORT)/levers.txt
+	$(BENCHMARK) --only growth --plot $(REPORT)/growth.png | tee $(REPORT)/growth.txt
 	@echo "On BCCD: docs/results/bccd.md has the command; configs/BCCD/libra_faster_rcnn_R_50_FPN.yaml"
 
 test-rounding: $(VENV)/.installed-test
