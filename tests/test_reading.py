@@ -65,6 +65,20 @@ def test_not_a_lazy_config(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "setting", "value"),
+    [
+        ("train.speed.fold_norm=false", "fold_norm", False),
+        ("train.speed.channels_last=never", "channels_last", "never"),
+        ("train.test_time_augmentation.flip=false", "tta_flip", False),
+        ("train.ema_decay=0.5", "ema_decay", 0.5),
+    ],
+)
+def test_sections_of_this_project(option, setting, value):
+    """Settings of LazyConfigs whose sections Detectron2 does not have."""
+    assert getattr(read_config(LAZY, [option]), setting) == value
+
+
+@pytest.mark.parametrize(
     ("config", "options", "message"),
     [
         ("", "MODEL.LIBRA.BFP.LEVEL 1", "^command line: .*MODEL.LIBRA.BFP.LEVEL"),
@@ -75,6 +89,11 @@ def test_not_a_lazy_config(tmp_path):
         (LAZY, "model.backbone.botom_up.freeze_at=2", "botom_up.freeze_at: the .* no such key$"),
         (LAZY, "dataloder.train=0", "command line: dataloder.train: the LazyConfig has no such ke"),
         (LAZY, "dataloader.tran=0", "no such key; dataloader has train, test, evaluator$"),
+        (
+            LAZY,
+            "train.speed.fold=0",
+            "train.speed.fold: the LazyConfig has no such key",
+        ),
         (LAZY, "train.max_iter=[1", "command line: "),
     ],
 )

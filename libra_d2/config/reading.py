@@ -16,7 +16,7 @@ from ..errors import InputError, one_line
 from .checks import check_values
 from .defaults import add_libra_config
 from .lazy_recipe import LazyRecipe
-from .recipe import Recipe
+from .recipe import Recipe, Setting
 from .yaml_recipe import YamlRecipe
 
 __all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
@@ -164,10 +164,11 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         return
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(lazy, parent, default=None) if parent else lazy
-    # Arguments of classes and options of the training may be missing in a config, and
-    # train.test_time_augmentation is not a section of Detectron2's.
+    # Arguments of classes and options of the training may be missing in a config, and so may
+    # sections that Detectron2 does not have, such as train.speed.
     is_open = isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train."))
-    if is_open or parent == "train.test_time_augmentation":
+    settings = [x for x in vars(Recipe).values() if isinstance(x, Setting)]
+    if is_open or any(key in setting.lazy for setting in settings):
         return
     has_keys = isinstance(node, DictConfig) and len(node) > 0
     known = f"; {parent or 'it'} has {', '.join(map(str, node))}" if has_keys else ""
