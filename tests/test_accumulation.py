@@ -157,6 +157,16 @@ def test_step(amp):
     assert (model.norm.momentum, model.mean.momentum) == (0.1, None)
 
 
+def test_scale_of_another_precision():
+    """A training that had no scaled loss is continued with the initial scale."""
+    model = Sampling()
+    args = (model, [[1.0, 2]], torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer = AMPAccumulationTrainer(*args, grad_scaler=scaler)
+    trainer.load_state_dict(AccumulationTrainer(*args).state_dict())
+    assert scaler.get_scale() == 8
+
+
 def test_infinite_gradients():
     """Mixed precision skips the step and halves the scale."""
     model, scaler = Sampling(), torch.amp.GradScaler("cpu", init_scale=2.0**120)

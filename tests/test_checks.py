@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -276,7 +277,8 @@ def test_mixed_precision_on_the_cpu(datasets, monkeypatch, caplog, has_instructi
 
 def test_mixed_precision_on_a_gpu(datasets, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     options = ["SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda"]
     check(*options)
     with pytest.raises(InputError, match="'bfloat16', which this GPU cannot compute: use 'float"):

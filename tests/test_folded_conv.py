@@ -42,9 +42,20 @@ def test_values_and_gradients(norm, kwargs):
     folded(inputs)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6)])
-def test_statistics_of_the_batch(norm):
-    """Norms that compute statistics are called, and keep them."""
+class Activated(nn.BatchNorm2d):
+    """Does something else, in evaluation mode, too."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), Activated(6).eval(), FrozenBatchNorm2d(6)]
+)
+def test_norms_that_are_called(norm):
+    """Those that compute statistics, those of other classes, and those with hooks."""
+    if isinstance(norm, FrozenBatchNorm2d):
+        norm.register_full_backward_hook(lambda *args: None)
     plain = make_conv(norm)
     folded = copy.deepcopy(plain)
     fold_norms(folded)
@@ -125,6 +136,23 @@ def test_script():
     torch.testing.assert_close(scripted(x), conv(x), rtol=1e-12, atol=1e-12)
     assert "batch_norm" in str(scripted.inlined_graph)
     assert type(conv) is FoldedConv2d
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_trace(has_run):
+    """With the check of traces; weights can be exchanged afterwards, or the norm removed."""
+    conv, other = (make_conv(FrozenBatchNorm2d(6)).eval() for _ in range(2))
+    fold_norms(conv)
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        if has_run:
+            conv(x)
+        traced = torch.jit.trace(conv, x)
+        torch.testing.assert_close(traced(x), conv(x))
+        traced.load_state_dict(other.state_dict())
+        torch.testing.assert_close(traced(x), other(x))
+    conv.norm = other.norm = None
+    torch.testing.assert_close(conv(x), other(x))
 
 
 def test_what_is_folded():

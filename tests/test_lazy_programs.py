@@ -6,6 +6,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -131,7 +132,8 @@ def test_own_parts(tmp_path):
     rates = [json.loads(line)["lr"] for line in lines if '"lr"' in line]
     assert rates == [0.5, 0.5, 0.25, 0.25]
     opts = [f"train.init_checkpoint={tmp_path}/out/model_final.pth"]
-    LibraPredictor(read_config(str(path), opts))
+    predictor = LibraPredictor(read_config(str(path), opts))
+    assert "instances" in predictor(np.zeros((48, 64, 3), np.uint8))
     loaders.test.mapper.augmentations = [*loaders.test.mapper.augmentations] * 2
     LazyConfig.save(config, str(path))
     with pytest.raises(InputError, match="single augmentation, but the config has 2 for eval"):

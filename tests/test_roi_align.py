@@ -3,7 +3,6 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
@@ -26,7 +25,7 @@ def make_input(dtype=torch.float64, memory_format=torch.contiguous_format):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
+@pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
 def test_values_and_gradients(sampling_ratio, aligned, memory_format):
     """Those of torchvision's operator."""
     x, rois = make_input(memory_format=memory_format)
@@ -90,7 +89,7 @@ def test_trace():
 
 
 def test_pooler():
-    """In a pyramid, in place."""
+    """In a pyramid, in place; and with a single number as the size."""
     pooler = ROIPooler((7, 7), (1 / 4, 1 / 8), sampling_ratio=0, pooler_type="ROIAlignV2")
     features = [torch.randn(1, 6, 40, 50), torch.randn(1, 6, 20, 25)]
     boxes = [Boxes(torch.tensor(ROIS)[:8, 1:])]
@@ -98,4 +97,5 @@ def test_pooler():
     parallelize_roi_align(pooler)
     assert {type(x) for x in pooler.level_poolers} == {ParallelROIAlign}
     torch.testing.assert_close(pooler(features, boxes), expected, rtol=0, atol=1e-5)
-    assert type(ROIAlign(7, 1.0, 0)) is ROIAlign
+    x, rois = make_input()
+    assert ParallelROIAlign(7, 1 / 8, 0)(x, rois).equal(ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois))

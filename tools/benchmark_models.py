@@ -2,6 +2,7 @@
 """Whole R-50 models, what makes them fast, and how their time grows; see benchmark.py."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
@@ -96,38 +97,31 @@ def reference_data(x: Dict[str, Any]) -> Dict[str, Any]:
 
 
 @torch.no_grad()
-def infer(model: nn.Module, x: Dict[str, Any]) -> None:
+def infer(model: nn.Module, x: Dict[str, Any], autocast: Callable = nullcontext) -> None:
     """Inference of one image."""
-    if hasattr(model, "test_step"):
-        model.eval().test_step(reference_data(x))
-    else:
-        model.eval()([{"image": x["image"]}])
-
-
-def train(model: nn.Module, x: Dict[str, Any]) -> None:
-    """A training step of one image, without the optimizer's."""
-    with EventStorage():
+    if model.training:
+        model.eval()
+    with autocast():
         if hasattr(model, "test_step"):
-            data = model.train().data_preprocessor(reference_data(x), True)
+            model.test_step(reference_data(x))
+        else:
+            model([{"image": x["image"]}])
+
+
+def train(model: nn.Module, x: Dict[str, Any], autocast: Callable = nullcontext) -> None:
+    """A training step of one image, without the optimizer's."""
+    if not model.training:
+        model.train()
+    with EventStorage(), autocast():
+        if hasattr(model, "test_step"):
+            data = model.data_preprocessor(reference_data(x), True)
             loss = model.parse_losses(model(**data, mode="loss"))[0]
         else:
-            loss = sum(model.train()([x]).values())
+            loss = sum(model([x]).values())
     loss.backward()
 
 
 STEPS: Dict[str, Callable] = {"inference": infer, "training step": train}
-
-
-def in_precision(step: Callable, device: str, precision: str) -> Callable:
-    """``step`` in "float32", or under autocast to another type."""
-    if precision == "float32":
-        return step
-
-    def run(*args):
-        with torch.autocast(device, getattr(torch, precision)):
-            step(*args)
-
-    return run
 
 
 def make_models(system: str, device: str, reference: bool) -> Dict[str, nn.Module]:
@@ -177,8 +171,8 @@ def whole_models(
             for precision in set(precisions) - {"float32"}:
                 model = copy.deepcopy(models[OURS])
                 accelerate_by_default(model, meter.device, precision)
-                run = in_precision(step, meter.device, precision)
-                steps[f"{OURS}, {precision}"] = partial(run, model, x)
+                autocast = partial(torch.autocast, meter.device, getattr(torch, precision))
+                steps[f"{OURS}, {precision}"] = partial(step, model, x, autocast)
             title = f"{system} R-50, {size[0]} x {size[1]}, {what}"
             yield from measure(meter, title, steps, flops[OURS] / flops[PLAIN])
 

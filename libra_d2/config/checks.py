@@ -198,6 +198,10 @@ def _check_tta(recipe: Recipe) -> None:
         raise InputError(f"{recipe.name_of('tta')}: there is no test-time augmentation of {what}")
 
 
+def _has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _check_precision(recipe: Recipe) -> None:
     """Mixed precision needs instructions for its type."""
     name = recipe.name_of("amp_dtype")
@@ -205,9 +209,12 @@ def _check_precision(recipe: Recipe) -> None:
         raise InputError(f"{name} is 'float16': on CPUs use 'bfloat16'")
     if recipe.precision is not torch.bfloat16:
         return
-    if recipe.device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError(f"{name} is 'bfloat16', which this GPU cannot compute: use 'float16'")
-    if recipe.device_type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if recipe.device_type == "cuda":
+        with torch.cuda.device(recipe.device):
+            is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not is_supported:
+            raise InputError(f"{name} is 'bfloat16', which this GPU cannot compute: use 'float16'")
+    elif not (torch.backends.mkldnn.is_available() and _has_bfloat16()):
         logger.warning(
             f"{recipe.name_of('amp')}: this CPU has no instructions for bfloat16; mixed precision "
             "is slower on it than float32"

@@ -42,7 +42,7 @@ class AccumulationTrainer(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        size = len(batch) // self.accumulation_steps
+        size = max(len(batch) // self.accumulation_steps, 1)
         micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
         self.optimizer.zero_grad()
         if len(micro_batches) == 1:
@@ -50,9 +50,11 @@ class AccumulationTrainer(SimpleTrainer):
             self._backward(sum(losses.values()))
         else:
             losses = self._accumulate(micro_batches)
-        # One transfer from the device for all of them.
-        values = torch.stack([loss.detach() for loss in losses.values()]).cpu()
-        self._write_metrics(dict(zip(losses, values)), data_time)
+        losses = {name: loss.detach().reshape(()) for name, loss in losses.items()}
+        if len({loss.device for loss in losses.values()}) == 1:
+            # One transfer from the device for all of them.
+            losses = dict(zip(losses, torch.stack(list(losses.values())).cpu()))
+        self._write_metrics(losses, data_time)
         self._step()
 
     def _accumulate(self, micro_batches: List[Inputs]) -> Losses:
@@ -119,6 +121,10 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
     def _step(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """See :meth:`AMPTrainer.load_state_dict`; a training in another precision has no scale."""
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
 
 
 @contextmanager

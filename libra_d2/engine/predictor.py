@@ -2,6 +2,7 @@
 from typing import Any, Dict
 
 import numpy as np
+import torch
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
@@ -46,6 +47,13 @@ class LibraPredictor(DefaultPredictor):
         self._autocast = recipe.autocast
 
     def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
-        """See :meth:`DefaultPredictor.__call__`; in mixed precision if ``SOLVER.AMP.ENABLED``."""
-        with self._autocast():
-            return super().__call__(original_image)
+        """
+        See :meth:`DefaultPredictor.__call__`, which on Detectron2's main branch reads the device
+        from a YAML config; in mixed precision if ``SOLVER.AMP.ENABLED``.
+        """
+        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+        height, width = image.shape[:2]
+        image = self.aug.get_transform(image).apply_image(image)
+        image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        with torch.no_grad(), self._autocast():
+            return self.model([{"image": image, "height": height, "width": width}])[0]

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
+
+from .batch_norm import AffineBatchNorm2d
 
 __all__ = ["FoldedConv2d", "fold_norms"]
 
@@ -29,7 +31,7 @@ class FoldedConv2d(Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
         norm = self.norm
-        if not _can_be_folded(norm):
+        if norm is None or not _can_be_folded(norm):
             return super().forward(x)
         tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         scale, shift = self._keep("norm", tensors, self._fold_norm)
@@ -56,8 +58,10 @@ class FoldedConv2d(Conv2d):
         """``function(*tensors)``, which is computed again if a tensor has changed."""
         bias = () if self.bias is None else (self.bias,)
         used = (*tensors, *bias)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return function(*tensors)
         has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in used)
-        if has_gradient or any(x.is_inference() for x in used) or torch.compiler.is_compiling():
+        if has_gradient or any(x.is_inference() for x in used):
             return function(*tensors)
         kept = self.__dict__.setdefault("_kept", {})
         versions = [(id(x), x._version) for x in used]
@@ -84,13 +88,27 @@ class FoldedConv2d(Conv2d):
         return plain
 
 
+# Those of classes derived from them may do something else.
+_FORWARDS = {
+    x.forward
+    for x in (
+        FrozenBatchNorm2d,
+        AffineBatchNorm2d,
+        _BatchNorm,
+        nn.SyncBatchNorm,
+        NaiveSyncBatchNorm,
+    )
+}
+
+
 def _can_be_folded(norm: nn.Module) -> bool:
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if type(norm).forward not in _FORWARDS or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    if norm._backward_hooks or norm._backward_pre_hooks:
         return False
     if isinstance(norm, FrozenBatchNorm2d):
         return True
-    is_batch_norm = isinstance(norm, _BatchNorm) and norm.affine and norm.track_running_stats
-    return is_batch_norm and not norm.training
+    return norm.affine and norm.track_running_stats and not norm.training
 
 
 def fold_norms(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 from detectron2.layers import ROIAlign
 
@@ -55,7 +56,9 @@ def _taps_along(
         weights (R, P, L).
     """
     bin_size = (extent / num_bins)[:, None, None]
-    num_samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio else bin_size.ceil()
+    num_samples = (
+        torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
+    )
     sample = torch.arange(max(int(num_samples.amax()), 1), dtype=start.dtype)
     bin_start = start[:, None] + torch.arange(num_bins, dtype=start.dtype) * bin_size[..., 0]
     position = bin_start[..., None] + (sample + 0.5) * (bin_size / num_samples)  # (R, P, samples)
@@ -96,7 +99,7 @@ def _make_taps(rois: torch.Tensor, size: Tuple[int, int], pooler: ROIAlign) -> _
         pooler: see :class:`ROIAlign`.
     """
     height, width = size
-    rows, columns = pooler.output_size
+    rows, columns = _pair(pooler.output_size)
     x1, y1, x2, y2 = (rois[:, 1:] * pooler.spatial_scale - 0.5 * pooler.aligned).unbind(1)
     w, h = x2 - x1, y2 - y1
     if not pooler.aligned:
@@ -132,7 +135,7 @@ class _ROIAlignFunction(torch.autograd.Function):
             mode="sum",
             per_sample_weights=taps.weight,
         )
-        return bins.view(len(rois), *pooler.output_size, -1).permute(0, 3, 1, 2)
+        return bins.view(len(rois), *_pair(pooler.output_size), -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
@@ -158,7 +161,7 @@ class ParallelROIAlign(ROIAlign):
     """
     :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
     channels last as they are. The numbers are the same but for the order of sums. On other devices,
-    and in traces and scripts, it is the parent.
+    and in traces, scripts and compiled graphs, it is the parent.
     """
 
     def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
@@ -170,7 +173,8 @@ class ParallelROIAlign(ROIAlign):
         Returns:
             (R, C, *output_size), of the type of ``input``.
         """
-        if input.device.type != "cpu" or torch.jit.is_tracing() or len(rois) == 0:
+        is_exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if input.device.type != "cpu" or is_exported or len(rois) == 0:
             return super().forward(input, rois)
         with torch.autocast("cpu", enabled=False):
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
