@@ -187,3 +187,25 @@ def test_imagenet(tmp_path, caplog):
         x = torch.rand(1, 3, 64, 64)
         expected = torch.nn.Sequential(*list(resnet.eval().children())[:-2])(x)
         torch.testing.assert_close(model.backbone.bottom_up(x)["res5"], expected)
+
+
+def test_convnext():
+    """The names of its authors become timm's; the classifier is left out."""
+    names = {
+        "downsample_layers.0.0.weight": "stem.0.weight",
+        "downsample_layers.0.1.bias": "stem.1.bias",
+        "downsample_layers.2.1.weight": "stages.2.downsample.1.weight",
+        "stages.3.11.dwconv.weight": "stages.3.blocks.11.conv_dw.weight",
+        "stages.0.1.pwconv1.bias": "stages.0.blocks.1.mlp.fc1.bias",
+        "stages.0.1.pwconv2.weight": "stages.0.blocks.1.mlp.fc2.weight",
+        "stages.0.1.norm.weight": "stages.0.blocks.1.norm.weight",
+        "stages.0.1.gamma": "stages.0.blocks.1.gamma",
+    }
+    state = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    classifier = {"norm.weight": torch.ones(1), "head.bias": torch.ones(1)}
+    found = to_detectron2_checkpoint({"model": {**state, **classifier}, "other": 1})
+    assert found.keys() == {"model", "matching_heuristics"}
+    assert found["matching_heuristics"] is True
+    assert {k: v.item() for k, v in found["model"].items()} == {
+        name: i for i, name in enumerate(names.values())
+    }

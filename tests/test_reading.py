@@ -6,7 +6,7 @@ from iopath.common.file_io import PathHandler
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 
-from libra_d2.config import make_recipe
+from libra_d2.config import make_recipe, read_recipe
 from libra_d2.config.reading import is_lazy_config
 from libra_d2.engine import read_config
 from libra_d2.errors import InputError
@@ -62,6 +62,15 @@ def test_not_a_lazy_config(tmp_path):
     (tmp_path / "config.py").write_text("model = dict(\n")
     with pytest.raises(InputError, match="^[^\n]*config.py[^\n]*$"):
         read_config(str(tmp_path / "config.py"), [])
+
+
+def test_name_in_messages(tmp_path):
+    """The path, unless the user knows the file by another name."""
+    path = tmp_path / "a.yaml"
+    path.write_text("SEED: [")
+    for names in ([], ["theirs.yaml"]):
+        with pytest.raises(InputError, match=f"^{(names or [path])[0]}: "):
+            read_recipe(str(path), [], *names)
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ def test_left_out():
     config.model = balanced("retinanet")
     recipe = make_recipe(config)
     assert (recipe.patience, recipe.train_datasets, recipe.tta_flip) == (0, (), True)
+    assert (recipe.checkpoint_period, recipe.log_period, recipe.max_detections) == (5000, 20, 100)
     recipe.patience = 3
     assert recipe.config.train.patience == 3
     assert recipe.name_of("seed") == "train.seed"
