@@ -51,7 +51,7 @@ CHOSEN = re.compile(
 )
 LEFT_OUT = (".git", ".venv", "output", "datasets", "build", "__pycache__", ".*_cache")
 # Statements and arguments that need no tests.
-IGNORED = re.compile(r"(self\.)?logger\.|log_first_n\(|axis\.spines|color = |\*,$")
+IGNORED = re.compile(r"(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
 LOOKS = ("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar")
 PAIRS = {"min": "max", "mean": "sum", "any": "all", "floor": "ceil", "height": "width"}
 PAIRS.update({new: old for old, new in PAIRS.items()})
@@ -148,7 +148,8 @@ def make_mutants(paths: List[Path], seed: str, equivalent: Set[Tuple]) -> Iterat
             found = ((x, start) for x in nodes for start, _ in operator.mutation_positions(x))
             for occurrence, (node, start) in enumerate(found):
                 statement = node.search_ancestor("simple_stmt") or node
-                if not IGNORED.match(statement.get_code(include_prefix=False)):
+                is_marker = node.parent is not None and node.parent.type == "parameters"  # *,
+                if not is_marker and not IGNORED.match(statement.get_code(include_prefix=False)):
                     places.setdefault((path, start[0]), []).append((operator, occurrence))
     rng = random.Random(seed)
     for path, line in rng.sample(list(places), len(places)):
