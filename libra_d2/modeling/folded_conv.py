@@ -2,7 +2,7 @@
 """Convolutions that compute the batch norm behind them with their own weights."""
 
 import copy
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class FoldedConv2d(Conv2d):
         norm = self.norm
         if norm is None or not _can_be_folded(norm):
             return super().forward(x)
-        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, self.bias)
         scale, shift = self._keep("norm", tensors, self._fold_norm)
         weight = self._keep("weight", (self.weight, scale), self._fold_weight)
         x = self._conv_forward(x, weight, shift)
@@ -45,19 +45,21 @@ class FoldedConv2d(Conv2d):
         bias: torch.Tensor,
         running_mean: torch.Tensor,
         running_var: torch.Tensor,
+        conv_bias: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Scale (C,) and shift (C,), that of the convolution's bias included."""
         scale = weight * (running_var + self.norm.eps).rsqrt()
-        mean = running_mean if self.bias is None else running_mean - self.bias
+        mean = running_mean if conv_bias is None else running_mean - conv_bias
         return scale, bias - mean * scale
 
     def _fold_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return weight * scale[:, None, None, None]
 
-    def _keep(self, name: str, tensors: Tuple[torch.Tensor, ...], function: Callable) -> Any:
+    def _keep(
+        self, name: str, tensors: Tuple[Optional[torch.Tensor], ...], function: Callable
+    ) -> Any:
         """``function(*tensors)``, which is computed again if a tensor has changed."""
-        bias = () if self.bias is None else (self.bias,)
-        used = (*tensors, *bias)
+        used = [x for x in tensors if x is not None]
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return function(*tensors)
         has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in used)
