@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 
 import pytest
 
 from detectron2.utils import comm
 
-from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.atomic_write import UNFINISHED, atomic_write
 
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
 def test_appears_when_complete(mode, tmp_path, monkeypatch):
     """Written to a temporary file of this process, in UTF-8, and flushed before it is renamed."""
-    path, unfinished, calls = tmp_path / "a", tmp_path / "a.3", []
+    path, calls = tmp_path / "a", []
+    unfinished = tmp_path / f"a.3-7{UNFINISHED}"
     replace = os.replace
     monkeypatch.setattr(comm, "get_rank", lambda: 3)
+    monkeypatch.setattr(os, "getpid", lambda: 7)
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(unfinished.read_bytes()))
     monkeypatch.setattr(os, "replace", lambda *x: (calls.append("replace"), replace(*x)))
     path.write_text("before")
@@ -26,14 +29,31 @@ def test_appears_when_complete(mode, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+FULL, LOST = OSError(errno.ENOSPC, "No space left"), OSError(errno.ENOENT, "No such", "/other")
+
+
+@pytest.mark.parametrize("error", [ValueError("why"), KeyboardInterrupt("why"), FULL, LOST])
 def test_failure(error, tmp_path):
     """The file is unchanged, nothing else is left, and the error propagates."""
     path = tmp_path / "a"
     path.write_text("before")
-    with pytest.raises(error, match="^reason$"):  # noqa: PT012, SIM117
+    with pytest.raises(type(error)) as raised:  # noqa: PT012, SIM117
         with atomic_write(str(path)) as f:
             f.write(b"half")
-            raise error("reason")
+            raise error
+    named = raised.value.filename if isinstance(error, OSError) else None
+    assert named == {FULL: str(path), LOST: "/other"}.get(error)
+    assert str(error).partition(":")[0] in str(raised.value)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("path", "reason"), [("folder", errno.EISDIR), ("none/a", errno.ENOENT)])
+def test_names_its_target(path, reason, tmp_path, monkeypatch):
+    """Not the temporary file, whether that cannot be opened or cannot take the target's place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="^") as raised, atomic_write(path) as f:
+        f.write(b"content")
+    assert str(raised.value) == str(OSError(reason, os.strerror(reason), path))
+    assert [x.name for x in tmp_path.rglob("*")] == ["folder"]

@@ -5,7 +5,10 @@ from typing import IO, Iterator
 
 from detectron2.utils import comm
 
-__all__ = ["atomic_write"]
+__all__ = ["UNFINISHED", "atomic_write"]
+
+#: The end of the name of a file that is being written, or that a killed process has left.
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -14,15 +17,21 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     Open a file that appears at ``path`` when the body is done and its content is on the disk. If
     the body fails or the process is killed, ``path`` stays as it was. Several processes may write
     the same content. Modes are "wb", and "w" for text in UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written; it names ``path``.
     """
-    unfinished = f"{path}.{comm.get_rank()}"
+    # Processes on several machines may have the same number, and several programs the same rank.
+    unfinished = f"{path}.{comm.get_rank()}-{os.getpid()}{UNFINISHED}"
     try:
         with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-    except BaseException:
+        os.replace(unfinished, path)
+    except BaseException as e:
         with suppress(OSError):
             os.remove(unfinished)
+        if isinstance(e, OSError) and e.errno and e.filename in (None, unfinished):
+            raise OSError(e.errno, e.strerror, path) from None
         raise
-    os.replace(unfinished, path)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+import errno
+import os
+
+import pytest
+
+from libra_d2.errors import InputError
+from libra_d2.utils import output_path as module
+from libra_d2.utils.output_path import output_path
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The working directory: a file, links to it, and a folder."""
+    (tmp_path / "photo.jpg").write_text("precious")
+    (tmp_path / "symbolic.jpg").symlink_to("photo.jpg")
+    os.link(tmp_path / "photo.jpg", tmp_path / "hard.jpg")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "linked").symlink_to("photos")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def content(folder):
+    return {str(x.relative_to(folder)) for x in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "path", ["photo.jpg", "./photos/../photo.jpg", "symbolic.jpg", "hard.jpg", "{}/photo.jpg"]
+)
+@pytest.mark.parametrize(
+    "others", [{"--input": "photo.jpg"}, {"--a": None, "--input": ["none.jpg", "photo.jpg"]}]
+)
+def test_same_file(path, others, folder):
+    path = path.format(folder)
+    with pytest.raises(InputError) as error:
+        output_path("--output", path, others)
+    same = f"{path} and --input, photo.jpg, are the same file, which would be written over"
+    assert str(error.value) == f"--output: {same}: choose another"
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        ("new.json", "new.json"),  # two outputs
+        ("new.json", "photos/../new.json"),
+        ("photo.jpg", "photo.jpg?matching_heuristics=True"),
+        ("symbolic.jpg", "hard.jpg"),
+    ],
+)
+def test_same_file_by_other_names(path, other):
+    with pytest.raises(InputError, match=r"are the same file"):
+        output_path("--output", path, {"--input": other})
+
+
+def test_same_folder():
+    with pytest.raises(InputError, match="linked and --input, photos, are the same folder"):
+        output_path("--output", "linked", {"--input": "photos"}, is_folder=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_folder", "created"),
+    [
+        ("photos/a.jpg", False, set()),
+        ("symbolic.jpg", False, set()),  # of another file than the inputs
+        ("new/deep/a.jpg", False, {"new", "new/deep"}),
+        ("photos", True, set()),
+        ("linked/", True, set()),
+        ("new/deep", True, {"new", "new/deep"}),
+    ],
+)
+def test_usable(path, is_folder, created, folder):
+    """The folder is made, and what was there before is as it was."""
+    before = content(folder)
+    others = {"--a": "https://host/a.pth", "--b": "", "--c": ["none.jpg", "photos/photo.jpg"]}
+    assert output_path("--output", path, others, is_folder=is_folder) == path
+    assert content(folder) == before | created
+    assert (folder / "photo.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("path", "is_folder", "message"),
+    [
+        ("photos", False, "photos is no file"),
+        ("linked", False, "linked is no file"),
+        ("new/", False, "new/ is no file"),
+        ("", False, "'' is no file"),
+        ("", True, "'' is no folder"),
+        ("/dev/null", False, "/dev/null is no file"),
+        ("photo.jpg", True, "photo.jpg is no folder"),
+        ("photo.jpg/a", False, "photo.jpg/a cannot be written: File exists: photo.jpg"),
+        ("photo.jpg/a", True, "photo.jpg/a cannot be written: Not a directory"),
+        ("a" * 300, False, f"{'a' * 300} cannot be written: File name too long"),
+    ],
+)
+def test_unusable(path, is_folder, message, folder):
+    before = content(folder)
+    with pytest.raises(InputError) as error:
+        output_path("--output", path, {}, is_folder=is_folder)
+    assert str(error.value).removesuffix(": choose another") == f"--output: {message}"
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_full_disk(is_folder, monkeypatch):
+    def is_full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "bytes", is_full, raising=False)
+    with pytest.raises(InputError, match="^--output: out cannot be written: No space left on devi"):
+        output_path("--output", "out", {}, is_folder=is_folder)
