@@ -18,7 +18,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
 from detectron2.utils.registry import _convert_target_to_string, locate
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .modeling import (
     BalancedL1Loss,
     BalancedSampler,
@@ -46,9 +46,24 @@ _RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min
 
 
 def target_of(node: Any) -> Any:
-    """The class or function that a node of a LazyConfig instantiates; None if it has no target."""
+    """
+    The class or function that a node of a LazyConfig instantiates; None if it has no target.
+
+    Raises:
+        InputError: if nothing that can be called has the name of the target.
+    """
     target = node.get("_target_") if isinstance(node, DictConfig) else None
-    return locate(target) if isinstance(target, str) else target
+    found, reason = target, "it is not a class or function"
+    if isinstance(target, str):
+        try:
+            found = locate(target)
+        except Exception as e:  # it imports modules, which may raise anything
+            found, reason = None, one_line(e)
+    # A target may be described by a node of its own.
+    if target is None or callable(found) or isinstance(found, DictConfig):
+        return found
+    place = node._get_full_key("_target_")
+    raise InputError(f"{place} is {target!r}, which cannot be instantiated: {reason}")
 
 
 def _is(node: Any, *classes: Type) -> bool:

@@ -3,10 +3,9 @@
 
 import os
 import pickle
-import re
 import zipfile
 from contextlib import contextmanager
-from typing import Any, Iterator, Tuple
+from typing import Any, Callable, Iterator, Tuple
 
 import numpy as np
 import torch
@@ -15,26 +14,61 @@ from ..errors import BrokenFileError, InputError, one_line
 
 __all__ = ["check_declared_sizes", "load_arrays", "read_weights", "reading_weights"]
 
-# What pickled NumPy arrays refer to, with NumPy 1 and 2.
-_NUMPY_GLOBALS = [
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
-]
-_ARRAY_GLOBALS = {
-    *_NUMPY_GLOBALS,
+
+class _Array(np.ndarray):
+    """An array for unpickling: it has no size until it gets content, which has to be numbers."""
+
+    def __new__(cls, shape: Any = (), *args: Any):
+        raise pickle.UnpicklingError(f"it declares an array of shape {shape} without content")
+
+    def __setstate__(self, state: Tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        super().__setstate__((1, shape, dtype.value, is_fortran, content))
+
+    def __reduce__(self):
+        return self.view(np.ndarray).__reduce__()
+
+
+class _DType:
+    """``numpy.dtype`` for unpickling, of numbers and text; others can hold anything."""
+
+    def __init__(self, code: str, *args: Any):
+        self.value = np.dtype(code)
+        if self.value.kind not in "biufcSU":
+            raise pickle.UnpicklingError(f"it holds an array of type {self.value}")
+
+    def __setstate__(self, state: Tuple) -> None:
+        self.value = self.value.newbyteorder(state[1])
+
+
+def _new_array(array_type: Any, shape: Tuple[int, ...], dtype: bytes) -> np.ndarray:
+    """``numpy.core.multiarray._reconstruct``; the real shape is set with the content."""
+    return np.ndarray.__new__(_Array, shape, dtype) if shape == (0,) else _Array(shape)
+
+
+def _new_scalar(dtype: _DType, content: bytes) -> np.generic:
+    """``numpy.core.multiarray.scalar``."""
+    return np.frombuffer(content, dtype.value, 1)[0]
+
+
+def _no_bytes() -> bytes:
+    """The content of an empty array, which old protocols write as a call of ``bytes``."""
+    return b""
+
+
+# What pickled NumPy arrays refer to, with NumPy 1 and 2, and what takes its place.
+_NUMPY_GLOBALS = {
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _Array,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _new_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _new_scalar for core in ("core", "_core")},
+    **{(builtins, "bytes"): _no_bytes for builtins in ("__builtin__", "builtins")},
+}
+_OTHER_GLOBALS = {
     ("_codecs", "encode"),
     ("collections", "OrderedDict"),
     ("detectron2.structures.boxes", "BoxMode"),  # in Detectron2's proposals
 }
-
-
-def _new_array(array_type: type, shape: Tuple[int, ...], dtype: bytes) -> np.ndarray:
-    """``numpy.core.multiarray._reconstruct``; the real shape is set with the content."""
-    if shape != (0,):
-        raise pickle.UnpicklingError(f"it declares an array of shape {shape} without content")
-    return np.ndarray(shape, dtype)
 
 
 # The C implementation allocates whatever sizes a file declares.
@@ -42,11 +76,11 @@ class _ArrayUnpickler(pickle._Unpickler):
     """Loads arrays, numbers and text in the containers of Python, and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("__builtin__", "bytes"):
-            return lambda: b""  # an empty array in protocol 2
-        if (module, name) not in _ARRAY_GLOBALS:
+        if (module, name) in _NUMPY_GLOBALS:
+            return _NUMPY_GLOBALS[module, name]
+        if (module, name) not in _OTHER_GLOBALS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which may run code")
-        return _new_array if name == "_reconstruct" else super().find_class(module, name)
+        return super().find_class(module, name)
 
     def load(self) -> Any:
         content = super().load()
@@ -59,13 +93,17 @@ class _ArrayUnpickler(pickle._Unpickler):
 def check_declared_sizes(path: str) -> None:
     """
     Raises:
-        BrokenFileError: if a file in PyTorch's format declares more content than it has, or is
-            compressed, which PyTorch never does.
+        BrokenFileError: if a file in PyTorch's format declares more content than it has, is
+            compressed, which PyTorch's weights never are, or is a TorchScript file.
     """
     if not zipfile.is_zipfile(path):
         return
     size = os.path.getsize(path)
     with zipfile.ZipFile(path) as file:
+        if any(name.endswith("/constants.pkl") for name in file.namelist()):
+            raise BrokenFileError(
+                "a TorchScript file, which is a program: name the weights that it was made from"
+            )
         for entry in file.infolist():
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                 raise BrokenFileError(
@@ -86,15 +124,36 @@ def load_arrays(path: str) -> Any:
         return _ArrayUnpickler(f, encoding="latin1").load()
 
 
-def _stand_in(module: str, name: str) -> type:
-    """A class to load instead of ``module.name``, which drops its arguments and its state."""
-    methods = {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None}
+def _stand_in(module: str, name: str, make: Callable = object) -> type:
+    """A class to load instead of ``module.name``, which calls ``make``."""
+    methods = {"__new__": lambda cls, *args: make(*args)}
     return type(name, (), {"__module__": module, **methods})
 
 
-# Checkpoints of mmdetection 3.x also hold the history of the losses, as NumPy arrays.
+class _Nothing:
+    """Drops its arguments and its state."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Checkpoints of mmdetection 3.x also hold the history of the losses.
 _HISTORY_GLOBALS = [("mmengine.logging.history_buffer", "HistoryBuffer"), ("builtins", "getattr")]
-_IGNORED = [_stand_in(module, name) for module, name in (*_HISTORY_GLOBALS, *_NUMPY_GLOBALS)]
+_ALLOWED = [
+    *(_Array, _DType, _Nothing),
+    *(_stand_in(*place, make) for place, make in _NUMPY_GLOBALS.items()),
+    *(_stand_in(*place, _Nothing) for place in _HISTORY_GLOBALS),
+]
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong: the first sentence. PyTorch's others are advice to execute what is in it."""
+    # It raises a long message instead of its unpickler's.
+    cause = error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error
+    return one_line(cause).split(". ")[0].rstrip(".")
 
 
 @contextmanager
@@ -104,22 +163,20 @@ def reading_weights(path: str) -> Iterator[None]:
     files raise becomes a BrokenFileError that names ``path``.
     """
     try:
-        with torch.serialization.safe_globals(_IGNORED):
+        with torch.serialization.safe_globals(_ALLOWED):
             yield
     except InputError as e:
         raise type(e)(f"{path}: {e}") from e
     except pickle.UnpicklingError as e:
-        # PyTorch puts advice before and after the reason.
-        reason = re.sub(r".*WeightsUnpickler error: | was not an allowed global.*", "", one_line(e))
         raise BrokenFileError(
             f"{path}: not loaded, because a weights file must not hold anything but arrays, "
-            f"numbers and text, or because it is cut short: {reason.split(' Check the doc')[0]}"
+            f"numbers and text, or because it is cut short: {_reason(e)}"
         ) from e
     except OSError as e:
         raise BrokenFileError(f"{path}: the weights cannot be read: {e}") from e
     except Exception as e:  # a broken file can fail in any way
         raise BrokenFileError(
-            f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {one_line(e)})"
+            f"{path}: not a checkpoint, or cut short ({type(e).__name__}: {_reason(e)})"
         ) from e
 
 
