@@ -6,9 +6,9 @@ Importing the package registers its components in Detectron2's registries, and `
 names of its model zoo, with Detectron2's path manager. It changes nothing else.
 """
 
+__version__ = "0.1.0"
+
 from . import model_zoo, modeling
 from .config import add_libra_config
-
-__version__ = "0.1.0"
 
 __all__ = ["add_libra_config", "model_zoo", "modeling"]

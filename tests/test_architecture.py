@@ -57,6 +57,7 @@ PRIVATE_NAMES = {
     "detectron2.modeling.StandardROIHeads": ("_init_box_head",),
     "detectron2.modeling.box_regression": ("_dense_box_regression_loss",),
     "detectron2.modeling.proposal_generator.RPN": ("_subsample_labels",),
+    "detectron2.utils.events.CommonMetricPrinter": ("_get_eta",),
     "detectron2.utils.comm": ("_LOCAL_PROCESS_GROUP",),
     "detectron2.utils.registry": ("_convert_target_to_string",),
     "iopath.common.file_io.PathHandler": ("_get_local_path", "_get_supported_prefixes", "_open"),
@@ -71,7 +72,8 @@ def imported_rooms(path):
             base = package[: -node.level] if node.level else ()
             module = [*base, *(node.module or "").split(".")]
             if module[0] == "libra_d2":
-                yield from [x for x in module[1:2] if x] or [x.name for x in node.names]
+                names = [x.name for x in node.names if x.name != "__version__"]
+                yield from [x for x in module[1:2] if x] or names
         elif isinstance(node, ast.Import):
             yield from (x.name.split(".")[1] for x in node.names if x.name.startswith("libra_d2."))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import demo_cfg
 
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import LibraCheckpointer
@@ -52,7 +53,7 @@ NONE = ": none of its names or shapes is one of this model's (the model has, e.g
 @pytest.mark.parametrize(
     ("shapes", "use", "message"),
     [
-        *((SMALL, "evaluate", ""), (LIBRA, "evaluate", ""), (SMALL, "resume", "")),
+        *((SMALL, "evaluate", ""), (SMALL, "resume", ""), (LIBRA, "fine-tune", "")),
         *((OTHER, "fine-tune", ""), (LACKING, "fine-tune", "")),
         (OTHER, "evaluate", f"{BUT.format(1)}'{CLS}' (shape (8, 2), not (4, 2)). Do"),
         ({**LACKING, CLS: (8, 2)}, "evaluate", f"{BUT.format(2)}'{[*RPN][0]}' (missing)"),
@@ -64,8 +65,7 @@ NONE = ": none of its names or shapes is one of this model's (the model has, e.g
 )
 def test_required_weights(shapes, use, message, tmp_path):
     """
-    Resuming needs all weights and no others, evaluation all except the balanced feature pyramid's,
-    fine-tuning at least one.
+    Resuming needs all weights and no others, evaluation all, fine-tuning at least one.
     """
     model, path = net(SMALL), str(tmp_path / "a.pth")
     save(path, {"model": net(shapes, 1.0).state_dict(), "iteration": 3})
@@ -80,6 +80,46 @@ def test_required_weights(shapes, use, message, tmp_path):
         checkpointer.resume_or_load(path, resume=use == "resume")
     assert str(error.value).startswith(f"{path}: these are weights of another model{message}")
     assert type(error.value) is InputError  # no BrokenFileError
+
+
+def test_without_pyramid(tmp_path, caplog):
+    """
+    A plain detector's weights are not those of one with the pyramid: evaluation is refused, and
+    before a training one line says so.
+    """
+    path = str(save(tmp_path / "a.pth", {"model": net(LIBRA, 1.0).state_dict()}))
+    checkpointer = LibraCheckpointer(net(SMALL), complete=True)
+    with pytest.raises(InputError, match=f"^{path}: these are weights of a model without the bal"):
+        checkpointer.load(path)
+    LibraCheckpointer(net(SMALL)).load(path)
+    assert len([x for x in caplog.messages if "no weights of the balanced feature" in x]) == 1
+    caplog.clear()
+    LibraCheckpointer(net(LIBRA), complete=True).load(path)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([[1.0, torch.nan]]), f"{CLS!r} in it is not finite"),
+        (torch.tensor([[1.0, -torch.inf]]), f"{CLS!r} in it is not finite"),
+        (torch.ones(4, 2, dtype=torch.complex64), f"{CLS!r} in it is of complex numbers"),
+        (torch.ones(4, 2, dtype=torch.int64), f"{CLS!r} in it is of type torch.int64, not of fl"),
+        (torch.ones(4, 2, dtype=torch.float16), ""),
+    ],
+)
+def test_numbers(tmp_path, value, message):
+    """Only finite floating point numbers are loaded; the first other tensor is named."""
+    state = {**net(SMALL, 1.0).state_dict(), CLS: value, "unused": torch.ones(1, dtype=torch.int64)}
+    path = str(save(tmp_path / "a.pth", {"model": state}))
+    model = net(SMALL)
+    if not message:
+        LibraCheckpointer(model).load(path)
+        assert set(values(model).values()) == {1}
+        return
+    with pytest.raises(InputError, match=f"^{path}: {message}"):
+        LibraCheckpointer(model).load(path)
+    assert set(values(model).values()) == {0}
 
 
 def test_buffers_alone(tmp_path):
@@ -184,6 +224,32 @@ def test_resume(tmp_path):
     assert (model.weight[0, 0], optimizer.param_groups[0]["lr"]) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("tag", "found"),
+    [
+        (b"model_0000003.pth", "model_0000003.pth"),
+        (b"gone.pth\n", "gone.pth"),
+        *((tag, "model_0000009.pth") for tag in (None, b"", b"\xff\x00", b"../x.pth", b"a\nb")),
+    ],
+)
+def test_last_checkpoint(tmp_path, tag, found, caplog):
+    """The one that ``last_checkpoint`` names or, if that is missing or broken, the newest."""
+    names = ("model_0000003", "model_final", "model_0000009", "model_best", "model_final_ema")
+    checkpointer = checkpoints(tmp_path, *names, "other")[0]
+    if tag is None:
+        (tmp_path / "last_checkpoint").unlink()
+    else:
+        (tmp_path / "last_checkpoint").write_bytes(tag)
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / found)
+    assert checkpointer.has_checkpoint()
+    if found != "gone.pth":
+        number = {"model_0000003.pth": 10, "model_0000009.pth": 30}[found]
+        assert checkpointer.resume_or_load("")["iteration"] == number
+    assert ("is taken for the last one" in caplog.text) == (found == "model_0000009.pth")
+    for name in ("", str(tmp_path / "none")):
+        assert not LibraCheckpointer(torch.nn.Linear(1, 1), name).has_checkpoint()
+
+
 @pytest.mark.parametrize("missing", [True, False])
 def test_resume_past_a_broken_file(tmp_path, missing, caplog):
     """The newest of the others is loaded, and the broken one is named."""
@@ -265,8 +331,8 @@ def test_non_finite_weights(tmp_path, value, names):
 
 def test_trained_model(tmp_path):
     """
-    Of a plain detector, only the balanced feature pyramid is missing. A folder's last checkpoint
-    takes precedence over the weights in the config.
+    A plain detector is the one without the three ideas. A folder's last checkpoint takes precedence
+    over the weights in the config; the classes of the data are those that it has learned.
     """
     plain = demo_cfg()
     plain.merge_from_list([*BASELINE, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"])
@@ -274,14 +340,21 @@ def test_trained_model(tmp_path):
     state = build_model(plain).state_dict()
     path = str(save(tmp_path / "plain.pth", {"model": state}))
     recipe = make_recipe(demo_cfg(MODEL__WEIGHTS=path))
+    with pytest.raises(InputError, match="as they are, add MODEL.LIBRA.BFP.ENABLED False$"):
+        recipe.build_trained_model(str(tmp_path))
+    recipe.config.MODEL.LIBRA.BFP.ENABLED = False
     model = recipe.build_trained_model(str(tmp_path))
     assert not model.training
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     torch.nn.init.constant_(model.roi_heads.box_predictor.bbox_pred.bias, 5)
-    LibraCheckpointer(model, str(tmp_path)).save("model_5")
+    run = {"training data 'a' classes": ["x"]}
+    LibraCheckpointer(model, str(tmp_path)).save("model_5", run=run)
     for recipe.weights, folder, bias in (("", str(tmp_path), 5), (path, "", 0)):
         found = recipe.build_trained_model(folder)
         assert (found.roi_heads.box_predictor.bbox_pred.bias == bias).all()
+    MetadataCatalog.get("test_trained_model").thing_classes = ["y"]
+    with pytest.raises(InputError, match="trained on the classes .'x'., but dataset 'test_trained"):
+        recipe.build_trained_model(str(tmp_path), ["test_trained_model"])
     recipe.weights = ""
     with pytest.raises(InputError, match="MODEL.WEIGHTS: name the weights of a trained model"):
         recipe.build_trained_model()

@@ -86,6 +86,7 @@ def test_register(folder):
         assert (annotation["category_id"], annotation["iscrowd"]) == (1 - i, i)
     metadata = MetadataCatalog.get("test_good").as_dict()
     assert metadata.pop("thing_dataset_id_to_contiguous_id") == {3: 0, 20: 1}
+    assert metadata.pop("fingerprint").keys() == {"annotations", "images"}
     assert metadata == {
         **{"name": "test_good", "json_file": path, "image_root": str(folder), "num_images": 2},
         **{"evaluator_type": "coco", "thing_classes": ["dog", "cat"]},

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -94,6 +95,38 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     compare(synthetic, tmp_path, *options)
     assert [x[:2] for x in trainings[4:]] == order[1:3]
     assert {x[3]["OMP_NUM_THREADS"] for x in trainings[4:]} == {"5"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["SOLVER.BASE_LR", 0.5], "SOLVER.BASE_LR is 0.5, but was 0.04 before"),
+        ("data", "training data 'own_train' annotations is '"),
+        ("forgotten", "a training of unknown settings"),
+        ("broken", "run.json: Expecting value"),
+    ],
+)
+def test_other_settings(trainings, synthetic, tmp_path, capsys, change, message):
+    """Runs of other settings or data are not taken for those of this command."""
+    options, data = ["--variants", "baseline", "baseline", "--seeds", 5, 5], tmp_path / "data"
+    shutil.copytree(synthetic, data)
+    compare(data, tmp_path / "out", *options)
+    folder = tmp_path / "out/baseline/seed_5"
+    assert len(trainings) == 1
+    if change == "data":
+        content = json.loads((data / "instances.json").read_text())
+        content["annotations"].pop()
+        (data / "instances.json").write_text(json.dumps(content))
+    elif change == "forgotten":
+        (folder / "run.json").unlink()
+    elif change == "broken":
+        (folder / "run.json").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        compare(data, tmp_path / "out", *options, opts=change if isinstance(change, list) else ())
+    error = capsys.readouterr().err
+    assert f"error: {folder}" in error
+    assert message in error
+    assert len(trainings) == 1
 
 
 @pytest.mark.parametrize(

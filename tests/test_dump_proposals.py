@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from test_train_net import TINY, own_data, run
 
+from libra_d2.data.fingerprint import fingerprint
 from libra_d2.engine import read_config
 from libra_d2.tools.dump_proposals import main
 
@@ -42,6 +43,7 @@ def test_proposals_are_those_of_the_model(rpn, dumped):
     assert sorted(p.name for p in dumped.iterdir()) == ["own_train.pkl", "own_val.pkl"]
     content = pickle.loads((dumped / "own_val.pkl").read_bytes())
     assert content["ids"] == list(range(1, 13))
+    assert content["images"] == fingerprint("own_val")["images"]
     model = rpn[1].build_trained_model()
     for i, (record,) in zip(range(3), rpn[1].build_test_loader("own_val")):
         with torch.no_grad():
@@ -70,6 +72,15 @@ def test_fast_rcnn(dumped, synthetic, tmp_path):
     config = DEMO / "libra_fast_rcnn_R_18_FPN.yaml"
     printed = run(*own_data(synthetic, "train", "val"), *args, config=config)
     assert any(x.startswith("bbox: AP") for x in printed)
+
+
+def test_no_rpn(synthetic, tmp_path, capsys):
+    for config in ("libra_retinanet", "libra_fast_rcnn"):
+        path = str(DEMO / f"{config}_R_18_FPN.yaml")
+        data = map(str, own_data(synthetic, "val"))
+        with pytest.raises(SystemExit, match="2"):
+            main(["--config-file", path, *data, "OUTPUT_DIR", str(tmp_path)])
+        assert f"{path}: this model has no RPN, which makes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

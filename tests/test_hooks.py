@@ -13,7 +13,7 @@ from test_trainer import whole as whole
 
 from detectron2.utils.events import EventStorage
 
-from libra_d2.engine.hooks import Throughput
+from libra_d2.engine.hooks import EarlyStopping, Throughput
 
 
 @pytest.mark.parametrize("names", [("one",), ("toy", "one")])
@@ -36,7 +36,7 @@ def test_average_and_best(toy_data, tmp_path, names, averaged):
     best = max(evaluated, key=evaluated.get)
     assert weights(tmp_path, "model_best") == pytest.approx([values[best], *states[best][1:]])
     state = torch.load(tmp_path / "model_best.pth")
-    assert (state.keys(), state["iteration"]) == ({"model", "iteration"}, best)
+    assert (state.keys(), state["iteration"]) == ({"model", "iteration", "run"}, best)
     prefixes = [f"{name}/" for name in names] if several else [""]
     totals = {k for x in lines(tmp_path) for k in x if k.endswith("/total_loss")}
     assert totals == {f"validation/{x}total_loss" for x in prefixes}
@@ -79,18 +79,36 @@ def test_patience(toy_data, tmp_path, before, caplog):
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 7
 
 
+@pytest.mark.parametrize(
+    ("metric", "data"), [("bbox/AP", "toy"), ("bbox/AP50", "toy"), ("bbox/AP", "one")]
+)
+def test_other_measure(toy_data, tmp_path, metric, data, caplog):
+    """The best by another metric, or on other data, does not count when a training is resumed."""
+    opts = ["TEST.EVAL_PERIOD", 2, f"{SECTION}PATIENCE", 9]
+    before = run(tmp_path, *opts, until=5).best.state_dict()
+    assert before["measure"]["metric"] == "bbox/AP"
+    opts += [f"{SECTION}BEST_METRIC", metric, "DATASETS.TEST", (data,)]
+    trainer = run(tmp_path, *opts)
+    is_same = (metric, data) == ("bbox/AP", "toy")
+    assert ("The best model so far had bbox/AP " in caplog.text) != is_same
+    found = {x["iteration"]: x[metric] for x in lines(tmp_path) if metric in x}
+    counted = {i: value for i, value in found.items() if i > 3 or is_same}
+    assert trainer.best.best_metric == pytest.approx(max(counted.values()))
+    assert trainer.best.best_iter in [i for i, v in counted.items() if v == max(counted.values())]
+    (stopping,) = [h for h in trainer._hooks if isinstance(h, EarlyStopping)]
+    assert stopping.best == pytest.approx(max(v for i, v in counted.items() if i < 10))
+
+
 def test_number_of_checkpoints(toy_data, tmp_path):
     """
-    The last three are kept, including those from before the training was resumed. Checkpoints of an
-    earlier training, the best model and other files do not count.
+    The last three are kept, including those from before the training was resumed. The best model
+    and other files do not count.
     """
     opts = ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}VALIDATION_LOSS", False]
-    (tmp_path / "model_0000099.pth").touch()
     run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 4, "SOLVER.MAX_ITER", 6)
     others = {"model_0000003.pth.0", "model_00000100.pth", "other_0000007.pth"}
     for name in others:
         (tmp_path / name).touch()
-    (tmp_path / "model_0000099.pth").unlink()
     run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 3, "SOLVER.MAX_ITER", 8)
     kept = {f"model_{i:07d}.pth" for i in (2, 5, 6, 7)}
     kept |= {"model_best.pth", "model_final.pth", "model_final_ema.pth"}

@@ -3,6 +3,7 @@
 
 import errno
 import json
+import locale
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from detectron2.utils import comm
 
 from libra_d2.engine.launch import (
     Process,
+    in_main_process,
     join_processes,
     launch,
     read_environment,
@@ -44,6 +46,7 @@ EXHAUSTIVE = [
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
 ]
 NOT_WRITABLE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST")
+NOT_WRITABLE += ("EFBIG",)
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -221,6 +224,11 @@ def fail(*args):
         (OSError(errno.ENOSPC, "No space"), "error: a file cannot be written: No space"),
         (KeyboardInterrupt(), "interrupted."),
         (Interrupted("There is none"), "interrupted. There is none"),
+        (
+            UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"),
+            "error: 'ascii' codec can't encode character '\\xe9' in position 0: ordinal not in "
+            "range: this environment's encoding is ANSI_X3.4-1968, set PYTHONUTF8=1",
+        ),
     ],
 )
 @pytest.mark.parametrize("processes", [1, 2])
@@ -232,13 +240,41 @@ def test_errors_in_one_line(error, message, processes, capsys, monkeypatch):
 
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "ANSI_X3.4-1968")
     with pytest.raises(SystemExit) as exit:
         report_errors(main)
     assert exit.value.code == (130 if "interrupted" in message else 2)
     assert capsys.readouterr().err == f"[process 1] {message}\n"[0 if processes > 1 else 12 :]
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")])
+def test_in_main_process(monkeypatch):
+    """All processes get its value, or its error; others do not call the function."""
+    assert in_main_process(divmod, 7, 4) == (1, 3)
+    with pytest.raises(InputError, match="^MODEL.DEVICE: broken$"):
+        in_main_process(fail, 1)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    for received in ((5, ""), (None, "broken")):
+        monkeypatch.setattr(comm, "all_gather", lambda mine, r=received: [r, mine])
+        if received[1]:
+            with pytest.raises(InputError, match="broken"):
+                in_main_process(fail)
+        else:
+            assert in_main_process(fail) == 5
+
+
+def test_file_names():
+    """Names that a console cannot show do not stop a program."""
+    code = "from libra_d2.engine import report_errors; report_errors(print, '\\xe9\\udcff')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert (result.stdout, result.returncode) == (b"\\xe9\\udcff\n", 0)
+
+
+DEFECTS = [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")]
+
+
+@pytest.mark.parametrize("error", DEFECTS)
 def test_defects_keep_their_traceback(error, caplog):
     """Also in the log, where an InputError has no traceback."""
 

@@ -9,6 +9,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, load_proposals_into
 from detectron2.structures import BoxMode
 
 from libra_d2.data import prepare_proposals, register_coco_json
+from libra_d2.data.fingerprint import fingerprint
+from libra_d2.data.proposals import write_proposals
 from libra_d2.errors import InputError
 
 NAME = "test_proposals"
@@ -129,6 +131,20 @@ def test_bad_file(ids, tmp_path, monkeypatch, content, message):
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"{tmp_path}/proposals.pkl: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["instances.json", "proposals.pkl"]
+
+
+def test_other_images(ids, tmp_path):
+    """Proposals that say for which images they are: only for these."""
+    known = fingerprint(NAME)["images"]
+    columns = (detectron2s(ids)[name] for name in ("ids", "boxes", "objectness_logits"))
+    path = str(tmp_path / "written.pkl")
+    write_proposals(path, *columns, images=known)
+    assert prepare_proposals(path, NAME, str(tmp_path)) == path
+    path = write(tmp_path, {**detectron2s(ids), "images": "12 (0)"})
+    with pytest.raises(
+        InputError, match=f"for 12 .0. images, which are not the 12 .* of data.*{NAME}"
+    ):
+        prepare_proposals(path, NAME, str(tmp_path))
 
 
 def test_no_file(ids, tmp_path):

@@ -7,10 +7,12 @@ from libra_d2.evaluation import plot_learning_curves, read_metrics, write_result
 
 
 def test_read_metrics(tmp_path):
-    """Of a resumed training with a truncated line, the last value of each metric counts."""
+    """Of a resumed training, the last value of each metric counts; broken lines do not."""
     (tmp_path / "metrics.json").write_text(
         '{"iteration": 20, "loss": 3.0, "lr": 0.1}\n{"iteration": 30, "loss": 2.0}\n{"iterat\n'
-        '{"iteration": 10, "loss": 1.0}\n{"iteration": 20, "loss": 1.0, "bbox/AP": 40.0}\n'
+        '7\n{"loss": 4.0}\n{"iteration": null}\n\xff\x00\n'
+        '{"iteration": 10, "loss": 1.0}\n{"iteration": 20, "loss": 1.0, "bbox/AP": 40.0}\n',
+        encoding="latin-1",
     )
     assert read_metrics(str(tmp_path / "metrics.json")) == [
         {"iteration": 10, "loss": 1.0},
@@ -83,5 +85,8 @@ def test_write_results(tmp_path, monkeypatch):
         "## segm on a_val\n\n| AP   |\n|------|\n| 5.0  |\n"
     )
     monkeypatch.chdir(tmp_path)
-    write_results("results.md", {}, "Title")
-    assert (tmp_path / "results.md").read_text() == "# Title\n"
+    write_results("results.md", {}, "Title", about={"a": "b|c", "d": [1]})
+    assert (tmp_path / "results.md").read_text() == (
+        "# Title\n\n## What was evaluated\n\n"
+        "|    |       |\n|----|-------|\n| a  | b\\|c  |\n| d  | \\[1\\] |\n"
+    )

@@ -107,7 +107,7 @@ def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
         process = start(synthetic, out, *args, processes=processes, **kwargs)
         conditions = {
             # Or a later one: a short write may be missed.
-            "checkpoint": lambda n=num: any(out.glob("model_*.pth.0")) or num_saved() > n + 1,
+            "checkpoint": lambda n=num: any(out.glob("model_*.pth?*")) or num_saved() > n + 1,
             "evaluation": lambda seen=seen: num_evaluations() > seen,
             "step": lambda num=num: num_saved() > num,
         }

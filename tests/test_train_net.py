@@ -243,12 +243,62 @@ def test_resume(small, tmp_path):
     assert number(tmp_path / "model_final.pth") == 0.5 * 3 + 0.25
     log = (tmp_path / "log.txt").read_text()
     assert "Starting training from iteration 2" in log
-    assert re.findall("--resume: (.*)", log) == [
+    assert re.findall("Resuming: (.*)", log) == [
         "SOLVER.GAMMA is 0.5, but was 0.1 before",
         "SOLVER.MAX_ITER is 4, but was 2 before",
         "SOLVER.STEPS is [3, 9], but was [3] before",
     ]
-    assert not re.findall("WARNING.*--resume", log.split("Starting training from iteration 2")[1])
+    (tmp_path / "config.yaml").write_text("")  # not read
+    (tmp_path / "last_checkpoint").unlink()
+    run("--resume", *flags, *out, "(3, 9)", "SOLVER.GAMMA", 0.5, "SOLVER.MAX_ITER", 5, config="")
+    assert number(tmp_path / "model_final.pth") == 0.5 * 3 + 2 * 0.25
+    iterations = [json.loads(x)["iteration"] for x in (tmp_path / "metrics.json").open()]
+    assert iterations == sorted(iterations)
+    assert not (tmp_path / "earlier_runs").exists()
+
+
+def test_resume_with_other_data(small, tmp_path, capsys):
+    """Refused, before anything is written; from the weights a new training starts."""
+    out = [*QUICK, "OUTPUT_DIR", tmp_path / "out"]
+    run(*own_data(small, "train"), *out, "SOLVER.MAX_ITER", 2, config="")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")}
+    other = own_data(small_data(tmp_path / "other", box=(8, 8, 30, 24)), "train")
+    error = fails(capsys, "--resume", *other, *out, config="")
+    assert "cannot be resumed: training data 'own_train' annotations is" in error
+    assert {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")} == before
+
+
+def test_new_run_in_a_used_directory(small, tmp_path):
+    """The earlier run's files are kept aside, and nothing of it shows in the new one's."""
+    flags = [*own_data(small, "train", "val"), *QUICK, "OUTPUT_DIR", tmp_path]
+    flags += ["MODEL.LIBRA.TRAINER.BEST_METRIC", "bbox/AP", "TEST.EVAL_PERIOD", 1]
+    printed = run(*flags, "SOLVER.MAX_ITER", 3, config="")
+    assert "best: bbox/AP 100.0 after 2 iterations" in "".join(printed)
+    for resume in ([], ["--resume"]):  # there is nothing to resume in the second case
+        printed = run(*resume, *flags, "SOLVER.MAX_ITER", 1, config="")
+        assert "best: " not in "".join(printed)
+        iterations = {json.loads(x)["iteration"] for x in (tmp_path / "metrics.json").open()}
+        assert iterations <= {0, 1}
+        for path in tmp_path.glob("model_*.pth"):
+            path.unlink()
+        (tmp_path / "last_checkpoint").unlink()
+    earlier = tmp_path / "earlier_runs"
+    assert number(earlier / "1/model_final.pth") == 1.5
+    assert {p.name for p in earlier.iterdir()} == {"1", "2"}
+    results = (tmp_path / "results.md").read_text()
+    assert "100.0" not in results
+    assert "| validation data 'own_val' images      | 2 (" in results
+
+
+def test_evaluation_of_other_classes(small, tmp_path, capsys):
+    out = [*QUICK, "OUTPUT_DIR", tmp_path / "out"]
+    run(*own_data(small, "train"), *out, config="")
+    other = own_data(small_data(tmp_path / "other", classes="ba"), "val")
+    for weights in (["--resume"], ["MODEL.WEIGHTS", tmp_path / "out/model_final.pth"]):
+        flags = ["--eval-only", *weights] if weights[0] == "--resume" else ["--eval-only"]
+        args = [*other, *out] if weights[0] == "--resume" else [*other, *out, *weights]
+        error = fails(capsys, *flags, *args, config="")
+        assert "trained on the classes ['a', 'b'], but dataset 'own_val' has ['b', 'a']" in error
 
 
 def test_own_data(tmp_path):

@@ -14,12 +14,14 @@ same command continues an interrupted comparison.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from typing import Dict, List
 
@@ -27,9 +29,16 @@ from scipy import stats
 from tabulate import tabulate
 from tqdm import tqdm
 
-from libra_d2.config import VARIANTS, Recipe
-from libra_d2.engine import add_data_arguments, config_argument_parser, read_config, report_errors
-from libra_d2.errors import InputError
+from libra_d2.config import VARIANTS, Recipe, changed_values, identify
+from libra_d2.engine import (
+    add_data_arguments,
+    config_argument_parser,
+    prepare_output_dir,
+    read_config,
+    register_own_data,
+    report_errors,
+)
+from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import read_metrics
 from libra_d2.utils.atomic_write import atomic_write
 
@@ -59,6 +68,49 @@ def is_finished(folder: Path) -> bool:
     return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
 
 
+def run_options(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> List[str]:
+    """The command line options of a training."""
+    options = recipe.options({"output_dir": run_folder(args, variant, seed), "seed": seed})
+    bins = variant == "all_reference"
+    options += [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
+    return options
+
+
+def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
+    """
+    Create the folder of a training, which says what it is; one that is there must be of the same.
+
+    Args:
+        args: of the command line.
+        recipe: with the registered data.
+        variant, seed: of the training.
+
+    Raises:
+        InputError: if there is a training of something else.
+    """
+    folder = run_folder(args, variant, seed)
+    run = read_config(args.config_file, run_options(args, recipe, variant, seed))
+    for name in ("train_datasets", "test_datasets", "train_proposals", "test_proposals"):
+        if getattr(recipe, name):
+            setattr(run, name, getattr(recipe, name))
+    now, path = identify(run), folder / "run.json"
+    if not path.exists() and (folder / "metrics.json").exists():
+        raise InputError(f"{folder}: there is a training of unknown settings; use another --output")
+    if path.exists():
+        try:
+            found = changed_values(json.loads(path.read_text(encoding="utf-8")), now)
+        except (ValueError, TypeError) as e:
+            raise InputError(f"{path}: {one_line(e)}; use another --output") from e
+        if found:
+            raise InputError(
+                f"{folder}: there is a training of other settings; use another --output: "
+                + "; ".join(found.values())
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(str(path), "w") as f:
+        json.dump(now, f, indent=1)
+
+
 def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
     """
     Train and evaluate a variant of :data:`VARIANTS`, or resume its training.
@@ -69,16 +121,13 @@ def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
     folder = run_folder(args, variant, seed)
     if is_finished(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "libra_d2.engine.main", "--resume"]
     command += ["--config-file", args.config_file]
     for split in ("train", "val"):
         for what in ("json", "images", "proposals"):
             value = getattr(args, f"{split}_{what}")
             command += [f"--{split}-{what}", value] if value else []
-    command += recipe.options({"output_dir": folder, "seed": seed})
-    bins = variant == "all_reference"
-    command += [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
+    command += run_options(args, recipe, variant, seed)
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
@@ -226,10 +275,18 @@ def run(args: argparse.Namespace) -> None:
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}: use 1 or more")
     recipe = read_config(args.config_file, args.opts)
-    variants = args.variants or list(WITHOUT_SAMPLING if recipe.is_retinanet else VARIANTS)
+    recipe.output_dir = args.output
+    prepare_output_dir(recipe)
+    register_own_data(recipe, args)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    variants = list(dict.fromkeys(args.variants or ())) or list(
+        WITHOUT_SAMPLING if recipe.is_retinanet else VARIANTS
+    )
     if not recipe.has_ideas and set(variants) != {"baseline"}:
         print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
         variants = ["baseline"]
+    for seed, variant in product(args.seeds, variants):
+        begin(args, recipe, variant, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         # Seed by seed, so that all variants can be compared early.
         jobs = [pool.submit(train, args, recipe, v, seed) for seed in args.seeds for v in variants]

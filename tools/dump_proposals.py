@@ -15,7 +15,6 @@ MODEL.RPN.PRE_NMS_TOPK_TEST and POST_NMS_TOPK_TEST set the number of proposals.
 import argparse
 import logging
 import os
-import shutil
 import tempfile
 
 import torch
@@ -24,6 +23,8 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.config import Recipe, check_datasets
+from libra_d2.data.fingerprint import fingerprint
+from libra_d2.data.proposals import write_proposals
 from libra_d2.engine import (
     add_data_arguments,
     config_argument_parser,
@@ -32,6 +33,8 @@ from libra_d2.engine import (
     register_own_data,
     report_errors,
 )
+from libra_d2.errors import InputError
+from libra_d2.utils.safe_reading import load_arrays
 
 logger = logging.getLogger("libra_d2.dump_proposals")
 
@@ -55,7 +58,9 @@ def dump(recipe: Recipe, model: torch.nn.Module, dataset_name: str, path: str) -
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         evaluator = COCOEvaluator(dataset_name, output_dir=folder)
         inference_on_dataset(model, recipe.build_test_loader(dataset_name), evaluator)
-        shutil.move(os.path.join(folder, "box_proposals.pkl"), path)
+        found = load_arrays(os.path.join(folder, "box_proposals.pkl"))
+    columns = (found[name] for name in ("ids", "boxes", "objectness_logits"))
+    write_proposals(path, *columns, images=fingerprint(dataset_name).get("images", ""))
     logger.info(f"Proposals: {path}")
 
 
@@ -67,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     own = register_own_data(recipe, args)
     datasets = args.dataset or own or [*recipe.train_datasets, *recipe.test_datasets]
     check_datasets(datasets)
+    if recipe.is_retinanet or recipe.needs_proposals:
+        raise InputError(f"{args.config_file}: this model has no RPN, which makes proposals")
     recipe = recipe.rpn_only()
     model = recipe.build_trained_model()
     for name in dict.fromkeys(datasets):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import glob
 import os
+import re
 from collections import Counter
+from contextlib import suppress
 from typing import Any, Dict
 
 import torch
@@ -14,12 +17,40 @@ from ..utils.safe_reading import check_declared_sizes, load_arrays, reading_weig
 from .download import fetch
 from .mmdetection import to_detectron2_checkpoint
 
-__all__ = ["LibraCheckpointer"]
+__all__ = ["LibraCheckpointer", "PyramidMissing", "find_checkpoint"]
 
 # Files without optimizer and schedule, from which a training cannot be resumed.
 _WEIGHTS_ONLY = ("model_best.pth", "model_final_ema.pth")
+_PYRAMID = "backbone.bfp."
 # Suffix of a path, as in Detectron2's main branch.
 _HEURISTICS = "?matching_heuristics=True"
+
+
+class PyramidMissing(InputError):
+    """Weights for evaluation lack only those of the balanced feature pyramid."""
+
+
+def _tagged(folder: str) -> str:
+    """The name in ``last_checkpoint``; "" if there is no such file or it is broken."""
+    with suppress(OSError, UnicodeDecodeError):
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as f:
+            name = f.read().strip()
+        if re.fullmatch(r"[^/\0\n]+\.pth", name):
+            return name
+    return ""
+
+
+def find_checkpoint(folder: str) -> str:
+    """
+    The checkpoint in a directory to resume from: that of ``last_checkpoint`` or, if there is no
+    such file or it is broken, the newest one; "" if there is none.
+    """
+    name = _tagged(folder)
+    if name:
+        return os.path.join(folder, name)
+    files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth")) if folder else []
+    files = [file for file in files if os.path.basename(file) not in _WEIGHTS_ONLY]
+    return max(files, key=os.path.getmtime, default="")
 
 
 class _AtomicPathManager:
@@ -45,21 +76,26 @@ class LibraCheckpointer(DetectionCheckpointer):
 
     Files that are missing, truncated, of another model, or that would execute code are refused.
     Downloads are checked against the hash in their name. Weights that are missing, of another shape
-    or unused are logged in one table; a plain Detectron2 model lacks only the balanced feature
-    pyramid (``backbone.bfp.*``).
+    or unused are logged in one table.
 
     Checkpoints are written atomically, and only if all weights are finite. Resuming skips corrupt
-    ones with a warning.
+    ones with a warning, and finds the last one without ``last_checkpoint``, too.
     """
 
     def __init__(
-        self, model, save_dir: str = "", *, complete: bool = False, tag: bool = True, **kwargs
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        complete: bool = False,
+        tag: bool = True,
+        **kwargs,
     ):
         """
         Args:
             model, save_dir, kwargs: as for :class:`DetectionCheckpointer`.
-            complete: whether a checkpoint must hold all weights except those of the balanced
-                feature pyramid: True for evaluation, False for fine-tuning.
+            complete: whether a checkpoint must hold all weights: True for evaluation, False for
+                fine-tuning.
             tag: whether :meth:`save` marks its checkpoint as the one to resume from.
         """
         super().__init__(model, save_dir, **kwargs)
@@ -97,6 +133,14 @@ class LibraCheckpointer(DetectionCheckpointer):
         if self.tag:
             super().tag_last_checkpoint(last_filename_basename)
 
+    def get_checkpoint_file(self) -> str:
+        """See :func:`find_checkpoint`."""
+        return find_checkpoint(self.save_dir)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.get_checkpoint_file() != ""
+
     def advice(self) -> str:
         """Says from which checkpoint a training that has failed can be resumed."""
         if not self.has_checkpoint():
@@ -113,6 +157,10 @@ class LibraCheckpointer(DetectionCheckpointer):
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=resume)
         newest = self.get_checkpoint_file()
+        if not _tagged(self.save_dir):
+            self.logger.warning(
+                f"last_checkpoint is missing or broken: {newest} is taken for the last one"
+            )
         excluded = {newest, *(os.path.join(self.save_dir, name) for name in _WEIGHTS_ONLY)}
         others = set(self.get_all_checkpoint_files()) - excluded
         files = [newest, *sorted(others, key=os.path.getmtime, reverse=True)]
@@ -167,6 +215,14 @@ class LibraCheckpointer(DetectionCheckpointer):
         return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):
+        wanted = self.model.state_dict()
+        for key, value in checkpoint["model"].items():
+            is_real = key in wanted and wanted[key].is_floating_point()
+            if is_real and "float" not in str(value.dtype):
+                raise InputError(
+                    f"{self._path}: {key!r} in it is of type {value.dtype}, not of floating point "
+                    "numbers"
+                )
         incompatible = super()._load_model(checkpoint)
         reshaped = {key: shapes for key, *shapes in incompatible.incorrect_shapes}
         absent = {*incompatible.missing_keys, *reshaped}
@@ -179,8 +235,17 @@ class LibraCheckpointer(DetectionCheckpointer):
             )
         if self._resuming:
             absent.update(incompatible.unexpected_keys)
-        else:
-            absent = {key for key in absent if not key.startswith("backbone.bfp.")}
+        of_pyramid = {key for key in absent if key.startswith(_PYRAMID)}
+        if of_pyramid == absent and absent and self.complete:
+            raise PyramidMissing(
+                f"{self._path}: these are weights of a model without the balanced feature pyramid, "
+                "which changes the features even before it is trained"
+            )
+        if of_pyramid and not (self.complete or self._resuming):
+            self.logger.warning(
+                f"{self._path} has no weights of the balanced feature pyramid, which is trained "
+                "from its initial ones"
+            )
         if (self.complete or self._resuming) and absent:
             self._log_incompatible_keys(incompatible)
             first, detail = min(absent), "missing"

@@ -8,7 +8,7 @@ anchors of RetinaNet's last convolutions are ratio-major in mmdetection, scale-m
 
 import re
 from itertools import product
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Mapping, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from ..errors import InputError
 from .convnext import from_convnext, is_convnext
 
 __all__ = [
+    "check_weights",
     "from_mmdetection",
     "is_mmdetection",
     "to_detectron2_checkpoint",
@@ -143,6 +144,32 @@ def to_mmdetection(state: State) -> State:
     return converted
 
 
+def check_weights(weights: Mapping[str, Any], path: str = "") -> None:
+    """
+    Raises:
+        InputError: if something in ``weights`` is no array, or none that a model can compute with;
+            it names ``path`` and the first such weight.
+    """
+    where = f"{path}: " if path else ""
+    for key, value in weights.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise InputError(f"{where}not a checkpoint: {key!r} in it is a {type(value).__name__}")
+        if isinstance(value, torch.Tensor) and (
+            value.layout != torch.strided or value.is_quantized or value.is_meta
+        ):
+            raise InputError(
+                f"{where}{key!r} in it is a sparse, quantized or empty (meta) tensor; save the "
+                "weights as plain tensors"
+            )
+        tensor = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            what = "of complex numbers" if tensor.is_complex() else "not finite"
+            raise InputError(
+                f"{where}{key!r} in it is {what}: these weights are broken; use an earlier "
+                "checkpoint"
+            )
+
+
 def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     """
     Args:
@@ -152,7 +179,8 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
         the weights, without the prefix "module." of data parallel training, and ``meta``.
 
     Raises:
-        InputError: if it holds no weights or anything else, or is from mmdetection 1.x.
+        InputError: if it holds no weights or anything else, or is from mmdetection 1.x; see also
+            :func:`check_weights`.
     """
     meta = {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -162,16 +190,7 @@ def unwrap_mmdetection(content: Any) -> Tuple[State, Dict[str, Any]]:
     state = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
     if not state:
         raise InputError("not a checkpoint: there are no weights in it")
-    for key, value in state.items():
-        if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
-        if isinstance(value, torch.Tensor) and (
-            value.layout != torch.strided or value.is_quantized or value.is_meta
-        ):
-            raise InputError(
-                f"{key!r} in it is a sparse, quantized or empty (meta) tensor; save the weights as "
-                "plain tensors"
-            )
+    check_weights(state)
     meta = meta if isinstance(meta, dict) else {}
     if str(meta.get("mmdet_version", "2")).startswith(("0.", "1.")):
         raise InputError(_OLD_VERSION)

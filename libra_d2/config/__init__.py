@@ -4,6 +4,7 @@
 from .checks import check_datasets, check_run, check_values
 from .defaults import add_libra_config
 from .ideas import BASELINE, DETECTRON2_RECIPE, DISABLED, VARIANTS
+from .identity import RunIdentity, changed_values, describe, identify
 from .reading import make_recipe, read_recipe
 from .recipe import Recipe, SettingMissing
 
@@ -13,11 +14,15 @@ __all__ = [
     "DISABLED",
     "VARIANTS",
     "Recipe",
+    "RunIdentity",
     "SettingMissing",
     "add_libra_config",
     "check_datasets",
     "check_run",
     "check_values",
+    "describe",
+    "changed_values",
+    "identify",
     "make_recipe",
     "read_recipe",
 ]

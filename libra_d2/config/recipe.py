@@ -28,11 +28,13 @@ from torch import nn
 
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, RetinaNet
 
-from ..checkpoint import LibraCheckpointer
+from ..checkpoint import LibraCheckpointer, PyramidMissing
 from ..errors import InputError
-from ..evaluation import build_evaluator
+from ..evaluation import TASKS, build_evaluator
 from ..modeling.acceleration import accelerate, choose_channels_last
+from .identity import check_classes
 from .model_checks import check_box_losses
 
 __all__ = ["Recipe", "Setting", "SettingMissing"]
@@ -282,6 +284,15 @@ class Recipe(ABC):
         """
 
     @abstractmethod
+    def check_parts(self, train: bool) -> None:
+        """
+        Check what a training (``train``) or an evaluation is made of.
+
+        Raises:
+            InputError: if the config lacks a part of it, or names something that is not there.
+        """
+
+    @abstractmethod
     def options(self, settings: Dict[str, Any]) -> List[str]:
         """The command line options that give settings these values."""
 
@@ -296,6 +307,35 @@ class Recipe(ABC):
     def is_proposal_network(self) -> bool:
         """Whether the model returns proposals only."""
         return self.architecture == "ProposalNetwork"
+
+    @property
+    @abstractmethod
+    def model_class(self) -> Any:
+        """The class of the model, or the function that makes it; None if nothing has its name."""
+
+    @property
+    def tasks(self) -> Tuple[str, ...]:
+        """
+        What the model can be evaluated in, see :data:`libra_d2.evaluation.TASKS`: any of them if
+        its class is none of Detectron2's.
+        """
+        kind = self.model_class if isinstance(self.model_class, type) else object
+        if issubclass(kind, ProposalNetwork):
+            return ("box_proposals",)
+        if issubclass(kind, RetinaNet):
+            return ("bbox",)
+        if not issubclass(kind, GeneralizedRCNN):
+            return TASKS
+        parts = {"bbox": True, "segm": self.has_masks, "keypoints": self.has_keypoints}
+        return tuple(filter(parts.get, parts))
+
+    @property
+    @abstractmethod
+    def class_counts(self) -> Dict[str, int]:
+        """
+        The number of classes of each part of the model, by the user's name for it. Empty if that
+        is not known, or the model tells no classes apart.
+        """
 
     @abstractmethod
     def sizes(self, is_train: bool) -> Tuple[Tuple[int, ...], int]:
@@ -379,23 +419,31 @@ class Recipe(ABC):
             return nullcontext()
         return torch.autocast(self.device_type, self.precision)
 
-    def build_trained_model(self, checkpoint_dir: str = "") -> nn.Module:
+    def build_trained_model(
+        self, checkpoint_dir: str = "", datasets: Sequence[str] = ()
+    ) -> nn.Module:
         """
         Build the model in evaluation mode and load its weights, all of which must be there.
 
         Args:
             checkpoint_dir: its last checkpoint, if any, takes the place of :attr:`weights`.
+            datasets: registered datasets that must have the classes that it was trained on.
 
         Raises:
-            InputError: if there are no weights, or they are unreadable or of another model; see
-                also :meth:`build_model`.
+            InputError: if there are no weights, or they are unreadable, of another model or of
+                other classes; see also :meth:`build_model`.
         """
         model = self.build_model()
         checkpointer = LibraCheckpointer(model, checkpoint_dir, complete=True)
         resume = bool(checkpoint_dir) and checkpointer.has_checkpoint()
         if not self.weights and not resume:
             raise InputError(f"{self.name_of('weights')}: name the weights of a trained model")
-        checkpointer.resume_or_load(self.weights, resume=resume)
+        try:
+            content = checkpointer.resume_or_load(self.weights, resume=resume)
+        except PyramidMissing as e:
+            plain = " ".join(self.variant_options(["feature_pyramid"]))
+            raise InputError(f"{e}; to evaluate them as they are, add {plain}") from None
+        check_classes(content.get("run") or {}, datasets)
         return model.eval()
 
     @abstractmethod
@@ -457,7 +505,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def verify(self, results: Dict[str, Any]) -> None:
-        """Compare results with those that the config expects, if it can say so."""
+        """
+        Compare results with those that the config expects, if it can say so; exits with status 1 if
+        they differ.
+        """
 
     @property
     def ddp_options(self) -> Dict[str, Any]:

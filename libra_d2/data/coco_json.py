@@ -18,6 +18,7 @@ from ..errors import InputError, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.display import class_colors
 from .coco_schema import check_entries, is_number, shorten
+from .fingerprint import file_digest, image_fingerprint
 from .image_reading import is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
 from .run_lengths import check_run_lengths
@@ -209,18 +210,21 @@ def _check_resized(path: str, width: int, height: int, limits: ResizeLimits) -> 
 
 def check_images(
     dataset: Dict, image_root: str, json_file: str, limits: Optional[ResizeLimits] = None
-) -> None:
+) -> str:
     """
     Check that each image of a dataset, see :func:`read_coco_json`, is in ``image_root``, is an
     image, has the size in the annotations, and can be resized to ``limits``. JPEG and PNG files are
     only decoded if their end is missing.
+
+    Returns:
+        the :func:`image_fingerprint` of the images.
 
     Raises:
         InputError: names the first image for which this is not so.
     """
     if not os.path.isdir(image_root):
         raise InputError(f"{image_root}: no such image directory")
-    quiet = not comm.is_main_process()
+    quiet, files = not comm.is_main_process(), []
     for image in tqdm(dataset["images"], desc="checking images", unit="image", disable=quiet):
         path = _path_of(image["file_name"], image_root, json_file)
         expected = (image["width"], image["height"])
@@ -246,6 +250,8 @@ def check_images(
         _check_resized(path, *size, limits or {})
         if not whole:
             read_image(path)
+        files.append((image["file_name"], os.path.getsize(path)))
+    return image_fingerprint(files)
 
 
 def register_coco_json(
@@ -274,7 +280,8 @@ def register_coco_json(
         InputError: see :func:`read_coco_json` and :func:`check_images`.
     """
     dataset, changes = read_coco_json(json_file, mask_format)
-    check_images(dataset, image_root, json_file, limits)
+    images = check_images(dataset, image_root, json_file, limits)
+    digests = {"annotations": file_digest(json_file), "images": images}
     if changes["clipped"] or changes["dropped"]:
         logger.warning(
             f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
@@ -311,6 +318,7 @@ def register_coco_json(
         thing_classes=classes,
         thing_colors=class_colors(len(classes)),
         num_images=len(dataset["images"]),
+        fingerprint=digests,
     )
     return classes
 

@@ -21,6 +21,7 @@ from detectron2.structures import BoxMode
 from ..errors import InputError, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.safe_reading import load_arrays
+from .fingerprint import fingerprint
 
 __all__ = ["prepare_proposals", "write_proposals"]
 
@@ -28,15 +29,27 @@ logger = logging.getLogger(__name__)
 
 
 def write_proposals(
-    path: str, ids: List, boxes: List[np.ndarray], objectness_logits: List[np.ndarray]
+    path: str,
+    ids: List,
+    boxes: List[np.ndarray],
+    objectness_logits: List[np.ndarray],
+    images: str = "",
 ) -> None:
-    """Write proposals in Detectron2's format, see the module; the directory is created."""
+    """
+    Write proposals in Detectron2's format, see the module; the directory is created.
+
+    Args:
+        path: of the file.
+        ids, boxes, objectness_logits: a value for each image.
+        images: what the images are, see :func:`image_fingerprint`; "" if unknown.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     content = {
         "ids": ids,
         "boxes": boxes,
         "objectness_logits": objectness_logits,
         "bbox_mode": int(BoxMode.XYXY_ABS),
+        "images": images,
     }
     with atomic_write(path) as f:
         pickle.dump(content, f, protocol=4)
@@ -81,7 +94,7 @@ def _from_mmdetection(path: str, arrays: List, dataset_name: str) -> Tuple[List,
     return ids, [array[:, :4] for array in arrays], logits
 
 
-def _from_detectron2(path: str, content: Dict) -> Tuple[List, List, List]:
+def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List, List, List]:
     """Ids, boxes and logits of Detectron2's proposals, or of Detectron's, under older names."""
     ids = content.get("ids", content.get("indexes"))
     boxes = content.get("boxes")
@@ -95,6 +108,12 @@ def _from_detectron2(path: str, content: Dict) -> Tuple[List, List, List]:
         raise InputError(
             f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
             f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
+        )
+    theirs, ours = content.get("images"), fingerprint(dataset_name).get("images")
+    if theirs and ours and theirs != ours:
+        raise InputError(
+            f"{path}: proposals for {theirs} images, which are not the {ours} of dataset "
+            f"{dataset_name!r}; tools/dump_proposals.py writes proposals for these"
         )
     _check_arrays(path, boxes, (4,), "boxes")
     _check_arrays(path, logits, (), "objectness_logits")
@@ -115,7 +134,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
 
     Raises:
         InputError: if the file is missing, cut short, would execute code, or does not have
-            proposals for each image of the dataset.
+            proposals for each image of the dataset, or says that it is for other images.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such proposal file; tools/dump_proposals.py writes one")
@@ -129,7 +148,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     if isinstance(content, list):
         ids, boxes, logits = _from_mmdetection(path, content, dataset_name)
     elif isinstance(content, dict):
-        ids, boxes, logits = _from_detectron2(path, content)
+        ids, boxes, logits = _from_detectron2(path, content, dataset_name)
     else:
         raise InputError(
             f"{path}: not proposals, neither Detectron2's dict nor mmdetection's list of arrays"

@@ -4,14 +4,9 @@
 from .arguments import add_data_arguments, config_argument_parser
 from .hooks import CheckpointHook, StopOnSignal
 from .launch import join_processes, launch, read_environment, report_errors
+from .output_dir import prepare_output_dir
 from .predictor import LibraPredictor
-from .setup import (
-    prepare_output_dir,
-    prepare_proposal_files,
-    read_config,
-    register_own_data,
-    setup,
-)
+from .setup import prepare_proposal_files, read_config, register_own_data, setup
 from .trainer import Trainer
 from .watched_loader import WatchedLoader
 

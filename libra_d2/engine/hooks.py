@@ -169,6 +169,17 @@ class Throughput(HookBase):
 class BestModel(BestCheckpointer):
     """:class:`BestCheckpointer` that can be resumed. It writes ``model_best.pth``, weights only."""
 
+    def __init__(
+        self, eval_period: int, checkpointer: Checkpointer, metric: str, data: Dict[str, Any]
+    ):
+        """
+        Args:
+            eval_period, checkpointer, metric: see :class:`BestCheckpointer`.
+            data: what it is measured on; see :func:`libra_d2.config.describe`.
+        """
+        super().__init__(eval_period, checkpointer, metric)
+        self.measure = {"metric": metric, **data}
+
     def describe(self) -> str:
         """One line about the best model; "" if there is none."""
         if self.best_metric is None:
@@ -180,22 +191,36 @@ class BestModel(BestCheckpointer):
         return f"best: {value} after {iterations} iterations, {path}"
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+        return {
+            "measure": self.measure,
+            "best_metric": self.best_metric,
+            "best_iter": self.best_iter,
+        }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        """See :meth:`HookBase.load_state_dict`; the best by another measure does not count."""
+        before = state.get("measure", self.measure)
+        if before == self.measure:
+            self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+        elif state["best_metric"] is not None:
+            logger.warning(
+                f"The best model so far had {before['metric']} {state['best_metric']:.1f}. The "
+                "metric or the validation data differs now: the best model is chosen anew"
+            )
 
 
 class EarlyStopping(HookBase):
     """Ends the training when a metric has not risen for some evaluations."""
 
-    def __init__(self, eval_period: int, metric: str, patience: int):
+    def __init__(self, eval_period: int, metric: str, patience: int, data: Dict[str, Any]):
         """
         Args:
             eval_period: in iterations, greater than 0.
             metric: such as "bbox/AP".
             patience: number of evaluations without a new maximum after which it ends.
+            data: what it is measured on; see :func:`libra_d2.config.describe`.
         """
+        self.measure = {"metric": metric, **data}
         self.period = eval_period
         self.metric = metric
         self.patience = patience
@@ -203,10 +228,12 @@ class EarlyStopping(HookBase):
         self.num_bad = 0
 
     def state_dict(self) -> Dict[str, Any]:
-        return {"best": self.best, "num_bad": self.num_bad}
+        return {"measure": self.measure, "best": self.best, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.best, self.num_bad = state["best"], state["num_bad"]
+        """See :meth:`HookBase.load_state_dict`; the best by another measure does not count."""
+        if state.get("measure", self.measure) == self.measure:
+            self.best, self.num_bad = state["best"], state["num_bad"]
 
     @property
     def is_over(self) -> bool:
@@ -234,15 +261,17 @@ class AverageWeights(HookBase):
     copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float, output_dir: str):
+    def __init__(self, model: nn.Module, decay: float, output_dir: str, **checkpointables: Any):
         """
         Args:
             model: to average, without ``DistributedDataParallel``.
             decay: in (0, 1), share of the average that is kept in a step.
             output_dir: directory of ``model_final_ema.pth``.
+            checkpointables: what this file keeps besides the weights, see :class:`Checkpointer`.
         """
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.output_dir = output_dir
+        self.checkpointables = checkpointables
         self._is_resumed = False
 
     @property
@@ -261,7 +290,10 @@ class AverageWeights(HookBase):
     def after_train(self) -> None:
         """Write the averaged weights if the training is complete."""
         if self.trainer.iter + 1 >= self.trainer.max_iter:
-            LibraCheckpointer(self.model, self.output_dir, tag=False).save("model_final_ema")
+            checkpointer = LibraCheckpointer(
+                *(self.model, self.output_dir), tag=False, **self.checkpointables
+            )
+            checkpointer.save("model_final_ema")
 
     def state_dict(self) -> Dict[str, Any]:
         return self.average.state_dict()

@@ -3,6 +3,7 @@
 
 import argparse
 import errno
+import locale
 import logging
 import os
 import re
@@ -17,9 +18,16 @@ from torch.multiprocessing import ProcessExitedException
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
-from ..errors import InputError, Interrupted
+from ..errors import InputError, Interrupted, one_line
 
-__all__ = ["Process", "join_processes", "launch", "read_environment", "report_errors"]
+__all__ = [
+    "Process",
+    "in_main_process",
+    "join_processes",
+    "launch",
+    "read_environment",
+    "report_errors",
+]
 
 
 class Process(NamedTuple):
@@ -104,37 +112,70 @@ def _set_local_group(process: Process) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def in_main_process(function: Callable, *args: Any) -> Any:
+    """
+    Call ``function(*args)`` in the main process only. All processes must call this; all of them
+    return its value, or raise its InputError.
+    """
+    value, error = None, ""
+    if comm.is_main_process():
+        try:
+            value = function(*args)
+        except InputError as e:
+            error = str(e)
+    value, error = comm.all_gather((value, error))[0]
+    if error:
+        raise InputError(error)
+    return value
+
+
 # Permissions, read-only or full disks, and files in place of folders.
 _NOT_WRITABLE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
 
 
 def report_errors(main: Callable, *args: Any) -> None:
     """
-    Call ``main(*args)``. Input errors and files that cannot be written are reported in one line on
-    stderr with exit status 2, interrupts in one line with exit status 130, as in shells.
+    Call ``main(*args)``. Input errors, files that cannot be written, and text that the locale has
+    no encoding for are reported in one line on stderr with exit status 2, interrupts in one line
+    with exit status 130, as in shells.
     """
     # Detectron2 logs errors of a training with their traceback; users do not need it for their own.
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
+    logging.raiseExceptions = False  # a full disk is reported once, not for each line of a log
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names are any text
     try:
         main(*args)
     except InputError as e:
         _say(f"error: {e}")
         sys.exit(2)
     except OSError as e:
-        if e.errno not in _NOT_WRITABLE:
+        if not _is_user_error(e):
             raise
         _say(f"error: {e.filename or 'a file'} cannot be written: {e.strerror}")
+        sys.exit(2)
+    except UnicodeError as e:
+        encoding = locale.getpreferredencoding(False)
+        if encoding.lower() in ("utf-8", "utf8"):
+            raise
+        _say(f"error: {one_line(e)}: this environment's encoding is {encoding}, set PYTHONUTF8=1")
         sys.exit(2)
     except (KeyboardInterrupt, Interrupted) as e:
         _say(f"interrupted. {e}".strip())
         sys.exit(128 + signal.SIGINT)
 
 
-def _is_no_input_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+def _is_user_error(error: Optional[BaseException]) -> bool:
+    is_unwritable = isinstance(error, OSError) and error.errno in _NOT_WRITABLE
+    return is_unwritable or isinstance(error, InputError)
+
+
+def _is_no_user_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_user_error(record.exc_info[1]))
 
 
 def _say(line: str) -> None:
@@ -151,6 +192,12 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     report_errors(_launch, main, args)
 
 
+def _leave_processes() -> None:
+    """Wait for all processes; threads that still run when the interpreter exits may abort it."""
+    comm.synchronize()
+    distributed.destroy_process_group()
+
+
 def _launch(main: Callable, args: argparse.Namespace) -> None:
     num_processes = args.num_gpus * args.num_machines
     process = read_environment(os.environ)
@@ -158,10 +205,12 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
         if num_processes > 1:
             sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
         join_processes(process)
-        main(args)
-        # Threads that still run when the interpreter exits may abort it.
-        comm.synchronize()
-        distributed.destroy_process_group()
+        try:
+            main(args)
+        except SystemExit:  # on a signal, all processes have agreed to stop
+            _leave_processes()
+            raise
+        _leave_processes()
         return
     if num_processes > 1 and not torch.cuda.is_available():
         sys.exit(

@@ -8,7 +8,7 @@ from typing import Any, List, Mapping, Optional
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from ..config import Recipe
+from ..config import Recipe, describe
 from ..errors import Interrupted
 from ..evaluation import plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
@@ -33,7 +33,8 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     Returns:
         see :meth:`Trainer.test`.
     """
-    model = recipe.build_trained_model(recipe.output_dir if resume else "")
+    checkpoint_dir = recipe.output_dir if resume else ""
+    model = recipe.build_trained_model(checkpoint_dir, datasets=recipe.test_datasets)
     results = Trainer.test(recipe.config, model)
     if recipe.tta:
         results = {**results, **Trainer.test_with_TTA(recipe.config, model)}
@@ -86,7 +87,8 @@ def summarize(
         plot_learning_curves(metrics, os.path.join(recipe.output_dir, files["curves"]))
     if by_dataset:
         files["results"] = "results.md"
-        write_results(os.path.join(recipe.output_dir, files["results"]), by_dataset, title, best)
+        path = os.path.join(recipe.output_dir, files["results"])
+        write_results(path, by_dataset, title, best, describe(recipe))
     for what, name in files.items():
         print(f"{what}: {os.path.join(recipe.output_dir, name)}")
     if recipe.num_pictures and by_dataset:

@@ -172,11 +172,11 @@ def _remove_later_metrics(path: str, iteration: int) -> None:
     """
     if not os.path.isfile(path):
         return
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
         lines = f.readlines()
     kept = [line for line in lines if _iteration(line) < iteration]
     if len(kept) < len(lines):
-        with open(path, "r+", encoding="utf-8") as f:
+        with open(path, "r+", encoding="utf-8", errors="surrogateescape") as f:
             f.writelines(kept)
             f.truncate()
 
@@ -185,4 +185,4 @@ def _iteration(line: str) -> float:
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # cut short
+        return float("inf")  # cut short or broken

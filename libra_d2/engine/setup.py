@@ -4,24 +4,18 @@
 import argparse
 import logging
 import os
-import tempfile
-from typing import Any, List, Sequence
-
-import yaml
+from typing import List, Sequence
 
 from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
+from ..checkpoint import find_checkpoint
 from ..config import Recipe, check_run, read_recipe
 from ..data import prepare_proposals, register_coco_json
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..model_zoo import find_config
-from ..utils.leaves import leaves
+from .output_dir import prepare_output_dir, set_earlier_run_aside
 
 __all__ = [
-    "prepare_output_dir",
     "prepare_proposal_files",
     "read_config",
     "register_own_data",
@@ -30,30 +24,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Keys that may differ when a training is resumed.
-_PLACES = ("OUTPUT_DIR", "MODEL.WEIGHTS", "VERSION", "train.output_dir", "train.init_checkpoint")
-
 
 def read_config(config_file: str, options: Sequence[str]) -> Recipe:
     """:func:`libra_d2.config.read_recipe` of a file or name of a config, see ``find_config``."""
     return read_recipe(find_config(config_file), options, config_file)
-
-
-def prepare_output_dir(recipe: Recipe) -> None:
-    """
-    Create the output directory, and log into it.
-
-    Raises:
-        InputError: if it is not writable.
-    """
-    try:
-        PathManager.mkdirs(recipe.output_dir)
-        with tempfile.TemporaryFile(dir=recipe.output_dir):
-            pass  # it is writable
-    except OSError as e:
-        name = recipe.name_of("output_dir")
-        raise InputError(f"{name}: {recipe.output_dir}: {one_line(e)}") from e
-    setup_logger(name="libra_d2", output=recipe.output_dir, distributed_rank=comm.get_rank())
 
 
 def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
@@ -127,34 +101,6 @@ def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "te
         setattr(recipe, f"{split}_proposals", tuple(prepared))
 
 
-class _LenientLoader(yaml.SafeLoader):
-    """Reads Python objects in a saved LazyConfig as lists and names, and executes nothing."""
-
-
-def _without_objects(loader: yaml.Loader, name: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return name
-
-
-_LenientLoader.add_multi_constructor("tag:yaml.org,2002:python/", _without_objects)
-
-
-def _report_changes(recipe: Recipe) -> None:
-    """Log the values that differ from the config of the training that is resumed."""
-    path = os.path.join(recipe.output_dir, "config.yaml")
-    if not os.path.isfile(path):
-        return
-    try:
-        with open(path, encoding="utf-8") as f:
-            before = dict(leaves(yaml.load(f, Loader=_LenientLoader)))
-    except (AttributeError, ValueError, yaml.YAMLError) as e:
-        raise InputError(f"{path}: {one_line(e)}") from e
-    for key, value in leaves(yaml.load(recipe.dump(), Loader=_LenientLoader)):
-        if key not in _PLACES and before.get(key, value) != value:
-            logger.warning(f"--resume: {key} is {value!r}, but was {before[key]!r} before")
-
-
 def setup(args: argparse.Namespace) -> Recipe:
     """
     Read the config, register your own data, check both, and set up logging and seeds.
@@ -168,11 +114,11 @@ def setup(args: argparse.Namespace) -> Recipe:
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
     register_own_data(recipe, args)
-    resume = args.resume and os.path.isfile(os.path.join(recipe.output_dir, "last_checkpoint"))
+    resume = args.resume and find_checkpoint(recipe.output_dir) != ""
     check_run(recipe, train=not args.eval_only, resume=resume)
     prepare_proposal_files(recipe, ("test",) if args.eval_only else ("train", "test"))
-    if resume:
-        _report_changes(recipe)
+    if not (resume or args.eval_only):
+        set_earlier_run_aside(recipe)
     # default_setup prints the file, too, and needs its path.
     path = find_config(args.config_file)
     default_setup(recipe.config, argparse.Namespace(**{**vars(args), "config_file": path}))

@@ -27,10 +27,11 @@ from detectron2.evaluation import (
     print_csv_format,
 )
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 
 from ..checkpoint import LibraCheckpointer
-from ..config import Recipe, make_recipe
-from ..errors import InputError
+from ..config import Recipe, RunIdentity, identify, make_recipe
+from ..errors import InputError, one_line
 from ..evaluation import PredictionPictures, build_evaluator
 from ..evaluation.validation_loss import validation_losses
 from ..utils.random_state import keep_random_state
@@ -44,6 +45,7 @@ from .hooks import (
     Throughput,
     TrainingEnded,
 )
+from .launch import in_main_process
 from .resuming import ExactResume
 from .watched_loader import WatchedLoader
 
@@ -57,6 +59,15 @@ _LOG_PERIOD = 20  # that of Detectron2
 def pictures_dir(recipe: Recipe, dataset_name: str) -> str:
     """Directory of the pictures of ``dataset_name``."""
     return os.path.join(recipe.output_dir, "pictures", dataset_name)
+
+
+class _Printer(CommonMetricPrinter):
+    def _get_eta(self, storage: EventStorage) -> Optional[str]:
+        """The parent's, which divides by zero if the same iteration is printed twice."""
+        try:
+            return super()._get_eta(storage)
+        except ZeroDivisionError:
+            return None
 
 
 class Trainer(DefaultTrainer):
@@ -81,13 +92,16 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         self.recipe = recipe = make_recipe(cfg).scaled_to(comm.get_world_size())
         self.cfg = cfg = recipe.config
+        self._identity = RunIdentity(in_main_process(identify, recipe))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = WatchedLoader(self.build_train_loader(cfg))
         #: moving average of the weights, if any
         self.average: Optional[AverageWeights] = None
         if recipe.ema_decay > 0:
-            self.average = AverageWeights(model, recipe.ema_decay, recipe.output_dir)
+            self.average = AverageWeights(
+                *(model, recipe.ema_decay, recipe.output_dir), run=self._identity
+            )
         on_cpu = {"device_ids": None} if recipe.device == "cpu" else {}
         model = create_ddp_model(model, **recipe.ddp_options, **on_cpu)
         is_scaled = recipe.precision is torch.float16
@@ -96,7 +110,9 @@ class Trainer(DefaultTrainer):
         self._trainer.accumulation_steps = recipe.accumulation_steps
         self._trainer.autocast = recipe.autocast
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = LibraCheckpointer(model, recipe.output_dir, trainer=weakref.proxy(self))
+        self.checkpointer = LibraCheckpointer(
+            *(model, recipe.output_dir), run=self._identity, trainer=weakref.proxy(self)
+        )
         self.max_iter = recipe.max_iter
         self._losses: Dict[str, torch.Tensor] = {}
         model.register_forward_hook(self._see_losses)
@@ -116,7 +132,8 @@ class Trainer(DefaultTrainer):
         period, patience = recipe.eval_period, recipe.patience
         if is_main and recipe.best_metric:
             self.best = self._build_best_model()
-        stopping = EarlyStopping(period, recipe.best_metric or "bbox/AP", patience)
+        metric = recipe.best_metric or "bbox/AP"
+        stopping = EarlyStopping(period, metric, patience, self._identity.validation_data)
         return [
             hooks.IterationTimer(),
             Throughput(recipe.batch_size) if is_main else None,
@@ -141,16 +158,20 @@ class Trainer(DefaultTrainer):
         super().register_hooks(hooks)
         self._hooks.sort(key=lambda hook: isinstance(hook, ExactResume))
 
-    def build_writers(self) -> List:
-        return default_writers(self.recipe.output_dir, self.max_iter)
+    def build_writers(self) -> List[EventWriter]:
+        """See :meth:`DefaultTrainer.build_writers`."""
+        writers = default_writers(self.recipe.output_dir, self.max_iter)
+        is_printer = [isinstance(writer, CommonMetricPrinter) for writer in writers]
+        return [_Printer(self.max_iter) if p else w for p, w in zip(is_printer, writers)]
 
     def _build_best_model(self) -> BestModel:
         recipe = self.recipe
         # In the name of the task, or of the dataset if there are several.
         averaged = any(name.endswith("_EMA") for name in recipe.best_metric.split("/")[:-1])
         model = self.average.model if averaged and self.average else self.model
-        checkpointer = LibraCheckpointer(model, recipe.output_dir, tag=False)
-        return BestModel(recipe.eval_period, checkpointer, recipe.best_metric)
+        checkpointer = LibraCheckpointer(model, recipe.output_dir, tag=False, run=self._identity)
+        data = self._identity.validation_data
+        return BestModel(recipe.eval_period, checkpointer, recipe.best_metric, data)
 
     @property
     def _log_period(self) -> int:
@@ -225,6 +246,13 @@ class Trainer(DefaultTrainer):
             TrainerBase.train(self, self.start_iter, self.max_iter)
         except TrainingEnded as e:
             logger.info(f"The training ends early: {e}")
+        except OSError as e:
+            if e.filename:
+                raise
+            name = self.recipe.name_of("output_dir")
+            raise InputError(
+                f"{name}: {self.recipe.output_dir}: {one_line(e)}. {self.checkpointer.advice()}"
+            ) from e
         if comm.is_main_process():
             self.recipe.verify(self.results)
         return self.results

@@ -4,7 +4,7 @@
 import json
 import math
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping, Optional
 
 from tabulate import tabulate
 
@@ -17,16 +17,16 @@ __all__ = ["plot_learning_curves", "read_metrics", "write_results"]
 def read_metrics(path: str) -> List[Dict[str, float]]:
     """
     Read a ``metrics.json`` of Detectron2, one dict for each iteration, in order. If a training was
-    resumed and repeated iterations, the last values count; truncated lines are skipped.
+    resumed and repeated iterations, the last values count; broken lines are skipped.
     """
     by_iteration: Dict[int, Dict[str, float]] = {}
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                by_iteration.setdefault(int(entry["iteration"]), {}).update(entry)
+            except (ValueError, TypeError, KeyError):
                 continue
-            by_iteration.setdefault(entry["iteration"], {}).update(entry)
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
 
 
@@ -64,10 +64,21 @@ def _table(rows, headers) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def write_results(path: str, results: Dict[str, Any], title: str, remark: str = "") -> None:
+def write_results(
+    path: str,
+    results: Dict[str, Any],
+    title: str,
+    remark: str = "",
+    about: Optional[Mapping[str, Any]] = None,
+) -> None:
     """
-    Write Markdown tables of average precision (%) by IoU and object size, and by class. ``results``
-    has those of Detectron2's evaluators for each dataset; the directory is created.
+    Write Markdown tables of average precision (%) by IoU and object size, and by class.
+
+    Args:
+        path: of the file, whose directory is created.
+        results: those of Detectron2's evaluators for each dataset.
+        title, remark: what precedes the tables.
+        about: what was evaluated, in words, for a table at the end.
     """
     lines = [f"# {title}", "", *([remark, ""] if remark else [])]
     for dataset, tasks in results.items():
@@ -78,6 +89,9 @@ def write_results(path: str, results: Dict[str, Any], title: str, remark: str = 
             lines += [f"## {task} on {dataset}", "", _table([numbers.values()], numbers), ""]
             if classes:
                 lines += [_table(classes, ["class", "AP"]), ""]
+    if about:
+        rows = [(name, table_cell(str(value))) for name, value in about.items()]
+        lines += ["## What was evaluated", "", _table(rows, ["", ""]), ""]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path, "w") as f:
         f.write("\n".join(lines))

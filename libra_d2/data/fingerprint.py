@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dataset consists of, in a few words that are compared when it is used again."""
+
+import hashlib
+import json
+import os
+from typing import Dict, Iterable, List, Tuple, Union
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["file_digest", "fingerprint", "image_fingerprint"]
+
+_LENGTH = 16  # of a digest: hexadecimal digits, enough to tell files apart
+
+
+def file_digest(path: str) -> str:
+    """The start of the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with PathManager.open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:_LENGTH]
+
+
+def image_fingerprint(files: Iterable[Tuple[str, int]]) -> str:
+    """The number of images, and a digest of their names and sizes in bytes, whatever the order."""
+    files = sorted(files)
+    digest = hashlib.sha256(json.dumps(files).encode())
+    return f"{len(files)} ({digest.hexdigest()[:_LENGTH]})"
+
+
+def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
+    """
+    Returns:
+        what is known of a registered dataset: the names of its "classes"; digests of its
+        "annotations" and, if it is one of :func:`libra_d2.data.register_coco_json`, of its
+        "images". Empty if it is not registered.
+    """
+    if dataset_name not in DatasetCatalog:
+        return {}
+    metadata = MetadataCatalog.get(dataset_name)
+    found = {"classes": list(metadata.get("thing_classes") or ())}
+    json_file = metadata.get("json_file")
+    if metadata.get("fingerprint"):
+        found.update(metadata.fingerprint)
+    elif json_file:
+        found["annotations"] = file_digest(json_file) if PathManager.isfile(json_file) else "absent"
+    else:
+        records = DatasetCatalog.get(dataset_name)
+        names = [{**r, "file_name": os.path.basename(str(r.get("file_name")))} for r in records]
+        content = json.dumps(names, sort_keys=True, default=str)
+        found["annotations"] = hashlib.sha256(content.encode()).hexdigest()[:_LENGTH]
+    return found
