@@ -6,10 +6,11 @@ that need a built model are in ``model_checks``.
 """
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
-from typing import Any, Callable, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Sequence, Tuple
 
 import torch
 
@@ -20,7 +21,7 @@ from detectron2.utils import comm
 
 from ..data.resize import INTERPOLATIONS
 from ..errors import InputError, one_line
-from ..evaluation import check_evaluator_type
+from ..evaluation import check_evaluator_type, class_names, reported_metrics
 from ..modeling.acceleration import CHANNELS_LAST
 from .recipe import Recipe, SettingMissing
 
@@ -60,6 +61,10 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_expectation(task: str, metric: str, value: float, tolerance: float) -> bool:
+    return isinstance(task, str) and isinstance(metric, str) and math.isfinite(value + tolerance)
+
+
 def _whole(setting: str, minimum: int) -> Rule:
     return Rule(setting, lambda v: _is_whole(v) and v >= minimum, f"use {minimum} or more")
 
@@ -69,9 +74,11 @@ def _choice(setting: str, values: Sequence) -> Rule:
 
 
 _RULES: Tuple[Rule, ...] = (
-    Rule("output_dir", lambda v: isinstance(v, str), "use a path"),
+    *(Rule(name, lambda v: isinstance(v, str), "use a path") for name in ("output_dir", "weights")),
+    Rule("best_metric", lambda v: isinstance(v, str), "use the name of a metric, such as bbox/AP"),
     *(_whole(name, 1) for name in ("batch_size", "max_iter", "checkpoint_period")),
-    *(_whole(name, 1) for name in ("max_detections", "accumulation_steps")),
+    *(_whole(name, 1) for name in ("max_detections", "accumulation_steps", "num_classes")),
+    *(_whole(name, 1) for name in ("log_period", "tta_max_size")),
     *(_whole(name, 0) for name in ("num_workers", "eval_period", "num_pictures")),
     *(_whole(name, 0) for name in ("SOLVER.WARMUP_ITERS", "max_checkpoints", "patience")),
     Rule(
@@ -96,7 +103,12 @@ _RULES: Tuple[Rule, ...] = (
     _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
     *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align")),
-    _choice("compile_backbone", (True, False)),
+    *(_choice(name, (True, False)) for name in ("compile_backbone", "amp", "validation_loss")),
+    *(_choice(name, (True, False)) for name in ("tta", "tta_flip")),
+    *(
+        Rule(name, lambda v: v <= 1, "use a value in [0, 1]")
+        for name in ("score_threshold", "nms_threshold")
+    ),
     Rule(
         "seed",
         # Each process adds its rank.
@@ -107,6 +119,11 @@ _RULES: Tuple[Rule, ...] = (
     *(
         Rule(f"MODEL.{part}.NORM", _is_norm, "use one of '', 'BN', 'FrozenBN', 'GN', 'SyncBN'")
         for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    ),
+    Rule(
+        "TEST.EXPECTED_RESULTS",
+        lambda v: all(_is_expectation(*x) for x in v),
+        "use [[task, metric, value, tolerance], ...], such as [['bbox', 'AP', 38.5, 0.2]]",
     ),
     Rule("ema_decay", lambda v: 0 <= v < 1, "use a value in (0, 1), such as 0.9998, or 0 for none"),
 )
@@ -239,7 +256,7 @@ def check_values(recipe: Recipe) -> None:
         value = recipe.get(setting)
         try:
             legal = not recipe.has(setting) or is_legal(value)
-        except TypeError:
+        except (TypeError, ValueError):
             legal = False
         if not legal:
             raise InputError(f"{recipe.name_of(setting)} is {value!r}: {advice}")
@@ -310,9 +327,84 @@ def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
             )
 
 
+def _check_parts(recipe: Recipe, train: bool, resume: bool) -> None:
+    recipe.check_parts(train)
+
+
 def _check_evaluators(recipe: Recipe, train: bool, resume: bool) -> None:
     for name in () if recipe.has_own_evaluator else recipe.test_datasets:
-        check_evaluator_type(name)
+        if not reported_metrics(name, recipe.tasks):
+            raise InputError(
+                f"dataset {name!r} is of type {check_evaluator_type(name)!r}, whose evaluator "
+                f"cannot evaluate a {recipe.architecture}"
+            )
+
+
+def _metrics(recipe: Recipe, suffixes: Sequence[str]) -> List[str]:
+    """Names of the metrics that evaluations report; a suffix stands for one of several models."""
+    datasets, names = recipe.test_datasets, []
+    for suffix, dataset in itertools.product(suffixes, datasets):
+        for metric in reported_metrics(dataset, recipe.tasks):
+            task, _, rest = metric.partition("/")
+            several = len(datasets) > 1
+            names.append(f"{dataset}{suffix}/{metric}" if several else f"{task}{suffix}/{rest}")
+    return names
+
+
+def _check_metrics(recipe: Recipe, train: bool, resume: bool) -> None:
+    """A metric that something looks at must be one that evaluations report."""
+    if recipe.has_own_evaluator:
+        return
+    best, patience = recipe.name_of("best_metric"), recipe.name_of("patience")
+    averaged = ["_EMA"] if train and recipe.ema_decay > 0 else []
+    looked_at = []  # who, at which metric, and those that there are
+    if train and (recipe.best_metric or recipe.patience):
+        who = f"{best} is" if recipe.best_metric else f"{best} is not set, and {patience} looks at"
+        looked_at.append((who, recipe.best_metric or "bbox/AP", ["", *averaged]))
+    at_end = ["", *averaged, *(["_TTA"] if recipe.tta else [])]
+    for task, metric, *_ in recipe.get("TEST.EXPECTED_RESULTS", ()):
+        looked_at.append(("TEST.EXPECTED_RESULTS names", f"{task}/{metric}", at_end))
+    for who, metric, suffixes in looked_at:
+        names = _metrics(recipe, suffixes)
+        if not names:
+            raise InputError(
+                f"{who} {metric!r}, which needs validation data: set "
+                f"{recipe.name_of('test_datasets')}, or use --val-json and --val-images"
+            )
+        if metric not in names:
+            known = [name for name in names if "/AP-" not in name]
+            known += ["AP-<class>"] if known != names else []
+            raise InputError(
+                f"{who} {metric!r}, which no evaluation reports: use one of {', '.join(known)}"
+            )
+
+
+def _check_classes(recipe: Recipe, train: bool, resume: bool) -> None:
+    """All heads have the classes of all datasets."""
+    if recipe.is_proposal_network:
+        return
+    (place, count), *others = [*recipe.class_counts.items()] or [("", 0)]
+    for other, other_count in others:
+        if other_count != count:
+            raise InputError(
+                f"{place} is {count}, but {other} is {other_count}: use the number of classes of "
+                "the data for both"
+            )
+    first, classes = "", ()
+    for dataset in (*(recipe.train_datasets if train else ()), *recipe.test_datasets):
+        names = class_names(dataset)
+        if names and count not in (0, len(names)):
+            raise InputError(
+                f"{place} is {count}, but dataset {dataset!r} has {len(names)} classes: use "
+                f"{len(names)}"
+            )
+        for i, (a, b) in enumerate(itertools.zip_longest(classes, names)):
+            if classes and names and a != b:
+                raise InputError(
+                    f"class {i} of dataset {first!r} is {a!r}, and of {dataset!r} it is {b!r}: use "
+                    "data with the same classes in the same order"
+                )
+        first, classes = (first, classes) if classes else (dataset, names)
 
 
 def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
@@ -352,8 +444,8 @@ def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 _RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
-    *(_check_weights, _check_named_datasets, _check_keypoints),
-    *(_check_number_of_images, _check_evaluators, _check_batch_size),
+    *(_check_weights, _check_named_datasets, _check_parts, _check_classes, _check_keypoints),
+    *(_check_number_of_images, _check_evaluators, _check_metrics, _check_batch_size),
 )
 
 

@@ -2,10 +2,12 @@
 import os
 import re
 import tempfile
+from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from detectron2.config import LazyCall as L
@@ -25,6 +27,13 @@ from .recipe import Recipe, Setting, SettingMissing
 
 __all__ = ["LazyRecipe"]
 
+# What a training is made of, in the order of building, and what an evaluation is.
+_PARTS = (
+    *("model", "optimizer", "optimizer.params", "lr_multiplier"),
+    *("dataloader.train", "dataloader.train.mapper"),
+)
+_PARTS_OF_EVALUATION = ("dataloader.test", "dataloader.test.mapper")
+_FILLED_IN = ("optimizer.params.model",)  # by build_optimizer
 _NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
 _ARCHITECTURES = ("LibraRetinaNet", "RetinaNet", "ProposalNetwork", "PanopticFPN")
 
@@ -38,17 +47,49 @@ def _is_target(node: Any, name: str) -> bool:
     return name in [x.__name__ for x in getattr(target_of(node), "__mro__", ())]
 
 
-def _set_num_classes(node: Any, value: int) -> None:
-    """Set it in a head and all of its parts, except where it is an interpolation."""
-    if isinstance(node, DictConfig):
-        if "num_classes" in node and not OmegaConf.is_interpolation(node, "num_classes"):
-            node.num_classes = value
-        for name in node:
-            if not OmegaConf.is_interpolation(node, name):
-                _set_num_classes(node._get_node(name), value)
-    elif isinstance(node, ListConfig):
-        for child in node._iter_ex(resolve=False):
-            _set_num_classes(child, value)
+@contextmanager
+def _resolving(place: str) -> Iterator[None]:
+    """Turn what OmegaConf raises for interpolations without value into an InputError."""
+    try:
+        yield
+    except OmegaConfBaseException as e:
+        raise InputError(f"{place}: {str(e).splitlines()[0]}") from e
+
+
+def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, Any]]:
+    """
+    The place and the value of all that a node of a LazyConfig consists of.
+
+    Raises:
+        InputError: if an interpolation has no value or leads back to itself, or nothing has the
+            name of a target.
+    """
+    yield place, node
+    if not OmegaConf.is_config(node):
+        return
+    if any(node is x for x in above):
+        raise InputError(f"{place}: it is a part of itself")
+    target_of(node)
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        if (child_place := f"{place}.{key}") not in _FILLED_IN:
+            with _resolving(child_place):
+                child = node[key]
+            yield from _contents(child_place, child, (*above, node))
+
+
+@contextmanager
+def _building(place: str) -> Iterator[None]:
+    """Turn what classes raise for bad arguments into an InputError."""
+    try:
+        yield
+    except ArgumentError as e:
+        raise InputError(f"{place}: {e}") from e
+    except KeyError as e:
+        raise InputError(f"{place}: it cannot be built: there is no {e}") from e
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as e:
+        raise InputError(f"{place}: it cannot be built: {one_line(e) or type(e).__name__}") from e
+    except OmegaConfBaseException as e:
+        raise InputError(f"{place}: {str(e).splitlines()[0]}") from e
 
 
 class LazyRecipe(Recipe):
@@ -62,7 +103,8 @@ class LazyRecipe(Recipe):
     # Settings
 
     def _select(self, place: str) -> Any:
-        return OmegaConf.select(self.config, place, default=None)
+        with _resolving(place):
+            return OmegaConf.select(self.config, place, default=None)
 
     def _places(self, setting: Setting) -> Iterator[str]:
         """All places of a setting, with ``*`` replaced by each index."""
@@ -105,9 +147,10 @@ class LazyRecipe(Recipe):
     def _write(self, setting: Setting, value: Any) -> None:
         value = list(value) if isinstance(value, tuple) else value
         if setting is Recipe.num_classes:  # each head of a detector has its own
-            if self._found(setting):
-                model = self.config.model
-                _set_num_classes(model if self.is_retinanet else model.roi_heads, value)
+            for place in self.class_counts:
+                node = self._select(place.rpartition(".")[0])
+                if not OmegaConf.is_interpolation(node, "num_classes"):
+                    node.num_classes = value
             return
         for place in self._found(setting) or self._free_places(setting):
             OmegaConf.update(self.config, place, value, merge=False, force_add=True)
@@ -134,19 +177,50 @@ class LazyRecipe(Recipe):
                 return f.read()
 
     def check_nulls(self) -> None:
+        """See :meth:`Recipe.check_nulls`; nor may there be a value in the place of a section."""
         for setting in vars(Recipe).values():
-            if not isinstance(setting, Setting) or setting is Recipe.max_checkpoints:
-                continue  # for which Detectron2 accepts null, too
-            for place in self._places(setting):
+            for place in self._places(setting) if isinstance(setting, Setting) else ():
                 parent, _, name = place.rpartition(".")
-                node = self._select(parent)
-                if isinstance(node, DictConfig) and name in node and node[name] is None:
+                node, value = self._select(parent), self._select(place)
+                if isinstance(node, (bool, int, float, str)):
+                    raise InputError(f"{parent} is {node!r}: it is a section, as of {place}")
+                # Detectron2 accepts null for max_to_keep, too.
+                is_null = isinstance(node, DictConfig) and name in node and value is None
+                if is_null and setting is not Recipe.max_checkpoints:
                     raise InputError(f"{place} is null: leave it out, or give it a value")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [f"{self.name_of(name)}={value}" for name, value in settings.items()]
 
+    def check_parts(self, train: bool) -> None:
+        """See :meth:`Recipe.check_parts`: all names and interpolations in them have to resolve."""
+        places = _PARTS if train else _PARTS[:1]
+        for place in (*places, *(_PARTS_OF_EVALUATION if self.test_datasets else ())):
+            part = self._part(place)
+            if target_of(part) is None:
+                raise InputError(f"{place}: its _target_, a class or function, is missing")
+            for _ in _contents(place, part):
+                pass
+        for is_train in (True, False):
+            self._augmentations(is_train)
+        if train and not self.has("max_iter"):
+            raise Recipe.max_iter.missing(self)
+
     # What the model is
+
+    @property
+    def model_class(self) -> Any:
+        return target_of(self.config.model)
+
+    @property
+    def class_counts(self) -> Dict[str, int]:
+        root = "model" if self.is_retinanet else "model.roi_heads"
+        parts = dict(_contents(root, self._select(root)))
+        named = {k: v for k, v in parts.items() if k.endswith(".num_classes")}
+        counts = {place: n for place, n in named.items() if isinstance(n, int)}
+        # A mask head of one class, where the others have more, predicts masks of any class.
+        most = max(counts.values(), default=1)
+        return {k: n for k, n in counts.items() if not (n == 1 < most and ".mask_head" in k)}
 
     @property
     def architecture(self) -> str:
@@ -165,8 +239,15 @@ class LazyRecipe(Recipe):
     def has_keypoints(self) -> bool:
         return self._select("model.roi_heads.keypoint_head") is not None
 
+    def _augmentations(self, is_train: bool) -> Sequence:
+        place = f"{_mapper(is_train)}.augmentations"
+        found = self._select(place)
+        if found is not None and not isinstance(found, ListConfig):
+            raise InputError(f"{place} is {found!r}: use a list of augmentations")
+        return found or ()
+
     def _resize(self, is_train: bool) -> Optional[DictConfig]:
-        augmentations = self._select(f"{_mapper(is_train)}.augmentations") or ()
+        augmentations = self._augmentations(is_train)
         return next((x for x in augmentations if _is_target(x, "ResizeShortestEdge")), None)
 
     @property
@@ -176,7 +257,7 @@ class LazyRecipe(Recipe):
 
     def sizes(self, is_train: bool) -> Tuple[Tuple[int, ...], int]:
         resize = self._resize(is_train)
-        if resize is None:
+        if resize is None or "short_edge_length" not in resize:
             return (), 0
         lengths = resize.short_edge_length
         lengths = (lengths,) if isinstance(lengths, (int, float)) else tuple(lengths)
@@ -213,66 +294,67 @@ class LazyRecipe(Recipe):
             raise SettingMissing(f"{place}: the LazyConfig lacks it")
         return part
 
+    def _build(self, place: str) -> Any:
+        """Instantiate a part of the config."""
+        part = self._part(place)
+        for _ in _contents(place, part):
+            pass
+        with _building(place):
+            return instantiate(part)
+
     def _build_model(self) -> nn.Module:
-        try:
-            model = instantiate(self.config.model)
-        except ArgumentError as e:
-            raise InputError(str(e)) from e
-        except KeyError as e:
-            raise InputError(f"model: it cannot be built: there is no {e}") from None
-        except (AssertionError, AttributeError, TypeError, ValueError) as e:
-            # A class raises any of these for a bad argument.
-            raise InputError(f"model: it cannot be built: {one_line(e)}") from e
-        return model.to(torch.device(self.device))
+        return self._build("model").to(torch.device(self.device))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Instantiate the config's ``optimizer`` with the parameters of ``model``."""
         self._part("optimizer.params")
-        optimizer = self.copy().config.optimizer
-        optimizer.params.model = model
-        return instantiate(optimizer)
+        recipe = self.copy()
+        recipe.config.optimizer.params.model = model
+        return recipe._build("optimizer")
 
     def build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRMultiplier:
         """Instantiate the config's ``lr_multiplier``, of the learning rates of ``optimizer``."""
-        multiplier = instantiate(self._part("lr_multiplier"))
+        multiplier = self._build("lr_multiplier")
         return LRMultiplier(optimizer, multiplier=multiplier, max_iter=self.max_iter)
 
     def build_augmentations(self, is_train: bool) -> List:
         """Instantiate the augmentations of the config's mapper."""
-        return list(instantiate(self._part(f"{_mapper(is_train)}.augmentations")))
+        return list(self._build(f"{_mapper(is_train)}.augmentations"))
 
     def build_mapper(
         self, is_train: bool, augmentations: Optional[List] = None
     ) -> Callable[[Dict[str, Any]], Dict[str, Any]]:
         """See :meth:`Recipe.build_mapper`; Detectron2's mapper becomes a LibraDatasetMapper."""
-        node = self._part(_mapper(is_train))
-        arguments = {name: instantiate(value) for name, value in node.items() if name != "_target_"}
+        place = _mapper(is_train)
+        arguments = self._arguments(place)
         if augmentations is not None:
             arguments["augmentations"] = augmentations
-        target = target_of(node)
-        return (LibraDatasetMapper if target is DatasetMapper else target)(**arguments)
+        target = target_of(self._part(place))
+        with _building(place):
+            return (LibraDatasetMapper if target is DatasetMapper else target)(**arguments)
 
-    def _loader_arguments(self, place: str) -> Dict[str, Any]:
-        """All arguments of a data loader but its mapper."""
-        names = (name for name in self._part(place) if name not in ("mapper", "_target_"))
-        return {name: instantiate(self._select(f"{place}.{name}")) for name in names}
+    def _arguments(self, place: str) -> Dict[str, Any]:
+        """All arguments of a part of the config but its mapper."""
+        names = [name for name in self._part(place) if name not in ("mapper", "_target_")]
+        with _building(place):
+            return {name: instantiate(self._select(f"{place}.{name}")) for name in names}
 
     def build_train_loader(self, seed: int) -> Iterable:
         """Instantiate the config's ``dataloader.train``; Detectron2's can be resumed."""
         place, mapper = "dataloader.train", self.build_mapper(True)
         target = target_of(self._part(place))
         if target is not build_detection_train_loader:
-            return target(**self._loader_arguments(place), mapper=mapper)
-        return ResumableLoader(
-            lambda: {**self._loader_arguments(place), "mapper": mapper}, seed=seed
-        )
+            with _building(place):
+                return target(**self._arguments(place), mapper=mapper)
+        return ResumableLoader(lambda: {**self._arguments(place), "mapper": mapper}, seed=seed)
 
     def build_test_loader(self, dataset_name: str) -> Iterable:
         """Instantiate the config's ``dataloader.test``, for one of its datasets."""
         recipe, place = self.copy(), "dataloader.test"
         recipe.test_datasets = (dataset_name,)
-        arguments = recipe._loader_arguments(place)
-        return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
+        arguments = recipe._arguments(place)
+        with _building(place):
+            return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
 
     def _evaluators(self) -> List[DictConfig]:
         evaluators = self._select("dataloader.evaluator") or []

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading of config files of either language, with command line options."""
 
+import builtins
 import os
+import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Sequence, Set, Union
 
@@ -31,6 +33,33 @@ def _reading(source: str) -> Iterator[None]:
         raise
     except Exception as e:  # it raises many kinds
         raise InputError(f"{source}: {one_line(e)}") from e
+
+
+@contextmanager
+def _executing(path: str, name: str) -> Iterator[None]:
+    """
+    Turn whatever the code of a LazyConfig raises, an exit or an interrupt included, into an
+    InputError with ``name``, the user's for the file, and the line, if need be of another file.
+    """
+    imported = builtins.__import__
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as e:
+        where, message = name, f"{type(e).__name__}: {one_line(e)}".strip(": ")
+        frames = [x for x in traceback.extract_tb(e.__traceback__) if x.name == "<module>"]
+        cause = e.__cause__
+        if isinstance(cause, SyntaxError):  # Detectron2 names the file, and Python may the line
+            line = f"line {cause.lineno}: " if cause.lineno else ""
+            message = f"{one_line(e)} {line}{cause.msg}"
+        elif frames:  # the last one is the module that was being executed
+            file, line = frames[-1].filename, frames[-1].lineno
+            where += f", line {line}" if file == path else f": {file}, line {line}"
+        raise InputError(f"{where}: {message}") from e
+    finally:
+        # Detectron2 0.6 does not undo this when a config fails.
+        builtins.__import__ = imported
 
 
 def detectron2_configs() -> str:
@@ -65,7 +94,7 @@ def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
     name = name or path
     if is_lazy_config(path):
         with _reading(name):
-            recipe: Recipe = LazyRecipe(_read_lazy(path, options))
+            recipe: Recipe = LazyRecipe(_read_lazy(path, options, name))
     else:
         recipe = YamlRecipe(_read_yaml(path, options, name))
     device = recipe.name_of("device")
@@ -137,11 +166,12 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
                     _check_yaml(os.path.normpath(base_path), {*seen, path})
 
 
-def _read_lazy(path: str, overrides: Sequence[str]) -> DictConfig:
+def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:
     """Read a LazyConfig. The code of a Python file is executed."""
-    lazy = LazyConfig.load(path)
+    with _executing(path, name):
+        lazy = LazyConfig.load(path)
     if not isinstance(lazy.get("model"), DictConfig) or "_target_" not in lazy.model:
-        raise InputError(f"{path}: a LazyConfig needs a model")
+        raise InputError(f"{name}: a LazyConfig needs a model")
     for override in overrides:
         _check_override(lazy, override)
     try:

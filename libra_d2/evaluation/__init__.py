@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from .build import build_evaluator, check_evaluator_type
+from .build import TASKS, build_evaluator, check_evaluator_type, class_names, reported_metrics
 from .coco_evaluator import LibraCOCOEvaluator
 from .pictures import PredictionPictures
 from .report import plot_learning_curves, read_metrics, write_results
@@ -9,10 +9,13 @@ __all__ = [
     "LibraCOCOEvaluator",
     "PredictionPictures",
     "RetinaNetWithTTA",
+    "TASKS",
     "add_test_time_augmentation",
     "build_evaluator",
     "check_evaluator_type",
+    "class_names",
     "plot_learning_curves",
     "read_metrics",
+    "reported_metrics",
     "write_results",
 ]

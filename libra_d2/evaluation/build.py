@@ -1,20 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Evaluators of registered datasets, and what they report."""
+
 import importlib.util
 import logging
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
 from ..errors import InputError
 from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
 
-__all__ = ["build_evaluator", "check_evaluator_type"]
+__all__ = [
+    "TASKS",
+    "build_evaluator",
+    "check_evaluator_type",
+    "class_names",
+    "reported_metrics",
+]
 
 logger = logging.getLogger(__name__)
 
-EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+_AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_LVIS_AP = (*_AP, "APr", "APc", "APf")
+_AR = tuple(f"AR{area}@{limit}" for limit in (100, 1000) for area in ("", "s", "m", "l"))
+# By the type of a dataset and what a model is evaluated in. COCO's has AP of each class, too.
+_METRICS = {
+    "coco": {
+        **{"bbox": _AP, "segm": _AP, "keypoints": ("AP", "AP50", "AP75", "APm", "APl")},
+        "box_proposals": _AR,
+    },
+    "lvis": {"bbox": _LVIS_AP, "segm": _LVIS_AP, "box_proposals": _AR},
+    "pascal_voc": {"bbox": _AP[:3]},
+}
+EVALUATOR_TYPES = tuple(_METRICS)
+#: what Detectron2's models can be evaluated in
+TASKS = tuple(_METRICS["coco"])
 
 
 def check_evaluator_type(dataset_name: str) -> str:
@@ -31,6 +54,44 @@ def check_evaluator_type(dataset_name: str) -> str:
             f"supported are {', '.join(EVALUATOR_TYPES)}"
         )
     return evaluator_type
+
+
+def _has_lvis() -> bool:
+    # The last release of the package uses np.float, which NumPy 1.24 removed.
+    return importlib.util.find_spec("lvis") is not None and hasattr(np, "float")
+
+
+def class_names(dataset_name: str) -> Tuple[str, ...]:
+    """
+    The names of the classes of a registered dataset, which is loaded if they are not known before;
+    empty if it does not say.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(dataset_name)  # such as those of register_coco_instances
+    return tuple(metadata.get("thing_classes") or ())
+
+
+def reported_metrics(dataset_name: str, tasks: Sequence[str] = TASKS) -> List[str]:
+    """
+    The metrics, such as "bbox/AP", that the evaluator of :func:`build_evaluator` reports.
+
+    Args:
+        dataset_name: a registered dataset.
+        tasks: those of :data:`TASKS` that the model is made for.
+
+    Raises:
+        InputError: see :func:`check_evaluator_type`.
+    """
+    evaluator_type = check_evaluator_type(dataset_name)
+    if evaluator_type == "lvis" and not _has_lvis():
+        evaluator_type = "coco"
+    by_task = {k: v for k, v in _METRICS[evaluator_type].items() if k in tasks}
+    names = [f"{task}/{metric}" for task, metrics in by_task.items() for metric in metrics]
+    classes = class_names(dataset_name) if evaluator_type == "coco" else ()
+    for task in by_task if len(classes) > 1 else ():
+        names += [f"{task}/AP-{name}" for name in classes if task != "box_proposals"]
+    return names
 
 
 def build_evaluator(
@@ -52,8 +113,7 @@ def build_evaluator(
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if evaluator_type == "lvis":
-        # The last release of the package uses np.float, which NumPy 1.24 removed.
-        if importlib.util.find_spec("lvis") is not None and hasattr(np, "float"):
+        if _has_lvis():
             return LVISEvaluator(dataset_name, output_dir=output_dir)  # counts 300 by default
         logger.warning(
             f"{dataset_name}: evaluated with COCO's metrics, which count objects of classes that "
