@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -61,8 +62,9 @@ def test_list_and_classes(voc):
     [
         ("", "c.xml: no element found"),
         ("</annotation>", "c.xml: there is no <size>"),
-        (f"{SIZE}<object/></annotation>", "c.xml: an <object> lacks <name>"),
-        (f"{SIZE}{OBJECT.format('a', 0, 'x', 1, 2, 2)}</annotation>", "c.xml: could not convert"),
+        (f"{SIZE}<object/></annotation>", "c.xml: object 1 (?): it lacks <name>"),
+        (f"{SIZE}{OBJECT.format('a', 0, 'x', 1, 2, 2)}</annotation>", "c.xml: object 1 (a): could"),
+        (f"{SIZE}{OBJECT.format('a', 'no', 1, 1, 2, 2)}</annotation>", "c.xml: object 1 (a): inva"),
         (f"{SIZE}</annotation>", "c.*: there is no image for c.xml"),
         (f"{SIZE}{OBJECT.format('cow', 0, 1, 1, 2, 2)}</annotation>", "['cow'] in"),
     ],
@@ -73,6 +75,86 @@ def test_broken_files(text, message, voc, capsys):
         run(voc, *(["--classes", "cat", "dog"] if "cow" in text else []))
     assert message in capsys.readouterr().err
     assert not (voc / "out.json").exists()
+
+
+SECOND = "c.xml: object 2 (cow): "
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("nan", 1, 2, 2), f"{SECOND}<xmin> is nan, no finite number"),
+        ((1, 1, 2, "1e999"), f"{SECOND}<ymax> is 1e999, no finite number"),
+        ((5, 1, 4, 2), f"{SECOND}<xmin> is 5, beyond <xmax>, 4"),
+        ((1, 2.5, 4, 2), f"{SECOND}<ymin> is 2.5, beyond <ymax>, 2"),
+        (("width", 0), "c.xml: <width> is 0, no whole number of pixels"),
+        (("height", "30.5"), "c.xml: <height> is 30.5, no whole number of pixels"),
+        (("height", "inf"), "c.xml: <height> is inf, no whole number of pixels"),
+        (("width", -3), "c.xml: <width> is -3, no whole number of pixels"),
+    ],
+)
+def test_no_box(values, message, voc, capsys):
+    """Boxes and images without extent; nothing is written that is no JSON."""
+    size, corners = SIZE, (1, 1, 1, 1)
+    if len(values) == 2:
+        size = re.sub(f"<{values[0]}>.*</{values[0]}>", "<{0}>{1}</{0}>".format(*values), SIZE)
+    else:
+        corners = values
+    objects = OBJECT.format("dog", 0, 1, 1, 1, 1) + OBJECT.format("cow", 0, *corners)
+    (voc / "Annotations/c.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    with pytest.raises(SystemExit, match="2"):
+        run(voc)
+    assert message in capsys.readouterr().err
+    assert not (voc / "out.json").exists()
+
+
+def test_two_files_of_one_image(voc, capsys):
+    text = (voc / "Annotations/a.xml").read_text()
+    (voc / "Annotations/c.xml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        run(voc)
+    assert "a.xml and c.xml stand for the same image, other.bmp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_names_in_other_scripts(encoding, voc):
+    """In the list, which may have a byte order mark, in file names and of classes."""
+    (voc / "Annotations/b.xml").rename(voc / "Annotations/Ä犬.xml")
+    (voc / "JPEGImages/b.png").rename(voc / "JPEGImages/Ä犬.png")
+    text = (voc / "Annotations/Ä犬.xml").read_text().replace("cat", "猫")
+    (voc / "Annotations/Ä犬.xml").write_text(text, encoding="utf-8")
+    (voc / "val.txt").write_text("Ä犬\n", encoding=encoding)
+    dataset = run(voc, "--list", voc / "val.txt")
+    assert [image["file_name"] for image in dataset["images"]] == ["Ä犬.png"]
+    assert [category["name"] for category in dataset["categories"]] == ["猫"]
+
+
+@pytest.mark.parametrize(
+    "output", ["Annotations/a.xml", "JPEGImages/other.bmp", "val.txt", "link.json"]
+)
+def test_inputs_stay(output, voc, capsys):
+    (voc / "val.txt").write_text("a")
+    (voc / "link.json").symlink_to("val.txt")
+    before = (voc / output).read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        run(voc, "--list", voc / "val.txt", "--output", voc / output)
+    assert "which would be written over" in capsys.readouterr().err
+    assert (voc / output).read_bytes() == before
+
+
+def test_again(voc):
+    """The output of an earlier run is replaced, next to the images, too."""
+    for classes in (["cat", "dog"], ["dog", "cat"]):
+        output = voc / "JPEGImages/out.json"
+        (voc / "out.json").write_text("{}")
+        run(voc, "--output", output, "--classes", *classes)
+        assert [x["name"] for x in json.loads(output.read_text())["categories"]] == classes
+
+
+def test_repeated_class(voc, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(voc, "--classes", "cat", "dog", "cat")
+    assert "--classes: one of ['cat', 'dog', 'cat'] is there twice" in capsys.readouterr().err
 
 
 def test_missing_files(voc, capsys):

@@ -12,7 +12,9 @@ trained on nor counted in evaluation.
 """
 
 import argparse
+import glob
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -23,6 +25,8 @@ from tqdm import tqdm
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.display import display_name
+from libra_d2.utils.output_path import output_path
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -38,43 +42,58 @@ def build_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_number(element: ElementTree.Element, name: str, is_length: bool = False) -> float:
+    """A finite number in an element; lengths are whole and at least 1. Raises: ValueError."""
+    text = element.findtext(name)
+    if text is None:
+        raise ValueError(f"<{element.tag}> has no <{name}>")
+    value = float(text)
+    if not math.isfinite(value) or (is_length and (value < 1 or value != int(value))):
+        wanted = "whole number of pixels" if is_length else "finite number"
+        raise ValueError(f"<{name}> is {text.strip()}, no {wanted}")
+    return int(value) if is_length else value
+
+
+def read_object(element: ElementTree.Element) -> Dict[str, Any]:
+    """One of the "objects" of :func:`read_xml`. Raises: ValueError: if it is broken."""
+    box, name = element.find("bndbox"), element.findtext("name", "").strip()
+    if box is None or not name:
+        raise ValueError("it lacks <name> or <bndbox>")
+    x0, y0, x1, y1 = (read_number(box, k) for k in ("xmin", "ymin", "xmax", "ymax"))
+    for side, low, high in (("x", x0, x1), ("y", y0, y1)):
+        if low > high:
+            raise ValueError(f"<{side}min> is {low:g}, beyond <{side}max>, {high:g}")
+    difficult = int(element.findtext("difficult") or 0)
+    return {
+        "name": name,
+        "difficult": difficult,
+        "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
+    }
+
+
 def read_xml(path: Path) -> Dict[str, Any]:
     """
     Read one annotation file: "file_name", "width", "height", and "objects" with "name", "difficult"
     and "bbox" (absolute XYWH). VOC counts pixels from 1, and both corners belong to the box.
 
     Raises:
-        InputError: if the file is broken or incomplete.
+        InputError: if the file is broken or incomplete, or a box or the image has no extent.
     """
-
-    def number(element: ElementTree.Element, name: str) -> float:
-        text = element.findtext(name)
-        if text is None:
-            raise ValueError(f"<{element.tag}> has no <{name}>")
-        return float(text)
-
+    place = ""
     try:
         root = ElementTree.parse(path).getroot()
         size = root.find("size")
         if size is None:
             raise ValueError("there is no <size>")
+        width, height = (read_number(size, k, is_length=True) for k in ("width", "height"))
         objects = []
-        for element in root.iter("object"):
-            box = element.find("bndbox")
-            if box is None or not element.findtext("name"):
-                raise ValueError("an <object> lacks <name> or <bndbox>")
-            x0, y0, x1, y1 = (number(box, k) for k in ("xmin", "ymin", "xmax", "ymax"))
-            name, difficult = element.findtext("name").strip(), element.findtext("difficult")
-            bbox = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]
-            objects.append({"name": name, "difficult": int(difficult or 0), "bbox": bbox})
-        return {
-            "file_name": root.findtext("filename"),
-            "width": int(number(size, "width")),
-            "height": int(number(size, "height")),
-            "objects": objects,
-        }
+        for i, element in enumerate(root.iter("object"), 1):
+            place = f"object {i} ({display_name(element.findtext('name', '?'))}): "
+            objects.append(read_object(element))
+        file_name = root.findtext("filename")
+        return {"file_name": file_name, "width": width, "height": height, "objects": objects}
     except (OSError, ValueError, ElementTree.ParseError) as e:
-        raise InputError(f"{path}: {one_line(e)}") from e
+        raise InputError(f"{path}: {place}{one_line(e)}") from e
 
 
 def find_image(folder: Path, stem: str, file_name: Optional[str]) -> str:
@@ -94,18 +113,26 @@ def convert(
     The content of a COCO JSON for the XML files with these stems.
 
     Raises:
-        InputError: if a file is missing or broken, or has an object of none of ``classes``.
+        InputError: if a file is missing or broken, has an object of none of ``classes``, or is for
+            the same image as another one.
     """
     records = {stem: read_xml(annotations / f"{stem}.xml") for stem in tqdm(stems, unit="file")}
     found = {o["name"] for record in records.values() for o in record["objects"]}
     names = classes or sorted(found)
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes: one of {names} is there twice")
     if found - set(names):
         raise InputError(f"--classes: {sorted(found - set(names))} in {annotations} are not named")
     ids = {name: i for i, name in enumerate(names, 1)}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     dataset = {"images": [], "annotations": [], "categories": categories}
+    stem_of: Dict[str, str] = {}
     for image_id, (stem, record) in enumerate(records.items(), 1):
         name = find_image(images, stem, record["file_name"])
+        if name in stem_of:
+            both = f"{stem_of[name]}.xml and {stem}.xml"
+            raise InputError(f"{annotations}: {both} stand for the same image, {name}: remove one")
+        stem_of[name] = stem
         objects = record.pop("objects")
         dataset["images"].append({**record, "id": image_id, "file_name": name})
         for o in objects:
@@ -127,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         try:
             # VOC's lists of a single class have a second column.
-            lines = Path(args.list).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.list).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"--list: {args.list}: {one_line(e)}") from e
         stems = [line.split()[0] for line in lines if line.strip()]
@@ -135,10 +162,16 @@ def run(args: argparse.Namespace) -> None:
         stems = sorted(path.stem for path in annotations.glob("*.xml"))
     if not stems:
         raise InputError(f"--annotations: {annotations}: there are no XML files")
+    images = glob.glob(os.path.join(glob.escape(args.images), "*"))
+    others = {
+        "--annotations": [str(annotations / f"{stem}.xml") for stem in stems],
+        "--images": [path for path in images if not path.endswith(".json")],
+        "--list": args.list,
+    }
+    output = output_path("--output", args.output, others)
     dataset = convert(annotations, Path(args.images), stems, args.classes)
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    with atomic_write(args.output, "w") as f:
-        json.dump(dataset, f)
+    with atomic_write(output, "w") as f:
+        json.dump(dataset, f, allow_nan=False)
     print(f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects")
 
 
