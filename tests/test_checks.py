@@ -61,6 +61,14 @@ RULES = [
     (f"{TRAINER}.PATIENCE", [0], [-1], LEAST.format(0)),
     (f"{TRAINER}.EMA_DECAY", [0.0, 0.9999], [-0.1, 1.0], "use a value in (0, 1), such as 0.9998"),
     ("MODEL.LIBRA.NUM_PICTURES", [0], [-1], LEAST.format(0)),
+    ("MODEL.ROI_HEADS.NUM_CLASSES", [1], [0], LEAST.format(1)),
+    ("MODEL.ROI_HEADS.NMS_THRESH_TEST", [0.0, 1.0], [1.1], "use a value in [0, 1]"),
+    (
+        "TEST.EXPECTED_RESULTS",
+        [[], [["bbox", "AP", 38.5, 0.2]]],
+        [[["bbox", "AP", 38.5]], [["bbox", "AP", "high", 1]], [[["bbox"], "AP", 1, 1]], [3]],
+        "use [[task, metric, value, tolerance], ...], such as [['bbox', 'AP', 38.5, 0.2]]",
+    ),
     ("MODEL.LIBRA.INPUT.INTERPOLATION", ["pillow", "opencv"], ["cv2"], CHOICE),
 ]
 
@@ -100,22 +108,86 @@ def test_combinations(opts, message):
     read(*sizes, *evaluated, "SOLVER.STEPS", "(400, 600)")
 
 
+NO_NAME = "which cannot be instantiated: Error loading 'no.thing'"
+MAPPER, PREDICTOR = "dataloader.train.mapper", "model.roi_heads.box_predictor"
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
         ("train.max_iter=4.5", "train.max_iter is 4.5: use 1 or more"),
         ("train.max_iter=null", "train.max_iter is null: leave it out, or give it a value"),
+        ("train.output_dir=null", "train.output_dir is null: leave it out"),
+        ("train.output_dir=5", "train.output_dir is 5: use a path"),
+        ("train.init_checkpoint=5", "train.init_checkpoint is 5: use a path"),
+        ("optimizer.lr=-1", "optimizer.lr is -1: use a positive number"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast': use a positive number"),
         ("train.patience=1", "train.patience needs evaluations: set train.eval_period to"),
-        ("model.roi_heads.box_predictor.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
+        ("train.log_period=0", "train.log_period is 0: use 1 or more"),
+        ("train.best_metric=5", "train.best_metric is 5: use the name of a metric"),
+        (f"{PREDICTOR}.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
+        (f"{PREDICTOR}.test_score_thresh=x", ".test_score_thresh is 'x': use a value in"),
         ("lr_multiplier.scheduler.start_value=x", "lr_multiplier cannot be used: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
+        ("train.amp=true", "train.amp is True: it is a section, as of train.amp.enabled"),
+        (f"{PREDICTOR}=5", f"{PREDICTOR} is 5: it is a section"),
+        ("dataloader.test.mapper.augmentations=5", "mapper.augmentations is 5: use a list"),
+        # A circle of interpolations, of one, of two, through a part.
+        ("train.max_iter=${train.max_iter}", "train.max_iter: Recursive interpolation detected"),
+        (
+            "optimizer.lr=${train.seed} train.seed=${optimizer.lr}",
+            "train.seed: Recursive interpolation detected",
+        ),
+        ("model.backbone=${model.backbone}", "model.backbone: Recursive interpolation detected"),
+        (f"{PREDICTOR}=${{model}}", f"{PREDICTOR}: Interpolation to parent node detected"),
+        ("optimizer.lr=${nothing}", "optimizer.lr: Interpolation key 'nothing' not found"),
+        ("optimizer.momentum=${nothing}", "optimizer.momentum: Interpolation key 'nothing' not"),
+        # Parts that are missing, of another kind, or that nothing has the name of.
+        ("optimizer=null", "optimizer: the LazyConfig lacks it"),
+        ("optimizer.params=null", "optimizer.params: the LazyConfig lacks it"),
+        ("optimizer.params=5", "optimizer.params: its _target_, a class or function, is missing"),
+        ("lr_multiplier=null", "lr_multiplier: the LazyConfig lacks it"),
+        ("model=5", "model is 5: it is a section, as of model."),
+        (f"{MAPPER}._target_=null", f"{MAPPER}: its _target_, a class or function, is missing"),
+        *(
+            (f"{place}._target_=no.thing", f"{place}._target_ is 'no.thing', {NO_NAME}")
+            for place in (
+                *("model", "model.backbone", PREDICTOR, "optimizer", "optimizer.params"),
+                *("lr_multiplier", "lr_multiplier.scheduler", "dataloader.train", MAPPER),
+                *("dataloader.test", "dataloader.test.mapper", "dataloader.evaluator"),
+            )
+        ),
+        (f"{MAPPER}.augmentations.0._target_=no.thing", f"{MAPPER}.augmentations[0]._target_ is"),
+        ("model._target_=torch.optim", "is 'torch.optim', which cannot be instantiated: it is not"),
+        (
+            "model._target_=5",
+            "model._target_ is 5, which cannot be instantiated: it is not",
+        ),
     ],
 )
-def test_values_of_lazy_configs(opts, message):
-    """The same rules, with the names of LazyConfigs."""
+def test_values_of_lazy_configs(opts, message, datasets):
+    """
+    The same rules, with the names of LazyConfigs; and all that a training instantiates is there
+    before it starts.
+    """
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        read(*opts.split(), config=LAZY)
+        check(*opts.split(), config=LAZY, test_datasets=("test_1",))
     assert "\n" not in str(error.value)
+    check(config=LAZY, test_datasets=("test_1",))
+
+
+def test_parts_of_an_evaluation():
+    """It needs no optimizer; parts of YAML models have to be registered."""
+    evaluation = {"train": False, "resume": True}
+    recipe = read("optimizer=null", "lr_multiplier=null", config=LAZY)
+    recipe.check_parts(train=False)
+    with pytest.raises(InputError, match="^optimizer: the LazyConfig lacks it"):
+        recipe.check_parts(train=True)
+    recipe = read("MODEL.ROI_HEADS.NAME", "Other", "DATASETS.TEST", ("test_none",))
+    DatasetCatalog.register("test_none", list)
+    with pytest.raises(InputError, match="^MODEL.ROI_HEADS.NAME is 'Other': nothing has that name"):
+        check_run(recipe, **evaluation)
+    DatasetCatalog.remove("test_none")
 
 
 def test_accumulation_without_moving_average():
@@ -232,6 +304,131 @@ def test_few_images(counts, warned, datasets, caplog):
     check(*opts, train_datasets=tuple(f"test_{n}" for n in counts))
     expected = [f"{what}, but there are only {n} images to train on" for what, n in warned.items()]
     assert [x for x in caplog.messages if "but there" in x] == expected
+
+
+@pytest.fixture
+def classes():
+    """Datasets whose names are the names of their classes, known from the start, or when loaded."""
+
+    def load(name):
+        MetadataCatalog.get(name).set(thing_classes=list("ba"))
+        return []
+
+    for name in ("ab", "ba", "abc", "voc"):
+        DatasetCatalog.register(name, (lambda: load("ba")) if name == "ba" else list)
+        kind = "pascal_voc" if name == "voc" else "coco"
+        MetadataCatalog.get(name).set(evaluator_type=kind)
+        if name != "ba":
+            MetadataCatalog.get(name).set(thing_classes=list(name))
+    yield
+    for name in ("ab", "ba", "abc", "voc"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+TWO = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.RETINANET.NUM_CLASSES", 2]
+MASKS, EMA = ["MODEL.MASK_ON", True], [f"{TRAINER}.EMA_DECAY", 0.9]
+KEYPOINTS = ["MODEL.KEYPOINT_ON", True]
+PROPOSALS = ["MODEL.META_ARCHITECTURE", "ProposalNetwork"]
+DENSE = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME"]
+DENSE += ["build_retinanet_resnet_fpn_backbone"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "data", "reported", "others"),
+    [
+        (
+            [],
+            ["ab"],
+            "bbox/AP bbox/APl bbox/AP-b",
+            "bbox/APx segm/AP AP bbox_EMA/AP bbox/AP-c",
+        ),
+        (EMA, ["ab"], "bbox/AP75 bbox_EMA/AP bbox_EMA/AP-a", "bbox/AP_EMA bbox_TTA/AP"),
+        (MASKS, ["ab"], "bbox/AP segm/APs segm/AP-a", "keypoints/AP box_proposals/AR@100"),
+        (MASKS + EMA, ["ab"] * 2, "ab_EMA/segm/AP", "bbox/AP ab/bbox_EMA/AP ba/bbox/AP ab"),
+        (KEYPOINTS, ["ab"], "bbox/APs keypoints/APm", "keypoints/APs segm/AP"),
+        (DENSE + MASKS, ["ab"], "bbox/AP", "segm/AP"),
+        (PROPOSALS, ["ab"], "box_proposals/AR@1000 box_proposals/ARs@100", "bbox/AP bbox/AP-a"),
+        ([], ["test_1"], "bbox/AP", "bbox/AP-a"),  # which has no names of classes
+        (["MODEL.ROI_HEADS.NUM_CLASSES", 3], ["voc"], "bbox/AP50", "bbox/APs bbox/AP-v"),
+    ],
+)
+def test_metrics(opts, data, reported, others, classes, datasets):
+    """The best model and early stopping look at what evaluations report."""
+    key, every = f"{TRAINER}.BEST_METRIC", ["TEST.EVAL_PERIOD", 1]
+    settings = {"test_datasets": tuple(data)}
+    DatasetCatalog.get("test_3")
+    MetadataCatalog.get("test_3").set(keypoint_names=["nose"])
+    for metric in reported.split():
+        check(*TWO, *opts, *every, key, metric, **settings)
+    for metric in others.split():
+        with pytest.raises(InputError, match=f"^{key} is {metric!r}, which no evaluation reports"):
+            check(*TWO, *opts, *every, key, metric, **settings)
+
+
+def test_metrics_in_messages(classes, datasets):
+    key, patience, every = f"{TRAINER}.BEST_METRIC", f"{TRAINER}.PATIENCE", ["TEST.EVAL_PERIOD", 1]
+    known = ", ".join(f"bbox/{x}" for x in ("AP", "AP50", "AP75", "APs", "APm", "APl"))
+    advice = f"which no evaluation reports: use one of {known}, AP-<class>$"
+    with pytest.raises(InputError, match=f"^{key} is 'AP', {advice}"):
+        check(*TWO, *every, key, "AP", test_datasets=("ab",))
+    with pytest.raises(InputError, match=f"^TEST.EXPECTED_RESULTS names 'segm/AP', {advice}"):
+        check(*TWO, "TEST.EXPECTED_RESULTS", [["segm", "AP", 1, 1]], test_datasets=("ab",))
+    tta = ["TEST.AUG.ENABLED", True, "TEST.EXPECTED_RESULTS", [["bbox_TTA", "AP", 1, 1]]]
+    check(*TWO, *tta, test_datasets=("ab",))
+    for opts, who in (
+        ([key, "bbox/AP"], f"{key} is 'bbox/AP'"),
+        ([patience, 1], f"{key} is not set, and {patience} looks at 'bbox/AP'"),
+    ):
+        with pytest.raises(InputError, match=f"^{who}, which needs validation data: set DATA"):
+            check(*TWO, *every, *opts)
+        lazy = [x.replace(TRAINER, "train").lower() for x in (opts[0], who)]
+        lazy[1] = lazy[1].replace("/ap", "/AP")
+        with pytest.raises(InputError, match=f"^{lazy[1]}, which needs val.*dataloader.test.data"):
+            check(f"{lazy[0]}={opts[1]}", "train.eval_period=1", config=LAZY)
+    two = {"test_datasets": ("ab", "ab")}
+    with pytest.raises(InputError, match="at 'bbox/AP', which no .* of ab/bbox/AP, ab/bbox/A"):
+        check(*TWO, *every, patience, 1, **two)
+    recipe = read(*TWO, *every, key, "AP")  # an evaluation has no best model
+    recipe.test_datasets = ("ab",)
+    check_run(recipe, train=False, resume=True)
+
+
+def test_evaluators_that_do_not_fit(classes, datasets):
+    with pytest.raises(InputError, match="'voc' is of type 'pascal_voc', whose evaluator c"):
+        check(*PROPOSALS, test_datasets=("voc",))
+
+
+HEADS, TWO_CLASSES = "model.roi_heads", "model.roi_heads.num_classes=2"
+
+
+@pytest.mark.parametrize(
+    ("opts", "config", "data", "message"),
+    [
+        (TWO, "", "ab ab", ""),
+        (["MODEL.RETINANET.NUM_CLASSES", 3, *TWO[:2]], "", "ab ab", ""),
+        ([*DENSE, "MODEL.ROI_HEADS.NUM_CLASSES", 3, *TWO[2:]], "", "ab ab", ""),
+        (PROPOSALS, "", "ab abc", ""),
+        ([], "", "ab ab", "MODEL.ROI_HEADS.NUM_CLASSES is 80, but dataset 'ab' has 2 classes: use"),
+        (DENSE, "", "ab ab", "MODEL.RETINANET.NUM_CLASSES is 80, but dataset 'ab' has 2"),
+        (TWO, "", "ab abc", "MODEL.ROI_HEADS.NUM_CLASSES is 2, but dataset 'abc' has 3"),
+        (TWO, "", "ab ba", "class 0 of dataset 'ab' is 'a', and of 'ba' it is 'b': use data with"),
+        ([TWO_CLASSES], LAZY, "ab ab", ""),  # the others are interpolations
+        ([f"{HEADS}.num_classes=3"], LAZY, "ab ab", f"{HEADS}.num_classes is 3, but dataset "),
+        ([TWO_CLASSES, f"{PREDICTOR}.num_classes=3"], LAZY, "ab ab", f"2, but {PREDICTOR}.num_cla"),
+        ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=1"], LAZY, "ab ab", ""),
+        ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=3"], LAZY, "ab ab", "mask_head.num_classes"),
+        (["model.head.num_classes=3"], LAZY_RETINANET, "ab ab", "model.head.num_classes is 3, b"),
+    ],
+)
+def test_classes(opts, config, data, message, classes):
+    """The heads have as many classes as the data, and all datasets have the same ones."""
+    data = dict(zip(("train_datasets", "test_datasets"), [(name,) for name in data.split()]))
+    if not message:
+        check(*opts, config=config, **data)
+        return
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(*opts, config=config, **data)
 
 
 IMAGES, MADE_FOR = "SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"

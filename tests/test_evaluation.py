@@ -19,11 +19,17 @@ from detectron2.evaluation import (
     coco_evaluation,
 )
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.data import register_coco_json
 from libra_d2.errors import InputError
-from libra_d2.evaluation import LibraCOCOEvaluator, build_evaluator, coco_evaluator
+from libra_d2.evaluation import (
+    LibraCOCOEvaluator,
+    build_evaluator,
+    coco_evaluator,
+    reported_metrics,
+)
 from libra_d2.evaluation.coco_evaluator import choose_coco_eval
 
 # Detectron2's as well, if it is compiled.
@@ -168,6 +174,27 @@ def test_numbering(registered, tmp_path, coco_eval):
         assert json.loads((out / "coco_instances_results.json").read_text()) == written
 
 
+def test_reported_metrics(registered, tmp_path):
+    """They are just those of the evaluators: of boxes, masks and proposals, of classes."""
+    name = registered("test_reported", mask_format="bitmask")
+    evaluator = build_evaluator(name, str(tmp_path))
+    records = [r for r in DatasetCatalog.get(name) if r["annotations"]]
+    found = {r["image_id"]: detections(r, masks=True) for r in records}
+    results = flatten_results_dict(evaluate(evaluator, found))
+    assert {"segm/AP50", "bbox/AP-circle"} <= set(results)
+    assert set(results) == set(reported_metrics(name, ("bbox", "segm")))
+    evaluator.reset()
+    for record in records:
+        proposals = Instances((96, 96), proposal_boxes=Boxes(torch.rand(3, 4)))
+        proposals.objectness_logits = torch.rand(3)
+        evaluator.process([{"image_id": record["image_id"]}], [{"proposals": proposals}])
+    results = flatten_results_dict(evaluator.evaluate())
+    assert set(results) == set(reported_metrics(name, ("box_proposals",)))
+    MetadataCatalog.get("test_one_class").set(thing_classes=["a"], evaluator_type="coco")
+    names = [f"keypoints/{x}" for x in ("AP", "AP50", "AP75", "APm", "APl")]
+    assert reported_metrics("test_one_class", ("keypoints",)) == names
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
     """The ground truth of a dataset like LVIS has 100 AP, with the package lvis or without it."""
@@ -195,7 +222,9 @@ def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
     assert type(evaluator) is (LVISEvaluator if installed else LibraCOCOEvaluator)
     assert ("evaluated with COCO's metrics" in caplog.text) != installed
     found = {r["image_id"]: detections(r) for r in DatasetCatalog.get(name)}
-    assert evaluate(evaluator, found)["bbox"]["AP"] == pytest.approx(100)
+    results = evaluate(evaluator, found)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert set(flatten_results_dict(results)) == set(reported_metrics(name, ("bbox",)))
     assert list((tmp_path / "out").glob("*_instances_results.json"))
 
 
@@ -227,6 +256,9 @@ def test_types(registered, tmp_path):
     voc = {"evaluator_type": "pascal_voc", "dirname": str(tmp_path), "split": "val", "year": 2012}
     MetadataCatalog.get("test_voc").set(**voc, thing_classes=["a"])
     assert isinstance(build_evaluator("test_voc", ""), PascalVOCDetectionEvaluator)
+    assert reported_metrics("test_voc") == ["bbox/AP", "bbox/AP50", "bbox/AP75"]
     MetadataCatalog.get("test_unknown").set(evaluator_type="cityscapes")
     with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
         build_evaluator("test_unknown", "")
+    with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
+        reported_metrics("test_unknown")

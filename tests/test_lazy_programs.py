@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
-from test_train_net import OneNumber, number, own_data, small_data
+from test_train_net import OneNumber, fails, number, own_data, small_data
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -23,7 +23,9 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params
 
 from libra_d2.engine import LibraPredictor, read_config
+from libra_d2.engine.main import build_argument_parser
 from libra_d2.engine.main import main as train_net
+from libra_d2.engine.setup import setup
 from libra_d2.errors import InputError
 
 CONFIG = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
@@ -72,6 +74,32 @@ def test_saved_config(trained, synthetic, tmp_path):
     paths = (x / "inference/coco_instances_results.json" for x in (tmp_path, trained))
     found, expected = (json.loads(path.read_text()) for path in paths)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("import sys; sys.exit(0)", [], "config.py, line 1: SystemExit: 0"),
+        ("raise KeyboardInterrupt", [], "config.py, line 1: KeyboardInterrupt"),
+        ("", ["optimizer=null"], "optimizer: the LazyConfig lacks it"),
+        ("", ["train.best_metric=segm/APx", "train.eval_period=1"], "train.best_metric is 'segm/A"),
+        ("", ["model.roi_heads.mask_head.num_classes=7"], ""),  # set by the data
+    ],
+)
+def test_errors_before_the_training(text, opts, message, synthetic, tmp_path, capsys):
+    """One line and exit status 2; what an earlier run has left stays where it is."""
+    out, config = tmp_path / "out", tmp_path / "config.py"
+    out.mkdir()
+    (out / "metrics.json").write_text("{}")
+    config.write_text(text)
+    args = [*map(str, own_data(synthetic, "train", "val")), f"train.output_dir={out}", *TINY]
+    config = str(config) if text else CONFIG
+    if message:
+        assert message in fails(capsys, *args, *opts, config=config)
+        assert (out / "metrics.json").exists()
+        return
+    recipe = setup(build_argument_parser().parse_args(["--config-file", config, *args, *opts]))
+    assert set(recipe.class_counts.values()) == {4}
 
 
 def own_loader(dataset, mapper, total_batch_size, num_workers):

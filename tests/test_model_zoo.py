@@ -10,7 +10,6 @@ import torchvision
 from conftest import ROOT, calibrate_norms
 from test_download import serve, server, serving  # noqa: F401
 
-import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -19,7 +18,6 @@ from detectron2.utils.file_io import PathManager
 from libra_d2 import model_zoo
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.checkpoint.mmdetection import to_mmdetection
-from libra_d2.engine import read_config
 from libra_d2.errors import InputError
 
 RETINANET = "COCO-Detection/libra_retinanet_R_50_FPN_1x"
@@ -158,27 +156,3 @@ def test_broken_published_file(server, monkeypatch):  # noqa: F811
     with pytest.raises(InputError, match=f"{name}: not loaded, because"):
         PathManager.get_local_path(f"libra://{RETINANET}")
     assert not list(folder.parent.rglob("*.detectron2-*.pth"))
-
-
-def test_linked_configs(tmp_path, monkeypatch):
-    """
-    A Detectron2 built in its source folder links to its configs. By either path they may have
-    expressions in YAML; copies elsewhere may not.
-    """
-    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-    configs = Path(detectron2.__path__[0]) / "model_zoo/configs"
-    source, package = tmp_path / "source", tmp_path / "source/detectron2"
-    for folder in ("configs", "configs-copy"):
-        shutil.copytree(configs, source / folder)
-    (package / "model_zoo").mkdir(parents=True)
-    (package / "model_zoo/configs").symlink_to(source / "configs")
-    (tmp_path / "linked").symlink_to(source)
-    monkeypatch.setattr(detectron2, "__path__", [str(package), *detectron2.__path__])
-    inside = f"detectron2/model_zoo/configs/{name}"
-    for path in (name, source / inside, tmp_path / "linked/configs" / name):
-        cfg = read_config(str(path), []).config
-        assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == pytest.approx([32, 40.3, 50.8], abs=0.1)
-    monkeypatch.chdir(source / "configs")
-    for path in (source / "configs-copy" / name, f"../configs-copy/{name}"):
-        with pytest.raises(InputError, match="could not determine a constructor for the tag"):
-            read_config(str(path), [])

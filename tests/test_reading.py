@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import builtins
+import shutil
+from pathlib import Path
+
 import pytest
 from conftest import DEMO_CONFIG, ROOT
 from iopath.common.file_io import PathHandler
 
+import detectron2
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 
@@ -54,23 +59,55 @@ def test_good_yaml(tmp_path):
     assert recipe.config.MODEL.FPN.NORM == "GN"
 
 
-def test_not_a_lazy_config(tmp_path):
-    for text in ("a = 1\n", "model = 3\n", "model = dict(a=1)\n"):
-        (tmp_path / "config.py").write_text(text)
-        with pytest.raises(InputError, match="config.py: a LazyConfig needs a model"):
-            read_config(str(tmp_path / "config.py"), [])
-    (tmp_path / "config.py").write_text("model = dict(\n")
-    with pytest.raises(InputError, match="^[^\n]*config.py[^\n]*$"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, ": a LazyConfig needs a model") for text in ("a = 1", "model = 3", "model = {}")),
+        ("model = dict(_target_='no.thing')", "^model._target_ is 'no.thing', which cannot be ins"),
+        # What its code raises, with the line.
+        ("a = 1\n\nmodel = (", "config.py has syntax error! line 3: '\\(' was never closed"),
+        ("\0", "config.py has syntax error! .*null bytes"),
+        ("a = 1\na.b", ", line 2: AttributeError: 'int' object has no attribute 'b'"),
+        ("def f():\n    1 / 0\n\nf()", ", line 4: ZeroDivisionError: division by zero"),
+        ("{}['k']", ", line 1: KeyError: k"),
+        (
+            "import no_such_module",
+            ", line 1: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("raise SystemExit", ", line 1: SystemExit"),
+        ("import sys\nsys.exit(0)", ", line 2: SystemExit: 0"),
+        ("a = 1\nraise KeyboardInterrupt", ", line 2: KeyboardInterrupt"),
+        ("from .base import model", "config.py: .*/base.py, line 3: AssertionError: a b"),
+        ("from .broken import model", "broken.py has syntax error! line 2: "),
+        ("from .none import model", ", line 1: ImportError: .*none.py has to exist"),
+        (
+            "from libra_d2.lazy import balance\nbalance({})",
+            "balance\\(\\) takes the LazyConfig of a d",
+        ),
+    ],
+)
+def test_bad_lazy_config(text, message, tmp_path):
+    """One line, whatever its code does; nothing stays behind."""
+    (tmp_path / "config.py").write_text(text)
+    (tmp_path / "base.py").write_text("\n\nassert False, 'a\\nb'")
+    (tmp_path / "broken.py").write_text("a = 1\nb = )")
+    imported = builtins.__import__
+    with pytest.raises(InputError, match=message) as error:
         read_config(str(tmp_path / "config.py"), [])
+    assert "\n" not in str(error.value)
+    assert builtins.__import__ is imported
 
 
 def test_name_in_messages(tmp_path):
     """The path, unless the user knows the file by another name."""
     path = tmp_path / "a.yaml"
     path.write_text("SEED: [")
+    lazy = tmp_path / "a.py"
+    lazy.write_text("1 / 0")
     for names in ([], ["theirs.yaml"]):
-        with pytest.raises(InputError, match=f"^{(names or [path])[0]}: "):
-            read_recipe(str(path), [], *names)
+        for file, where in ((path, ": "), (lazy, ", line 1: Zero")):
+            with pytest.raises(InputError, match=f"^{(names or [file])[0]}{where}"):
+                read_recipe(str(file), [], *names)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +196,27 @@ def test_url(tmp_path):
     (tmp_path / "a.yaml").write_text("SEED: !!python/object/apply:eval ['5']")
     with pytest.raises(InputError, match="could not determine a constructor"):
         read_config(f"own:/{tmp_path}/a.yaml", [])
+
+
+def test_linked_configs(tmp_path, monkeypatch):
+    """
+    A Detectron2 built in its source folder links to its configs. By either path they may have
+    expressions in YAML; copies elsewhere may not.
+    """
+    name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    configs = Path(detectron2.__path__[0]) / "model_zoo/configs"
+    source, package = tmp_path / "source", tmp_path / "source/detectron2"
+    for folder in ("configs", "configs-copy"):
+        shutil.copytree(configs, source / folder)
+    (package / "model_zoo").mkdir(parents=True)
+    (package / "model_zoo/configs").symlink_to(source / "configs")
+    (tmp_path / "linked").symlink_to(source)
+    monkeypatch.setattr(detectron2, "__path__", [str(package), *detectron2.__path__])
+    inside = f"detectron2/model_zoo/configs/{name}"
+    for path in (name, source / inside, tmp_path / "linked/configs" / name):
+        cfg = read_config(str(path), []).config
+        assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0] == pytest.approx([32, 40.3, 50.8], abs=0.1)
+    monkeypatch.chdir(source / "configs")
+    for path in (source / "configs-copy" / name, f"../configs-copy/{name}"):
+        with pytest.raises(InputError, match="could not determine a constructor for the tag"):
+            read_config(str(path), [])

@@ -18,6 +18,7 @@ from libra_d2.config import Recipe, SettingMissing, make_recipe
 from libra_d2.config.recipe import Setting
 from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
+from libra_d2.evaluation import TASKS
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
@@ -223,6 +224,96 @@ def test_num_classes(name):
         assert len(weights["sem_seg_head.predictor.bias"]) == 54
 
 
+def test_class_counts():
+    """Where the heads have them; masks of any class and interpolations stay what they are."""
+    recipe = make("lazy", "cascade_rcnn")
+    heads = recipe.config.model.roi_heads
+    mask_head, predictors = heads.mask_head, heads.box_predictors
+    parts = ["", *(f".box_predictors.{i}" for i in range(3)), ".mask_head"]
+    *places, of_masks = [f"model.roi_heads{part}.num_classes" for part in parts]
+    assert recipe.class_counts == dict.fromkeys([*places, of_masks], 80)
+    mask_head.num_classes, predictors[1].num_classes = 1, "${...num_classes}"
+    recipe.num_classes = 3
+    assert recipe.class_counts == dict.fromkeys(places, 3)
+    assert mask_head.num_classes == 1
+    assert OmegaConf.is_interpolation(predictors[1], "num_classes")
+    for part in (heads, *predictors):
+        part.num_classes = 1
+    recipe.num_classes = 4
+    assert recipe.class_counts == dict.fromkeys([*places, of_masks], 4)
+    names = ["model.num_classes", "model.head.num_classes"]
+    assert make("lazy", "retinanet").class_counts == dict.fromkeys(names, 80)
+    assert make("yaml").class_counts == {"MODEL.ROI_HEADS.NUM_CLASSES": 4}
+    assert make("yaml", "retinanet").class_counts == {"MODEL.RETINANET.NUM_CLASSES": 80}
+    assert make("lazy").rpn_only().class_counts == make("yaml").rpn_only().class_counts == {}
+
+
+@LANGUAGES
+def test_tasks(language):
+    """What the model can be evaluated in."""
+    assert make(language).tasks == ("bbox", "segm")
+    assert make(language, "retinanet").tasks == ("bbox",)
+    assert make(language).rpn_only().tasks == ("box_proposals",)
+    recipe = make(language, "keypoint_rcnn_fpn")
+    if language == "yaml":
+        recipe.config.MODEL.KEYPOINT_ON = True
+    assert recipe.tasks == ("bbox", "keypoints")
+    if language == "yaml":
+        recipe.config.MODEL.META_ARCHITECTURE = "none"
+    else:
+        recipe.config.model._target_ = "torch.nn.Identity"
+    assert recipe.tasks == TASKS
+
+
+@pytest.mark.parametrize(
+    ("expected", "passes"),
+    [
+        ([["bbox", "AP", 30, 1]], True),
+        ([["bbox", "AP", 30, 1], ["bbox_EMA", "AP", 40, 1]], True),
+        ([["one/bbox", "AP50", 50, 1]], True),
+        ([["bbox", "AP", 32, 1]], False),
+        ([["bbox", "AP", 30, 1], ["segm", "AP", 30, 1]], False),  # as after an early end
+        ([["bbox", "AP75", 30, 1]], False),
+    ],
+)
+def test_verify(expected, passes):
+    """Expected results of one dataset or several; those that are missing are not as expected."""
+    recipe = make("yaml")
+    recipe.config.TEST.EXPECTED_RESULTS = expected
+    results = {"bbox": {"AP": 30.5, "AP75": float("nan")}, "bbox_EMA": {"AP": 40}}
+    results["one"] = {"bbox": {"AP50": 50}}
+    if passes:
+        recipe.verify(results)
+        return
+    with pytest.raises(SystemExit, match="1"):
+        recipe.verify(results)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "part", "build"),
+    [
+        ("optimizer", {"momentumm": 1}, "optimizer", "build_optimizer"),
+        ("lr_multiplier.scheduler", {"x": 1}, "lr_multiplier", "build_lr_scheduler"),
+        ("dataloader.train.mapper", {"is_trainn": 1}, "dataloader.train.mapper", "build_mapper"),
+        ("dataloader.test", {"num_workerss": 1}, "dataloader.test", "build_test_loader"),
+        ("model.backbone", {"freeze": 1}, "model", "build_model"),
+        (
+            *("dataloader.train.mapper.augmentations", [L(int)(x="a")]),
+            *("dataloader.train.mapper.augmentations", "build_augmentations"),
+        ),
+    ],
+)
+def test_bad_arguments(place, value, part, build):
+    """What a class does not take is said in one line, with the place."""
+    recipe = make("lazy")
+    recipe.config.lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
+    arguments = {"build_model": (), "build_test_loader": ("",), "build_lr_scheduler": (None,)}
+    arguments["build_optimizer"] = (torch.nn.Linear(1, 1),)
+    OmegaConf.update(recipe.config, place, value)
+    with pytest.raises(InputError, match=f"^{part}: it cannot be built: "):
+        getattr(recipe, build)(*arguments.get(build, (True,)))
+
+
 def test_left_out():
     """A config of nothing but a model has defaults, and errors where there is no default."""
     config = OmegaConf.create({}, flags={"allow_objects": True})
@@ -278,6 +369,9 @@ def test_nulls_of_lazy_configs():
     recipe.config.model.roi_heads.box_predictors[1].test_score_thresh = None
     place = "model.roi_heads.box_predictors.1.test_score_thresh"
     with pytest.raises(InputError, match=f"^{place} is null: leave it out"):
+        recipe.check_nulls()
+    recipe.config.model.roi_heads.box_predictors[1] = True
+    with pytest.raises(InputError, match=r"box_predictors.1 is True: it is a section, as of "):
         recipe.check_nulls()
 
 

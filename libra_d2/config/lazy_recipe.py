@@ -83,7 +83,7 @@ def _building(place: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as e:
-        raise InputError(f"{place}: {e}") from e
+        raise InputError(str(e)) from e
     except KeyError as e:
         raise InputError(f"{place}: it cannot be built: there is no {e}") from e
     except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as e:
