@@ -37,8 +37,10 @@ from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.evaluation.side_by_side import draw_side_by_side
+from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_metadata
 from libra_d2.utils.meter import Meter
+from libra_d2.utils.output_path import output_paths
 
 logger = logging.getLogger("libra_d2.demo")
 
@@ -151,21 +153,38 @@ def setup(
     return recipe
 
 
+def picture_paths(files: List[str], output: str) -> List[str]:
+    """
+    Where to write the picture of each image: ``output``, if it names a picture and there is one
+    image; or in that folder, under the name of the image. Images of the same name from several
+    folders keep their path from the folder that is common to all.
+    """
+    if len(files) == 1 and output.lower().endswith(IMAGE_SUFFIXES) and not os.path.isdir(output):
+        return [output]
+    # Formats that can only be read have PNG pictures.
+    targets = {x: x if x.lower().endswith(IMAGE_SUFFIXES) else f"{x}.png" for x in files}
+    targets = {os.path.abspath(x): os.path.abspath(target) for x, target in targets.items()}
+    names = {x: os.path.basename(target) for x, target in targets.items()}
+    if len(set(names.values())) < len(names):
+        folder = os.path.commonpath([os.path.dirname(x) for x in targets])
+        names = {x: os.path.relpath(target, folder) for x, target in targets.items()}
+    return [os.path.join(output, names[os.path.abspath(x)]) for x in files]
+
+
 def process_images(
-    files: List[str], output: str, draw: Callable[[np.ndarray], Tuple[np.ndarray, int]]
+    files: List[str],
+    outputs: Optional[List[str]],
+    draw: Callable[[np.ndarray], Tuple[np.ndarray, int]],
 ) -> None:
     """
-    Save or show a picture of each image, which ``draw`` returns for a BGR image, together with the
-    number of detections.
+    Save a picture of each image in ``outputs``, or show it. ``draw`` returns it for a BGR image,
+    together with the number of detections.
 
     Raises:
         InputError: at the end, if some images could not be read.
     """
-    single = len(files) == 1 and output and output.lower().endswith(IMAGE_SUFFIXES)
-    if output and not single and os.path.isfile(output):
-        raise InputError(f"--output: {output} is a file; {len(files)} pictures need a folder")
     unreadable = []
-    for path in tqdm(files, unit="image", disable=not output):
+    for i, path in enumerate(tqdm(files, unit="image", disable=not outputs)):
         try:
             image = read_image(path, format="BGR")
         except InputError as e:
@@ -173,13 +192,12 @@ def process_images(
             continue
         picture, num_detections = draw(image)
         logger.info(f"{path}: {num_detections} objects")
-        if not output:
-            if not show(picture, path, wait=0):
-                break
-        else:
-            target = output if single else os.path.join(output, os.path.basename(path))
-            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-            Image.fromarray(picture).save(target)
+        if outputs:
+            suffix = os.path.splitext(outputs[i])[1].lower()
+            with atomic_write(outputs[i]) as f:
+                Image.fromarray(picture).save(f, Image.registered_extensions()[suffix])
+        elif not show(picture, path, wait=0):
+            break
     if unreadable:
         raise InputError(
             f"{len(unreadable)} of {len(files)} images cannot be read: {unreadable[0]}"
@@ -227,11 +245,20 @@ def open_video(args: argparse.Namespace):
     return source
 
 
+def video_path(args: argparse.Namespace) -> str:
+    """Where to write the video: ``--output``, or in that folder, under the name of the source."""
+    if not os.path.isdir(args.output) and os.path.splitext(args.output)[1]:
+        return args.output
+    name = "webcam" if args.webcam else Path(args.video_input).stem
+    return os.path.join(args.output, f"{name}.mp4")
+
+
 def process_video(
-    source, args: argparse.Namespace, predictor: LibraPredictor, metadata: Metadata
+    source, name: str, path: str, predictor: LibraPredictor, metadata: Metadata
 ) -> None:
     """
-    Draw the detections in each frame of an open cv2.VideoCapture and write or show the video.
+    Draw the detections in each frame of an open cv2.VideoCapture. Write the video to ``path``, or
+    show it if that is "".
 
     Raises:
         InputError: if it has no frames, or the file cannot be written.
@@ -240,10 +267,6 @@ def process_video(
 
     from detectron2.utils.video_visualizer import VideoVisualizer
 
-    name, path = "webcam" if args.webcam else args.video_input, args.output
-    if path and (os.path.isdir(path) or not os.path.splitext(path)[1]):
-        os.makedirs(path, exist_ok=True)
-        path = os.path.join(path, f"{Path(name).stem}.mp4")
     visualizer, writer, num_frames = VideoVisualizer(metadata), None, 0
     total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
@@ -286,6 +309,26 @@ def measure(path: str, predictors: Dict[str, LibraPredictor], recipe: Recipe) ->
         print(f"{name}: {time:.1f} ± {spread:.1f} ms for an image, {rate:.1f} images per second")
 
 
+def prepare_outputs(args: argparse.Namespace, recipe: Recipe, files: List[str]) -> List[str]:
+    """
+    The paths of all pictures of ``files``, or of the video; their folders are made.
+
+    Raises:
+        InputError: if one of them cannot be written, or is an input.
+    """
+    outputs = picture_paths(files, args.output) if files else [video_path(args)]
+    inputs = {
+        "--input": files,
+        "--video-input": args.video_input,
+        "--config-file": args.config_file,
+        "--categories": args.categories,
+        "--plain-weights": args.plain_weights,
+        "--plain-config-file": args.plain_config_file,
+        recipe.name_of("weights"): recipe.weights,
+    }
+    return output_paths("--output", outputs, inputs)
+
+
 def run(args: argparse.Namespace) -> None:
     """Build the detectors and process the input."""
     setup_logger(name="libra_d2", abbrev_name="libra_d2")
@@ -302,6 +345,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--plain-config-file goes with --plain-weights")
     files, source = (find_images(args.input), None) if args.input else ([], open_video(args))
     recipe = setup(args, args.config_file, args.opts)
+    outputs = prepare_outputs(args, recipe, files) if args.output and not args.benchmark else None
     metadata = MetadataCatalog.get((*recipe.test_datasets, "__unused")[0])
     names = read_categories(args.categories) if args.categories else None
     if names:
@@ -309,7 +353,8 @@ def run(args: argparse.Namespace) -> None:
     metadata = display_metadata(metadata)
     predictor = make_predictor(recipe, names)
     if source:
-        process_video(source, args, predictor, metadata)
+        name = "webcam" if args.webcam else args.video_input
+        process_video(source, name, outputs[0] if outputs else "", predictor, metadata)
         return
     if args.plain_weights:
         file = args.plain_config_file or args.config_file
@@ -335,7 +380,7 @@ def run(args: argparse.Namespace) -> None:
             visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
             return visualizer.draw_instance_predictions(found).get_image(), len(found)
 
-    process_images(files, args.output, draw)
+    process_images(files, outputs, draw)
 
 
 def main(argv=None) -> None:

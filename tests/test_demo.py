@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo, run from its command line."""
 
+import errno
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -82,14 +84,20 @@ def test_side_by_side(small, tmp_path):
     assert [is_drawn(half) for half in np.split(picture, 2, axis=1)] == [False, True]
 
 
-def test_video(small, tmp_path):
-    """The output has the number of frames, the frame rate and the colors of the input."""
+def video_of(path):
+    """Write a video of three frames, ten in a second."""
     codec = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), codec, 10, (640, 480))
+    writer = cv2.VideoWriter(str(path), codec, 10, (640, 480))
     for _ in range(3):
         writer.write(np.full((480, 640, 3), COLOR[::-1], dtype=np.uint8))
     writer.release()
-    run(small, "--video-input", tmp_path / "in.mp4", "--output", tmp_path / "out")
+    return path
+
+
+def test_video(small, tmp_path):
+    """The output has the number of frames, the frame rate and the colors of the input."""
+    path = video_of(tmp_path / "in.mp4")
+    run(small, "--video-input", path, "--output", tmp_path / "out")
     video = cv2.VideoCapture(str(tmp_path / "out/in.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert video.get(cv2.CAP_PROP_FPS) == 10
@@ -108,13 +116,80 @@ def test_model_input(small, tmp_path, monkeypatch):
         assert (given[-1]["image"] == torch.tensor(color)[:, None, None]).all()
 
 
+@pytest.mark.parametrize(
+    ("files", "pictures"),
+    [
+        (["a/x/1.png", "b/2.PNG"], ["1.png", "2.PNG"]),
+        (["a/x/é.png", "b/x/é.png", "a/x/é.png"], ["a/x/é.png", "b/x/é.png"]),
+        (["a/1.png", "a/../b/1.png", "b/x/2.png"], ["a/1.png", "b/1.png", "b/x/2.png"]),
+        (["a/1", "a/1.gif"], ["1.gif.png", "1.png"]),  # with a suffix that can be written
+        (["a/1.png", "b/1"], ["a/1.png", "b/1.png"]),
+    ],
+)
+def test_names_of_pictures(files, pictures, small, tmp_path, monkeypatch):
+    """Images of the same name from several folders have pictures in folders, others do not."""
+    monkeypatch.chdir(small)
+    for name in ("a/x", "b/x"):
+        (small / name).mkdir(parents=True)
+    for name in files:
+        shutil.copy(small / "images/1.png", name)
+    out = tmp_path / "out"
+    run(small, "--input", *files, "--output", out)
+    assert sorted(str(x.relative_to(out)) for x in out.rglob("*.*")) == pictures
+    assert {Image.open(x).size for x in out.rglob("*.*")} == {(640, 480)}
+
+
+@pytest.mark.parametrize(
+    "place", ["photo.png", "images", "linked", "link.png", "../data/photo.png"]
+)
+def test_inputs_stay(place, small, monkeypatch, capsys):
+    """Nothing is written over what was given, be it a folder or through links."""
+    monkeypatch.chdir(small)
+    shutil.copy("images/1.png", "photo.png")
+    (small / "linked").symlink_to("images")
+    (small / "link.png").symlink_to("photo.png")
+    before = {x: x.read_bytes() for x in small.rglob("*") if x.is_file()}
+    source = "photo.png" if place.endswith("png") else "images"
+    with pytest.raises(SystemExit, match="2"):
+        run(small, "--input", source, "--output", place)
+    message = capsys.readouterr().err
+    assert re.search(f"--output: {place}.* and --input, {source}.*, are the same file", message)
+    assert {x: x.read_bytes() for x in small.rglob("*") if x.is_file()} == before
+
+
+def test_video_stays(small, tmp_path, monkeypatch, capsys):
+    """Also if the output is the video's folder; nor is another input written over."""
+    monkeypatch.chdir(tmp_path)
+    content = video_of(tmp_path / "in.mp4").read_bytes()
+    for output in ("in.mp4", ".", "data/1.pth"):
+        with pytest.raises(SystemExit, match="2"):
+            run(small, "--video-input", "in.mp4", "--output", output)
+        assert ", are the same file, which would be written over" in capsys.readouterr().err
+    assert (tmp_path / "in.mp4").read_bytes() == content
+
+
+def test_half_a_picture(small, tmp_path, monkeypatch):
+    """What was there before stays if a picture cannot be written, and nothing else."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/1.png").write_text("before")
+
+    def fail(image, file, format):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(SystemExit, match="2"):
+        run(small, "--input", small / "images/1.png", "--output", tmp_path / "out")
+    assert [x.read_text() for x in (tmp_path / "out").iterdir()] == ["before"]
+
+
 def test_unusable_files(small, tmp_path, capsys):
     """The readable images are drawn, and the first unreadable one is named."""
     images, out = small / "images", tmp_path / "out"
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:60])
     (images / "notes.txt").write_text("not an image")
     unreadable = f"1 of 2 images cannot be read: {images}/1.png"
-    for output, message in ((out, unreadable), (small / "1.pth", "is a file")):
+    for output, message in ((out, unreadable), (small / "1.pth", f"File exists: {small}/1.pth")):
         with pytest.raises(SystemExit, match="2"):
             run(small, "--input", images, "--output", output)
         assert message in capsys.readouterr().err

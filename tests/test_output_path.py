@@ -6,7 +6,7 @@ import pytest
 
 from libra_d2.errors import InputError
 from libra_d2.utils import output_path as module
-from libra_d2.utils.output_path import output_path
+from libra_d2.utils.output_path import output_path, output_paths
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,18 @@ def test_same_file(path, others, folder):
 def test_same_file_by_other_names(path, other):
     with pytest.raises(InputError, match=r"are the same file"):
         output_path("--output", path, {"--input": other})
+
+
+def test_several_paths(folder):
+    """Folders are made for all; each path is compared with all others."""
+    paths = ["new/a/1", "new/b/1", "new/b/2"]
+    assert output_paths("--output", paths, {"--input": ["photo.jpg"]}) == paths
+    assert (folder / "new/a").is_dir()
+    assert (folder / "new/b").is_dir()
+    with pytest.raises(InputError, match="--output: hard.jpg and --input, photo.jpg, are the same"):
+        output_paths("--output", [*paths, "hard.jpg"], {"--input": ["none.jpg", "photo.jpg"]})
+    with pytest.raises(InputError, match="--output: photos is no file"):
+        output_paths("--output", [*paths, "photos"], {})
 
 
 def test_same_folder():

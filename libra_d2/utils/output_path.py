@@ -2,21 +2,17 @@
 """Where a program writes: never over what it reads."""
 
 import os
-from typing import Mapping, Sequence, Union
+from typing import List, Mapping, Sequence, Tuple, Union
 
 from ..errors import InputError
 from .atomic_write import atomic_write
 
-__all__ = ["output_path"]
+__all__ = ["output_path", "output_paths"]
+
+Others = Mapping[str, Union[str, Sequence[str], None]]
 
 
-def output_path(
-    option: str,
-    path: str,
-    others: Mapping[str, Union[str, Sequence[str], None]],
-    *,
-    is_folder: bool = False,
-) -> str:
+def output_path(option: str, path: str, others: Others, *, is_folder: bool = False) -> str:
     """
     Check a path that a program is going to write to, and make the folder that it is in.
 
@@ -34,48 +30,63 @@ def output_path(
         InputError: if ``path`` leads to one of the others, is a folder where a file is wanted or
             the other way round, or nothing can be written there.
     """
-    wanted = "folder" if is_folder else "file"
-    for name, values in others.items():
-        for other in [values] if isinstance(values, str) else values or ():
-            if other and _is_same(path, other):
-                raise InputError(
-                    f"{option}: {path} and {name}, {other}, are the same {wanted}, which would be "
-                    "written over: choose another"
-                )
-    # In a path that ends with a slash nothing has a name yet.
-    folder, name = os.path.split(os.path.join(path, "") if is_folder else path)
-    is_wanted = os.path.isdir if is_folder else os.path.isfile
-    has_name = path if is_folder else name
-    if not has_name or (os.path.exists(path) and not is_wanted(path)):
-        raise InputError(f"{option}: {path or repr(path)} is no {wanted}: choose another")
+    return output_paths(option, [path], others, is_folder=is_folder)[0]
+
+
+def output_paths(
+    option: str, paths: Sequence[str], others: Others, *, is_folder: bool = False
+) -> List[str]:
+    """:func:`output_path` of several paths of one option."""
+    wanted, is_wanted = ("folder", os.path.isdir) if is_folder else ("file", os.path.isfile)
+    taken = {
+        _identity(path.partition("?")[0] if not os.path.exists(path) else path): (name, path)
+        for name, values in others.items()
+        for path in ([values] if isinstance(values, str) else values or ())
+        if path  # weights may have options
+    }
+    tried = set()
+    for path in paths:
+        # In a path that ends with a slash nothing has a name yet.
+        folder, name = os.path.split(os.path.join(path, "") if is_folder else path)
+        has_name = path if is_folder else name
+        if not has_name or (os.path.exists(path) and not is_wanted(path)):
+            raise InputError(f"{option}: {path or repr(path)} is no {wanted}: choose another")
+        if _identity(path) in taken:
+            other = ", ".join(taken[_identity(path)])
+            raise InputError(
+                f"{option}: {path} and {other}, are the same {wanted}, which would be written "
+                "over: choose another"
+            )
+        if folder not in tried:
+            _try_to_write(option, path, folder, name)
+        tried.add(folder)
+    return list(paths)
+
+
+def _identity(path: str) -> Union[str, Tuple[int, int]]:
+    """Equal for all paths of a file, be it through links."""
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except OSError:
+        return os.path.realpath(path)
+
+
+def _try_to_write(option: str, path: str, folder: str, name: str) -> None:
+    """Make a folder and write a file that is not left there. Raises InputError."""
+    target = os.path.join(folder, name)
     try:
         os.makedirs(folder or ".", exist_ok=True)
-        _try_to_write(os.path.join(folder, name))
-    except OSError as e:
-        where = "" if e.filename in (path, os.path.join(folder, name)) else f": {e.filename}"
-        raise InputError(f"{option}: {path} cannot be written: {e.strerror}{where}") from e
-    return path
-
-
-def _is_same(path: str, other: str) -> bool:
-    """Whether two paths lead to the same file, be it through links."""
-    if not os.path.exists(other):
-        other = other.partition("?")[0]  # weights may have options
-    if os.path.exists(path) and os.path.exists(other):
-        return os.path.samefile(path, other)
-    return os.path.realpath(path) == os.path.realpath(other)
-
-
-class _Tried(Exception):
-    """Ends the writing of a file that must not appear."""
-
-
-def _try_to_write(path: str) -> None:
-    """Raise the OSError that writing ``path`` would raise; nothing is left of it."""
-    try:
-        with atomic_write(path) as f:
+        with atomic_write(target) as f:
             f.write(bytes(1 << 16))  # the disk is not full
             f.flush()
             raise _Tried
     except _Tried:
         pass
+    except OSError as e:
+        where = "" if e.filename in (path, target) else f": {e.filename}"
+        raise InputError(f"{option}: {path} cannot be written: {e.strerror}{where}") from e
+
+
+class _Tried(Exception):
+    """Ends the writing of a file that must not appear."""
