@@ -127,7 +127,7 @@ MAPPER, PREDICTOR = "dataloader.train.mapper", "model.roi_heads.box_predictor"
         ("train.best_metric=5", "train.best_metric is 5: use the name of a metric"),
         (f"{PREDICTOR}.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
         (f"{PREDICTOR}.test_score_thresh=x", ".test_score_thresh is 'x': use a value in"),
-        ("lr_multiplier.scheduler.start_value=x", "lr_multiplier cannot be used: "),
+        ("lr_multiplier.scheduler.start_value=x", "lr_multiplier: it cannot be built: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
         ("train.amp=true", "train.amp is True: it is a section, as of train.amp.enabled"),
         (f"{PREDICTOR}=5", f"{PREDICTOR} is 5: it is a section"),

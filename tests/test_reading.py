@@ -35,8 +35,12 @@ LAZY = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
         ("_BASE_: none.yaml", "", "a.yaml: .*none.yaml"),
         ("MODEL: {LIBRA: {BPF: 1}}", "", "a.yaml: Non-existent config key: MODEL.LIBRA.BPF"),
         ("MODEL: [", "", "a.yaml: while parsing"),
-        ("- 1", "", "a.yaml: "),
-        ("", "", "a.yaml: "),
+        ("- 1", "", "a.yaml: not a config: there are no keys in it"),
+        ("", "", "a.yaml: not a config: there are no keys in it"),
+        ("# nothing", "", "a.yaml: not a config: there are no keys in it"),
+        ("_BASE_: b.yaml", "", "b.yaml: not a config: there are no keys in it"),
+        ("SOLVER: {MAX_ITER: 4.5}", "", "^[^ ]*a.yaml: Type mismatch .* config key: SOLVER.MAX_"),
+        ("OUTPUT_DIR: 5", "", "^[^ ]*a.yaml: Type mismatch .* config key: OUTPUT_DIR"),
     ],
 )
 def test_bad_yaml(a, b, message, tmp_path):
@@ -129,6 +133,7 @@ def test_sections_of_this_project(option, setting, value):
     [
         ("", "MODEL.LIBRA.BFP.LEVEL 1", "^command line: .*MODEL.LIBRA.BFP.LEVEL"),
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL x", "^command line: .*REFINE_LEVEL"),
+        ("", "SOLVER.BASE_LR fast", "^command line: Type mismatch .* config key: SOLVER.BASE_LR"),
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL", "^command line: .*odd length"),
         ("none.yaml", "", "^'none.yaml' is neither a file nor a config of"),
         (LAZY, "SOLVER.MAX_ITER 10", "'SOLVER.MAX_ITER': write what is set in a .* as key=value"),

@@ -159,6 +159,8 @@ def _check_schedule(recipe: Recipe) -> None:
         recipe.build_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
     except SettingMissing:
         return  # only a training needs a schedule
+    except InputError:
+        raise
     except Exception as e:  # Detectron2 raises many kinds
         keys = ("SOLVER.LR_SCHEDULER_NAME", "SOLVER.STEPS")
         described = " with ".join(f"{k} {recipe.get(k)!r}" for k in keys if recipe.has(k))
@@ -444,8 +446,8 @@ def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
 
 
 _RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
-    *(_check_weights, _check_named_datasets, _check_parts, _check_classes, _check_keypoints),
-    *(_check_number_of_images, _check_evaluators, _check_metrics, _check_batch_size),
+    *(_check_weights, _check_named_datasets, _check_parts, _check_evaluators, _check_classes),
+    *(_check_metrics, _check_keypoints, _check_number_of_images, _check_batch_size),
 )
 
 

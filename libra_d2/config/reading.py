@@ -145,6 +145,8 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
         raise InputError(f"{path}: its _BASE_ leads back to itself")
     with open(path, encoding="utf-8") as f:
         tree = yaml.compose(f, Loader=yaml.SafeLoader)
+    if not isinstance(tree, yaml.MappingNode):
+        raise InputError(f"{path}: not a config: there are no keys in it")
 
     def check(node: yaml.Node, prefix: str) -> None:
         keys: Set[str] = set()
@@ -157,7 +159,7 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
             check(value, f"{name}.")
 
     check(tree, "")
-    for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
+    for key, value in tree.value:
         if key.value == "_BASE_":
             bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for base in bases:
