@@ -23,7 +23,7 @@ def test_parts(tmp_path, capsys, mmdet):
     arguments = ["--device", "cpu", "--seconds", "0.01", "--p4-size", "4", "6"]
     arguments += ["--only", "attention", "non-local", "pyramid", "sampling", "loss"]
     arguments += ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
-    assert benchmark.main(arguments) == 0
+    benchmark.main(arguments)
     results = json.loads((tmp_path / "out.json").read_text())
     assert len(results) == 15 + 6
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -41,6 +41,29 @@ def test_parts(tmp_path, capsys, mmdet):
             expected = [by_name[size, unit][line.get_label()] for size in sizes]
             assert line.get_ydata().tolist() == expected
     plt.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--output", "a.json", "--profile", "./a.json"],
+            "a.json and --profile, ./a.json, are the",
+        ),
+        (["--output", "file/a.json"], "--output: file/a.json cannot be written: File exists"),
+        (["--profile", "/"], "--profile: / is no file"),
+        (["--plot", "a.docx"], "--plot: a.docx: use one of the suffixes"),
+        (["--plot", "png"], "--plot: png: use one of the suffixes"),
+    ],
+)
+def test_outputs(arguments, message, tmp_path, monkeypatch, capsys):
+    """They are checked before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments)
+    assert message in capsys.readouterr().err
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
 
 
 def test_times(monkeypatch):

@@ -88,6 +88,9 @@ ONE = torch.ones(1)
         (None, "the weights cannot be read: .*No such file"),
         ({"model": {"a.weight": ONE}}, "'a.weight' has no counterpart"),
         ({"state_dict": {**STATE, "mask": ONE}}, "'.?mask' has no counterpart"),
+        ({"state_dict": {**STATE, "mask": ONE.log() / 0}}, "'mask' in it is not finite"),
+        ({"state_dict": {**STATE, "mask": ONE.long()}}, "'mask' in it is of type torch.int64"),
+        ({"model": {"a.weight": ONE.cfloat()}}, "'a.weight' in it is of complex numbers"),
     ],
 )
 def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
@@ -102,8 +105,20 @@ def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
     assert {p.name for p in tmp_path.iterdir()} <= {"source.pth"}
 
 
-def test_bad_target(tmp_path, capsys):
-    source = save(tmp_path / "a.pth", STATE)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("none.txt/b.pth", "none.txt/b.pth cannot be written: File exists: none.txt"),
+        ("link.pth", "link.pth and source, a.pth, are the same file, which would be written over"),
+    ],
+)
+def test_bad_target(target, message, tmp_path, monkeypatch, capsys):
+    """It is refused before the source is read, which stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    content = save(tmp_path / "a.pth", STATE).read_bytes()
+    (tmp_path / "none.txt").touch()
+    (tmp_path / "link.pth").symlink_to("a.pth")
     with pytest.raises(SystemExit, match="2"):
-        main([str(source), str(tmp_path / "none/b.pth")])
-    assert "none/b.pth: cannot be written: " in capsys.readouterr().err
+        main(["a.pth", target])
+    assert f"error: target: {message}" in capsys.readouterr().err
+    assert (tmp_path / "a.pth").read_bytes() == content

@@ -89,14 +89,66 @@ def test_bad_arguments(tmp_path, kwargs, message):
 def test_command(tmp_path, capsys):
     target = tmp_path / "deep/er"
     arguments = [str(target), "--num-images", "2", "--size", "48"]
-    assert main([*arguments, "--num-classes", "2"]) == 0
+    main([*arguments, "--num-classes", "2"])
     assert "2 images" in capsys.readouterr().out
     dataset = json.loads((target / "instances.json").read_text())
     assert [c["name"] for c in dataset["categories"]] == ["square", "triangle"]
     assert [p.name for p in target.parent.iterdir()] == ["er"]  # nothing unfinished is left
-    assert main([*arguments, "--seed", "1", "--image-format", "png"]) == 0  # replaces the other one
-    assert sorted(p.name for p in (target / "images").iterdir()) == ["000000.png", "000001.png"]
-    assert "seed 1" in (target / "instances.json").read_text()
-    capsys.readouterr()
-    assert main([str(target), "--size", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: size must be")
+    # It replaces the other one, through a link as well.
+    (tmp_path / "link").symlink_to("deep/er")
+    for seed, path in (("1", target), ("2", tmp_path / "link")):
+        main([str(path), *arguments[1:], "--seed", seed, "--image-format", "png"])
+        assert sorted(p.name for p in (target / "images").iterdir()) == ["000000.png", "000001.png"]
+        assert f"seed {seed}" in (target / "instances.json").read_text()
+        assert [p.name for p in target.parent.iterdir()] == ["er"]
+    (tmp_path / "empty").mkdir()
+    main([str(tmp_path / "empty"), *arguments[1:]])
+    assert len(content(tmp_path / "empty")) == 3
+
+
+NOT_A_DATASET = "is not a dataset of this program alone, and would be lost"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"notes.txt": ""}, NOT_A_DATASET),
+        ({"instances.json": '{"info": {}}', "images/a.jpg": ""}, NOT_A_DATASET),
+        ({"instances.json": "{cut short"}, NOT_A_DATASET),
+        ({"images/photo.jpg": ""}, NOT_A_DATASET),
+        ({"instances.json": "OURS", "notes.txt": ""}, NOT_A_DATASET),
+        (None, NOT_A_DATASET),
+    ],
+)
+def test_nothing_is_lost(files, message, tmp_path, capsys):
+    """A file, or a directory with anything else in it, is left alone."""
+    target = tmp_path / "a"
+    if files is None:
+        target.write_text("a file")
+    for name, text in (files or {}).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        ours = '{"info": {"description": "libra_d2 synthetic shapes, seed 0"}}'
+        (target / name).write_text(text.replace("OURS", ours))
+    before = content(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(target), "--num-images", "1", "--size", "48"])
+    assert message in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--size", "1"], "error: size must be from 32"),
+        (["file/a"], "error: output_dir: "),
+        (["file/deep/a"], "error: output_dir: "),
+    ],
+)
+def test_errors(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]

@@ -15,6 +15,7 @@ the peak that one call adds. Ratios are of the medians.
 
 import argparse
 import json
+import os
 import platform
 import sys
 from dataclasses import asdict
@@ -22,9 +23,12 @@ from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from tabulate import tabulate
 from tqdm import tqdm
 
+from libra_d2.engine import report_errors
+from libra_d2.errors import InputError
 from libra_d2.tools.benchmark_models import (
     LEVERS,
     OURS,
@@ -36,7 +40,9 @@ from libra_d2.tools.benchmark_models import (
     whole_models,
 )
 from libra_d2.tools.benchmark_parts import attention, box_loss, non_local, pyramid, sampling
+from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.meter import Meter, Result
+from libra_d2.utils.output_path import output_path
 
 PARTS = ("models", "levers", "growth", "attention", "non-local", "pyramid", "sampling", "loss")
 GROWTH = ("pixels", "proposals")
@@ -121,7 +127,8 @@ def plot(results: List[Result], path: str) -> None:
         axis.set(xlabel=number, ylabel=label, title=title)
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as f:
+        figure.savefig(f, dpi=120, format=os.path.splitext(path)[1][1:].lower())
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -179,9 +186,20 @@ def has_mmdetection() -> bool:
     return True
 
 
-def main(argv=None) -> int:
-    """Command line entry point; returns the exit status."""
-    args = build_argument_parser().parse_args(argv)
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise InputError for files that cannot be written, before anything is measured."""
+    outputs = {f"--{name}": getattr(args, name) for name in ("output", "profile", "plot")}
+    for option, path in outputs.items():
+        if path:
+            output_path(option, path, {k: v for k, v in outputs.items() if k != option})
+    suffixes = FigureCanvasBase.get_supported_filetypes()
+    if args.plot and os.path.splitext(args.plot)[1][1:].lower() not in suffixes:
+        raise InputError(f"--plot: {args.plot}: use one of the suffixes {', '.join(suffixes)}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print and write."""
+    check_outputs(args)
     reference = has_mmdetection()
     if not reference:
         print("mmdetection is not installed: nothing is compared with it.", file=sys.stderr)
@@ -212,15 +230,19 @@ def main(argv=None) -> int:
     print(f"\n{machine or platform.machine()}{threads}, PyTorch {torch.__version__}\n")
     print(f"{table(results)}\n\n{exponents(results)}")
     if args.profile:
-        with open(args.profile, "w", encoding="utf-8") as f:
+        with atomic_write(args.profile, "w") as f:
             f.write(profile(args.device, image_size))
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as f:
+        with atomic_write(args.output, "w") as f:
             json.dump([asdict(r) for r in results], f, indent=1)
     if args.plot:
         plot(results, args.plot)
-    return 0
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

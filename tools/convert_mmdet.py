@@ -23,8 +23,9 @@ from libra_d2.checkpoint.mmdetection import (
     unwrap_mmdetection,
 )
 from libra_d2.engine import report_errors
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.output_path import output_path
 from libra_d2.utils.safe_reading import read_weights, reading_weights
 
 
@@ -43,10 +44,17 @@ def convert(content: Any) -> Dict[str, Any]:
     Convert the content of a checkpoint to that of the other framework.
 
     Raises:
-        InputError: if it is not from a Libra model or its plain counterpart.
+        InputError: if it is not from a Libra model or its plain counterpart, or its weights are
+            broken; see :func:`libra_d2.checkpoint.mmdetection.check_weights`.
     """
     is_detectron2 = isinstance(content, dict) and "model" in content
     state, meta = unwrap_mmdetection(content["model"] if is_detectron2 else content)
+    state = {key: torch.as_tensor(value) for key, value in state.items()}
+    for key, value in state.items():
+        if not (value.is_floating_point() or key.endswith(COUNTER)):
+            raise InputError(
+                f"{key!r} in it is of type {value.dtype}, not of floating point numbers"
+            )
     if is_mmdetection(state):
         model = from_mmdetection(state)
         to_mmdetection(model)  # raises an error for unknown names
@@ -56,25 +64,25 @@ def convert(content: Any) -> Dict[str, Any]:
             "__author__": "mmdetection",
             "mmdetection": {"meta": meta, "counters": counters},
         }
-    model = {key: torch.as_tensor(value) for key, value in state.items()}
     extra = content.get("mmdetection", {"meta": {}, "counters": {}})
-    return {"meta": extra["meta"], "state_dict": {**to_mmdetection(model), **extra["counters"]}}
+    return {"meta": extra["meta"], "state_dict": {**to_mmdetection(state), **extra["counters"]}}
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert the file ``args.source`` to ``args.target``."""
+    target = output_path("target", args.target, {"source": args.source})
     content = read_weights(args.source)
     with reading_weights(args.source):
         converted = convert(content)
     try:
-        with atomic_write(args.target) as f:
+        with atomic_write(target) as f:
             torch.save(converted, f)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{args.target}: cannot be written: {e}") from e
+    except (OSError, RuntimeError) as e:  # PyTorch's writer raises the latter
+        raise InputError(f"{target} cannot be written: {one_line(e)}") from e
     framework = "Detectron2" if "model" in converted else "mmdetection"
     weights = converted.get("model") or converted["state_dict"]
     number = sum(not key.endswith(COUNTER) for key in weights)
-    print(f"{args.target}: {number} weights, for {framework}")
+    print(f"{target}: {number} weights, for {framework}")
 
 
 def main(argv=None) -> None:

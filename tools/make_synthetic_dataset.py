@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import os
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -24,6 +22,10 @@ import numpy as np
 import pycocotools.mask as mask_utils
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
+
+from libra_d2.engine import report_errors
+from libra_d2.errors import InputError, one_line
+from libra_d2.utils.output_path import output_path
 
 __all__ = ["CLASSES", "make_synthetic_dataset"]
 
@@ -44,6 +46,7 @@ _DISTRACTORS = {
 }
 CLASSES = tuple(_OUTLINES)
 
+_DESCRIPTION = "libra_d2 synthetic shapes"
 _OVERSAMPLING = 4  # for anti-aliasing
 _MIN_VISIBLE = 0.4  # visible part of each object, at least
 
@@ -132,6 +135,19 @@ def _annotation(mask: np.ndarray) -> Dict:
     }
 
 
+def _is_replaceable(path: Path) -> bool:
+    """Whether a path is a directory that is empty, or holds a dataset of this module alone."""
+    try:
+        names = {x.name for x in path.iterdir()}
+        if not names:
+            return True
+        content = json.loads((path / "instances.json").read_text(encoding="utf-8"))
+        is_own = content["info"]["description"].startswith(_DESCRIPTION)
+        return is_own and names <= {"images", "instances.json"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def make_synthetic_dataset(
     output_dir: str,
     *,
@@ -143,7 +159,8 @@ def make_synthetic_dataset(
 ) -> Dict:
     """
     Make a dataset: ``output_dir/images/*`` and ``output_dir/instances.json``. Image i depends only
-    on the seed and on i. The directory appears when it is complete; an existing one is replaced.
+    on the seed and on i. The directory appears when it is complete; a dataset of this function that
+    was there is replaced.
 
     Args:
         output_dir: the directory; its parent is created.
@@ -158,6 +175,7 @@ def make_synthetic_dataset(
 
     Raises:
         ValueError: if an argument is out of range.
+        InputError: if there is anything else, or nothing can be written.
     """
     for name, value, low, high in (
         ("num_images", num_images, 1, math.inf),
@@ -170,10 +188,15 @@ def make_synthetic_dataset(
     if image_format not in ("jpg", "png"):
         raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
 
-    output = Path(output_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(os.path.realpath(output_dir))  # a link to a directory stays one
+    if output.exists() and not _is_replaceable(output):
+        raise InputError(
+            f"output_dir: {output_dir} is not a dataset of this program alone, and would be lost: "
+            "name another directory"
+        )
+    output_path("output_dir", str(output.parent), {}, is_folder=True)
     dataset = {
-        "info": {"description": f"libra_d2 synthetic shapes, seed {seed}"},
+        "info": {"description": f"{_DESCRIPTION}, seed {seed}"},
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": n} for i, n in enumerate(CLASSES[:num_classes], 1)],
@@ -192,31 +215,43 @@ def make_synthetic_dataset(
                     {**ids, "category_id": category + 1, **_annotation(mask), "iscrowd": 0}
                 )
         (unfinished / "instances.json").write_text(json.dumps(dataset))
-        shutil.rmtree(output, ignore_errors=True)
+        if output.exists():
+            os.replace(output, Path(tmp) / "before")
         os.replace(unfinished, output)
     return dataset
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Command line entry point; returns the exit status."""
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The arguments of this program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output_dir", help="directory to create; replaced if it exists")
+    parser.add_argument(
+        "output_dir", help="directory to create; an earlier dataset of this program is replaced"
+    )
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-classes", type=int, default=4, help=f"of {', '.join(CLASSES)}")
     parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg")
-    args = vars(parser.parse_args(argv))
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the dataset."""
     try:
-        dataset = make_synthetic_dataset(args.pop("output_dir"), **args)
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        dataset = make_synthetic_dataset(**vars(args))
+    except ValueError as e:
+        raise InputError(one_line(e)) from e
+    except OSError as e:
+        raise InputError(f"{args.output_dir} cannot be written: {e.strerror or one_line(e)}") from e
     print(f"{len(dataset['images'])} images, {len(dataset['annotations'])} objects")
-    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
