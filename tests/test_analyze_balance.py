@@ -110,3 +110,23 @@ def test_errors(system, extra, message, synthetic, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         analyze_balance.main(arguments(system, synthetic, tmp_path, *extra, "MODEL.DEVICE", "cpu"))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--val-images", ""), ("--val-json", "balance.json"), ("MODEL.WEIGHTS", "levels.png")],
+)
+def test_inputs_stay(option, name, synthetic, tmp_path, capsys):
+    """No file of the report is an input."""
+    (tmp_path / "balance").mkdir()
+    path = tmp_path / "balance" / name
+    if name:
+        path.write_text("precious")
+    extra = [option, path, "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        analyze_balance.main(arguments("faster_rcnn", synthetic, tmp_path, *extra))
+    kind = "file" if name else "folder"
+    assert f"OUTPUT_DIR: {path} and {option}, {path}, are the same {kind}" in (
+        capsys.readouterr().err
+    )
+    assert not name or path.read_text() == "precious"

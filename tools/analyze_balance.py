@@ -50,6 +50,10 @@ from libra_d2.engine import (
     report_errors,
 )
 from libra_d2.errors import InputError
+from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.output_path import output_path, output_paths
+
+FIGURES = ("samples", "levels", "heat_maps", "losses", "gradient_shares")
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -83,7 +87,8 @@ class Report:
     def add(self, figure: Figure, name: str, title: str, text: str) -> None:
         """Save a figure as ``name``.png and add a section with it."""
         path = os.path.join(self.folder, f"{name}.png")
-        figure.savefig(path, dpi=130)
+        with atomic_write(path) as f:
+            figure.savefig(f, dpi=130, format="png")
         self.sections.append(Section(title, text, path))
 
 
@@ -187,12 +192,35 @@ def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: 
     return report.numbers
 
 
+def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
+    """
+    The folder of the report, which is made.
+
+    Raises:
+        InputError: if a file of the report cannot be written, or is an input.
+    """
+    splits = [(split, f"--{split}") for split in ("train", "val")]
+    inputs = {
+        "--config-file": args.config_file,
+        recipe.name_of("weights"): recipe.weights,
+        **{f"{name}-json": getattr(args, f"{split}_json") for split, name in splits},
+        **{f"{name}-proposals": getattr(args, f"{split}_proposals") for split, name in splits},
+    }
+    images = {f"{name}-images": getattr(args, f"{split}_images") for split, name in splits}
+    option, folder = recipe.name_of("output_dir"), os.path.join(recipe.output_dir, "balance")
+    output_path(option, folder, images, is_folder=True)
+    names = ("index.html", "balance.json", *(f"{name}.png" for name in FIGURES))
+    output_paths(option, [os.path.join(folder, name) for name in names], inputs)
+    return folder
+
+
 def run(args: argparse.Namespace) -> None:
     """Load config, data and weights, and write the report."""
     if args.num_images < 1:
         raise InputError(f"--num-images is {args.num_images}: use 1 or more")
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
+    folder = prepare_folder(recipe, args)
     own = register_own_data(recipe, args)
     dataset = (*own, *recipe.train_datasets, None)[0]
     if dataset is None:
@@ -202,12 +230,10 @@ def run(args: argparse.Namespace) -> None:
     check_datasets([dataset])
     prepare_proposal_files(recipe, (split,))
     model = recipe.build_trained_model()
-    folder = os.path.join(recipe.output_dir, "balance")
-    os.makedirs(folder, exist_ok=True)
     torch.manual_seed(0)
     images = read_images(recipe, dataset, split, args.num_images)
     numbers = analyze(recipe, model, images, folder)
-    with open(os.path.join(folder, "balance.json"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(folder, "balance.json"), "w") as f:
         json.dump(numbers, f, indent=1)
     print(os.path.join(folder, "index.html"))
 
