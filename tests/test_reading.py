@@ -8,7 +8,7 @@ from conftest import DEMO_CONFIG, ROOT
 from iopath.common.file_io import PathHandler
 
 import detectron2
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import make_recipe, read_recipe
@@ -53,13 +53,25 @@ def test_bad_yaml(a, b, message, tmp_path):
 
 
 def test_good_yaml(tmp_path):
-    """A base used twice, equal keys in two sections, numbers that YAML reads as text."""
-    (tmp_path / "a.yaml").write_text("_BASE_: [b.yaml, c.yaml]\nSOLVER: {BASE_LR: 1e-3}\n")
+    """
+    A base used twice, equal keys in two sections, numbers that YAML reads as text, whole numbers
+    for others, which Detectron2 refuses.
+    """
+    text = "_BASE_: [b.yaml, c.yaml]\nSOLVER: {BASE_LR: 1e-3, WEIGHT_DECAY: 0}\n"
+    (tmp_path / "a.yaml").write_text(text)
     (tmp_path / "b.yaml").write_text("_BASE_: d.yaml\nMODEL: {FPN: {NORM: GN}}\n")
     (tmp_path / "c.yaml").write_text("_BASE_: d.yaml\nMODEL: {RESNETS: {NORM: BN}}\n")
     (tmp_path / "d.yaml").write_text("SEED: 5\nMODEL: {WEIGHTS: ''}\n")
-    recipe = read_config(str(tmp_path / "a.yaml"), [])
+    options = ["MODEL.LIBRA.TRAINER.EMA_DECAY", "0", "SOLVER.MOMENTUM", "0"]
+    recipe = read_config(str(tmp_path / "a.yaml"), options)
     assert (recipe.learning_rate, recipe.seed) == (0.001, 5)
+    assert type(recipe.config) is type(recipe.config.SOLVER) is CfgNode
+    for value in (
+        recipe.ema_decay,
+        recipe.config.SOLVER.WEIGHT_DECAY,
+        recipe.config.SOLVER.MOMENTUM,
+    ):
+        assert (type(value), value) == (float, 0)
     assert recipe.config.MODEL.FPN.NORM == "GN"
 
 
@@ -133,6 +145,7 @@ def test_sections_of_this_project(option, setting, value):
     [
         ("", "MODEL.LIBRA.BFP.LEVEL 1", "^command line: .*MODEL.LIBRA.BFP.LEVEL"),
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL x", "^command line: .*REFINE_LEVEL"),
+        ("", "SOLVER.BASE_LR -1", "^SOLVER.BASE_LR is -1.0: use a positive number"),
         ("", "SOLVER.BASE_LR fast", "^command line: Type mismatch .* config key: SOLVER.BASE_LR"),
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL", "^command line: .*odd length"),
         ("none.yaml", "", "^'none.yaml' is neither a file nor a config of"),

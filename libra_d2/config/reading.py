@@ -3,6 +3,7 @@
 
 import builtins
 import os
+import re
 import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Sequence, Set, Union
@@ -15,6 +16,7 @@ import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 
 from ..errors import InputError, one_line
+from ..utils.leaves import leaves
 from .checks import check_values
 from .defaults import add_libra_config
 from .lazy_recipe import LazyRecipe
@@ -120,9 +122,34 @@ def is_lazy_config(path: str) -> bool:
     return "model" in keys and "MODEL" not in keys
 
 
+class _Config(CfgNode):
+    """A config that takes 0 for 0.0, which ``CfgNode`` refuses."""
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        _make_floats(cfg_other, self)
+        super().merge_from_other_cfg(cfg_other)
+
+    def merge_from_list(self, cfg_list: Sequence[str]) -> None:
+        defaults, options = dict(leaves(self)), list(cfg_list)
+        for i, (key, value) in enumerate(zip(options[::2], options[1::2])):
+            if isinstance(defaults.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
+                options[2 * i + 1] = f"{value}.0"
+        super().merge_from_list(options)
+
+
+def _make_floats(given: CfgNode, config: CfgNode) -> None:
+    """Convert the whole numbers among given values whose place in a config has a float."""
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _make_floats(value, config[key])
+        elif type(value) is int and isinstance(config.get(key), float):
+            given[key] = float(value)
+
+
 def _read_yaml(path: str, options: Sequence[str], name: str) -> CfgNode:
-    cfg = get_cfg()
-    add_libra_config(cfg)
+    defaults = get_cfg()
+    add_libra_config(defaults)
+    cfg = _Config(defaults)
     if path:
         with _reading(name):
             if "://" not in path:
@@ -135,8 +162,8 @@ def _read_yaml(path: str, options: Sequence[str], name: str) -> CfgNode:
             is_detectron2s |= os.path.realpath(path).startswith(linked)
             cfg.merge_from_file(path, allow_unsafe=is_detectron2s)
     with _reading("command line"):
-        cfg.merge_from_list(list(options))
-    return cfg
+        cfg.merge_from_list(options)
+    return CfgNode(cfg)
 
 
 def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
