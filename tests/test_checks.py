@@ -109,7 +109,8 @@ def test_combinations(opts, message):
 
 
 NO_NAME = "which cannot be instantiated: Error loading 'no.thing'"
-MAPPER, PREDICTOR = "dataloader.train.mapper", "model.roi_heads.box_predictor"
+HEADS, MAPPER = "model.roi_heads", "dataloader.train.mapper"
+PREDICTOR = f"{HEADS}.box_predictor"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +327,7 @@ def classes():
         MetadataCatalog.remove(name)
 
 
+TWO_CLASSES = f"{HEADS}.num_classes=2"
 TWO = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.RETINANET.NUM_CLASSES", 2]
 MASKS, EMA = ["MODEL.MASK_ON", True], [f"{TRAINER}.EMA_DECAY", 0.9]
 KEYPOINTS = ["MODEL.KEYPOINT_ON", True]
@@ -389,6 +391,9 @@ def test_metrics_in_messages(classes, datasets):
     two = {"test_datasets": ("ab", "ab")}
     with pytest.raises(InputError, match="at 'bbox/AP', which no .* of ab/bbox/AP, ab/bbox/A"):
         check(*TWO, *every, patience, 1, **two)
+    own = "dataloader.evaluator._target_=detectron2.evaluation.LVISEvaluator"
+    opts = [own, "train.best_metric=own/metric", "train.eval_period=1", TWO_CLASSES]
+    check(*opts, config=LAZY, test_datasets=("ab",))
     recipe = read(*TWO, *every, key, "AP")  # an evaluation has no best model
     recipe.test_datasets = ("ab",)
     check_run(recipe, train=False, resume=True)
@@ -397,9 +402,6 @@ def test_metrics_in_messages(classes, datasets):
 def test_evaluators_that_do_not_fit(classes, datasets):
     with pytest.raises(InputError, match="'voc' is of type 'pascal_voc', whose evaluator c"):
         check(*PROPOSALS, test_datasets=("voc",))
-
-
-HEADS, TWO_CLASSES = "model.roi_heads", "model.roi_heads.num_classes=2"
 
 
 @pytest.mark.parametrize(
@@ -418,7 +420,7 @@ HEADS, TWO_CLASSES = "model.roi_heads", "model.roi_heads.num_classes=2"
         ([TWO_CLASSES, f"{PREDICTOR}.num_classes=3"], LAZY, "ab ab", f"2, but {PREDICTOR}.num_cla"),
         ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=1"], LAZY, "ab ab", ""),
         ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=3"], LAZY, "ab ab", "mask_head.num_classes"),
-        (["model.head.num_classes=3"], LAZY_RETINANET, "ab ab", "model.head.num_classes is 3, b"),
+        (["model.head.num_classes=3"], LAZY_RETINANET, "ab ab", "80, but model.head.num_classes"),
     ],
 )
 def test_classes(opts, config, data, message, classes):

@@ -310,8 +310,24 @@ def test_bad_arguments(place, value, part, build):
     arguments = {"build_model": (), "build_test_loader": ("",), "build_lr_scheduler": (None,)}
     arguments["build_optimizer"] = (torch.nn.Linear(1, 1),)
     OmegaConf.update(recipe.config, place, value)
-    with pytest.raises(InputError, match=f"^{part}: it cannot be built: "):
+    with pytest.raises(InputError, match=f"^{part}: it cannot be built: ") as error:
         getattr(recipe, build)(*arguments.get(build, (True,)))
+    assert ".py, line " not in str(error.value)
+
+
+def own_dataset(names):
+    return {"second": names}[names] + 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [("first", "there is no 'first'"), ("second", "can only concatenate str")]
+)
+def test_errors_in_own_code(names, message):
+    """They are in one line, too, with the place in the code."""
+    recipe = make("lazy")
+    recipe.config.dataloader.test.dataset = L(own_dataset)(names=names)
+    with pytest.raises(InputError, match=f"^dataloader.test: .*: {message}.*test_recipe.py, line"):
+        recipe._arguments("dataloader.test")
 
 
 def test_left_out():

@@ -163,6 +163,7 @@ def test_arrays_in_files_of_pytorch(tmp_path, zipped):
         assert found["number"] == 2.5
         for array, expected in zip(found["arrays"], written):
             assert array.dtype == expected.dtype.newbyteorder("=")
+            assert type(pickle.loads(pickle.dumps(array))) is np.ndarray
             assert np.array_equal(array, expected)
         arrays = found["arrays"]
 

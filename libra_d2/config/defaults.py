@@ -115,7 +115,9 @@ def add_libra_config(cfg: CN) -> None:
     # Decay of an exponential moving average of the weights, in (0, 1), such as 0.9998. It is
     # evaluated as "<task>_EMA" and written to model_final_ema.pth. 0 for none.
     cfg.MODEL.LIBRA.TRAINER.EMA_DECAY = 0.0
-    # Metric, such as "bbox/AP", whose best model is kept as model_best.pth. "" for none.
+    # Metric whose best model is kept as model_best.pth: one that evaluations report, such as
+    # "bbox/AP", "bbox_EMA/AP" of averaged weights, "<dataset>/bbox/AP" if there are several
+    # datasets. "" for none.
     cfg.MODEL.LIBRA.TRAINER.BEST_METRIC = ""
     # Number of evaluations without a new maximum of BEST_METRIC ("bbox/AP" if that is not set)
     # after which the training ends. 0 for none.

@@ -2,6 +2,7 @@
 import os
 import re
 import tempfile
+import traceback
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -34,6 +35,7 @@ _PARTS = (
 )
 _PARTS_OF_EVALUATION = ("dataloader.test", "dataloader.test.mapper")
 _FILLED_IN = ("optimizer.params.model",)  # by build_optimizer
+_PACKAGES = ("libra_d2", "detectron2", "fvcore", "omegaconf", "torch", "torchvision")
 _NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
 _ARCHITECTURES = ("LibraRetinaNet", "RetinaNet", "ProposalNetwork", "PanopticFPN")
 
@@ -77,6 +79,13 @@ def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, A
             yield from _contents(child_place, child, (*above, node))
 
 
+def _own_code(error: Exception) -> str:
+    """Where in a user's code an error was raised, for messages; "" if it was elsewhere."""
+    frames = [(frame.f_globals, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(x, line) for x, line in frames if x["__name__"].split(".")[0] not in _PACKAGES]
+    return f" ({own[-1][0].get('__file__')}, line {own[-1][1]})" if own else ""
+
+
 @contextmanager
 def _building(place: str) -> Iterator[None]:
     """Turn what classes raise for bad arguments into an InputError."""
@@ -84,12 +93,12 @@ def _building(place: str) -> Iterator[None]:
         yield
     except ArgumentError as e:
         raise InputError(str(e)) from e
-    except KeyError as e:
-        raise InputError(f"{place}: it cannot be built: there is no {e}") from e
-    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as e:
-        raise InputError(f"{place}: it cannot be built: {one_line(e) or type(e).__name__}") from e
     except OmegaConfBaseException as e:
         raise InputError(f"{place}: {str(e).splitlines()[0]}") from e
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as e:
+        message = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
+        message = f"{message or type(e).__name__}{_own_code(e)}"
+        raise InputError(f"{place}: it cannot be built: {message}") from e
 
 
 class LazyRecipe(Recipe):
@@ -110,7 +119,8 @@ class LazyRecipe(Recipe):
         """All places of a setting, with ``*`` replaced by each index."""
         for place in setting.lazy:
             head, star, tail = place.partition(".*")
-            indices = range(len(self._select(head) or ())) if star else ()
+            parts = self._select(head) if star else ()
+            indices = range(len(parts)) if isinstance(parts, ListConfig) else ()
             yield from (f"{head}.{i}{tail}" for i in indices) if star else (place,)
 
     def _found(self, setting: Setting) -> List[str]:
@@ -216,8 +226,9 @@ class LazyRecipe(Recipe):
     def class_counts(self) -> Dict[str, int]:
         root = "model" if self.is_retinanet else "model.roi_heads"
         parts = dict(_contents(root, self._select(root)))
-        named = {k: v for k, v in parts.items() if k.endswith(".num_classes")}
-        counts = {place: n for place, n in named.items() if isinstance(n, int)}
+        # That of the model or of all heads comes first, which those of the parts refer to.
+        named = sorted((k for k in parts if k.endswith(".num_classes")), key=lambda k: k.count("."))
+        counts = {place: parts[place] for place in named if isinstance(parts[place], int)}
         # A mask head of one class, where the others have more, predicts masks of any class.
         most = max(counts.values(), default=1)
         return {k: n for k, n in counts.items() if not (n == 1 < most and ".mask_head" in k)}
