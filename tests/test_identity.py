@@ -50,6 +50,7 @@ def rename(data):
         (lambda data: None, set()),
         (lambda data: shutil.copytree(data, data / "elsewhere"), set()),
         (lambda data: edit(data, lambda c: c["annotations"].pop()), {"annotations"}),
+        (lambda data: edit(data, lambda c: c["images"].reverse()), {"annotations"}),
         (lambda data: Image.new("RGB", (64, 48), "red").save(data / "images/1.png"), {"images"}),
         (rename, {"annotations", "images"}),
         (

@@ -16,7 +16,7 @@ from libra_d2.utils.atomic_write import UNFINISHED
 OTHER = """
 import fcntl, sys
 file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 file.write("process 7 on host")
 file.flush()
 print("locked", flush=True)
