@@ -28,19 +28,25 @@ import torch
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import AugInput, AugmentationList
-from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.structures import Boxes, Instances
 
 from libra_d2.config import Recipe
 from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
 from libra_d2.engine import config_argument_parser, read_config, report_errors
 from libra_d2.errors import InputError, one_line
+from libra_d2.tools.export_checks import (
+    FIELDS,
+    Exported,
+    Sample,
+    adapt,
+    check,
+    detect,
+    make_input,
+    match,  # noqa: F401  tests/conftest.py imports it from here
+    raw_outputs,
+)
 from libra_d2.utils.atomic_write import atomic_write
-
-Exported = Callable[..., Tuple]
-FIELDS = ("pred_boxes", "pred_classes", "scores", "pred_masks")
+from libra_d2.utils.output_path import output_path
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -53,47 +59,14 @@ def build_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def detect(model: torch.nn.Module, inputs: List[Dict[str, torch.Tensor]]) -> Tuple:
-    """
-    Detect objects in one image.
-
-    Args:
-        model: in eval mode.
-        inputs: one dict with "image" (3, H, W), and "boxes" (R, 4) if the model needs proposals.
-
-    Returns:
-        tensors of n detections each: those of :data:`FIELDS` that the model has.
-    """
-    (x,) = inputs
-    if "boxes" in x:
-        proposals = Instances(x["image"].shape[-2:], proposal_boxes=Boxes(x["boxes"]))
-        inputs = [{"image": x["image"], "proposals": proposals}]
-    if isinstance(model, GeneralizedRCNN):
-        instances = model.inference(inputs, do_postprocess=False)[0]
-    else:
-        instances = model(inputs)[0]["instances"]
-    values = (instances.get(name) for name in FIELDS if instances.has(name))
-    return tuple(getattr(value, "tensor", value) for value in values)
-
-
-def make_input(image: torch.Tensor, with_proposals: bool) -> Dict[str, torch.Tensor]:
-    """The input of :func:`detect`, with random proposals if the model needs them."""
-    if not with_proposals:
-        return {"image": image}
-    height, width = image.shape[1:]
-    corners = torch.rand(200, 2, 2) * torch.tensor([width, height])
-    boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
-    return {"boxes": boxes.to(image.device), "image": image}  # the order of exported inputs
-
-
-def trace(model: torch.nn.Module, sample: Dict[str, torch.Tensor]) -> Exported:
-    """Trace a model in eval mode; ``sample`` is an input of :func:`detect`."""
-    adapter = TracingAdapter(model, [sample], inference_func=detect)
+def trace(model: torch.nn.Module, sample: Sample, what: Callable) -> Exported:
+    """Trace what a model in eval mode does; ``sample`` is an input of ``what``, see `adapt`."""
+    adapter = adapt(model, sample, what)
     with torch.no_grad():
         return torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
 
 
-def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: str) -> Exported:
+def export_onnx(model: torch.nn.Module, sample: Sample, what: Callable, path: str) -> Exported:
     """
     Write an ONNX file for any image size; see :func:`trace`.
 
@@ -108,9 +81,12 @@ def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: s
             raise InputError("--output: for ONNX files, `pip install onnx onnxruntime`")
     import onnxruntime
 
-    adapter = TracingAdapter(model, [sample], inference_func=detect).eval()
-    outputs = list(FIELDS[: len(detect(model, [sample]))])
-    axes = {name: {0: "num_detections"} for name in outputs}
+    adapter = adapt(model, sample, what)
+    outputs = {f"{what.__name__}_{i}": x for i, x in enumerate(adapter(*adapter.flattened_inputs))}
+    axes = {name: {i: f"{name}_{i}" for i in range(x.dim())} for name, x in outputs.items()}
+    if what is detect:
+        outputs = FIELDS[: len(outputs)]
+        axes = {name: {0: "num_detections"} for name in outputs}
     axes["image"] = {1: "height", 2: "width"}
     if "boxes" in sample:
         axes["boxes"] = {0: "num_proposals"}
@@ -123,57 +99,21 @@ def export_onnx(model: torch.nn.Module, sample: Dict[str, torch.Tensor], path: s
                 path,
                 opset_version=17,
                 input_names=list(sample),
-                output_names=outputs,
+                output_names=list(outputs),
                 dynamic_axes=axes,
                 dynamo=False,
             )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as e:
         raise InputError(f"the model cannot be exported to ONNX: {one_line(e)}") from e
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(*tensors: torch.Tensor) -> Tuple:
         arrays = {name: tensor.numpy() for name, tensor in zip(sample, tensors)}
         return tuple(torch.as_tensor(x) for x in session.run(None, arrays))
 
     return run
-
-
-def match(expected: Tuple, found: Tuple) -> torch.Tensor:
-    """
-    (n,): index of the nearest found detection of the same class for each expected one, as rounding
-    may change the order of nearly equal scores. See :func:`detect`.
-    """
-    (boxes, classes, scores), (other_boxes, other_classes, other_scores) = expected[:3], found[:3]
-    distance = (boxes[:, None] - other_boxes).abs().amax(dim=2)
-    distance += 1000 * (scores[:, None] - other_scores).abs()
-    distance[classes[:, None] != other_classes] = torch.inf
-    return distance.argmin(dim=1) if len(boxes) else classes
-
-
-@torch.no_grad()
-def check(model: torch.nn.Module, exported: Exported, sample: Dict[str, torch.Tensor]) -> int:
-    """The number of detections in an image. Raises: InputError: if the exported model differs."""
-    expected, found = detect(model, [sample]), exported(*sample.values())
-    number, problem = len(expected[0]), ""
-    if [x.shape for x in expected] != [x.shape for x in found]:
-        problem = f"the model detects {number} objects, but exported {len(found[0])}"
-    elif number:
-        # The last of TEST.DETECTIONS_PER_IMAGE detections may have the same score as omitted ones.
-        clear = expected[2] > expected[2].min() + 1e-4
-        expected = tuple(x[clear] for x in expected)
-        index = match(expected, found)
-        if len(index.unique()) != len(index):
-            problem = "the exported model detects other objects"
-        for name, a, b in zip(FIELDS, expected, found):
-            # Rounding errors of fused operations, in pixels or of probabilities.
-            bound = 0.05 if name == "pred_boxes" else 1e-4
-            difference = (a.float() - b[index].float()).abs()
-            if not problem and (difference > bound).any():
-                problem = f"{name} of the exported model differ by up to {difference.max():.3g}"
-    if problem:
-        size = "{1} x {0}".format(*sample["image"].shape[1:])
-        raise InputError(f"in an image of {size} pixels {problem}: the model cannot be exported")
-    return number
 
 
 def other_images(image: torch.Tensor) -> List[torch.Tensor]:
@@ -211,6 +151,14 @@ def run(args: argparse.Namespace) -> None:
     recipe = read_config(args.config_file, args.opts)
     if recipe.is_proposal_network:
         raise InputError("only models that detect objects can be exported")
+    others = {
+        "--sample-image": args.sample_image,
+        "--categories": args.categories,
+        "--config-file": args.config_file,
+        recipe.name_of("weights"): recipe.weights,
+    }
+    for path in (args.output, f"{args.output}.json"):
+        output_path("--output", path, others)
     to_onnx = args.output.endswith(".onnx")
     if to_onnx:
         recipe.device = "cpu"
@@ -218,12 +166,12 @@ def run(args: argparse.Namespace) -> None:
     image = read_sample(recipe, args.sample_image)
     model = recipe.build_trained_model()
     torch.manual_seed(0)
-    sample, *others = (make_input(x, recipe.needs_proposals) for x in (image, *other_images(image)))
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    images = (image, *other_images(image))
+    samples = [make_input(x, recipe.needs_proposals) for x in images]
     (shorter, *_), longer = recipe.sizes(False)
     description = {
         "input": {
-            "names": list(sample),
+            "names": list(samples[0]),
             "format": recipe.image_format,
             "interpolation": recipe.interpolation,
             "shorter_side": shorter,
@@ -235,17 +183,20 @@ def run(args: argparse.Namespace) -> None:
         "config": recipe.dump(),
     }
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.onnx")
-        exported = export_onnx(model, sample, path) if to_onnx else trace(model, sample)
-        counts = [check(model, exported, x) for x in (sample, *others)]
+
+        def export(sample: Sample, what: Callable) -> Exported:
+            if not to_onnx:
+                return trace(model, sample, what)
+            return export_onnx(model, sample, what, os.path.join(folder, what.__name__))
+
+        exported = export(samples[0], detect)
+        print(check(model, samples, exported, partial(export, what=raw_outputs)))
         if to_onnx:
-            write_onnx(path, description, args.output)
+            write_onnx(os.path.join(folder, detect.__name__), description, args.output)
     if not to_onnx:
         save_trace(exported, args.output)
     with atomic_write(f"{args.output}.json", "w") as f:
         json.dump(description, f, indent=1)
-    in_others = ", ".join(map(str, counts[1:]))
-    print(f"the same {counts[0]} detections, and {in_others} in images of other sizes")
     print(args.output)
 
 

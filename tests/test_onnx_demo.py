@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo for exported models, which stands alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from libra_d2.demo.onnx_demo import main
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+INPUT = {
+    "names": ["image"],
+    "format": "BGR",
+    "interpolation": "opencv",
+    "shorter_side": 30,
+    "longer_side_at_most": 1000,
+}
+
+
+def make_model(path, names=("image",), **about):
+    """
+    A model that finds an object of class 1 from the second pixel to the last but one, the blue
+    channel of its first pixel being the score in percent; and one that is not sure, of class 0.
+    """
+    node, info, t = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto
+    constants = {
+        "percent": np.float32(100),
+        "corners": np.array([[1, 1, 39, 29], [0, 0, 9, 9]], np.float32),
+        "labels": np.array([1, 0]),
+        "low": np.array([0.4], np.float32),
+    }
+    nodes = [
+        node("Constant", [], [name], value=onnx.numpy_helper.from_array(np.asarray(value)))
+        for name, value in {**constants, "start": [0, 0, 0], "end": [1, 1, 1]}.items()
+    ]
+    nodes += [
+        node("Slice", ["image", "start", "end"], ["pixel"]),
+        node("Reshape", ["pixel", "one"], ["flat"]),
+        node("Div", ["flat", "percent"], ["high"]),
+        node("Concat", ["high", "low"], ["scores"], axis=0),
+        node("Identity", ["corners"], ["boxes"]),
+        node("Identity", ["labels"], ["classes"]),
+    ]
+    one = onnx.numpy_helper.from_array(np.array([1]))
+    nodes.insert(0, node("Constant", [], ["one"], value=one))
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [info(name, t.FLOAT, [3, 30, None] if name == "image" else [None]) for name in names],
+        [
+            info("boxes", t.FLOAT, [2, 4]),
+            info("classes", t.INT64, [2]),
+            info("scores", t.FLOAT, [2]),
+        ],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.helper.set_model_props(model, {k: json.dumps(v) for k, v in about.items()})
+    onnx.save(model, str(path))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory: a model, an image of 80 x 60 pixels, and what is none."""
+    make_model(tmp_path / "model.onnx", input=INPUT, classes=["dog", "猫"])
+    Image.new("RGB", (80, 60), (20, 10, 90)).save(tmp_path / "ä.png")
+    Image.new("RGB", (80, 60)).save(tmp_path / "whole.png")
+    half = (tmp_path / "whole.png").read_bytes()[:60]
+    (tmp_path / "half.png").write_bytes(half)
+    (tmp_path / "junk").write_bytes(b"\x08junk" * 100)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("ä.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def is_red(path):
+    return (np.array(Image.open(path).convert("RGB")).astype(int) - [255, 0, 0] == 0).all(axis=2)
+
+
+@pytest.mark.parametrize("output", ["out.png", "new/folder/ö.PNG"])
+def test_picture(output, folder, capsys):
+    """Resized by one half; the box is drawn in the pixels of the image, around the sure object."""
+    main(["model.onnx", "ä.png", output])
+    assert capsys.readouterr().out == f"1 objects: {output}\n"
+    red = is_red(folder / output)
+    assert red[2:59, 2].all()
+    assert red[2, 2:79].all()
+    assert not red[:2].any()
+    assert not red[20:50, 10:70].any()
+
+
+def test_orientation(folder):
+    """As cameras note it in the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image = Image.new("RGB", (60, 80), (20, 10, 90))
+    image.save(folder / "turned.png", exif=exif)
+    main(["model.onnx", "turned.png", "out.png"])
+    assert Image.open(folder / "out.png").size == (80, 60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.onnx", "ä.png", "out.png"], "none.onnx: No such file or directory"),
+        (["junk", "ä.png", "out.png"], "junk: "),
+        (["folder.png", "ä.png", "out.png"], "folder.png: Is a directory"),
+        (["foreign.onnx", "ä.png", "out.png"], "foreign.onnx: not written by tools/export_model"),
+        (["odd.onnx", "ä.png", "out.png"], "odd.onnx: "),
+        (["boxes.onnx", "ä.png", "out.png"], "boxes.onnx: a model without RPN needs proposals"),
+        (["model.onnx", "none.jpg", "out.png"], "none.jpg: No such file or directory"),
+        (["model.onnx", "junk", "out.png"], "junk: cannot identify image file"),
+        (["model.onnx", "half.png", "out.png"], "half.png: image file is truncated"),
+        (["model.onnx", "ä.png", "out.docx"], "out.docx: no suffix of a picture"),
+        (["model.onnx", "ä.png", "out"], "out: no suffix of a picture"),
+        (["model.onnx", "ä.png", "out.psd"], "out.psd: no suffix of a picture"),  # read only
+        (["model.onnx", "ä.png", "folder.png"], "folder.png: no file"),
+        (["model.onnx", "ä.png", "junk/a.png"], "junk/a.png: File exists"),
+        (["model.onnx", "ä.png", "ä.png"], "ä.png: an input, which would be written over"),
+        (["model.onnx", "ä.png", "link.png"], "link.png: an input, which would be written over"),
+    ],
+)
+def test_errors(arguments, message, folder, capfd):
+    """One line and exit status 2; the inputs are as before, and nothing is written."""
+    make_model(folder / "foreign.onnx")
+    make_model(folder / "odd.onnx", input=["image"], classes=[])
+    inputs = {**INPUT, "names": ["boxes", "image"]}
+    make_model(folder / "boxes.onnx", ["image", "rois"], input=inputs, classes=[])
+    before = {x: x.is_dir() or x.read_bytes() for x in folder.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert {x: x.is_dir() or x.read_bytes() for x in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 2), (["a", "b"], 2), (["-h"], 0)])
+def test_usage(arguments, status, capsys):
+    with pytest.raises(SystemExit, match=str(status)):
+        main(arguments)
+    output = capsys.readouterr()
+    assert re.match(r"usage: .* \[-h\] model image output\n", output.err or output.out)
+
+
+def test_stands_alone(folder):
+    """Without this project, Detectron2 and PyTorch, and in any locale."""
+    code = (
+        "import runpy, sys;"
+        "sys.modules.update(dict.fromkeys(['torch', 'detectron2', 'libra_d2']));"
+        f"sys.argv[0] = {str(ROOT / 'demo/onnx_demo.py')!r};"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", code, "model.onnx", "ä.png"]
+    for output, status in (("ö.png", 0), ("ä.png", 2)):
+        done = subprocess.run([*command, output], env=environment, capture_output=True)
+        assert done.returncode == status, done.stderr
+        assert b"Traceback" not in done.stderr
+    assert is_red(folder / "ö.png").any()
