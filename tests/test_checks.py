@@ -229,13 +229,6 @@ def test_device(num_gpus, option, config, monkeypatch):
                 read(*opts, config=config)
 
 
-def test_evaluation_period_longer_than_training(caplog):
-    for period in (40000, 40001):  # of a training of 40000 iterations
-        assert not caplog.text
-        read("TEST.EVAL_PERIOD", period)
-    assert "TEST.EVAL_PERIOD 40001 is longer than the training of 40000 iterations" in caplog.text
-
-
 def test_opencv(monkeypatch):
     """OpenCV is required where it is used, before training starts."""
     find = importlib.util.find_spec

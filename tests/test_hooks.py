@@ -79,6 +79,19 @@ def test_patience(toy_data, tmp_path, before, caplog):
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 7
 
 
+def test_no_number(toy_data, tmp_path, caplog):
+    """A metric that is never a number, as on validation data without objects, is named."""
+
+    class Empty(ToyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": float("nan")}}
+
+    with caplog.at_level("INFO"):
+        run(tmp_path, "TEST.EVAL_PERIOD", 2, f"{SECTION}PATIENCE", 2, trainer=Empty)
+    assert "ends early: bbox/AP has not been a number in 2 evaluations" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("metric", "data"), [("bbox/AP", "toy"), ("bbox/AP50", "toy"), ("bbox/AP", "one")]
 )

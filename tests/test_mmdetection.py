@@ -146,7 +146,7 @@ def test_unwrapping():
 
 
 OLD = "a checkpoint of mmdetection 1.x"
-NOT_PLAIN = r"'b' in it is a sparse, quantized or empty \(meta\) tensor; save"
+NOT_PLAIN = r"'b' in it is a sparse, quantized, expanded or empty \(meta\) tensor; save"
 ONE = torch.ones(1)
 
 

@@ -56,6 +56,7 @@ accumulation_steps    MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS train.accumulation_
 ema_decay             MODEL.LIBRA.TRAINER.EMA_DECAY          train.ema_decay             0.5
 best_metric           MODEL.LIBRA.TRAINER.BEST_METRIC        train.best_metric           x
 patience              MODEL.LIBRA.TRAINER.PATIENCE           train.patience              4
+epochs                MODEL.LIBRA.TRAINER.EPOCHS             train.epochs                2.5
 validation_loss       MODEL.LIBRA.TRAINER.VALIDATION_LOSS    train.validation_loss       true
 channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
 fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false

@@ -336,3 +336,15 @@ def test_interrupted(small, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="130"):
         run(*out, config="")
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted. ")
+
+
+def test_predictions_that_are_not_finite(synthetic, tmp_path, capsys):
+    """An evaluation of finite weights whose activations overflow is no result."""
+    out = ["OUTPUT_DIR", tmp_path, *TINY, "SOLVER.MAX_ITER", 1]
+    run(*own_data(synthetic, "train"), *out)
+    content = torch.load(tmp_path / "model_final.pth")
+    content["model"]["roi_heads.box_predictor.cls_score.weight"].fill_(3e38)
+    torch.save(content, tmp_path / "huge.pth")
+    flags = ["--eval-only", *own_data(synthetic, "val"), "MODEL.WEIGHTS", tmp_path / "huge.pth"]
+    error = fails(capsys, *flags, *out)
+    assert "predictions of roi_heads.box_predictor are not finite" in error

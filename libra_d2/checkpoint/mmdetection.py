@@ -144,6 +144,13 @@ def to_mmdetection(state: State) -> State:
     return converted
 
 
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether a tensor has all of its content in memory."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def check_weights(weights: Mapping[str, Any], path: str = "") -> None:
     """
     Raises:
@@ -154,16 +161,17 @@ def check_weights(weights: Mapping[str, Any], path: str = "") -> None:
     for key, value in weights.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
             raise InputError(f"{where}not a checkpoint: {key!r} in it is a {type(value).__name__}")
-        if isinstance(value, torch.Tensor) and (
-            value.layout != torch.strided or value.is_quantized or value.is_meta
-        ):
+        if isinstance(value, torch.Tensor) and not _is_plain(value):
             raise InputError(
-                f"{where}{key!r} in it is a sparse, quantized or empty (meta) tensor; save the "
-                "weights as plain tensors"
+                f"{where}{key!r} in it is a sparse, quantized, expanded or empty (meta) tensor; "
+                "save the weights as plain tensors"
             )
-        tensor = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-        if tensor.is_complex() or not torch.isfinite(tensor).all():
-            what = "of complex numbers" if tensor.is_complex() else "not finite"
+        if isinstance(value, np.ndarray):
+            if value.dtype.kind not in "bfiu":
+                raise InputError(f"{where}{key!r} in it is an array of {value.dtype}")
+            value = torch.from_numpy(value.copy())
+        if value.is_complex() or not torch.isfinite(value).all():
+            what = "of complex numbers" if value.is_complex() else "not finite"
             raise InputError(
                 f"{where}{key!r} in it is {what}: these weights are broken; use an earlier "
                 "checkpoint"

@@ -5,6 +5,7 @@ from .checks import check_datasets, check_run, check_values
 from .defaults import add_libra_config
 from .ideas import BASELINE, DETECTRON2_RECIPE, DISABLED, VARIANTS
 from .identity import RunIdentity, changed_values, describe, identify
+from .length import set_length
 from .reading import make_recipe, read_recipe
 from .recipe import Recipe, SettingMissing
 
@@ -25,4 +26,5 @@ __all__ = [
     "identify",
     "make_recipe",
     "read_recipe",
+    "set_length",
 ]

@@ -125,6 +125,11 @@ _RULES: Tuple[Rule, ...] = (
         lambda v: all(_is_expectation(*x) for x in v),
         "use [[task, metric, value, tolerance], ...], such as [['bbox', 'AP', 38.5, 0.2]]",
     ),
+    Rule(
+        "epochs",
+        lambda v: 0 <= v < math.inf,
+        "use a number of passes over the images, such as 12, or 0 for a number of iterations",
+    ),
     Rule("ema_decay", lambda v: 0 <= v < 1, "use a value in (0, 1), such as 0.9998, or 0 for none"),
 )
 
@@ -170,16 +175,11 @@ def _check_schedule(recipe: Recipe) -> None:
 def _check_evaluations(recipe: Recipe) -> None:
     period = recipe.eval_period
     for setting in ("best_metric", "patience"):
-        if recipe.get(setting) and not period > 0:
+        if recipe.get(setting) and not (period > 0 or recipe.epochs > 0):
             raise InputError(
                 f"{recipe.name_of(setting)} needs evaluations: set "
                 f"{recipe.name_of('eval_period')} to the number of iterations between them"
             )
-    if period > recipe.get("max_iter", math.inf):
-        logger.warning(
-            f"{recipe.name_of('eval_period')} {period} is longer than the training of "
-            f"{recipe.max_iter} iterations: it is evaluated at the end only"
-        )
 
 
 def _check_accumulation(recipe: Recipe) -> None:

@@ -112,6 +112,11 @@ def add_libra_config(cfg: CN) -> None:
     # is split into, to need less memory. 1 or more; it must divide the images of each process.
     # Gradients are those of the whole batch; iterations count batches.
     cfg.MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS = 1
+    # Length of the training in passes over the training images, such as 12. SOLVER.MAX_ITER follows
+    # from their number and the batch size, SOLVER.STEPS stay in proportion to it, and without
+    # TEST.EVAL_PERIOD each epoch ends with an evaluation and a checkpoint. 0 for SOLVER.MAX_ITER,
+    # which also counts where the command line names it alone.
+    cfg.MODEL.LIBRA.TRAINER.EPOCHS = 0.0
     # Decay of an exponential moving average of the weights, in (0, 1), such as 0.9998. It is
     # evaluated as "<task>_EMA" and written to model_final_ema.pth. 0 for none.
     cfg.MODEL.LIBRA.TRAINER.EMA_DECAY = 0.0

@@ -99,10 +99,11 @@ def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
             recipe: Recipe = LazyRecipe(_read_lazy(path, options, name))
     else:
         recipe = YamlRecipe(_read_yaml(path, options, name))
-    device = recipe.name_of("device")
-    is_named = any(str(option).split("=")[0] == device for option in options)
-    if recipe.device == "cuda" and not is_named and not torch.cuda.is_available():
-        recipe.device = "cpu"
+    named = {str(option).split("=")[0] for option in options}
+    if recipe.device == "cuda" and recipe.name_of("device") not in named:
+        recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.name_of("max_iter") in named and recipe.name_of("epochs") not in named:
+        recipe.epochs = 0.0
     check_values(recipe)
     return recipe
 

@@ -128,6 +128,7 @@ class Recipe(ABC):
 
     # Training
     max_iter = Setting("SOLVER.MAX_ITER", "train.max_iter")
+    epochs = _trainer("epochs", 0.0)
     learning_rate = Setting("SOLVER.BASE_LR", "optimizer.lr")
     batch_size = Setting("SOLVER.IMS_PER_BATCH", f"{_TRAIN}.total_batch_size")
     #: number of processes for which batch size and learning rate were chosen; 0 for any
@@ -263,6 +264,10 @@ class Recipe(ABC):
         if not self.has(setting):
             return default
         return self._read(self._setting(setting)) if "." in setting else getattr(self, setting)
+
+    def set(self, setting: str, value: Any) -> None:
+        """Change a setting, see :meth:`name_of`."""
+        self._write(self._setting(setting), value)
 
     def copy(self) -> "Recipe":
         """A recipe whose config can be changed independently, even if this one is frozen."""

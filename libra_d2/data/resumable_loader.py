@@ -87,6 +87,11 @@ class ResumableLoader:
             self._sampler = TrainingSampler(len(dataset)) if sampler is None else sampler
         self.seed = seed
 
+    @property
+    def num_images(self) -> int:
+        """The number of images that are drawn from."""
+        return len(self._dataset)
+
     def state_dict(self) -> Dict[str, Any]:
         """The seed, and the position of this process after the last batch that it returned."""
         return {"seed": self.seed, "start": self._start, "pending": list(self._pending)}

@@ -2,6 +2,7 @@
 """Training hooks: checkpoints, signals, best model, early stopping, averaged weights, speed."""
 
 import logging
+import math
 import os
 import re
 import signal
@@ -224,7 +225,7 @@ class EarlyStopping(HookBase):
         self.period = eval_period
         self.metric = metric
         self.patience = patience
-        self.best = -float("inf")
+        self.best = -math.inf
         self.num_bad = 0
 
     def state_dict(self) -> Dict[str, Any]:
@@ -250,9 +251,8 @@ class EarlyStopping(HookBase):
         self.num_bad = 0 if latest > self.best else self.num_bad + 1
         self.best = max(self.best, latest) if latest == latest else self.best
         if self.is_over:
-            self.trainer.end_early(
-                f"{self.metric} has not risen above {self.best:.2f} in {self.patience} evaluations"
-            )
+            best = f"risen above {self.best:.2f}" if self.best > -math.inf else "been a number"
+            self.trainer.end_early(f"{self.metric} has not {best} in {self.patience} evaluations")
 
 
 class AverageWeights(HookBase):

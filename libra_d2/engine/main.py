@@ -10,7 +10,7 @@ from detectron2.utils import comm
 
 from ..config import Recipe, describe
 from ..errors import Interrupted
-from ..evaluation import plot_learning_curves, read_metrics, write_results
+from ..evaluation import finite_predictions, plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
 from .setup import setup
@@ -32,12 +32,17 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
 
     Returns:
         see :meth:`Trainer.test`.
+
+    Raises:
+        InputError: if the weights cannot be evaluated, see :meth:`Recipe.build_trained_model` and
+            :func:`finite_predictions`.
     """
     checkpoint_dir = recipe.output_dir if resume else ""
     model = recipe.build_trained_model(checkpoint_dir, datasets=recipe.test_datasets)
-    results = Trainer.test(recipe.config, model)
-    if recipe.tta:
-        results = {**results, **Trainer.test_with_TTA(recipe.config, model)}
+    with finite_predictions(model):
+        results = Trainer.test(recipe.config, model)
+        if recipe.tta:
+            results = {**results, **Trainer.test_with_TTA(recipe.config, model)}
     if comm.is_main_process():
         recipe.verify(results)
     return results

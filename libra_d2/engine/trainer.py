@@ -30,9 +30,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 
 from ..checkpoint import LibraCheckpointer
-from ..config import Recipe, RunIdentity, identify, make_recipe
+from ..config import Recipe, RunIdentity, identify, make_recipe, set_length
+from ..data import ResumableLoader
 from ..errors import InputError, one_line
-from ..evaluation import PredictionPictures, build_evaluator
+from ..evaluation import PredictionPictures, build_evaluator, finite_predictions
 from ..evaluation.validation_loss import validation_losses
 from ..utils.random_state import keep_random_state
 from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
@@ -95,7 +96,10 @@ class Trainer(DefaultTrainer):
         self._identity = RunIdentity(in_main_process(identify, recipe))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        data_loader = WatchedLoader(self.build_train_loader(cfg))
+        loader = self.build_train_loader(cfg)
+        self.recipe = recipe = self._with_length(recipe, loader)
+        self.cfg = cfg = recipe.config
+        data_loader = WatchedLoader(loader)
         #: moving average of the weights, if any
         self.average: Optional[AverageWeights] = None
         if recipe.ema_decay > 0:
@@ -122,6 +126,20 @@ class Trainer(DefaultTrainer):
         self._resume = ExactResume(data_loader.loader, recipe.output_dir)
         self.best: Optional[BestModel] = None
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def _with_length(recipe: Recipe, loader: Any) -> Recipe:
+        """The recipe in iterations, see :func:`set_length`."""
+        if isinstance(loader, ResumableLoader):
+            recipe = recipe.copy() if recipe.epochs > 0 else recipe
+            set_length(recipe, loader.num_images)
+        elif recipe.epochs > 0:
+            raise InputError(
+                f"{recipe.name_of('epochs')} needs Detectron2's data loader, which knows how many "
+                f"images there are; with a {type(loader).__name__} use "
+                f"{recipe.name_of('max_iter')}"
+            )
+        return recipe
 
     def build_hooks(self) -> List[Optional[HookBase]]:
         """
@@ -210,7 +228,8 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _test(self) -> Mapping[str, Any]:
-        results = self.test(self.cfg, self.model)
+        with finite_predictions(self.model, required=False):
+            results = self.test(self.cfg, self.model)
         if self.average is not None:
             averaged = self.test(self.cfg, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from .build import TASKS, build_evaluator, check_evaluator_type, class_names, reported_metrics
 from .coco_evaluator import LibraCOCOEvaluator
+from .finite_predictions import finite_predictions
 from .pictures import PredictionPictures
 from .report import plot_learning_curves, read_metrics, write_results
 from .test_time_augmentation import RetinaNetWithTTA, add_test_time_augmentation
@@ -14,6 +15,7 @@ __all__ = [
     "build_evaluator",
     "check_evaluator_type",
     "class_names",
+    "finite_predictions",
     "plot_learning_curves",
     "read_metrics",
     "reported_metrics",

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a training is, in epochs and in iterations."""
+
+import logging
+import math
+
+from .recipe import Recipe
+
+__all__ = ["set_length"]
+
+logger = logging.getLogger(__name__)
+
+# Lengths beyond these are rarely meant: fine-tuning takes tens of epochs.
+_MANY_EPOCHS, _FEW_EPOCHS = 200, 1
+
+
+def set_length(recipe: Recipe, num_images: int) -> None:
+    """
+    Turn :attr:`Recipe.epochs`, if it is set, into iterations: those of the training and, in
+    proportion, the steps of the schedule. Each epoch ends with an evaluation and a checkpoint,
+    unless the config has an evaluation period. Log the length, and what may be a mistake.
+
+    Args:
+        recipe: changed in place.
+        num_images: that are trained on.
+    """
+    per_epoch = num_images / recipe.batch_size
+    steps = recipe.get("SOLVER.STEPS", ())
+    if recipe.epochs > 0:
+        before, recipe.max_iter = recipe.max_iter, math.ceil(recipe.epochs * per_epoch)
+        if recipe.has("SOLVER.STEPS"):
+            steps = tuple(round(step / before * recipe.max_iter) for step in steps)
+            recipe.set("SOLVER.STEPS", steps)
+        if recipe.eval_period == 0 and recipe.test_datasets:
+            recipe.eval_period = math.ceil(per_epoch)
+            recipe.checkpoint_period = recipe.eval_period
+    max_iter, epochs = recipe.max_iter, recipe.max_iter / per_epoch
+    logger.info(
+        f"The training has {max_iter} iterations of {recipe.batch_size} images: {epochs:.3g} "
+        f"epochs of {num_images} images"
+    )
+    name = recipe.name_of("max_iter")
+    if not _FEW_EPOCHS <= epochs <= _MANY_EPOCHS:
+        logger.warning(
+            f"{name} {max_iter} is {epochs:.3g} epochs of {num_images} images: "
+            f"{recipe.name_of('epochs')} sets the length in epochs"
+        )
+    late = [step for step in steps if step >= max_iter]
+    if late and recipe.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR":
+        logger.warning(
+            f"SOLVER.STEPS {tuple(steps)}: the learning rate does not fall at {late[0]}, because "
+            f"the training ends after {max_iter} iterations"
+        )
+    if recipe.get("SOLVER.WARMUP_ITERS", 0) >= max_iter:
+        logger.warning(
+            f"SOLVER.WARMUP_ITERS {recipe.get('SOLVER.WARMUP_ITERS')}: the learning rate never "
+            f"reaches {recipe.name_of('learning_rate')} in {max_iter} iterations"
+        )
+    period = recipe.eval_period
+    if recipe.test_datasets and not 0 < period < max_iter:
+        logger.warning(
+            f"{recipe.name_of('eval_period')} is {period}: the training of {max_iter} iterations "
+            "is evaluated at its end only"
+        )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The length of a training in epochs."""
+
+import json
+
+import pytest
+from conftest import demo_cfg
+from test_train_net import QUICK, own_data, run, small_data
+
+from libra_d2 import model_zoo
+from libra_d2.config import make_recipe, set_length
+
+EPOCHS = "MODEL.LIBRA.TRAINER.EPOCHS"
+SCHEDULE = {"SOLVER__LR_SCHEDULER_NAME": "WarmupMultiStepLR", "SOLVER__WARMUP_ITERS": 2}
+BATCH = {"SOLVER__IMS_PER_BATCH": 4, "DATASETS__TRAIN": ("a",), "DATASETS__TEST": ("b",)}
+
+
+def recipe_of(**settings):
+    """Steps after 60 and 80 of 90 iterations of 4 images."""
+    given = {"SOLVER__MAX_ITER": 90, "SOLVER__STEPS": (60, 80), "TEST__EVAL_PERIOD": 0}
+    return make_recipe(demo_cfg(**{**SCHEDULE, **BATCH, **given, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "period", "expected"),
+    [
+        (0.0, 0, (90, (60, 80), 0)),
+        (12.0, 0, (36, (24, 32), 3)),
+        (0.5, 7, (2, (1, 2), 7)),
+        (20.0, 7, (60, (40, 53), 7)),
+    ],
+)
+def test_epochs(epochs, period, expected, caplog):
+    """Of 12 images in batches of 4; a period of evaluations that was chosen stays."""
+    recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=epochs, TEST__EVAL_PERIOD=period)
+    before = recipe.checkpoint_period
+    with caplog.at_level("INFO"):
+        set_length(recipe, 12)
+    solver = recipe.config.SOLVER
+    assert (solver.MAX_ITER, solver.STEPS, recipe.eval_period) == expected
+    assert (3 if epochs and not period else before) == solver.CHECKPOINT_PERIOD
+    found = expected[0] * 4 / 12
+    assert f"{expected[0]} iterations of 4 images: {found:.3g} epochs of 12 imag" in caplog.text
+
+
+def test_lazy_config():
+    """Its schedule is in proportion by itself; one image more is one iteration more."""
+    recipe = make_recipe(model_zoo.get_config("COCO-Detection/libra_retinanet_R_50_FPN_1x.py"))
+    recipe.epochs, recipe.eval_period = 3, 0
+    set_length(recipe, 16 * 5 + 1)
+    assert (recipe.max_iter, recipe.eval_period, recipe.checkpoint_period) == (16, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_images", "warning"),
+    [
+        ({}, 12, ""),
+        ({"DATASETS__TEST": (), "TEST__EVAL_PERIOD": 0}, 12, ""),
+        ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
+        ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),
+        ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate does not fall at 90"),
+        ({"SOLVER__WARMUP_ITERS": 90}, 12, "never reaches SOLVER.BASE_LR in 90 iterations"),
+        ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the training of 90"),
+        ({"TEST__EVAL_PERIOD": 90}, 12, "evaluated at its end only"),
+    ],
+)
+def test_warnings(settings, num_images, warning, caplog):
+    """What a schedule hardly means is said once, and nothing else."""
+    settings = {"TEST__EVAL_PERIOD": 30, **settings}
+    set_length(recipe_of(**settings), num_images)
+    assert len(caplog.messages) == bool(warning)
+    assert warning in caplog.text
+
+
+def test_training(tmp_path):
+    """Of 2 images: an evaluation and a checkpoint each epoch; iterations that are named count."""
+    data = own_data(small_data(tmp_path / "data"), "train", "val")
+    opts = [*QUICK, "SOLVER.IMS_PER_BATCH", 1]
+    at = opts.index("SOLVER.MAX_ITER")
+    quick, out = opts[:at] + opts[at + 2 :], tmp_path / "out"
+    run(*data, *quick, EPOCHS, 3, "OUTPUT_DIR", out, config="")
+    metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    assert [x["iteration"] for x in metrics if "bbox/AP50" in x] == [1, 3, 6]
+    assert len([*out.glob("model_0*.pth")]) == 3
+    run(*data, *opts, EPOCHS, 3, "OUTPUT_DIR", tmp_path / "both", config="")
+    assert "6 iterations of 1 images: 3 epochs" in (tmp_path / "both/log.txt").read_text()
