@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from libra_d2 import add_libra_config
 from libra_d2.config import make_recipe
-from libra_d2.tools.export_model import match
+from libra_d2.tools.export_checks import match
 from libra_d2.tools.make_synthetic_dataset import make_synthetic_dataset
 
 ROOT = Path(__file__).parent.parent
