@@ -4,6 +4,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import demo_cfg
@@ -80,12 +81,15 @@ def test_fingerprint_of_other_datasets(data):
     (data / "instances.json").unlink()
     assert fingerprint(name)["annotations"] == "absent"
     records = [{"file_name": "/a/1.png", "image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}]
+    records[0].update(boxes=np.ones(2), made_by=object())
     DatasetCatalog.register("identity_function", lambda: records)
     before = fingerprint("identity_function")
-    records[0]["file_name"] = "/b/1.png"
+    records[0].update(file_name="/b/1.png", made_by=object())
     assert fingerprint("identity_function") == before
     records[0]["annotations"][0]["bbox"][3] = 5
-    assert fingerprint("identity_function") != before
+    boxed = fingerprint("identity_function")
+    records[0]["boxes"][1] = 2
+    assert before != boxed != fingerprint("identity_function")
     DatasetCatalog.remove("identity_function")
     assert fingerprint("identity_function") == {}
 

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import os
-from typing import Dict, Iterable, List, Tuple, Union
+from typing import Any, Dict, Iterable, List, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -30,6 +30,11 @@ def image_fingerprint(files: Iterable[Tuple[str, int]]) -> str:
     return f"{len(files)} ({digest.hexdigest()[:_LENGTH]})"
 
 
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value; of objects their class, as their text may have an address."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
+
+
 def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
     """
     Returns:
@@ -48,7 +53,7 @@ def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
         found["annotations"] = file_digest(json_file) if PathManager.isfile(json_file) else "absent"
     else:
         records = DatasetCatalog.get(dataset_name)
-        names = [{**r, "file_name": os.path.basename(str(r.get("file_name")))} for r in records]
-        content = json.dumps(names, sort_keys=True, default=str)
+        moved = [{**r, "file_name": os.path.basename(str(r.get("file_name")))} for r in records]
+        content = json.dumps(moved, skipkeys=True, default=_plain)
         found["annotations"] = hashlib.sha256(content.encode()).hexdigest()[:_LENGTH]
     return found
