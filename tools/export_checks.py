@@ -206,7 +206,7 @@ def check_detections(
         InputError: if it lacks or adds more than noise explains.
     """
     # More than the largest error that there was, and than that of a single operation.
-    noise = 5 * max(difference, 1e-6)
+    noise = 3 * max(difference, 1e-6)
     tolerance = max(difference / TYPICAL_DIFFERENCE, 1)
 
     def disturb(module: nn.Module, args: Tuple, output: Any) -> Any:
@@ -218,7 +218,7 @@ def check_detections(
     if not again.all() or others:
         with hooked(model, disturb):
             noisy = [detect(model, [sample]) for _ in range(NUM_RUNS)]
-        runs = [find_again(expected, x, 10 * tolerance) for x in noisy]
+        runs = [find_again(expected, x, tolerance) for x in noisy]
         # The exported model may be one more of these runs. It stands out if it lacks what all of
         # them have, more than one of them lacks what all others have.
         count = torch.stack([x for x, _ in runs]).sum(dim=0)

@@ -42,7 +42,6 @@ from libra_d2.tools.export_checks import (
     check,
     detect,
     make_input,
-    match,  # noqa: F401  tests/conftest.py imports it from here
     raw_outputs,
 )
 from libra_d2.utils.atomic_write import atomic_write

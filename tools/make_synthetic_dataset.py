@@ -204,7 +204,7 @@ def make_synthetic_dataset(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as tmp:
         unfinished = Path(tmp) / "dataset"
         (unfinished / "images").mkdir(parents=True)
-        for i in tqdm(range(num_images), desc=str(output), unit="image"):
+        for i in tqdm(range(num_images), desc=output_dir, unit="image"):
             image, objects = _render(np.random.default_rng([seed, i]), size, num_classes)
             record = {"id": i + 1, "file_name": f"{i:06d}.{image_format}"}
             image.save(unfinished / "images" / record["file_name"], quality=92)
