@@ -224,6 +224,18 @@ def test_resume(tmp_path):
     assert (model.weight[0, 0], optimizer.param_groups[0]["lr"]) == (1, 2)
 
 
+def test_weights_only(tmp_path, caplog):
+    """A file without the state of a training is none that a training resumes from."""
+    checkpointer, model, _ = checkpoints(tmp_path, "model_0000003", "model_best")
+    state = torch.optim.SGD(model.parameters(), lr=5.0)
+    checkpointer.add_checkpointable("trainer", state)
+    checkpointer.save("model_0000005", iteration=5)
+    (tmp_path / "last_checkpoint").write_text("model_best.pth")
+    assert checkpointer.resume_or_load("")["iteration"] == 5
+    assert "model_best.pth: it has weights only" in caplog.text
+    LibraCheckpointer(model, str(tmp_path)).resume_or_load("")  # to evaluate it
+
+
 @pytest.mark.parametrize(
     ("tag", "found"),
     [

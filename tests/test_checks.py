@@ -6,11 +6,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import DEMO_CONFIG, ROOT
+from fvcore.common.param_scheduler import ConstantParamScheduler
 
+from detectron2.config import LazyCall
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from libra_d2.config import check_run
+from libra_d2.config import check_run, check_values
 from libra_d2.engine import read_config
 from libra_d2.errors import InputError
 
@@ -175,6 +177,14 @@ def test_values_of_lazy_configs(opts, message, datasets):
         check(*opts.split(), config=LAZY, test_datasets=("test_1",))
     assert "\n" not in str(error.value)
     check(config=LAZY, test_datasets=("test_1",))
+
+
+def test_undefined_end_of_a_schedule():
+    """fvcore's constant one is not defined after the last iteration, where Detectron2 reads it."""
+    recipe = read(config=LAZY)
+    recipe.config.lr_multiplier = LazyCall(ConstantParamScheduler)(value=1.0)
+    with pytest.raises(InputError, match="^lr_multiplier cannot be used: .*got 1.0"):
+        check_values(recipe)
 
 
 def test_parts_of_an_evaluation():

@@ -69,8 +69,8 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     for variant, seed, command, env in trainings:
         assert command == [
             *(sys.executable, "-m", "libra_d2.engine.main", "--resume", *args),
-            *("OUTPUT_DIR", str(tmp_path / variant / seed), "SEED", seed[5:], *TINY),
-            *options_of(variant),
+            *(*TINY, *options_of(variant)),
+            *("OUTPUT_DIR", str(tmp_path / variant / seed), "SEED", seed[5:]),
         ]
         assert env == {**os.environ, "OMP_NUM_THREADS": "8"}
     summary = tmp_path / "summary"
@@ -101,6 +101,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     ("change", "message"),
     [
         (["SOLVER.BASE_LR", 0.5], "SOLVER.BASE_LR is 0.5, but was 0.04 before"),
+        (["MODEL.WEIGHTS", __file__], "initial weights is '"),
         ("data", "training data 'own_train' annotations is '"),
         ("forgotten", "a training of unknown settings"),
         ("broken", "run.json: Expecting value"),

@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT
 from test_train_net import TINY, own_data, run
 
-from libra_d2.data.fingerprint import fingerprint
+from detectron2.data import DatasetCatalog
+
+from libra_d2.data.fingerprint import record_fingerprint
 from libra_d2.engine import read_config
 from libra_d2.tools.dump_proposals import main
 
@@ -43,7 +45,7 @@ def test_proposals_are_those_of_the_model(rpn, dumped):
     assert sorted(p.name for p in dumped.iterdir()) == ["own_train.pkl", "own_val.pkl"]
     content = pickle.loads((dumped / "own_val.pkl").read_bytes())
     assert content["ids"] == list(range(1, 13))
-    assert content["images"] == fingerprint("own_val")["images"]
+    assert content["images"] == record_fingerprint(DatasetCatalog.get("own_val"))
     model = rpn[1].build_trained_model()
     for i, (record,) in zip(range(3), rpn[1].build_test_loader("own_val")):
         with torch.no_grad():

@@ -251,8 +251,14 @@ def test_types(registered, tmp_path):
     found = {r["image_id"]: detections(r) for r in records}
     results = evaluate(build_evaluator("test_untyped", str(tmp_path)), found)
     assert results["bbox"]["AP"] == pytest.approx(100)
+    assert MetadataCatalog.get("test_untyped").get("json_file") is None
+    # Other data under this name is not taken for the one that was evaluated before.
+    del records[0]["annotations"][0]
+    results = evaluate(build_evaluator("test_untyped", str(tmp_path)), found)
+    assert results["bbox"]["AP"] < 100
     nothing = {records[0]["image_id"]: detections({**records[0], "annotations": []})}
-    assert np.isnan(evaluate(build_evaluator("test_untyped", ""), nothing)["bbox"]["AP"])
+    evaluator = build_evaluator("test_untyped", str(tmp_path))
+    assert np.isnan(evaluate(evaluator, nothing)["bbox"]["AP"])
     voc = {"evaluator_type": "pascal_voc", "dirname": str(tmp_path), "split": "val", "year": 2012}
     MetadataCatalog.get("test_voc").set(**voc, thing_classes=["a"])
     assert isinstance(build_evaluator("test_voc", ""), PascalVOCDetectionEvaluator)

@@ -78,13 +78,15 @@ def test_fingerprint_of_other_datasets(data):
     known, metadata = fingerprint(name), MetadataCatalog.get(name)
     del metadata.fingerprint
     assert fingerprint(name) == {k: known[k] for k in ("annotations", "classes")}
+    del metadata.thing_classes
+    assert fingerprint(name)["classes"] == ["a", "b"]  # as register_coco_instances, when loaded
     (data / "instances.json").unlink()
     assert fingerprint(name)["annotations"] == "absent"
     records = [{"file_name": "/a/1.png", "image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}]
-    records[0].update(boxes=np.ones(2), made_by=object())
+    records[0].update({"boxes": np.ones(2), "made_by": object(), 7: 8, "sem_seg_file_name": "/a/b"})
     DatasetCatalog.register("identity_function", lambda: records)
     before = fingerprint("identity_function")
-    records[0].update(file_name="/b/1.png", made_by=object())
+    records[0].update(file_name="/b/1.png", made_by=object(), sem_seg_file_name="/c/b")
     assert fingerprint("identity_function") == before
     records[0]["annotations"][0]["bbox"][3] = 5
     boxed = fingerprint("identity_function")
@@ -164,12 +166,16 @@ BEFORE = {
         ("training data 'a' images", "3 (1)", True),
         ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", True),
         ("model.backbone._target_", "a.C", True),
+        ("optimizer._target_", "a.SGD", True),
+        ("optimizer.lr", 2.0, False),
+        ("dataloader.train.dataset.path", "b", True),
     ],
 )
 def test_resuming(name, value, is_fixed, caplog):
     """What cannot be meant is refused, the rest is logged."""
     identity = RunIdentity({**BEFORE, name: value})
-    clause = f"{name} is {value!r}, but was {BEFORE[name]!r} before"
+    before = repr(BEFORE[name]) if name in BEFORE else "absent"
+    clause = f"{name} is {value!r}, but was {before} before"
     if is_fixed:
         with pytest.raises(InputError, match="cannot be resumed: .*another output dir") as error:
             identity.load_state_dict(BEFORE)
@@ -192,7 +198,7 @@ def test_other_data():
 def test_classes(data):
     """A model is evaluated on the classes that it has learned, in their order."""
     name, key = register(data), "training data 'other' classes"
-    for run in ({}, {key: ["a", "b"]}):
+    for run in ({}, {key: ["a", "b"]}, {key: []}):
         check_classes(run, [name])
     check_classes({key: ["b", "a"]}, [])
     for learned in (["b", "a"], ["a"], ["a", "b", "c"]):

@@ -9,7 +9,12 @@ import pytest
 from conftest import demo_cfg
 
 from libra_d2.config import make_recipe
-from libra_d2.engine.output_dir import prepare_output_dir, set_earlier_run_aside
+from libra_d2.engine.output_dir import (
+    config_kept,
+    prepare_output_dir,
+    save_config,
+    set_earlier_run_aside,
+)
 from libra_d2.errors import InputError
 from libra_d2.utils.atomic_write import UNFINISHED
 
@@ -30,7 +35,7 @@ def recipe_for(folder, **overrides):
 
 def test_one_program(tmp_path):
     """A directory in which another program runs is refused, with its name, until it ends."""
-    (tmp_path / f"model_0000001.pth{UNFINISHED}").touch()
+    (tmp_path / f"model_0000001.pth.0-1{UNFINISHED}").touch()
     lock = tmp_path / ".lock"
     other = subprocess.Popen(
         [sys.executable, "-c", OTHER, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -77,17 +82,22 @@ def names(folder):
 
 def test_earlier_run(tmp_path, caplog):
     """Its files are moved aside, each time to another place; inputs and logs stay."""
-    set_earlier_run_aside(recipe_for(tmp_path))
-    (tmp_path / "config.yaml").touch()  # of a start that failed
-    set_earlier_run_aside(recipe_for(tmp_path))
-    assert names(tmp_path) == {"config.yaml"}
+    # Without a run: a start that failed, or somebody's own files.
+    others = {"config.yaml", "results.md", "model_r18.pth", "chapter.unfinished"}
+    for name in (*others, "metrics.json"):
+        (tmp_path / name).touch()
+    set_earlier_run_aside(recipe_for(tmp_path), {}, False)
+    assert names(tmp_path) == {*others, "metrics.json"}
+    for name in others:
+        (tmp_path / name).unlink()
     expected = set(OTHERS)
     for number in (1, 2):
         for name in FILES + OTHERS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(name)
         with caplog.at_level("WARNING"):
-            set_earlier_run_aside(recipe_for(tmp_path, MODEL__WEIGHTS=str(tmp_path / "other.pth")))
+            given = {"MODEL.WEIGHTS": str(tmp_path / "other.pth")}
+            set_earlier_run_aside(recipe_for(tmp_path), given, False)
         aside = f"earlier_runs/{number}"
         assert (
             caplog.messages[-1]
@@ -98,12 +108,48 @@ def test_earlier_run(tmp_path, caplog):
     assert (tmp_path / "earlier_runs/1/inference/a.json").read_text() == "inference/a.json"
 
 
-def test_weights_of_the_earlier_run(tmp_path):
-    """They would be moved before they are loaded."""
-    (tmp_path / "model_final.pth").touch()
+def test_inputs_in_the_earlier_run(tmp_path):
+    """They would be moved before they are read; a config is used once more."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
     os.symlink(tmp_path / "model_final.pth", tmp_path / "link")
-    for path in ("model_final.pth", "link", "model_final.pth?matching_heuristics=True"):
-        weights = str(tmp_path / path)
-        with pytest.raises(InputError, match="^MODEL.WEIGHTS: .* belongs to the run in OUTPUT_DI"):
-            set_earlier_run_aside(recipe_for(tmp_path, MODEL__WEIGHTS=weights))
-    assert (tmp_path / "model_final.pth").exists()
+    before = names(tmp_path)
+    weights = ("model_final.pth", "link", "model_final.pth?matching_heuristics=True")
+    given = [f"{tmp_path}/{name}" for name in (*weights, "inference/a.json")]
+    for path in (*given, f"file://{given[0]}"):
+        message = "^NAME: .* belongs to the run in OUTPUT_DIR, "
+        with pytest.raises(InputError, match=message):
+            set_earlier_run_aside(recipe_for(tmp_path), {"NAME": path}, False)
+        assert names(tmp_path) == before
+    given = {"--config-file": str(tmp_path / "config.yaml"), "MODEL.WEIGHTS": "libra://a"}
+    set_earlier_run_aside(recipe_for(tmp_path), given, False)
+    assert (tmp_path / "config.yaml").exists()
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_nothing_to_resume(tmp_path, caplog):
+    """The earlier run that could be meant is named."""
+    for _ in range(2):
+        set_earlier_run_aside(recipe_for(tmp_path), {}, True)
+        (tmp_path / "earlier_runs/3").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "earlier_runs/3/model_final.pth").touch()
+        (tmp_path / "earlier_runs/12").mkdir(exist_ok=True)
+    assert caplog.messages[0] == f"There is no checkpoint to resume from in {tmp_path}"
+    hint = f". The last run that has one is in {tmp_path}/earlier_runs/3, and is resumed with that"
+    assert caplog.messages[1] == f"{caplog.messages[0]}{hint} as OUTPUT_DIR"
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_config(tmp_path, existed):
+    """What was there before is kept until a training begins, and what was given for good."""
+    path, recipe = tmp_path / "config.yaml", recipe_for(tmp_path, SEED=7)
+    if existed:
+        path.write_text("before")
+    with config_kept(recipe):
+        path.write_text("after")
+    assert path.read_text() == ("before" if existed else "after")
+    save_config(recipe, str(path))
+    assert path.read_text() == ("before" if existed else "after")
+    save_config(recipe, "other.yaml")
+    assert "SEED: 7" in path.read_text()

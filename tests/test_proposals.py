@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, load_proposals_into
 from detectron2.structures import BoxMode
 
 from libra_d2.data import prepare_proposals, register_coco_json
-from libra_d2.data.fingerprint import fingerprint
+from libra_d2.data.fingerprint import record_fingerprint
 from libra_d2.data.proposals import write_proposals
 from libra_d2.errors import InputError
 
@@ -58,7 +59,7 @@ def test_from_mmdetection(ids, tmp_path):
     theirs = arrays(len(ids))
     theirs[3][[0, 1, -1], 4] = 1.0, 1 - 1e-7, 0.0
     path = prepare_proposals(write(tmp_path, theirs), NAME, str(tmp_path / "cache"))
-    assert path == str(tmp_path / f"cache/{NAME}.pkl")
+    assert re.fullmatch(rf"{tmp_path}/cache/{NAME}-\w{{16}}.pkl", path)
     for record in load_proposals_into_dataset(DatasetCatalog.get(NAME), path):
         expected = theirs[ids.index(record["image_id"])]
         np.testing.assert_array_equal(record["proposal_boxes"], expected[:, :4])
@@ -110,6 +111,11 @@ def put(key, position, value):
         (put("objectness_logits", 2, np.zeros(())), "logits of image number 2 .* of shape ..$"),
         (put("boxes", 2, np.zeros((11, 4))), "image id 10 has 11 boxes, but 9 scores"),
         (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
+        (
+            put("boxes", 1, np.full((10, 4), 96.5)),
+            "id 11 has a box, .96.5, .*outside of its 96 x 96",
+        ),
+        (lambda c: c["boxes"][1].__iadd__(-2), "id 11 has a box, .-1.* outside of its"),
         (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
         (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
         *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),
@@ -135,7 +141,7 @@ def test_bad_file(ids, tmp_path, monkeypatch, content, message):
 
 def test_other_images(ids, tmp_path):
     """Proposals that say for which images they are: only for these."""
-    known = fingerprint(NAME)["images"]
+    known = record_fingerprint(DatasetCatalog.get(NAME))
     columns = (detectron2s(ids)[name] for name in ("ids", "boxes", "objectness_logits"))
     path = str(tmp_path / "written.pkl")
     write_proposals(path, *columns, images=known)

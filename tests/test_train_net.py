@@ -207,15 +207,15 @@ def test_summary(small, tmp_path):
     assert printed[-5:] == files
     assert not any(x.startswith("bbox") for x in printed)
     assert not (tmp_path / "results.md").exists()
-    results = [f"results: {tmp_path}/results.md"]
+    results = [f"results: {tmp_path}/evaluation.md"]
     flags = ["--eval-only", *own_data(small, "val")]
     weights = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "MODEL.LIBRA.NUM_PICTURES", 1]
     printed = run(*flags, *QUICK, *out, *weights, config=config)
     assert printed[-4:-2] == ["bbox: AP 100.0, AP50 100.0, AP75 100.0", files[1]]
     assert printed[-2:] == [*results, f"pictures: {tmp_path}/pictures/own_val"]
-    assert (tmp_path / "results.md").read_text().startswith("# a.b\n\n## bbox on own_val\n")
+    assert (tmp_path / "evaluation.md").read_text().startswith("# a.b\n\n## bbox on own_val\n")
     run(*flags, *QUICK, *out, *weights, config="")
-    assert (tmp_path / "results.md").read_text().startswith(f"# {tmp_path}\n")
+    assert (tmp_path / "evaluation.md").read_text().startswith(f"# {tmp_path}\n")
 
 
 def test_weights_that_are_evaluated(small, tmp_path):
@@ -268,6 +268,43 @@ def test_resume_with_other_data(small, tmp_path, capsys):
     assert {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")} == before
 
 
+def test_resume_with_other_rate(small, tmp_path, capsys):
+    """The config's values count, as the log says; what was done cannot be undone."""
+    flags = [*own_data(small, "train"), *QUICK, "OUTPUT_DIR", tmp_path]
+    flags += ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"]
+    run(*flags, config="")
+    opts = ["SOLVER.MAX_ITER", 6, "SOLVER.BASE_LR", 0.25, "SOLVER.MOMENTUM", 0.5]
+    run("--resume", *flags, *opts, config="")
+    # Momentum is without effect in the first step after 0.0.
+    assert number(tmp_path / "model_final.pth") == 4 * 0.5 + 0.25 + 1.5 * 0.25
+    content = torch.load(tmp_path / "model_final.pth")
+    content.pop("run")
+    torch.save(content, tmp_path / "model_final.pth")
+    run("--resume", *flags, *opts, config="")
+    assert "does not say which run it is of" in (tmp_path / "log.txt").read_text()
+    before = (tmp_path / "config.yaml").read_bytes()
+    error = fails(capsys, "--resume", *flags, "SOLVER.MAX_ITER", 5, config="")
+    assert "MAX_ITER is 5, but the run that is resumed has 6 iterations already" in error
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_files_of_a_training(small, tmp_path):
+    """An evaluation leaves them alone, and a config that is read is not written over."""
+    flags = [*own_data(small, "train", "val"), *QUICK, "OUTPUT_DIR", tmp_path / "out"]
+    given = tmp_path / "out/config.yaml"
+    given.parent.mkdir()
+    given.write_text("# mine\nVERSION: 2\n")
+    for _ in range(2):
+        run(*flags, config=given)
+        assert given.read_text() == "# mine\nVERSION: 2\n"
+    assert (tmp_path / "out/earlier_runs/1/model_final.pth").exists()
+    results = (tmp_path / "out/results.md").read_bytes()
+    run("--eval-only", "--resume", *flags, "SEED", 5, config=given)
+    assert (tmp_path / "out/results.md").read_bytes() == results
+    assert (tmp_path / "out/evaluation.md").exists()
+    assert given.read_text() == "# mine\nVERSION: 2\n"
+
+
 def test_new_run_in_a_used_directory(small, tmp_path):
     """The earlier run's files are kept aside, and nothing of it shows in the new one's."""
     flags = [*own_data(small, "train", "val"), *QUICK, "OUTPUT_DIR", tmp_path]
@@ -312,7 +349,8 @@ def test_own_data(tmp_path):
         assert (recipe.train_datasets, recipe.train_proposals) == (("own_train",), ())
         assert names == (recipe.test_datasets, recipe.test_proposals)
     assert recipe.num_classes == 2
-    changed = json.loads((tmp_path / "datasets/own_train.json").read_text())
+    (path,) = {*tmp_path.glob("datasets/own_train-*.json")}
+    changed = json.loads(path.read_text())
     assert changed["annotations"][0]["bbox"] == [8, 8, 32, 40]
     log = (tmp_path / "log.txt").read_text()
     assert "SOLVER.IMS_PER_BATCH is" not in log

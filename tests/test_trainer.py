@@ -322,6 +322,30 @@ def test_loss_that_is_not_finite(toy_data, tmp_path):
     assert re.fullmatch(pattern, str(error.value))
 
 
+def test_other_optimizer(toy_data, tmp_path):
+    """A checkpoint of other parameters is refused in one line."""
+
+    class Larger(ToyTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            optimizer = super().build_optimizer(cfg, model)
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+            return optimizer
+
+    run(tmp_path, until=5)
+    with pytest.raises(InputError, match="checkpoint's optimizer is of another kind or of other"):
+        make(tmp_path, trainer=Larger)
+
+
+def test_different_checkpoints(toy_data, tmp_path, monkeypatch):
+    """Processes that do not share their output directory."""
+    run(tmp_path, until=5)
+    gather = comm.all_gather
+    monkeypatch.setattr(comm, "all_gather", lambda x: [*gather(x), 0])
+    with pytest.raises(InputError, match=f"{tmp_path}: the processes find different checkpoints"):
+        make(tmp_path)
+
+
 def test_zero_steps_left(whole, tmp_path):
     """A finished training resumed with averaging: the average is that of its weights."""
     opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}BEST_METRIC", ""]

@@ -30,6 +30,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from libra_d2.config import VARIANTS, Recipe, changed_values, identify
+from libra_d2.data.fingerprint import file_digest
 from libra_d2.engine import (
     add_data_arguments,
     config_argument_parser,
@@ -70,10 +71,10 @@ def is_finished(folder: Path) -> bool:
 
 def run_options(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> List[str]:
     """The command line options of a training."""
-    options = recipe.options({"output_dir": run_folder(args, variant, seed), "seed": seed})
     bins = variant == "all_reference"
-    options += [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
-    return options
+    options = [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
+    options += recipe.options({"output_dir": run_folder(args, variant, seed), "seed": seed})
+    return list(map(str, options))
 
 
 def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
@@ -93,7 +94,9 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
     for name in ("train_datasets", "test_datasets", "train_proposals", "test_proposals"):
         if getattr(recipe, name):
             setattr(run, name, getattr(recipe, name))
-    now, path = identify(run), folder / "run.json"
+    # Other than in a run that is resumed, the initial weights matter.
+    weights = file_digest(run.weights) if os.path.isfile(run.weights) else run.weights
+    now, path = {**identify(run), "initial weights": weights}, folder / "run.json"
     if not path.exists() and (folder / "metrics.json").exists():
         raise InputError(f"{folder}: there is a training of unknown settings; use another --output")
     if path.exists():
@@ -257,6 +260,8 @@ def summarize(args: argparse.Namespace, variants: List[str]) -> str:
                 source = folder / "metrics.json"
                 shutil.copy(source, summary / "metrics" / f"{variant}_seed_{seed}.json")
                 runs.setdefault(variant, {})[seed] = read_metrics(str(source))
+    if not runs:
+        raise InputError(f"{args.output}: no training has ended with an evaluation in AP")
     text = "\n\n".join(filter(None, (table(runs), uncertainty(runs), differences(runs))))
     plot(runs, summary / "curves.png")
     command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]

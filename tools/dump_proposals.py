@@ -19,11 +19,12 @@ import tempfile
 
 import torch
 
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.config import Recipe, check_datasets
-from libra_d2.data.fingerprint import fingerprint
+from libra_d2.data.fingerprint import record_fingerprint
 from libra_d2.data.proposals import write_proposals
 from libra_d2.engine import (
     add_data_arguments,
@@ -60,7 +61,8 @@ def dump(recipe: Recipe, model: torch.nn.Module, dataset_name: str, path: str) -
         inference_on_dataset(model, recipe.build_test_loader(dataset_name), evaluator)
         found = load_arrays(os.path.join(folder, "box_proposals.pkl"))
     columns = (found[name] for name in ("ids", "boxes", "objectness_logits"))
-    write_proposals(path, *columns, images=fingerprint(dataset_name).get("images", ""))
+    images = record_fingerprint(DatasetCatalog.get(dataset_name))
+    write_proposals(path, *columns, images=images)
     logger.info(f"Proposals: {path}")
 
 

@@ -43,14 +43,16 @@ def _tagged(folder: str) -> str:
 def find_checkpoint(folder: str) -> str:
     """
     The checkpoint in a directory to resume from: that of ``last_checkpoint`` or, if there is no
-    such file or it is broken, the newest one; "" if there is none.
+    such file or it is broken, the newer one of ``model_final.pth`` and that of the last iteration;
+    "" if there is none.
     """
     name = _tagged(folder)
     if name:
         return os.path.join(folder, name)
     files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth")) if folder else []
-    files = [file for file in files if os.path.basename(file) not in _WEIGHTS_ONLY]
-    return max(files, key=os.path.getmtime, default="")
+    numbered = [file for file in files if re.search(r"model_\d{7}\.pth$", file)]
+    finals = [file for file in files if os.path.basename(file) == "model_final.pth"]
+    return max([*finals, *sorted(numbered)[-1:]], key=os.path.getmtime, default="")
 
 
 class _AtomicPathManager:
@@ -212,6 +214,8 @@ class LibraCheckpointer(DetectionCheckpointer):
             if filename.endswith(".pkl"):
                 load_arrays(filename)
             loaded = to_detectron2_checkpoint(super()._load_file(filename))
+        if self._resuming and "trainer" in self.checkpointables and "trainer" not in loaded:
+            raise BrokenFileError(f"{self._path}: it has weights only, which no run resumes from")
         return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):

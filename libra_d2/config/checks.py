@@ -161,7 +161,10 @@ def _check_schedule(recipe: Recipe) -> None:
     if rate is None:
         return
     try:
-        recipe.build_lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate))
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        schedule = recipe.build_lr_scheduler(optimizer)
+        schedule.last_epoch = recipe.max_iter  # where not all of fvcore's schedules are defined
+        schedule.get_lr()
     except SettingMissing:
         return  # only a training needs a schedule
     except InputError:

@@ -31,7 +31,8 @@ _FREE = re.compile(
 )
 # The position in the data order and the weights are meaningless with other data and other parts.
 _FIXED = re.compile(
-    rf"{_SPLITS['train']} .*|MODEL\.(META_ARCHITECTURE|.*\.NAME)|model\.(.*\._target_)"
+    rf"{_SPLITS['train']} .*|DATASETS\.TRAIN|dataloader\.train\.dataset\..*"
+    r"|MODEL\.(META_ARCHITECTURE|.*\.NAME)|(model|optimizer)\.(.*\.)?_target_"
 )
 
 
@@ -101,6 +102,8 @@ class RunIdentity:
     def __init__(self, values: Dict[str, Any]):
         """Args: values: see :func:`identify`."""
         self.values = values
+        #: whether it was compared with that of a checkpoint
+        self.is_compared = False
 
     @property
     def validation_data(self) -> Dict[str, Any]:
@@ -118,6 +121,7 @@ class RunIdentity:
         Raises:
             InputError: if training data, classes, or parts of the model differ.
         """
+        self.is_compared = True
         found = changed_values(before, self.values)
         fixed = [clause for name, clause in found.items() if _FIXED.fullmatch(name)]
         if fixed:
@@ -141,7 +145,9 @@ def check_classes(run: Mapping[str, Any], datasets: Sequence[str]) -> None:
         InputError: if they differ.
     """
     learned: List[List[str]] = [
-        value for name, value in run.items() if re.fullmatch(r"training data .* classes", name)
+        classes
+        for name, classes in run.items()
+        if re.fullmatch(r"training data .* classes", name) and classes
     ]
     for dataset in datasets:
         classes = list(MetadataCatalog.get(dataset).get("thing_classes") or ())

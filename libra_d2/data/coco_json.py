@@ -265,7 +265,7 @@ def register_coco_json(
     """
     Check a dataset and register it with Detectron2. If :func:`read_coco_json` had to change its
     annotations, a warning says how, and training and evaluation use the changed ones, which are
-    written to ``<cache_dir>/<name>.json``.
+    written to ``<cache_dir>/<name>-<digest>.json``.
 
     Args:
         name: name to register; one that is registered already is replaced.
@@ -295,7 +295,7 @@ def register_coco_json(
         has_byte_order_mark = f.read(3) == b"\xef\xbb\xbf"
     if +changes or has_byte_order_mark:
         os.makedirs(cache_dir, exist_ok=True)
-        json_file = os.path.join(cache_dir, f"{name}.json")
+        json_file = os.path.join(cache_dir, f"{name}-{digests['annotations']}.json")
         with atomic_write(json_file, "w") as f:
             json.dump(dataset, f)
 

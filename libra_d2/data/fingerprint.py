@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["file_digest", "fingerprint", "image_fingerprint"]
+__all__ = ["file_digest", "fingerprint", "image_fingerprint", "record_fingerprint"]
 
 _LENGTH = 16  # of a digest: hexadecimal digits, enough to tell files apart
 
@@ -26,13 +26,31 @@ def file_digest(path: str) -> str:
 def image_fingerprint(files: Iterable[Tuple[str, int]]) -> str:
     """The number of images, and a digest of their names and sizes in bytes, whatever the order."""
     files = sorted(files)
-    digest = hashlib.sha256(json.dumps(files).encode())
-    return f"{len(files)} ({digest.hexdigest()[:_LENGTH]})"
+    return f"{len(files)} ({_digest(files)})"
+
+
+def record_fingerprint(records: List[Dict[str, Any]]) -> str:
+    """As :func:`image_fingerprint`, of the ids and names of images in Detectron2's format."""
+    names = [(str(r["image_id"]), os.path.basename(str(r.get("file_name")))) for r in records]
+    return f"{len(names)} ({_digest(sorted(names))})"
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, skipkeys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 
 def _plain(value: Any) -> Any:
     """What JSON can hold of a value; of objects their class, as their text may have an address."""
     return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
+
+
+def _moved(record: Dict[str, Any]) -> Dict[str, Any]:
+    """A record without the directories of its files."""
+    return {
+        k: os.path.basename(v) if isinstance(v, str) and str(k).endswith("file_name") else v
+        for k, v in record.items()
+    }
 
 
 def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
@@ -45,15 +63,15 @@ def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
     if dataset_name not in DatasetCatalog:
         return {}
     metadata = MetadataCatalog.get(dataset_name)
-    found = {"classes": list(metadata.get("thing_classes") or ())}
     json_file = metadata.get("json_file")
+    records = None
+    if not (json_file and metadata.get("thing_classes")):
+        records = DatasetCatalog.get(dataset_name)  # which may name the classes, too
+    found = {"classes": list(metadata.get("thing_classes") or ())}
     if metadata.get("fingerprint"):
         found.update(metadata.fingerprint)
     elif json_file:
         found["annotations"] = file_digest(json_file) if PathManager.isfile(json_file) else "absent"
     else:
-        records = DatasetCatalog.get(dataset_name)
-        moved = [{**r, "file_name": os.path.basename(str(r.get("file_name")))} for r in records]
-        content = json.dumps(moved, skipkeys=True, default=_plain)
-        found["annotations"] = hashlib.sha256(content.encode()).hexdigest()[:_LENGTH]
+        found["annotations"] = _digest([_moved(record) for record in records])
     return found

@@ -21,7 +21,7 @@ from detectron2.structures import BoxMode
 from ..errors import InputError, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.safe_reading import load_arrays
-from .fingerprint import fingerprint
+from .fingerprint import file_digest, record_fingerprint
 
 __all__ = ["prepare_proposals", "write_proposals"]
 
@@ -41,7 +41,7 @@ def write_proposals(
     Args:
         path: of the file.
         ids, boxes, objectness_logits: a value for each image.
-        images: what the images are, see :func:`image_fingerprint`; "" if unknown.
+        images: what the images are, see :func:`record_fingerprint`; "" if unknown.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     content = {
@@ -109,8 +109,8 @@ def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List,
             f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
             f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
         )
-    theirs, ours = content.get("images"), fingerprint(dataset_name).get("images")
-    if theirs and ours and theirs != ours:
+    theirs, ours = content.get("images"), record_fingerprint(DatasetCatalog.get(dataset_name))
+    if theirs and theirs != ours:
         raise InputError(
             f"{path}: proposals for {theirs} images, which are not the {ours} of dataset "
             f"{dataset_name!r}; tools/dump_proposals.py writes proposals for these"
@@ -120,6 +120,19 @@ def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List,
     return ids, boxes, logits
 
 
+def _check_inside(path: str, boxes: np.ndarray, record: Dict[str, Any], is_xywh: bool) -> None:
+    """Raise InputError if a box is wholly outside of its image, and so made for another one."""
+    size = np.array([record["width"], record["height"]])
+    first, second = boxes[:, :2], boxes[:, 2:] + (boxes[:, :2] if is_xywh else 0)
+    outside = ((first > size) | (second < 0)).any(axis=1)
+    if outside.any():
+        box = boxes[outside][0].round(1).tolist()
+        raise InputError(
+            f"{path}: image id {record['image_id']} has a box, {box}, that is outside of its "
+            f"{size[0]} x {size[1]} pixels: are these proposals for other images?"
+        )
+
+
 def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     """
     Check the proposals for a dataset. Nothing in the file is executed.
@@ -127,7 +140,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     Args:
         path: a file in either format, see the module.
         dataset_name: a registered dataset.
-        cache_dir: directory for ``<dataset_name>.pkl``, to which mmdetection's are converted.
+        cache_dir: directory for ``<dataset_name>-<digest>.pkl``, mmdetection's proposals converted.
 
     Returns:
         path of the file in Detectron2's format.
@@ -159,14 +172,19 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
                 f"{path}: image id {id} has {len(boxes_i)} boxes, but {len(logits_i)} scores"
             )
     # Detectron2 compares ids as text.
-    missing = {str(d["image_id"]) for d in DatasetCatalog.get(dataset_name)} - set(map(str, ids))
+    records = {str(record["image_id"]): record for record in DatasetCatalog.get(dataset_name)}
+    is_xywh = isinstance(content, dict) and content.get("bbox_mode") == BoxMode.XYWH_ABS
+    for id, boxes_i in zip(map(str, ids), boxes):
+        if id in records and len(boxes_i):
+            _check_inside(path, boxes_i, records[id], is_xywh)
+    missing = records.keys() - set(map(str, ids))
     if missing:
         raise InputError(
             f"{path}: there are no proposals for {len(missing)} images of dataset "
             f"{dataset_name!r}, the first of them id {min(missing)}"
         )
     if isinstance(content, list):
-        path = os.path.join(cache_dir, f"{dataset_name}.pkl")
+        path = os.path.join(cache_dir, f"{dataset_name}-{file_digest(path)}.pkl")
         write_proposals(path, ids, boxes, logits)
         logger.info(f"Converted mmdetection's proposals to {path}")
     return path

@@ -115,17 +115,17 @@ def _set_local_group(process: Process) -> None:
 def in_main_process(function: Callable, *args: Any) -> Any:
     """
     Call ``function(*args)`` in the main process only. All processes must call this; all of them
-    return its value, or raise its InputError.
+    return its value, or raise its error, others than the main process as InputError.
     """
-    value, error = None, ""
+    value, error, message = None, None, ""
     if comm.is_main_process():
         try:
             value = function(*args)
-        except InputError as e:
-            error = str(e)
-    value, error = comm.all_gather((value, error))[0]
-    if error:
-        raise InputError(error)
+        except Exception as e:
+            error, message = e, one_line(e) or type(e).__name__
+    value, message = comm.all_gather((value, message))[0]
+    if message:
+        raise error or InputError(message)
     return value
 
 

@@ -13,6 +13,7 @@ from ..errors import Interrupted
 from ..evaluation import finite_predictions, plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
+from .output_dir import save_config
 from .setup import setup
 from .trainer import Trainer, pictures_dir
 
@@ -48,9 +49,18 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     return results
 
 
-def train(trainer: Trainer, resume: bool) -> Mapping[str, Any]:
-    """Train, or with ``resume`` continue; returns the results of the last evaluation."""
+def train(trainer: Trainer, resume: bool, config_file: str = "") -> Mapping[str, Any]:
+    """
+    Train, or with ``resume`` continue; returns the results of the last evaluation.
+
+    Args:
+        trainer: of a recipe.
+        resume: whether from the last checkpoint, if there is one.
+        config_file: what the recipe was read from, which is not written over.
+    """
     trainer.resume_or_load(resume=resume)
+    if resume:
+        save_config(trainer.recipe, config_file)
     try:
         return trainer.train()
     except KeyboardInterrupt as e:
@@ -91,7 +101,7 @@ def summarize(
         metrics = read_metrics(os.path.join(recipe.output_dir, files["metrics"]))
         plot_learning_curves(metrics, os.path.join(recipe.output_dir, files["curves"]))
     if by_dataset:
-        files["results"] = "results.md"
+        files["results"] = "results.md" if trainer else "evaluation.md"
         path = os.path.join(recipe.output_dir, files["results"])
         write_results(path, by_dataset, title, best, describe(recipe))
     for what, name in files.items():
@@ -107,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         results = evaluate(recipe, args.resume)
     else:
         trainer = Trainer(recipe)
-        results = train(trainer, args.resume)
+        results = train(trainer, args.resume, args.config_file)
     if comm.is_main_process():
         name = os.path.splitext(os.path.basename(args.config_file))[0]
         summarize(recipe, results, name or recipe.output_dir, trainer)

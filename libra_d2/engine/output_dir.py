@@ -6,21 +6,23 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import socket
 import tempfile
-from contextlib import suppress
-from typing import IO, Dict, List, Tuple
+from contextlib import contextmanager, suppress
+from typing import IO, Dict, Iterator, List, Mapping, Tuple
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from ..checkpoint import find_checkpoint
 from ..config import Recipe
 from ..errors import InputError, one_line
-from ..utils.atomic_write import UNFINISHED
+from ..utils.atomic_write import UNFINISHED, atomic_write
 from .launch import in_main_process
 
-__all__ = ["prepare_output_dir", "set_earlier_run_aside"]
+__all__ = ["config_kept", "prepare_output_dir", "save_config", "set_earlier_run_aside"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ _FILES_OF_A_RUN = (
     *("config.yaml", "curves.png", "events.out.tfevents.*", "inference", "inference_TTA"),
     *("last_checkpoint", "metrics.json", "model_*.pth", "pictures", "results.md"),
 )
+
+# A directory without them has no run that could be continued, or mixed with another.
+_MARKS_OF_A_RUN = ("last_checkpoint", "metrics.json")
 
 # Open lock files, by device and inode. Closing one would release its lock.
 _claims: Dict[Tuple[int, int], IO] = {}
@@ -79,7 +84,7 @@ def _claim(recipe: Recipe) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _claims[_inode(os.fstat(file.fileno()))] = file
-    for unfinished in glob.glob(os.path.join(glob.escape(folder), f"*{UNFINISHED}")):
+    for unfinished in glob.glob(os.path.join(glob.escape(folder), f"model_*.pth.*{UNFINISHED}")):
         os.remove(unfinished)
 
 
@@ -87,38 +92,85 @@ def _inode(status: os.stat_result) -> Tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def set_earlier_run_aside(recipe: Recipe) -> None:
+def set_earlier_run_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
     """
     Move the files of an earlier run, if there is one in the output directory, to a directory in it,
     so that a new run does not mix with it. All processes must call this.
 
+    Args:
+        recipe: of the new run.
+        inputs: the files and directories that it reads, by their option or key.
+        resume: whether it was meant to resume the earlier one, which has no checkpoint.
+
     Raises:
-        InputError: if the new run starts from its weights.
+        InputError: if the new run reads files of the earlier one.
     """
-    in_main_process(_set_aside, recipe)
+    in_main_process(_set_aside, recipe, inputs, resume)
 
 
-def _set_aside(recipe: Recipe) -> None:
+def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
     folder = recipe.output_dir
+    aside = os.path.join(folder, EARLIER_RUNS)
+    numbers = [int(name) for name in os.listdir(aside)] if os.path.isdir(aside) else []
+    earlier = [os.path.join(aside, str(number)) for number in sorted(numbers)]
+    if resume:
+        message = f"There is no checkpoint to resume from in {folder}"
+        with_checkpoint = [path for path in earlier if find_checkpoint(path)]
+        if with_checkpoint:
+            message += (
+                f". The last run that has one is in {with_checkpoint[-1]}, and is resumed with "
+                f"that as {recipe.name_of('output_dir')}"
+            )
+        logger.warning(message)
+    if not any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN):
+        return
     patterns = (os.path.join(glob.escape(folder), pattern) for pattern in _FILES_OF_A_RUN)
     found: List[str] = [path for pattern in patterns for path in glob.glob(pattern)]
-    if {os.path.basename(path) for path in found} <= {"config.yaml"}:
-        return
-    weights = recipe.weights.split("?")[0]
-    if any(_is_same(weights, path) for path in found):
-        raise InputError(
-            f"{recipe.name_of('weights')}: {weights} belongs to the run in "
-            f"{recipe.name_of('output_dir')}, {folder}: choose another directory for the new one"
-        )
-    aside = os.path.join(folder, EARLIER_RUNS)
-    os.makedirs(aside, exist_ok=True)
-    numbers = [int(name) for name in os.listdir(aside) if name.isdigit()]
+    # Of a config that is used once more, nothing is lost.
+    found = [path for path in found if not _is_inside(inputs.get("--config-file", ""), path)]
+    for name, given in inputs.items():
+        if any(_is_inside(given, path) for path in found):
+            raise InputError(
+                f"{name}: {given} belongs to the run in {recipe.name_of('output_dir')}, {folder}: "
+                "choose another directory for the new one"
+            )
     aside = os.path.join(aside, str(max(numbers, default=0) + 1))
-    os.mkdir(aside)
+    os.makedirs(aside)
     for path in found:
         os.rename(path, os.path.join(aside, os.path.basename(path)))
     logger.warning(f"{folder} held an earlier run, which is in {aside} now")
 
 
-def _is_same(path: str, other: str) -> bool:
-    return os.path.exists(path) and os.path.samefile(path, other)
+def _has_content(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def _is_inside(given: str, path: str) -> bool:
+    """Whether a given file, which may have an address and options, is ``path`` or in it."""
+    given = os.path.realpath(re.sub(r"^file://|\?.*$", "", given))
+    path = os.path.realpath(path)
+    return given == path or given.startswith(os.path.join(path, ""))
+
+
+@contextmanager
+def config_kept(recipe: Recipe) -> Iterator[None]:
+    """Undo a change of the ``config.yaml`` in the output directory, if there was one before."""
+    path = os.path.join(recipe.output_dir, "config.yaml")
+    is_kept = comm.is_main_process() and os.path.isfile(path)
+    if is_kept:
+        with open(path, "rb") as f:
+            content = f.read()
+    try:
+        yield
+    finally:
+        if is_kept:
+            with atomic_write(path) as f:
+                f.write(content)
+
+
+def save_config(recipe: Recipe, config_file: str) -> None:
+    """Write the config to the output directory, unless it was read from that very file."""
+    path = os.path.join(recipe.output_dir, "config.yaml")
+    if comm.is_main_process() and not _is_inside(config_file, path):
+        with atomic_write(path, "w") as f:
+            f.write(recipe.dump())

@@ -4,7 +4,7 @@
 import argparse
 import logging
 import os
-from typing import List, Sequence
+from typing import Dict, List, Sequence
 
 from detectron2.engine import default_setup
 
@@ -13,7 +13,8 @@ from ..config import Recipe, check_run, read_recipe
 from ..data import prepare_proposals, register_coco_json
 from ..errors import InputError
 from ..model_zoo import find_config
-from .output_dir import prepare_output_dir, set_earlier_run_aside
+from .launch import in_main_process
+from .output_dir import config_kept, prepare_output_dir, set_earlier_run_aside
 
 __all__ = [
     "prepare_proposal_files",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_DATA = ("json", "images", "proposals")  # --train-json, and so on
 
 
 def read_config(config_file: str, options: Sequence[str]) -> Recipe:
@@ -42,7 +45,7 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
     """
     names, known_classes = [], None
     for option, split in (("train", "train"), ("val", "test")):
-        values = (getattr(args, f"{option}_{what}") for what in ("json", "images", "proposals"))
+        values = (getattr(args, f"{option}_{what}") for what in _DATA)
         json_file, images, proposals = values
         if (json_file is None) != (images is None):
             raise InputError(f"--{option}-json and --{option}-images go together")
@@ -101,6 +104,17 @@ def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "te
         setattr(recipe, f"{split}_proposals", tuple(prepared))
 
 
+def _inputs(recipe: Recipe, args: argparse.Namespace) -> Dict[str, str]:
+    """What a run reads, by option or key."""
+    options = ("config_file", *(f"{x}_{what}" for x in ("train", "val") for what in _DATA))
+    found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
+    found[recipe.name_of("weights")] = recipe.weights
+    for setting in ("train_proposals", "test_proposals"):
+        for i, path in enumerate(recipe.get(setting)):
+            found[f"{recipe.name_of(setting)}[{i}]"] = path
+    return {name: path for name, path in found.items() if path}
+
+
 def setup(args: argparse.Namespace) -> Recipe:
     """
     Read the config, register your own data, check both, and set up logging and seeds.
@@ -114,14 +128,16 @@ def setup(args: argparse.Namespace) -> Recipe:
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
     register_own_data(recipe, args)
-    resume = args.resume and find_checkpoint(recipe.output_dir) != ""
+    inputs = _inputs(recipe, args)
+    resume = args.resume and in_main_process(find_checkpoint, recipe.output_dir) != ""
     check_run(recipe, train=not args.eval_only, resume=resume)
     prepare_proposal_files(recipe, ("test",) if args.eval_only else ("train", "test"))
     if not (resume or args.eval_only):
-        set_earlier_run_aside(recipe)
+        set_earlier_run_aside(recipe, inputs, args.resume)
     # default_setup prints the file, too, and needs its path.
     path = find_config(args.config_file)
-    default_setup(recipe.config, argparse.Namespace(**{**vars(args), "config_file": path}))
+    with config_kept(recipe):
+        default_setup(recipe.config, argparse.Namespace(**{**vars(args), "config_file": path}))
     recipe.freeze()
     if recipe.device == "cpu":
         logger.warning("Running on the CPU, which is slow for anything but small images.")

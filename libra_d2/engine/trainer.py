@@ -26,6 +26,7 @@ from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
 )
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
 
@@ -251,16 +252,34 @@ class Trainer(DefaultTrainer):
         return results
 
     def resume_or_load(self, resume: bool = True) -> None:
+        """
+        See :meth:`DefaultTrainer.resume_or_load`.
+
+        Raises:
+            InputError: if the weights cannot be loaded, see :class:`LibraCheckpointer`; if the
+                checkpoint is of another run, see :class:`RunIdentity` and :meth:`load_state_dict`;
+                if the processes find different ones.
+        """
         self.checkpointer.resume_or_load(self.recipe.weights, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1
+            if not self._identity.is_compared:
+                logger.warning(
+                    "The checkpoint does not say which run it is of: its config and data are not "
+                    "compared"
+                )
+        if len(set(comm.all_gather(self.start_iter))) > 1:
+            raise InputError(
+                f"{self.recipe.name_of('output_dir')}: {self.recipe.output_dir}: the processes "
+                "find different checkpoints: use a directory that all of them share"
+            )
 
     def train(self) -> Mapping[str, Any]:
         """See :meth:`DefaultTrainer.train`; returns the last results."""
         stopping = [h for h in self._hooks if isinstance(h, EarlyStopping)]
         if any(hook.is_over for hook in stopping):
             logger.info("This training has ended early")
-            self.start_iter = self.max_iter
+            self.max_iter = self.start_iter
         try:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         except TrainingEnded as e:
@@ -307,12 +326,42 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
+        """
+        See :meth:`DefaultTrainer.load_state_dict`. Learning rate, momentum and weight decay are the
+        config's.
+
+        Raises:
+            InputError: if the state has more iterations than this training, or is of another
+                optimizer.
+        """
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint lacks the optimizer's state: its momentum starts at 0")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
+        number = state_dict["iteration"] + 1
+        if number > self.max_iter:
+            raise InputError(
+                f"{self.recipe.name_of('max_iter')} is {self.max_iter}, but the run that is "
+                f"resumed has {number} iterations already: use more, or another output directory"
+            )
+        optimizer = self._trainer.optimizer
+        options = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
+        rates = getattr(self.scheduler, "base_lrs", None)
+        try:
+            super().load_state_dict(state_dict)
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        except (KeyError, ValueError) as e:
+            raise InputError(
+                f"the checkpoint's optimizer is of another kind or of other parameters than the "
+                f"config's: {one_line(e)}"
+            ) from e
+        if isinstance(self.scheduler, LRMultiplier):
+            # The config's learning rate, momentum and decay, which may have changed.
+            self.scheduler.base_lrs = rates
+            rates = self.scheduler.get_lr()
+            for group, own, rate in zip(optimizer.param_groups, options, rates):
+                group.update(own, lr=rate)
 
     def _see_losses(self, model, inputs, losses) -> None:
         self._losses = losses

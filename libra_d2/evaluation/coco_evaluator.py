@@ -13,8 +13,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.utils import comm
 
 from ..utils.atomic_write import atomic_write
 
@@ -85,9 +87,18 @@ class LibraCOCOEvaluator(COCOEvaluator):
                 scores. COCO's AP and AR are those with 100.
             coco_eval: the implementation. Default: :func:`choose_coco_eval`.
         """
+        has_json = MetadataCatalog.get(dataset_name).get("json_file") is not None
+        if not has_json and output_dir:
+            # The parent would take a dataset that it has converted before, of other data perhaps.
+            if comm.is_main_process():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(output_dir, f"{dataset_name}_coco_format.json"))
+            comm.synchronize()
         super().__init__(
             dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image
         )
+        if not has_json:
+            del self._metadata.json_file
         self._coco_eval = coco_eval or choose_coco_eval()
         dataset = self._coco_api.dataset
         self._images = _numbers([image["id"] for image in dataset["images"]])
