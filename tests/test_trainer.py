@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings of a model with one weight: values, files, and exact resuming."""
 
+import errno
 import itertools
 import json
 import math
@@ -335,6 +336,18 @@ def test_other_optimizer(toy_data, tmp_path):
     run(tmp_path, until=5)
     with pytest.raises(InputError, match="checkpoint's optimizer is of another kind or of other"):
         make(tmp_path, trainer=Larger)
+
+
+@pytest.mark.parametrize("name", [None, "a.txt"])
+def test_full_disk(toy_data, tmp_path, name):
+    """An error of a file without a name, as of metrics.json, names the output directory."""
+
+    def fill(trainer):
+        raise OSError(errno.ENOSPC, "No space left", name)
+
+    message = f"^OUTPUT_DIR: {tmp_path}: .*No space left. Training can be resumed from {tmp_path}/"
+    with pytest.raises(OSError if name else InputError, match=None if name else message):
+        run(tmp_path, until=5, action=fill)
 
 
 def test_different_checkpoints(toy_data, tmp_path, monkeypatch):
