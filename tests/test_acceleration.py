@@ -114,16 +114,21 @@ def test_choose_channels_last(platform, device, mixed, capability, expected, mon
 
 
 def test_compiled_backbone():
-    """Graphs are made for it alone; the keys of checkpoints stay."""
+    """Without graph breaks, in training and evaluation; the keys of checkpoints stay."""
     model = make_model("libra_faster_rcnn")
     keys, image = list(model.state_dict()), torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    expected = model.backbone(image)
+    expected = [model.train(mode).backbone(image) for mode in (True, False)]
     torch._dynamo.reset()
     accelerate(model, compile_backbone=True, backend="eager")
     assert list(model.state_dict()) == keys
-    for name, feature in model.backbone(image).items():
-        torch.testing.assert_close(feature, expected[name], rtol=1e-9, atol=1e-9)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.utils.counters.clear()
+    counts = [0]
+    for features, mode in zip(expected, (True, False)):
+        for name, feature in model.train(mode).backbone(image).items():
+            torch.testing.assert_close(feature, features[name], rtol=1e-9, atol=1e-9)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] < counts[1] < counts[2]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_no_compiler(caplog):
