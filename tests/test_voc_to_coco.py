@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -83,13 +84,16 @@ SECOND = "c.xml: object 2 (cow): "
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (("nan", 1, 2, 2), f"{SECOND}<xmin> is nan, no finite number"),
-        ((1, 1, 2, "1e999"), f"{SECOND}<ymax> is 1e999, no finite number"),
+        (("nan", 1, 2, 2), f"{SECOND}<xmin> is nan, no number of pixels"),
+        ((1, 1, 2, "1e999"), f"{SECOND}<ymax> is 1e999, no number of pixels"),
+        ((1, 1, "1e200", 2), f"{SECOND}<xmax> is 1e200, no number of pixels up to 2147483647"),
+        (("-1e200", 1, 2, 2), f"{SECOND}<xmin> is -1e200, no number of pixels"),
         ((5, 1, 4, 2), f"{SECOND}<xmin> is 5, beyond <xmax>, 4"),
         ((1, 2.5, 4, 2), f"{SECOND}<ymin> is 2.5, beyond <ymax>, 2"),
         (("width", 0), "c.xml: <width> is 0, no whole number of pixels"),
         (("height", "30.5"), "c.xml: <height> is 30.5, no whole number of pixels"),
         (("height", "inf"), "c.xml: <height> is inf, no whole number of pixels"),
+        (("width", "1e300"), "c.xml: <width> is 1e300, no whole number of pixels up to 2147483647"),
         (("width", -3), "c.xml: <width> is -3, no whole number of pixels"),
     ],
 )
@@ -108,12 +112,42 @@ def test_no_box(values, message, voc, capsys):
     assert not (voc / "out.json").exists()
 
 
-def test_two_files_of_one_image(voc, capsys):
-    text = (voc / "Annotations/a.xml").read_text()
-    (voc / "Annotations/c.xml").write_text(text)
+@pytest.mark.parametrize("names", [("a.xml", "c.xml"), ("a.XML", "a.xml")])
+def test_two_files_of_one_image(names, voc, capsys):
+    for name in names:
+        shutil.copyfile(voc / "Annotations/b.xml", voc / "x")
+        text = (voc / "x").read_text().replace("b.png", "other.bmp")
+        (voc / "Annotations" / name).write_text(text)
     with pytest.raises(SystemExit, match="2"):
         run(voc)
-    assert "a.xml and c.xml stand for the same image, other.bmp" in capsys.readouterr().err
+    message = f"{names[0]} and {names[1]} stand for the same image, other.bmp"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "used"),
+    [
+        (["b.jpg", "b.png"], "b.png"),  # <filename>
+        (["b.JPG", "b.jpg"], "b.jpg"),
+        (["b.jpg", "stale.png"], "b.jpg"),  # renamed, unlike the text of its XML file
+    ],
+)
+def test_image_of_a_file(images, used, voc):
+    name = "stale.png" if "stale.png" in images else "b.png"
+    text = (voc / "Annotations/b.xml").read_text().replace("b.png", name)
+    (voc / "Annotations/b.xml").write_text(text)
+    (voc / "JPEGImages/b.png").unlink()
+    for image in images:
+        Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / image)
+    assert [image["file_name"] for image in run(voc)["images"]] == ["other.bmp", used]
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_case_of_suffix(is_listed, voc):
+    (voc / "Annotations/b.xml").rename(voc / "Annotations/b.XML")
+    (voc / "list.txt").write_text("a\nb\n")
+    dataset = run(voc, *(["--list", voc / "list.txt"] if is_listed else []))
+    assert [image["file_name"] for image in dataset["images"]] == ["other.bmp", "b.png"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -130,10 +164,18 @@ def test_names_in_other_scripts(encoding, voc):
 
 
 @pytest.mark.parametrize(
-    "output", ["Annotations/a.xml", "JPEGImages/other.bmp", "val.txt", "link.json"]
+    "output",
+    [
+        *("Annotations/a.xml", "JPEGImages/other.bmp", "val.txt", "link.json"),
+        *("Annotations/b.xml", "Annotations/sub/d.xml", "JPEGImages/b.png"),  # not in the list
+        *("Annotations/sub/c.xml", "JPEGImages/sub/c.png"),
+    ],
 )
 def test_inputs_stay(output, voc, capsys):
-    (voc / "val.txt").write_text("a")
+    for name in ("Annotations/sub/c.xml", "Annotations/sub/d.xml", "JPEGImages/sub/c.png"):
+        (voc / name).parent.mkdir(exist_ok=True)
+        shutil.copy(voc / name.replace("sub/c", "b").replace("sub/d", "b"), voc / name)
+    (voc / "val.txt").write_text("a\nsub/c")
     (voc / "link.json").symlink_to("val.txt")
     before = (voc / output).read_bytes()
     with pytest.raises(SystemExit, match="2"):

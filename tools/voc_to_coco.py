@@ -14,7 +14,6 @@ trained on nor counted in evaluation.
 import argparse
 import glob
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -22,6 +21,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from libra_d2.data.coco_schema import MAX_SIDE
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
@@ -43,14 +43,14 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 
 def read_number(element: ElementTree.Element, name: str, is_length: bool = False) -> float:
-    """A finite number in an element; lengths are whole and at least 1. Raises: ValueError."""
+    """A number of pixels in an element; lengths are whole and at least 1. Raises: ValueError."""
     text = element.findtext(name)
     if text is None:
         raise ValueError(f"<{element.tag}> has no <{name}>")
     value = float(text)
-    if not math.isfinite(value) or (is_length and (value < 1 or value != int(value))):
-        wanted = "whole number of pixels" if is_length else "finite number"
-        raise ValueError(f"<{name}> is {text.strip()}, no {wanted}")
+    if not abs(value) <= MAX_SIDE or (is_length and (value < 1 or value != int(value))):
+        wanted = "whole number" if is_length else "number"
+        raise ValueError(f"<{name}> is {text.strip()}, no {wanted} of pixels up to {MAX_SIDE}")
     return int(value) if is_length else value
 
 
@@ -96,27 +96,38 @@ def read_xml(path: Path) -> Dict[str, Any]:
         raise InputError(f"{path}: {place}{one_line(e)}") from e
 
 
+def find_xml_files(folder: Path) -> List[Path]:
+    """The XML files in a folder, whatever the case of their suffix, and in the folders in it."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".xml")
+
+
 def find_image(folder: Path, stem: str, file_name: Optional[str]) -> str:
-    """Name of the image in ``folder`` for ``stem``.xml; raises InputError if there is none."""
-    # <filename> may contain the path on another machine.
+    """
+    Name of the image in ``folder`` for ``stem``.xml: of several with this stem the one that is
+    named. Raises: InputError: if there is none.
+    """
+    # <filename> may contain the path on another machine, and be that before the file was renamed.
     named = Path((file_name or "").replace("\\", "/")).name
-    for name in (*(stem + suffix for suffix in (".jpg", ".png", ".jpeg", ".JPG")), named):
+    names = [*(stem + suffix for suffix in (".jpg", ".png", ".jpeg", ".JPG")), named]
+    if Path(named).stem == Path(stem).name:
+        names.insert(0, str(Path(stem).with_name(named)))
+    for name in names:
         if name and (folder / name).is_file():
             return name
     raise InputError(f"{folder / stem}.*: there is no image for {stem}.xml")
 
 
 def convert(
-    annotations: Path, images: Path, stems: List[str], classes: Optional[List[str]]
+    annotations: Path, images: Path, files: List[Path], classes: Optional[List[str]]
 ) -> Dict[str, List]:
     """
-    The content of a COCO JSON for the XML files with these stems.
+    The content of a COCO JSON for these XML files in the folder ``annotations``.
 
     Raises:
         InputError: if a file is missing or broken, has an object of none of ``classes``, or is for
             the same image as another one.
     """
-    records = {stem: read_xml(annotations / f"{stem}.xml") for stem in tqdm(stems, unit="file")}
+    records = {path: read_xml(path) for path in tqdm(files, unit="file")}
     found = {o["name"] for record in records.values() for o in record["objects"]}
     names = classes or sorted(found)
     if len(set(names)) < len(names):
@@ -126,13 +137,14 @@ def convert(
     ids = {name: i for i, name in enumerate(names, 1)}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     dataset = {"images": [], "annotations": [], "categories": categories}
-    stem_of: Dict[str, str] = {}
-    for image_id, (stem, record) in enumerate(records.items(), 1):
-        name = find_image(images, stem, record["file_name"])
-        if name in stem_of:
-            both = f"{stem_of[name]}.xml and {stem}.xml"
+    file_of: Dict[str, Path] = {}
+    for image_id, (path, record) in enumerate(records.items(), 1):
+        file = Path(os.path.relpath(path, annotations))
+        name = find_image(images, str(file.with_suffix("")), record["file_name"])
+        if name in file_of:
+            both = f"{file_of[name]} and {file}"
             raise InputError(f"{annotations}: {both} stand for the same image, {name}: remove one")
-        stem_of[name] = stem
+        file_of[name] = file
         objects = record.pop("objects")
         dataset["images"].append({**record, "id": image_id, "file_name": name})
         for o in objects:
@@ -150,7 +162,9 @@ def convert(
 
 def run(args: argparse.Namespace) -> None:
     """Read, convert, and write a dataset."""
-    annotations = Path(args.annotations)
+    annotations, images = Path(args.annotations), Path(args.images)
+    found = find_xml_files(annotations)
+    files = [path for path in found if path.parent == annotations]
     if args.list:
         try:
             # VOC's lists of a single class have a second column.
@@ -158,18 +172,19 @@ def run(args: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"--list: {args.list}: {one_line(e)}") from e
         stems = [line.split()[0] for line in lines if line.strip()]
-    else:
-        stems = sorted(path.stem for path in annotations.glob("*.xml"))
-    if not stems:
+        file_of = {path.with_suffix(""): path for path in found}
+        files = [file_of.get(annotations / x, annotations / f"{x}.xml") for x in stems]
+    if not files:
         raise InputError(f"--annotations: {annotations}: there are no XML files")
-    images = glob.glob(os.path.join(glob.escape(args.images), "*"))
+    dataset = convert(annotations, images, files, args.classes)
+    used = [str(images / image["file_name"]) for image in dataset["images"]]
+    beside = glob.glob(os.path.join(glob.escape(args.images), "*"))
     others = {
-        "--annotations": [str(annotations / f"{stem}.xml") for stem in stems],
-        "--images": [path for path in images if not path.endswith(".json")],
+        "--annotations": [str(path) for path in (*found, *files)],
+        "--images": [*used, *(path for path in beside if not path.endswith(".json"))],
         "--list": args.list,
     }
     output = output_path("--output", args.output, others)
-    dataset = convert(annotations, Path(args.images), stems, args.classes)
     with atomic_write(output, "w") as f:
         json.dump(dataset, f, allow_nan=False)
     print(f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects")
