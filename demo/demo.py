@@ -88,7 +88,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
 
 def find_images(inputs: List[str]) -> List[str]:
     """
-    The images that paths, folders and glob patterns match.
+    The images that paths, folders and glob patterns match, each once.
 
     Raises:
         InputError: if one of them matches none.
@@ -104,7 +104,7 @@ def find_images(inputs: List[str]) -> List[str]:
         if not found:
             raise InputError(f"--input: {name}: no such image, or a folder without images")
         files += found
-    return files
+    return [*{os.path.abspath(path): path for path in files}.values()]
 
 
 def make_predictor(recipe: Recipe, names: Optional[List[str]]) -> LibraPredictor:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
@@ -60,13 +60,31 @@ def load(path: str) -> Tuple[Any, Dict[str, Any]]:
     about = {key: json.loads(about[key]) for key in ("input", "classes")}
     if about["input"]["names"] != ["image"]:
         raise ValueError("a model without RPN needs proposals; an image alone is not enough")
+    if about["input"]["shorter_side"] is None:
+        raise ValueError(
+            "it does not say how images are resized, which its training had own code for"
+        )
     return session, about
 
 
+def read(path: str) -> Image.Image:
+    """A picture, upright, in RGB; 16 bits are scaled to 8. Raises: ValueError, OSError."""
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode == "F":
+        raise ValueError("floating point pixels: save it with 8 bits per channel")
+    if picture.mode.startswith("I"):
+        gray = np.asarray(picture).astype(np.float32) / 257
+        picture = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def resize(picture: Image.Image, wanted: Dict[str, Any]) -> Tuple[np.ndarray, float]:
-    """The input of a model for a picture, (3, H, W), and the factor that its sides grow by."""
+    """
+    The input of a model for a picture, (3, H, W), and the factor that its sides grow by, which is 1
+    if the model wants a shorter side of 0.
+    """
     sides = wanted["shorter_side"], wanted["longer_side_at_most"]
-    scale = min(sides[0] / min(picture.size), sides[1] / max(picture.size))
+    scale = min(sides[0] / min(picture.size), sides[1] / max(picture.size)) if sides[0] else 1.0
     size = tuple(int(side * scale + 0.5) for side in picture.size)
     if wanted["interpolation"] == "opencv":
         import cv2
@@ -88,6 +106,18 @@ def draw_objects(
         draw.text(box[:2].tolist(), f"{name} {score:.0%}", fill="red")
 
 
+def write(path: str, content: bytes) -> None:
+    """Write a file, which stays as it was if that fails. Raises: OSError."""
+    unfinished = os.path.join(os.path.dirname(path), f".{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as f:
+            f.write(content)
+        os.replace(unfinished, path)
+    finally:
+        with suppress(OSError):
+            os.remove(unfinished)
+
+
 def main(argv=None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
@@ -105,7 +135,7 @@ def main(argv=None) -> None:
     with explaining(args.model):
         session, about = load(args.model)
     with explaining(args.image):
-        picture = ImageOps.exif_transpose(Image.open(args.image)).convert("RGB")
+        picture = read(args.image)
         image, scale = resize(picture, about["input"])
     with explaining(args.model):
         boxes, classes, scores = session.run(None, {"image": image})[:3]
@@ -115,8 +145,7 @@ def main(argv=None) -> None:
         draw_objects(picture, boxes[sure] / scale, names, scores[sure])
         content = io.BytesIO()
         picture.save(content, format)
-        with open(args.output, "wb") as f:
-            f.write(content.getvalue())
+        write(args.output, content.getvalue())
     print(f"{sure.sum()} objects: {args.output}")
 
 

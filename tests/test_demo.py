@@ -50,7 +50,7 @@ def test_folder_and_pattern(small, tmp_path, capsys):
     images, out = small / "images", tmp_path / "out"
     run(small, "--input", images / "2.png", images, f"{images}/*1.png", "--output", out)
     logged = re.findall(f"{images}/(.).png: 1 objects", capsys.readouterr().out)
-    assert logged == ["2", "1", "2", "1"]
+    assert logged == ["2", "1"]
     assert sorted(x.name for x in out.iterdir()) == ["1.png", "2.png"]
     assert is_drawn(np.array(Image.open(out / "1.png")))
 
@@ -137,6 +137,18 @@ def test_names_of_pictures(files, pictures, small, tmp_path, monkeypatch):
     run(small, "--input", *files, "--output", out)
     assert sorted(str(x.relative_to(out)) for x in out.rglob("*.*")) == pictures
     assert {Image.open(x).size for x in out.rglob("*.*")} == {(640, 480)}
+
+
+def test_pictures_of_one_name(small, capsys):
+    """Nothing is drawn rather than one picture over the other."""
+    image = small / "images/1.png"
+    Image.open(image).save(small / "a.gif")
+    shutil.copy(image, small / "a.gif.png")
+    with pytest.raises(SystemExit, match="2"):
+        run(small, "--input", small / "a.gif", small / "a.gif.png", "--output", small / "out")
+    message = "{0} and --output, {0}, are the same file".format(small / "out/a.gif.png")
+    assert message in capsys.readouterr().err
+    assert not list((small / "out").iterdir())
 
 
 @pytest.mark.parametrize(

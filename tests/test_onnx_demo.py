@@ -55,7 +55,7 @@ def make_model(path, names=("image",), **about):
     graph = onnx.helper.make_graph(
         nodes,
         "graph",
-        [info(name, t.FLOAT, [3, 30, None] if name == "image" else [None]) for name in names],
+        [info(name, t.FLOAT, [3, None, None] if name == "image" else [None]) for name in names],
         [
             info("boxes", t.FLOAT, [2, 4]),
             info("classes", t.INT64, [2]),
@@ -109,6 +109,43 @@ def test_orientation(folder):
     assert Image.open(folder / "out.png").size == (80, 60)
 
 
+def test_size_is_kept(folder):
+    """If INPUT.MIN_SIZE_TEST is 0; the object of the model is then in the upper left."""
+    make_model(folder / "model.onnx", input={**INPUT, "shorter_side": 0}, classes=["dog", "cat"])
+    main(["model.onnx", "ä.png", "out.png"])
+    red = is_red(folder / "out.png")
+    assert red[1:30, 1].all()
+    assert not red[31:].any()
+
+
+def test_16_bits(folder):
+    """65535 becomes 255, as in training."""
+    for name, value in (("dark", 40 * 257), ("sure", 90 * 257)):
+        Image.fromarray(np.full((60, 80), value, np.uint16)).save(folder / f"{name}.png")
+        main(["model.onnx", f"{name}.png", f"{name}.jpg.png"])
+        assert (
+            np.array(Image.open(folder / f"{name}.jpg.png"))[30, 40].tolist() == [value // 257] * 3
+        )
+        assert is_red(folder / f"{name}.jpg.png").any() == (name == "sure")
+
+
+def test_full_disk(folder):
+    """The picture that was there is as before, and nothing else is left."""
+    random = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(random).save(folder / "noise.png")
+    Image.new("RGB", (80, 60)).save(folder / "out.png")
+    before = {x: x.is_dir() or x.read_bytes() for x in folder.iterdir()}
+    code = (
+        f"import resource, signal, sys; sys.path.insert(0, {str(ROOT / 'demo')!r});"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
+        "from onnx_demo import main; main(['model.onnx', 'noise.png', 'out.png'])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b"error: out.png: File too large\n")
+    assert {x: x.is_dir() or x.read_bytes() for x in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +155,8 @@ def test_orientation(folder):
         (["foreign.onnx", "ä.png", "out.png"], "foreign.onnx: not written by tools/export_model"),
         (["odd.onnx", "ä.png", "out.png"], "odd.onnx: "),
         (["boxes.onnx", "ä.png", "out.png"], "boxes.onnx: a model without RPN needs proposals"),
+        (["own.onnx", "ä.png", "out.png"], "own.onnx: it does not say how images are resized"),
+        (["model.onnx", "float.tiff", "out.png"], "float.tiff: floating point pixels"),
         (["model.onnx", "none.jpg", "out.png"], "none.jpg: No such file or directory"),
         (["model.onnx", "junk", "out.png"], "junk: cannot identify image file"),
         (["model.onnx", "half.png", "out.png"], "half.png: image file is truncated"),
@@ -134,6 +173,8 @@ def test_errors(arguments, message, folder, capfd):
     """One line and exit status 2; the inputs are as before, and nothing is written."""
     make_model(folder / "foreign.onnx")
     make_model(folder / "odd.onnx", input=["image"], classes=[])
+    make_model(folder / "own.onnx", input={**INPUT, "shorter_side": None}, classes=[])
+    Image.new("F", (80, 60)).save(folder / "float.tiff")
     inputs = {**INPUT, "names": ["boxes", "image"]}
     make_model(folder / "boxes.onnx", ["image", "rois"], input=inputs, classes=[])
     before = {x: x.is_dir() or x.read_bytes() for x in folder.iterdir()}

@@ -36,7 +36,7 @@ def output_path(option: str, path: str, others: Others, *, is_folder: bool = Fal
 def output_paths(
     option: str, paths: Sequence[str], others: Others, *, is_folder: bool = False
 ) -> List[str]:
-    """:func:`output_path` of several paths of one option."""
+    """:func:`output_path` of several paths of one option, no two of which may be the same."""
     wanted, is_wanted = ("folder", os.path.isdir) if is_folder else ("file", os.path.isfile)
     taken = {
         _identity(path.partition("?")[0] if not os.path.exists(path) else path): (name, path)
@@ -57,6 +57,7 @@ def output_paths(
                 f"{option}: {path} and {other}, are the same {wanted}, which would be written "
                 "over: choose another"
             )
+        taken[_identity(path)] = (option, path)
         if folder not in tried:
             _try_to_write(option, path, folder, name)
         tried.add(folder)
