@@ -37,7 +37,7 @@ from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.evaluation.side_by_side import draw_side_by_side
-from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.atomic_write import UNFINISHED, atomic_write
 from libra_d2.utils.display import display_metadata
 from libra_d2.utils.meter import Meter
 from libra_d2.utils.output_path import output_paths
@@ -253,12 +253,59 @@ def video_path(args: argparse.Namespace) -> str:
     return os.path.join(args.output, f"{name}.mp4")
 
 
+class VideoFile:
+    """A video that is written frame by frame, and appears at ``path`` when it is finished."""
+
+    def __init__(self, path: str, rate: float, size: Tuple[int, int]):
+        """
+        Args:
+            path: with the suffix .mp4.
+            rate: frames per second.
+            size: (width, height) of the frames, in pixels.
+
+        Raises:
+            InputError: if OpenCV cannot write it.
+        """
+        import cv2
+
+        self.path, self.num_frames = path, 0
+        folder, suffix = os.path.dirname(path), os.path.splitext(path)[1]
+        self._unfinished = os.path.join(folder, f".{os.getpid()}{UNFINISHED}{suffix}")
+        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        self._writer = cv2.VideoWriter(self._unfinished, codec, rate, size)
+        if not self._writer.isOpened():
+            raise InputError(f"--output: {path}: OpenCV cannot write this; use an .mp4")
+
+    def write(self, picture: np.ndarray) -> None:
+        """Append a picture, (H, W, 3) uint8 RGB."""
+        self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+        self.num_frames += 1
+
+    def finish(self) -> None:
+        """Raises: InputError: if not all frames can be read again; OpenCV does not say why."""
+        import cv2
+
+        self._writer.release()
+        source, number = cv2.VideoCapture(self._unfinished), 0
+        while source.grab():
+            number += 1
+        source.release()
+        try:
+            if number < self.num_frames:
+                lost = f"{number} of {self.num_frames} frames could be written"
+                raise InputError(f"--output: {self.path}: {lost}: is it an .mp4, or the disk full?")
+            os.replace(self._unfinished, self.path)
+        finally:
+            with suppress(OSError):
+                os.remove(self._unfinished)
+
+
 def process_video(
     source, name: str, path: str, predictor: LibraPredictor, metadata: Metadata
 ) -> None:
     """
     Draw the detections in each frame of an open cv2.VideoCapture. Write the video to ``path``, or
-    show it if that is "".
+    show it if that is "". What was drawn is kept if this ends early, as a webcam does with Ctrl-C.
 
     Raises:
         InputError: if it has no frames, or the file cannot be written.
@@ -267,7 +314,7 @@ def process_video(
 
     from detectron2.utils.video_visualizer import VideoVisualizer
 
-    visualizer, writer, num_frames = VideoVisualizer(metadata), None, 0
+    visualizer, video, num_frames = VideoVisualizer(metadata), None, 0
     total = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
     try:
         for frame in tqdm(read_frames(source), unit="frame", total=total if total > 0 else None):
@@ -278,18 +325,14 @@ def process_video(
                 if not show(picture, name, wait=1):
                     break
                 continue
-            if writer is None:
-                height, width = picture.shape[:2]
+            if video is None:
                 rate = source.get(cv2.CAP_PROP_FPS) or 25
-                codec = cv2.VideoWriter_fourcc(*"mp4v")
-                writer = cv2.VideoWriter(path, codec, rate, (width, height))
-                if not writer.isOpened():
-                    raise InputError(f"--output: {path}: OpenCV cannot write this; use an .mp4")
-            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+                video = VideoFile(path, rate, picture.shape[1::-1])
+            video.write(picture)
     finally:
         source.release()
-        if writer is not None:
-            writer.release()
+        if video is not None:
+            video.finish()
     if num_frames == 0:
         raise InputError(f"{name}: it has no frames")
     if path:

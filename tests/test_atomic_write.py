@@ -29,6 +29,17 @@ def test_appears_when_complete(mode, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "猫" * 84 + "n"])
+def test_long_names(name, tmp_path):
+    """As long as file systems allow, two at a time."""
+    paths = [tmp_path / f"{name[:-1]}{end}" for end in "ab"]
+    with atomic_write(str(paths[0]), "w") as a, atomic_write(str(paths[1]), "w") as b:
+        a.write("a")
+        b.write("b")
+    assert [path.read_text() for path in paths] == ["a", "b"]
+    assert sorted(tmp_path.iterdir()) == paths
+
+
 FULL, LOST = OSError(errno.ENOSPC, "No space left"), OSError(errno.ENOENT, "No such", "/other")
 
 

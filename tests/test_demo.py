@@ -3,6 +3,7 @@
 
 import errno
 import re
+import resource
 import shutil
 
 import cv2
@@ -13,7 +14,11 @@ from conftest import DEMO_CONFIG, ROOT
 from PIL import Image
 from test_train_net import QUICK, OneNumber, small_data
 
-from libra_d2.demo.demo import build_argument_parser, main, setup
+from detectron2.data import Metadata
+from detectron2.structures import Boxes, Instances
+
+from libra_d2.demo.demo import build_argument_parser, main, process_video, setup
+from libra_d2.errors import InputError
 from libra_d2.utils.meter import Meter, Result
 
 DOCS = ["--input", str(ROOT / "docs/images")]
@@ -102,6 +107,52 @@ def test_video(small, tmp_path):
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert video.get(cv2.CAP_PROP_FPS) == 10
     assert not is_drawn(video.read()[1][:, :, ::-1])  # the box is elsewhere
+
+
+class Found:
+    """A detector that finds nothing in the frames of a video, of which ``end`` is the last."""
+
+    def __init__(self, end=None):
+        self.end, self.number = end, 0
+
+    def __call__(self, image):
+        self.number += 1
+        if self.number == self.end:
+            raise KeyboardInterrupt
+        fields = {"scores": torch.zeros(0), "pred_classes": torch.zeros(0, dtype=torch.int64)}
+        return {
+            "instances": Instances(image.shape[:2], pred_boxes=Boxes(torch.zeros(0, 4)), **fields)
+        }
+
+
+def test_half_a_video(tmp_path, capsys):
+    """On a full disk the one that was there stays, and nothing else is left."""
+    source = cv2.VideoCapture(str(video_of(tmp_path / "in.mp4")))
+    (tmp_path / "out.mp4").write_text("before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="out.mp4: 0 of 3 frames could be written: is it an"):
+            process_video(source, "in", str(tmp_path / "out.mp4"), Found(), Metadata())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "out.mp4").read_text() == "before"
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def test_interrupted_video(tmp_path):
+    """What was drawn before Ctrl-C is kept."""
+    source = cv2.VideoCapture(str(video_of(tmp_path / "in.mp4")))
+    with pytest.raises(KeyboardInterrupt):
+        process_video(source, "in", str(tmp_path / "out.mp4"), Found(end=3), Metadata())
+    assert cv2.VideoCapture(str(tmp_path / "out.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_not_a_video(tmp_path):
+    source = cv2.VideoCapture(str(video_of(tmp_path / "in.mp4")))
+    with pytest.raises(InputError, match="out.xyz: OpenCV cannot write this; use an .mp4"):
+        process_video(source, "in", str(tmp_path / "out.xyz"), Found(), Metadata())
+    assert [x.name for x in tmp_path.iterdir()] == ["in.mp4"]
 
 
 def test_model_input(small, tmp_path, monkeypatch):

@@ -74,6 +74,10 @@ def test_objects(tmp_path):
     ("kwargs", "message"),
     [
         ({"num_images": 0}, "num_images must be from 1"),
+        (
+            {"num_images": 10**21},
+            "num_images must be from 1 to 1000000, got 1000000000000000000000",
+        ),
         ({"size": 8}, "size must be from 32"),
         ({"num_classes": 7}, "num_classes must be from 1 to 6, got 7"),
         ({"seed": -1}, "seed must be from 0"),
@@ -117,6 +121,8 @@ NOT_A_DATASET = "is not a dataset of this program alone, and would be lost"
         ({"instances.json": "{cut short"}, NOT_A_DATASET),
         ({"images/photo.jpg": ""}, NOT_A_DATASET),
         ({"instances.json": "OURS", "notes.txt": ""}, NOT_A_DATASET),
+        ({"instances.json": "OURS", "images/1.jpg": "", "images/photo.jpg": ""}, NOT_A_DATASET),
+        ({"instances.json": "OURS", "images/1.jpg/photo.jpg": ""}, NOT_A_DATASET),
         (None, NOT_A_DATASET),
     ],
 )
@@ -127,8 +133,9 @@ def test_nothing_is_lost(files, message, tmp_path, capsys):
         target.write_text("a file")
     for name, text in (files or {}).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        ours = '{"info": {"description": "libra_d2 synthetic shapes, seed 0"}}'
-        (target / name).write_text(text.replace("OURS", ours))
+        info = {"description": "libra_d2 synthetic shapes, seed 0"}
+        ours = {"info": info, "images": [{"file_name": "1.jpg"}]}
+        (target / name).write_text(text.replace("OURS", json.dumps(ours)))
     before = content(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         main([str(target), "--num-images", "1", "--size", "48"])

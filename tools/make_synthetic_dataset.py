@@ -138,12 +138,12 @@ def _annotation(mask: np.ndarray) -> Dict:
 def _is_replaceable(path: Path) -> bool:
     """Whether a path is a directory that is empty, or holds a dataset of this module alone."""
     try:
-        names = {x.name for x in path.iterdir()}
-        if not names:
+        if not any(path.iterdir()):
             return True
         content = json.loads((path / "instances.json").read_text(encoding="utf-8"))
         is_own = content["info"]["description"].startswith(_DESCRIPTION)
-        return is_own and names <= {"images", "instances.json"}
+        own = {"images", "instances.json", *(f"images/{x['file_name']}" for x in content["images"])}
+        return is_own and {x.relative_to(path).as_posix() for x in path.rglob("*")} <= own
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
@@ -164,7 +164,7 @@ def make_synthetic_dataset(
 
     Args:
         output_dir: the directory; its parent is created.
-        num_images: at least 1.
+        num_images: 1 to a million.
         size: width and height of the images, 32 to 4096 pixels.
         seed: at least 0. Use another one for held-out images.
         num_classes: how many of :data:`CLASSES` to use.
@@ -178,7 +178,7 @@ def make_synthetic_dataset(
         InputError: if there is anything else, or nothing can be written.
     """
     for name, value, low, high in (
-        ("num_images", num_images, 1, math.inf),
+        ("num_images", num_images, 1, 10**6),  # the digits of their names
         ("size", size, 32, 4096),
         ("seed", seed, 0, math.inf),
         ("num_classes", num_classes, 1, len(CLASSES)),

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
 import os
 from contextlib import contextmanager, suppress
 from typing import IO, Iterator
@@ -9,6 +10,7 @@ __all__ = ["UNFINISHED", "atomic_write"]
 
 #: The end of the name of a file that is being written, or that a killed process has left.
 UNFINISHED = ".unfinished"
+_MAX_NAME = 255  # bytes that file systems allow
 
 
 @contextmanager
@@ -22,7 +24,11 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
         OSError: if the file cannot be written; it names ``path``.
     """
     # Processes on several machines may have the same number, and several programs the same rank.
-    unfinished = f"{path}.{comm.get_rank()}-{os.getpid()}{UNFINISHED}"
+    end = f".{comm.get_rank()}-{os.getpid()}{UNFINISHED}"
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) <= _MAX_NAME < len(os.fsencode(name + end)):
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    unfinished = os.path.join(folder, name + end)
     try:
         with open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
