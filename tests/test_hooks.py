@@ -14,6 +14,7 @@ from test_trainer import whole as whole
 from detectron2.utils.events import EventStorage
 
 from libra_d2.engine.hooks import EarlyStopping, Throughput
+from libra_d2.errors import InputError
 
 
 @pytest.mark.parametrize("names", [("one",), ("toy", "one")])
@@ -79,17 +80,22 @@ def test_patience(toy_data, tmp_path, before, caplog):
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 7
 
 
-def test_no_number(toy_data, tmp_path, caplog):
-    """A metric that is never a number, as on validation data without objects, is named."""
+def test_no_number(toy_data, tmp_path):
+    """Patience is counted from the first number; a metric that is not there is an error."""
+    scores = [float("nan")] * 3 + [1.0, 0.5, 0.5]
 
-    class Empty(ToyTrainer):
+    class Late(ToyTrainer):
         @classmethod
         def test(cls, cfg, model, evaluators=None):
-            return {"bbox": {"AP": float("nan")}}
+            return {"bbox": {"AP": scores.pop(0)}}
 
-    with caplog.at_level("INFO"):
-        run(tmp_path, "TEST.EVAL_PERIOD", 2, f"{SECTION}PATIENCE", 2, trainer=Empty)
-    assert "ends early: bbox/AP has not been a number in 2 evaluations" in caplog.text
+    opts = ["TEST.EVAL_PERIOD", 1, f"{SECTION}PATIENCE", 2, f"{SECTION}EMA_DECAY", 0.0]
+    run(tmp_path / "a", *opts, trainer=Late)
+    assert scores == []
+    scores.append(1.0)
+    opts += [f"{SECTION}BEST_METRIC", "bbox/APx"]
+    with pytest.raises(InputError, match="^evaluations do not report bbox/APx, but bbox/AP$"):
+        run(tmp_path / "b", *opts, trainer=Late)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ def recipe_of(**settings):
     [
         (0.0, 0, (90, (60, 80), 0)),
         (12.0, 0, (36, (24, 32), 3)),
-        (0.5, 7, (2, (1, 2), 7)),
+        (0.5, 7, (2, (1,), 7)),
         (20.0, 7, (60, (40, 53), 7)),
+        (0.25, 7, (1, (), 7)),
     ],
 )
 def test_epochs(epochs, period, expected, caplog):
@@ -59,6 +60,10 @@ def test_lazy_config():
         ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
         ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),
         ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate does not fall at 90"),
+        (
+            {"SOLVER__STEPS": (60, 90), "MODEL__LIBRA__TRAINER__EPOCHS": 99.0},
+            *(12, "the learning rate does not fall at 90"),
+        ),
         ({"SOLVER__WARMUP_ITERS": 90}, 12, "never reaches SOLVER.BASE_LR in 90 iterations"),
         ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the training of 90"),
         ({"TEST__EVAL_PERIOD": 90}, 12, "evaluated at its end only"),

@@ -109,6 +109,14 @@ def test_losses_of_detectron2(loss):
     build_model(config("retinanet", f"RETINANET.BBOX_REG_LOSS_TYPE={loss}"))
 
 
+def test_unbuildable():
+    """What a part of a YAML model complains of is one line."""
+    cfg = demo_cfg(MODEL__META_ARCHITECTURE="PanopticFPN", MODEL__SEM_SEG_HEAD__CONVS_DIM=16)
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    with pytest.raises(InputError, match="^MODEL: it cannot be built: .*num_channels .16."):
+        make_recipe(cfg).build_model()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "key", "example"),
     [

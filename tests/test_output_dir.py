@@ -12,7 +12,6 @@ from libra_d2.config import make_recipe
 from libra_d2.engine.output_dir import (
     config_kept,
     prepare_output_dir,
-    save_config,
     set_earlier_run_aside,
 )
 from libra_d2.errors import InputError
@@ -82,14 +81,20 @@ def names(folder):
 
 def test_earlier_run(tmp_path, caplog):
     """Its files are moved aside, each time to another place; inputs and logs stay."""
-    # Without a run: a start that failed, or somebody's own files.
-    others = {"config.yaml", "results.md", "model_r18.pth", "chapter.unfinished"}
-    for name in (*others, "metrics.json"):
+    # Without a run: a start that failed, or somebody's own files, which a run may not replace.
+    others = {"config.yaml", "model_r18.pth", "chapter.unfinished", "pictures/a.jpg"}
+    (tmp_path / "pictures").mkdir()
+    for name in (*others, "metrics.json", "results.md", "model_final.pth"):
         (tmp_path / name).touch()
+    with pytest.raises(InputError, match="^--train-json: .*results.md belongs to the run"):
+        given = {"--train-json": str(tmp_path / "results.md")}
+        set_earlier_run_aside(recipe_for(tmp_path), given, False)
     set_earlier_run_aside(recipe_for(tmp_path), {}, False)
-    assert names(tmp_path) == {*others, "metrics.json"}
-    for name in others:
+    moved = {f"earlier_runs/1/{name}" for name in ("results.md", "model_final.pth")}
+    assert names(tmp_path) == {*others, *moved, "metrics.json"}
+    for name in names(tmp_path):
         (tmp_path / name).unlink()
+    (tmp_path / "earlier_runs/1").rmdir()
     expected = set(OTHERS)
     for number in (1, 2):
         for name in FILES + OTHERS:
@@ -142,14 +147,10 @@ def test_nothing_to_resume(tmp_path, caplog):
 
 @pytest.mark.parametrize("existed", [True, False])
 def test_config(tmp_path, existed):
-    """What was there before is kept until a training begins, and what was given for good."""
-    path, recipe = tmp_path / "config.yaml", recipe_for(tmp_path, SEED=7)
+    """What was there before is kept."""
+    path, recipe = tmp_path / "config.yaml", recipe_for(tmp_path)
     if existed:
         path.write_text("before")
     with config_kept(recipe):
         path.write_text("after")
     assert path.read_text() == ("before" if existed else "after")
-    save_config(recipe, str(path))
-    assert path.read_text() == ("before" if existed else "after")
-    save_config(recipe, "other.yaml")
-    assert "SEED: 7" in path.read_text()

@@ -154,6 +154,16 @@ def test_all_settings_are_here():
     assert settings == named | by_class
 
 
+def test_model_of_another_kind():
+    """A model that is none of Detectron2's needs no proposals."""
+    recipe = make("lazy")
+    assert not recipe.needs_proposals
+    recipe.config.model.pop("proposal_generator")
+    assert recipe.needs_proposals
+    recipe.config.model = L(torch.nn.Linear)(in_features=1, out_features=1)
+    assert not recipe.needs_proposals
+
+
 @LANGUAGES
 @pytest.mark.parametrize(
     ("device", "amp", "dtype", "channels_last", "expected"),

@@ -86,6 +86,13 @@ _RULES: Tuple[Rule, ...] = (
         lambda v: v > 0 and math.isfinite(v),
         "use a positive number, such as 0.02 for batches of 16 images",
     ),
+    _whole("reference_world_size", 0),
+    Rule("SOLVER.WARMUP_FACTOR", lambda v: 0 <= v <= 1, "use a value in [0, 1]"),
+    Rule("SOLVER.GAMMA", lambda v: 0 < v < math.inf, "use a positive number, such as 0.1"),
+    *(
+        Rule(f"SOLVER.CLIP_GRADIENTS.{name}", lambda v: v > 0, "use a positive number")
+        for name in ("CLIP_VALUE", "NORM_TYPE")
+    ),
     Rule("SOLVER.MOMENTUM", lambda v: 0 <= v < 1, "use a value in [0, 1)"),
     Rule("SOLVER.WEIGHT_DECAY", lambda v: 0 <= v < math.inf, "use 0 or more"),
     _choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", [kind.value for kind in GradientClipType]),
@@ -127,7 +134,7 @@ _RULES: Tuple[Rule, ...] = (
     ),
     Rule(
         "epochs",
-        lambda v: 0 <= v < math.inf,
+        lambda v: 0 <= v <= 10000 and not isinstance(v, bool),
         "use a number of passes over the images, such as 12, or 0 for a number of iterations",
     ),
     Rule("ema_decay", lambda v: 0 <= v < 1, "use a value in (0, 1), such as 0.9998, or 0 for none"),
@@ -154,6 +161,12 @@ def _check_device(recipe: Recipe) -> None:
             f"{name} is {device!r}: this machine has {torch.cuda.device_count()} GPUs that "
             "PyTorch can use; 'cpu' is slow, but works"
         )
+    if kind.type == "cuda":
+        return
+    try:
+        torch.zeros(1, device=kind).cpu()
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"{name} is {device!r}, which PyTorch cannot use here") from e
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -79,6 +79,13 @@ def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, A
             yield from _contents(child_place, child, (*above, node))
 
 
+# What a class raises for a bad argument.
+_BUILDING = (
+    *(AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+
+
 def _own_code(error: Exception) -> str:
     """Where in a user's code an error was raised, for messages; "" if it was elsewhere."""
     frames = [(frame.f_globals, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -95,7 +102,7 @@ def _building(place: str) -> Iterator[None]:
         raise InputError(str(e)) from e
     except OmegaConfBaseException as e:
         raise InputError(f"{place}: {str(e).splitlines()[0]}") from e
-    except (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError) as e:
+    except _BUILDING as e:
         message = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
         message = f"{message or type(e).__name__}{_own_code(e)}"
         raise InputError(f"{place}: it cannot be built: {message}") from e
@@ -224,7 +231,7 @@ class LazyRecipe(Recipe):
 
     @property
     def class_counts(self) -> Dict[str, int]:
-        root = "model" if self.is_retinanet else "model.roi_heads"
+        root = "model.roi_heads" if self._select("model.roi_heads") is not None else "model"
         parts = dict(_contents(root, self._select(root)))
         # That of the model or of all heads comes first, which those of the parts refer to.
         named = sorted((k for k in parts if k.endswith(".num_classes")), key=lambda k: k.count("."))
@@ -240,7 +247,8 @@ class LazyRecipe(Recipe):
 
     @property
     def needs_proposals(self) -> bool:
-        return not self.is_retinanet and self._select("model.proposal_generator") is None
+        is_rcnn = _is_target(self.config.model, "GeneralizedRCNN")
+        return is_rcnn and self._select("model.proposal_generator") is None
 
     @property
     def has_masks(self) -> bool:
@@ -368,8 +376,12 @@ class LazyRecipe(Recipe):
             return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
 
     def _evaluators(self) -> List[DictConfig]:
-        evaluators = self._select("dataloader.evaluator") or []
-        return list(evaluators) if isinstance(evaluators, ListConfig) else [evaluators]
+        place = "dataloader.evaluator"
+        found = self._select(place) or []
+        evaluators = list(found) if isinstance(found, ListConfig) else [found]
+        if not all(isinstance(x, DictConfig) for x in evaluators):
+            raise InputError(f"{place} is {found!r}: it is a section, as of {place}._target_")
+        return evaluators
 
     @property
     def has_own_evaluator(self) -> bool:
@@ -384,7 +396,8 @@ class LazyRecipe(Recipe):
         for evaluator in evaluators:
             if "dataset_name" in evaluator:
                 evaluator.dataset_name = dataset_name
-        return DatasetEvaluators([instantiate(evaluator) for evaluator in evaluators])
+        with _building("dataloader.evaluator"):
+            return DatasetEvaluators([instantiate(evaluator) for evaluator in evaluators])
 
     def add_test_time_augmentation(self, model: nn.Module) -> nn.Module:
         # Detectron2's is made for YAML configs: these are the keys that it reads.
@@ -409,4 +422,7 @@ class LazyRecipe(Recipe):
     @property
     def ddp_options(self) -> Dict[str, Any]:
         """See :attr:`Recipe.ddp_options`; ``train.ddp`` overrides them."""
-        return {**super().ddp_options, **(self._select("train.ddp") or {})}
+        own = self._select("train.ddp") or {}
+        if not isinstance(own, (dict, DictConfig)):
+            raise InputError(f"train.ddp is {own!r}: it is a section")
+        return {**super().ddp_options, **own}

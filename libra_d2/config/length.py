@@ -26,11 +26,12 @@ def set_length(recipe: Recipe, num_images: int) -> None:
     """
     per_epoch = num_images / recipe.batch_size
     steps = recipe.get("SOLVER.STEPS", ())
+    late = [step for step in steps if step >= recipe.max_iter]
     if recipe.epochs > 0:
         before, recipe.max_iter = recipe.max_iter, math.ceil(recipe.epochs * per_epoch)
         if recipe.has("SOLVER.STEPS"):
-            steps = tuple(round(step / before * recipe.max_iter) for step in steps)
-            recipe.set("SOLVER.STEPS", steps)
+            scaled = {round(step / before * recipe.max_iter) for step in steps}
+            recipe.set("SOLVER.STEPS", tuple(sorted(x for x in scaled if 0 < x < recipe.max_iter)))
         if recipe.eval_period == 0 and recipe.test_datasets:
             recipe.eval_period = math.ceil(per_epoch)
             recipe.checkpoint_period = recipe.eval_period
@@ -45,11 +46,10 @@ def set_length(recipe: Recipe, num_images: int) -> None:
             f"{name} {max_iter} is {epochs:.3g} epochs of {num_images} images: "
             f"{recipe.name_of('epochs')} sets the length in epochs"
         )
-    late = [step for step in steps if step >= max_iter]
     if late and recipe.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR":
         logger.warning(
             f"SOLVER.STEPS {tuple(steps)}: the learning rate does not fall at {late[0]}, because "
-            f"the training ends after {max_iter} iterations"
+            "the training ends before"
         )
     if recipe.get("SOLVER.WARMUP_ITERS", 0) >= max_iter:
         logger.warning(

@@ -117,7 +117,7 @@ def is_lazy_config(path: str) -> bool:
     with open(path, encoding="utf-8") as f:
         try:
             tree = yaml.compose(f, Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
             return False
     keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
     return "model" in keys and "MODEL" not in keys
@@ -138,11 +138,18 @@ class _Config(CfgNode):
         super().merge_from_list(options)
 
 
-def _make_floats(given: CfgNode, config: CfgNode) -> None:
-    """Convert the whole numbers among given values whose place in a config has a float."""
+def _make_floats(given: CfgNode, config: CfgNode, prefix: str = "") -> None:
+    """
+    Convert the whole numbers among given values whose place in a config has a float.
+
+    Raises:
+        InputError: if a value is in the place of a section.
+    """
     for key, value in given.items():
-        if isinstance(value, dict) and isinstance(config.get(key), dict):
-            _make_floats(value, config[key])
+        if isinstance(config.get(key), dict):
+            if not isinstance(value, dict):
+                raise InputError(f"{prefix}{key} is {value!r}: it is a section")
+            _make_floats(value, config[key], f"{prefix}{key}.")
         elif type(value) is int and isinstance(config.get(key), float):
             given[key] = float(value)
 
@@ -191,9 +198,16 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
         if key.value == "_BASE_":
             bases = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for base in bases:
+                if not isinstance(base, yaml.ScalarNode):
+                    raise InputError(
+                        f"{path}: its _BASE_ must be the name of a file or a list of such"
+                    )
+                if "://" in base.value:
+                    continue
                 base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base.value))
-                if "://" not in base.value and os.path.isfile(base_path):
-                    _check_yaml(os.path.normpath(base_path), {*seen, path})
+                if not os.path.isfile(base_path):
+                    raise InputError(f"{path}: its _BASE_, {base.value}, is no file")
+                _check_yaml(os.path.normpath(base_path), {*seen, path})
 
 
 def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:

@@ -22,7 +22,7 @@ from detectron2.modeling import (
 )
 
 from ..data import LibraDatasetMapper, ResumableLoader, build_augmentation
-from ..errors import ArgumentError, InputError
+from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..utils.leaves import leaves
 from .ideas import DISABLED
@@ -140,6 +140,8 @@ class YamlRecipe(Recipe):
             raise InputError(f"{self._key_of(e)} is {e.value!r}: {e.rule}") from e
         except KeyError as e:
             raise self._missing_level(e) or e from None
+        except (AssertionError, ValueError) as e:
+            raise InputError(f"MODEL: it cannot be built: {one_line(e)}") from e
         warn_of_unread_keys(self.config, model)
         return model
 

@@ -20,6 +20,7 @@ from detectron2.engine.hooks import BestCheckpointer, PeriodicCheckpointer
 from detectron2.utils import comm
 
 from ..checkpoint import LibraCheckpointer
+from ..errors import InputError
 from .resuming import ExactResume
 
 __all__ = [
@@ -211,7 +212,10 @@ class BestModel(BestCheckpointer):
 
 
 class EarlyStopping(HookBase):
-    """Ends the training when a metric has not risen for some evaluations."""
+    """
+    Ends the training when a metric has not risen for some evaluations, which are counted from the
+    first in which it is a number.
+    """
 
     def __init__(self, eval_period: int, metric: str, patience: int, data: Dict[str, Any]):
         """
@@ -242,17 +246,28 @@ class EarlyStopping(HookBase):
         return self.num_bad >= self.patience
 
     def after_step(self) -> None:
-        """All processes decide by the metric of the main process."""
+        """
+        All processes decide by the metric of the main process.
+
+        Raises:
+            InputError: if there is no such metric.
+        """
         next_iter = self.trainer.iter + 1
         if next_iter % self.period != 0 or next_iter >= self.trainer.max_iter:
             return
-        latest = self.trainer.storage.latest().get(self.metric, (float("nan"), 0))[0]
-        latest = comm.all_gather(float(latest))[0]
+        values = self.trainer.storage.latest()
+        names = sorted(name for name in values if name.split("/")[-1].startswith("AP"))
+        latest, names = comm.all_gather((values.get(self.metric, (None,))[0], names))[0]
+        if latest is None:
+            raise InputError(f"evaluations do not report {self.metric}, but {', '.join(names)}")
+        if math.isnan(latest) and self.best == -math.inf:
+            return  # nothing has been detected yet
         self.num_bad = 0 if latest > self.best else self.num_bad + 1
         self.best = max(self.best, latest) if latest == latest else self.best
         if self.is_over:
-            best = f"risen above {self.best:.2f}" if self.best > -math.inf else "been a number"
-            self.trainer.end_early(f"{self.metric} has not {best} in {self.patience} evaluations")
+            self.trainer.end_early(
+                f"{self.metric} has not risen above {self.best:.2f} in {self.patience} evaluations"
+            )
 
 
 class AverageWeights(HookBase):

@@ -13,7 +13,6 @@ from ..errors import Interrupted
 from ..evaluation import finite_predictions, plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
-from .output_dir import save_config
 from .setup import setup
 from .trainer import Trainer, pictures_dir
 
@@ -49,18 +48,9 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     return results
 
 
-def train(trainer: Trainer, resume: bool, config_file: str = "") -> Mapping[str, Any]:
-    """
-    Train, or with ``resume`` continue; returns the results of the last evaluation.
-
-    Args:
-        trainer: of a recipe.
-        resume: whether from the last checkpoint, if there is one.
-        config_file: what the recipe was read from, which is not written over.
-    """
+def train(trainer: Trainer, resume: bool) -> Mapping[str, Any]:
+    """Train, or with ``resume`` continue; returns the results of the last evaluation."""
     trainer.resume_or_load(resume=resume)
-    if resume:
-        save_config(trainer.recipe, config_file)
     try:
         return trainer.train()
     except KeyboardInterrupt as e:
@@ -117,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         results = evaluate(recipe, args.resume)
     else:
         trainer = Trainer(recipe)
-        results = train(trainer, args.resume, args.config_file)
+        results = train(trainer, args.resume)
     if comm.is_main_process():
         name = os.path.splitext(os.path.basename(args.config_file))[0]
         summarize(recipe, results, name or recipe.output_dir, trainer)

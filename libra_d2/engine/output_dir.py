@@ -22,7 +22,7 @@ from ..errors import InputError, one_line
 from ..utils.atomic_write import UNFINISHED, atomic_write
 from .launch import in_main_process
 
-__all__ = ["config_kept", "prepare_output_dir", "save_config", "set_earlier_run_aside"]
+__all__ = ["config_kept", "prepare_output_dir", "set_earlier_run_aside"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,10 @@ _FILES_OF_A_RUN = (
     *("last_checkpoint", "metrics.json", "model_*.pth", "pictures", "results.md"),
 )
 
-# A directory without them has no run that could be continued, or mixed with another.
+# A directory without them has no run that could be continued, or mixed with another: only what a
+# new run would replace is moved.
 _MARKS_OF_A_RUN = ("last_checkpoint", "metrics.json")
+_REPLACED = ("curves.png", "model_best.pth", "model_final*.pth", "results.md")
 
 # Open lock files, by device and inode. Closing one would release its lock.
 _claims: Dict[Tuple[int, int], IO] = {}
@@ -122,9 +124,9 @@ def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
                 f"that as {recipe.name_of('output_dir')}"
             )
         logger.warning(message)
-    if not any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN):
-        return
-    patterns = (os.path.join(glob.escape(folder), pattern) for pattern in _FILES_OF_A_RUN)
+    is_run = any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN)
+    names = _FILES_OF_A_RUN if is_run else _REPLACED
+    patterns = (os.path.join(glob.escape(folder), pattern) for pattern in names)
     found: List[str] = [path for pattern in patterns for path in glob.glob(pattern)]
     # Of a config that is used once more, nothing is lost.
     found = [path for path in found if not _is_inside(inputs.get("--config-file", ""), path)]
@@ -134,6 +136,8 @@ def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
                 f"{name}: {given} belongs to the run in {recipe.name_of('output_dir')}, {folder}: "
                 "choose another directory for the new one"
             )
+    if not found:
+        return
     aside = os.path.join(aside, str(max(numbers, default=0) + 1))
     os.makedirs(aside)
     for path in found:
@@ -166,11 +170,3 @@ def config_kept(recipe: Recipe) -> Iterator[None]:
         if is_kept:
             with atomic_write(path) as f:
                 f.write(content)
-
-
-def save_config(recipe: Recipe, config_file: str) -> None:
-    """Write the config to the output directory, unless it was read from that very file."""
-    path = os.path.join(recipe.output_dir, "config.yaml")
-    if comm.is_main_process() and not _is_inside(config_file, path):
-        with atomic_write(path, "w") as f:
-            f.write(recipe.dump())
