@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, demo_cfg, load_cfg
 from PIL import Image
+from test_train_net import QUICK
 
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -149,6 +150,44 @@ def test_without_detections(synthetic, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0].startswith("before thresholds: the same to ")
     assert lines[1:] == ["detections: none were compared", str(tmp_path / "a.ts")]
+
+
+LAZY = """
+import os
+from detectron2.config import LazyCall, LazyConfig
+from detectron2.data import transforms as T
+from libra_d2.config.reading import detectron2_configs
+from test_train_net import OneNumber
+
+common = os.path.join(detectron2_configs(), "common")
+dataloader = LazyConfig.load(f"{common}/data/coco.py").dataloader
+dataloader.test.mapper.augmentations = [LazyCall(T.Resize)(shape=(64, 96))]
+optimizer = LazyConfig.load(f"{common}/optim.py").SGD
+lr_multiplier = LazyConfig.load(f"{common}/coco_schedule.py").lr_multiplier_1x
+train = LazyConfig.load(f"{common}/train.py").train
+train.device = "cpu"
+model = LazyCall(OneNumber)(num_classes=1, proposal_generator=0)
+"""
+
+
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_own_architecture(is_lazy, tmp_path, synthetic, capsys):
+    """One that reads "height" and has no known head, and images that are resized by own rules."""
+    weights, output = tmp_path / "a.pth", tmp_path / "model.ts"
+    torch.save({"model": {"number": torch.ones(())}}, weights)
+    (tmp_path / "lazy.py").write_text(LAZY)
+    options = [*map(str, QUICK), "MODEL.WEIGHTS", str(weights)]
+    if is_lazy:
+        options = [f"train.init_checkpoint={weights}"]
+    image = str(synthetic / "images/000001.jpg")
+    args = ["--config-file", str(tmp_path / "lazy.py") if is_lazy else "", "--sample-image", image]
+    main([*args, "--output", str(output), *options])
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[0] == "before thresholds: nothing was compared: this model has no known head"
+    assert lines[1] == "detections: the same 1, and 1, 1, 1, 1, 1 in images of other sizes"
+    description = json.loads((tmp_path / "model.ts.json").read_text())["input"]
+    sides = (description["shorter_side"], description["longer_side_at_most"])
+    assert (sides == (None, None)) == is_lazy
 
 
 def test_other_images():

@@ -11,8 +11,9 @@ The exported model takes an image of any size as (3, H, W) float32 tensor in [0,
 channels in the order of INPUT.FORMAT, resized according to INPUT.MIN_SIZE_TEST. A model without RPN
 also takes proposals (R, 4), absolute XYXY. It returns boxes (n, 4), absolute XYXY, classes (n,),
 scores (n,), and with a mask head mask probabilities within the boxes, (n, 1, 28, 28). OUTPUT.json
-and the metadata of an ONNX file describe this. The export fails unless it detects the same as the
-model in the sample image, in images of other sizes and in an empty one. See also demo/onnx_demo.py.
+and the metadata of an ONNX file describe this; shorter_side is null if the test augmentations of a
+LazyConfig have no ResizeShortestEdge. The export fails unless it detects the same as the model in
+the sample image, in images of other sizes and in an empty one. See also demo/onnx_demo.py.
 """
 
 import argparse
@@ -167,14 +168,14 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     images = (image, *other_images(image))
     samples = [make_input(x, recipe.needs_proposals) for x in images]
-    (shorter, *_), longer = recipe.sizes(False)
+    shorter, longer = recipe.sizes(False)
     description = {
         "input": {
             "names": list(samples[0]),
             "format": recipe.image_format,
             "interpolation": recipe.interpolation,
-            "shorter_side": shorter,
-            "longer_side_at_most": longer,
+            "shorter_side": shorter[0] if shorter else None,
+            "longer_side_at_most": longer if shorter else None,
             "device": recipe.device,
         },
         "output": list(FIELDS[: 4 if recipe.has_masks else 3]),
