@@ -3,6 +3,7 @@ import html
 import json
 import pickle
 import re
+import shutil
 from base64 import b64decode
 
 import numpy as np
@@ -130,3 +131,22 @@ def test_inputs_stay(option, name, synthetic, tmp_path, capsys):
         capsys.readouterr().err
     )
     assert not name or path.read_text() == "precious"
+
+
+def test_images_stay(synthetic, tmp_path, capsys):
+    """Those of the dataset, with or without objects, be they in the folder of the report."""
+    dataset = json.loads((synthetic / "instances.json").read_text())
+    with_objects = {x["image_id"] for x in dataset["annotations"]}
+    image = next(x for x in dataset["images"] if x["id"] not in with_objects)
+    shutil.copytree(synthetic / "images", tmp_path / "balance")
+    path = (tmp_path / "balance" / image["file_name"]).rename(tmp_path / "balance/samples.png")
+    before, image["file_name"] = path.read_bytes(), path.name
+    for x in dataset["images"]:
+        x["file_name"] = f"balance/{x['file_name']}"
+    (tmp_path / "a.json").write_text(json.dumps(dataset))
+    data = ["--val-json", tmp_path / "a.json", "--val-images", tmp_path, "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        analyze_balance.main(arguments("faster_rcnn", synthetic, tmp_path, *data))
+    message = f"OUTPUT_DIR: {path} and an image of own_val, {path}, are the same file"
+    assert message in capsys.readouterr().err
+    assert path.read_bytes() == before

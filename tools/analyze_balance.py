@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 
 from libra_d2.analysis import (
     Recording,
@@ -54,6 +54,7 @@ from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path, output_paths
 
 FIGURES = ("samples", "levels", "heat_maps", "losses", "gradient_shares")
+FILES = ("index.html", "balance.json", *(f"{name}.png" for name in FIGURES))
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -209,8 +210,7 @@ def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
     images = {f"{name}-images": getattr(args, f"{split}_images") for split, name in splits}
     option, folder = recipe.name_of("output_dir"), os.path.join(recipe.output_dir, "balance")
     output_path(option, folder, images, is_folder=True)
-    names = ("index.html", "balance.json", *(f"{name}.png" for name in FIGURES))
-    output_paths(option, [os.path.join(folder, name) for name in names], inputs)
+    output_paths(option, [os.path.join(folder, name) for name in FILES], inputs)
     return folder
 
 
@@ -228,6 +228,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"no images: use --train-json and --train-images, or set {name}")
     split = "train" if dataset in recipe.train_datasets else "test"
     check_datasets([dataset])
+    images = {f"an image of {dataset}": [x["file_name"] for x in DatasetCatalog.get(dataset)]}
+    files = [os.path.join(folder, name) for name in FILES]
+    output_paths(recipe.name_of("output_dir"), files, images)
     prepare_proposal_files(recipe, (split,))
     model = recipe.build_trained_model()
     torch.manual_seed(0)
