@@ -63,9 +63,14 @@ def test_export(system, synthetic, tmp_path, capsys):
         image = str(synthetic / "images/000001.jpg")
         sample = read_sample(read_config(str(config_of(system)), SIZE), image)
         counts = [len(detect(model, [{"image": x}])[0]) for x in (sample, *other_images(sample))]
-    others = ", ".join(map(str, counts[1:]))
     assert re.fullmatch(r"before thresholds: the same to \S+ of the largest value", raw)
-    assert line == f"detections: the same {counts[0]}, and {others} in images of other sizes"
+    pattern = r"detections: the same (.*) in images of other sizes(; rounding decides on \d+ more)?"
+    text, rest = re.fullmatch(pattern, line).groups()
+    same, lost = (list(map(int, re.findall(r"\d+", x or "0"))) for x in (text, rest))
+    assert all(a <= b for a, b in zip(same, counts))
+    # Of these scores few are equal but for rounding, on any processor.
+    assert sum(same) + lost[0] == sum(counts)
+    assert lost[0] < 0.1 * sum(counts)
     assert (path, counts[0] > 0) == (f"{tmp_path}/model.ts", True)
     description = json.loads((tmp_path / "model.ts.json").read_text())
     assert "MIN_SIZE_TEST: 96\n" in description.pop("config")
