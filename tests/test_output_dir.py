@@ -86,8 +86,8 @@ def test_earlier_run(tmp_path, caplog):
     (tmp_path / "pictures").mkdir()
     for name in (*others, "metrics.json", "results.md", "model_final.pth"):
         (tmp_path / name).touch()
+    given = {"--train-json": str(tmp_path / "results.md")}
     with pytest.raises(InputError, match="^--train-json: .*results.md belongs to the run"):
-        given = {"--train-json": str(tmp_path / "results.md")}
         set_earlier_run_aside(recipe_for(tmp_path), given, False)
     set_earlier_run_aside(recipe_for(tmp_path), {}, False)
     moved = {f"earlier_runs/1/{name}" for name in ("results.md", "model_final.pth")}
