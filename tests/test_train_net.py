@@ -148,7 +148,8 @@ def fails(capsys, *args, config=DEMO_CONFIG):
         ("--train-json none.json --train-images .", "none.json: no such annotation file"),
     ],
 )
-def test_bad_arguments(args, message, capsys):
+def test_bad_arguments(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the config's output directory is
     if torch.cuda.is_available() and "--num-gpus" in args:
         pytest.skip("fine on this machine")
     assert re.match(f"error: {message}", fails(capsys, *args.split()))
