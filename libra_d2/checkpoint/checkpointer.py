@@ -85,13 +85,7 @@ class LibraCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self,
-        model,
-        save_dir: str = "",
-        *,
-        complete: bool = False,
-        tag: bool = True,
-        **kwargs,
+        self, model, save_dir: str = "", *, complete: bool = False, tag: bool = True, **kwargs
     ):
         """
         Args:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files from the internet, checked against the hash in their name."""
 
-import hashlib
 import os
 import re
 from urllib.parse import urlparse
@@ -9,6 +8,8 @@ from urllib.parse import urlparse
 from iopath.common.file_io import get_cache_dir
 
 from detectron2.utils.file_io import PathManager
+
+from ..utils.digest import sha256
 
 __all__ = ["fetch"]
 
@@ -38,16 +39,13 @@ def fetch(url: str) -> str:
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     if match is None:
         return path
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(match.group(1)):
+    digest = sha256(path)
+    if not digest.startswith(match.group(1)):
         size = os.path.getsize(path)
         os.remove(path)
         raise OSError(
             f"{url}: what was downloaded ({size} bytes) is not that file: its SHA-256 is "
-            f"{digest.hexdigest()}, but must start with {match.group(1)}. It was removed from "
+            f"{digest}, but must start with {match.group(1)}. It was removed from "
             f"{path}; try again, or fetch it by hand and put it there"
         )
     return path

@@ -151,30 +151,28 @@ def _is_plain(value: torch.Tensor) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def check_weights(weights: Mapping[str, Any], path: str = "") -> None:
+def check_weights(weights: Mapping[str, Any]) -> None:
     """
     Raises:
         InputError: if something in ``weights`` is no array, or none that a model can compute with;
-            it names ``path`` and the first such weight.
+            it names the first such weight.
     """
-    where = f"{path}: " if path else ""
     for key, value in weights.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise InputError(f"{where}not a checkpoint: {key!r} in it is a {type(value).__name__}")
+            raise InputError(f"not a checkpoint: {key!r} in it is a {type(value).__name__}")
         if isinstance(value, torch.Tensor) and not _is_plain(value):
             raise InputError(
-                f"{where}{key!r} in it is a sparse, quantized, expanded or empty (meta) tensor; "
+                f"{key!r} in it is a sparse, quantized, expanded or empty (meta) tensor; "
                 "save the weights as plain tensors"
             )
         if isinstance(value, np.ndarray):
             if value.dtype.kind not in "bfiu":
-                raise InputError(f"{where}{key!r} in it is an array of {value.dtype}")
+                raise InputError(f"{key!r} in it is an array of {value.dtype}")
             value = torch.from_numpy(value.copy())
         if value.is_complex() or not torch.isfinite(value).all():
             what = "of complex numbers" if value.is_complex() else "not finite"
             raise InputError(
-                f"{where}{key!r} in it is {what}: these weights are broken; use an earlier "
-                "checkpoint"
+                f"{key!r} in it is {what}: these weights are broken; use an earlier checkpoint"
             )
 
 

@@ -19,9 +19,10 @@ from detectron2.layers import get_norm
 from detectron2.solver.build import GradientClipType
 from detectron2.utils import comm
 
+from ..data import class_names
 from ..data.resize import INTERPOLATIONS
 from ..errors import InputError, one_line
-from ..evaluation import check_evaluator_type, class_names, reported_metrics
+from ..evaluation import check_evaluator_type, reported_metrics
 from ..modeling.acceleration import CHANNELS_LAST
 from .recipe import Recipe, SettingMissing
 

@@ -97,11 +97,10 @@ def _own_code(error: Exception) -> str:
 def _building(place: str) -> Iterator[None]:
     """Turn what classes raise for bad arguments into an InputError."""
     try:
-        yield
+        with _resolving(place):
+            yield
     except ArgumentError as e:
         raise InputError(str(e)) from e
-    except OmegaConfBaseException as e:
-        raise InputError(f"{place}: {str(e).splitlines()[0]}") from e
     except _BUILDING as e:
         message = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
         message = f"{message or type(e).__name__}{_own_code(e)}"
@@ -213,11 +212,8 @@ class LazyRecipe(Recipe):
         """See :meth:`Recipe.check_parts`: all names and interpolations in them have to resolve."""
         places = _PARTS if train else _PARTS[:1]
         for place in (*places, *(_PARTS_OF_EVALUATION if self.test_datasets else ())):
-            part = self._part(place)
-            if target_of(part) is None:
+            if target_of(self._resolved(place)) is None:
                 raise InputError(f"{place}: its _target_, a class or function, is missing")
-            for _ in _contents(place, part):
-                pass
         for is_train in (True, False):
             self._augmentations(is_train)
         if train and not self.has("max_iter"):
@@ -313,11 +309,16 @@ class LazyRecipe(Recipe):
             raise SettingMissing(f"{place}: the LazyConfig lacks it")
         return part
 
-    def _build(self, place: str) -> Any:
-        """Instantiate a part of the config."""
+    def _resolved(self, place: str) -> Any:
+        """A part of the config, in which all names and interpolations resolve."""
         part = self._part(place)
         for _ in _contents(place, part):
             pass
+        return part
+
+    def _build(self, place: str) -> Any:
+        """Instantiate a part of the config."""
+        part = self._resolved(place)
         with _building(place):
             return instantiate(part)
 

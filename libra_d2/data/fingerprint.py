@@ -9,6 +9,9 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..utils.digest import sha256
+from .class_names import class_names
+
 __all__ = ["file_digest", "fingerprint", "image_fingerprint", "record_fingerprint"]
 
 _LENGTH = 16  # of a digest: hexadecimal digits, enough to tell files apart
@@ -16,14 +19,10 @@ _LENGTH = 16  # of a digest: hexadecimal digits, enough to tell files apart
 
 def file_digest(path: str) -> str:
     """The start of the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with PathManager.open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:_LENGTH]
+    return sha256(PathManager.get_local_path(path))[:_LENGTH]
 
 
-def image_fingerprint(files: Iterable[Tuple[str, int]]) -> str:
+def image_fingerprint(files: Iterable[Tuple]) -> str:
     """The number of images, and a digest of their names and sizes in bytes, whatever the order."""
     files = sorted(files)
     return f"{len(files)} ({_digest(files)})"
@@ -31,8 +30,8 @@ def image_fingerprint(files: Iterable[Tuple[str, int]]) -> str:
 
 def record_fingerprint(records: List[Dict[str, Any]]) -> str:
     """As :func:`image_fingerprint`, of the ids and names of images in Detectron2's format."""
-    names = [(str(r["image_id"]), os.path.basename(str(r.get("file_name")))) for r in records]
-    return f"{len(names)} ({_digest(sorted(names))})"
+    names = (os.path.basename(str(record.get("file_name"))) for record in records)
+    return image_fingerprint((str(r["image_id"]), name) for r, name in zip(records, names))
 
 
 def _digest(content: Any) -> str:
@@ -64,14 +63,12 @@ def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
         return {}
     metadata = MetadataCatalog.get(dataset_name)
     json_file = metadata.get("json_file")
-    records = None
-    if not (json_file and metadata.get("thing_classes")):
-        records = DatasetCatalog.get(dataset_name)  # which may name the classes, too
-    found = {"classes": list(metadata.get("thing_classes") or ())}
+    found = {"classes": list(class_names(dataset_name))}
     if metadata.get("fingerprint"):
         found.update(metadata.fingerprint)
     elif json_file:
         found["annotations"] = file_digest(json_file) if PathManager.isfile(json_file) else "absent"
     else:
+        records = DatasetCatalog.get(dataset_name)
         found["annotations"] = _digest([_moved(record) for record in records])
     return found

@@ -347,7 +347,7 @@ class Trainer(DefaultTrainer):
         options = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
-        rates = getattr(self.scheduler, "base_lrs", None)
+        base_lrs = getattr(self.scheduler, "base_lrs", None)
         try:
             super().load_state_dict(state_dict)
             self._trainer.load_state_dict(state_dict["_trainer"])
@@ -358,7 +358,7 @@ class Trainer(DefaultTrainer):
             ) from e
         if isinstance(self.scheduler, LRMultiplier):
             # The config's learning rate, momentum and decay, which may have changed.
-            self.scheduler.base_lrs = rates
+            self.scheduler.base_lrs = base_lrs
             rates = self.scheduler.get_lr()
             for group, own, rate in zip(optimizer.param_groups, options, rates):
                 group.update(own, lr=rate)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from .build import TASKS, build_evaluator, check_evaluator_type, class_names, reported_metrics
+from .build import TASKS, build_evaluator, check_evaluator_type, reported_metrics
 from .coco_evaluator import LibraCOCOEvaluator
 from .finite_predictions import finite_predictions
 from .pictures import PredictionPictures
@@ -14,7 +14,6 @@ __all__ = [
     "add_test_time_augmentation",
     "build_evaluator",
     "check_evaluator_type",
-    "class_names",
     "finite_predictions",
     "plot_learning_curves",
     "read_metrics",

@@ -3,13 +3,14 @@
 
 import importlib.util
 import logging
-from typing import List, Sequence, Tuple
+from typing import List, Sequence
 
 import numpy as np
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
 
+from ..data import class_names
 from ..errors import InputError
 from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
 
@@ -17,7 +18,6 @@ __all__ = [
     "TASKS",
     "build_evaluator",
     "check_evaluator_type",
-    "class_names",
     "reported_metrics",
 ]
 
@@ -59,17 +59,6 @@ def check_evaluator_type(dataset_name: str) -> str:
 def _has_lvis() -> bool:
     # The last release of the package uses np.float, which NumPy 1.24 removed.
     return importlib.util.find_spec("lvis") is not None and hasattr(np, "float")
-
-
-def class_names(dataset_name: str) -> Tuple[str, ...]:
-    """
-    The names of the classes of a registered dataset, which is loaded if they are not known before;
-    empty if it does not say.
-    """
-    metadata = MetadataCatalog.get(dataset_name)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(dataset_name)  # such as those of register_coco_instances
-    return tuple(metadata.get("thing_classes") or ())
 
 
 def reported_metrics(dataset_name: str, tasks: Sequence[str] = TASKS) -> List[str]:
