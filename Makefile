@@ -13,6 +13,7 @@ VENV ?= .venv
 CONFIG ?= configs/Demo/libra_faster_rcnn_R_18_FPN.yaml
 OUTPUT ?= output/$(basename $(notdir $(CONFIG)))
 DATA ?= datasets/synthetic
+CLASSES := --classes square triangle circle
 # A Fast R-CNN needs the proposals of an RPN, which is trained first.
 RPN_CONFIG ?= configs/Demo/rpn_R_18_FPN.yaml
 RPN_OUTPUT ?= output/$(basename $(notdir $(RPN_CONFIG)))
@@ -46,10 +47,10 @@ $(RPN_OUTPUT)/proposals/own_val.pkl: $(VENV)/.installed \
 	  MODEL.WEIGHTS $(RPN_OUTPUT)/model_final.pth OUTPUT_DIR $(RPN_OUTPUT)
 
 $(DATA)/train/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
-	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 400 --num-classes 3 --seed 1
+	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 400 $(CLASSES) --seed 1
 
 $(DATA)/val/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
-	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 100 --num-classes 3 --seed 2
+	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 100 $(CLASSES) --seed 2
 
 # One process for each of two cores, with a thread each.
 test: lint

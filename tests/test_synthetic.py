@@ -41,7 +41,7 @@ def test_objects(tmp_path):
     Tight boxes around disjoint visible parts, of all classes and of widely different sizes, each in
     the shape of its class and in a color that stands out.
     """
-    arguments = {"num_images": 60, "seed": 5, "num_classes": 6, "image_format": "png"}
+    arguments = {"num_images": 60, "seed": 5, "classes": CLASSES, "image_format": "png"}
     dataset = make_synthetic_dataset(str(tmp_path / "a"), **arguments)
     sizes = np.sqrt([a["bbox"][2] * a["bbox"][3] for a in dataset["annotations"]])
     small, middle, large = np.quantile(sizes, [0.05, 0.5, 0.95])
@@ -79,7 +79,9 @@ def test_objects(tmp_path):
             "num_images must be from 1 to 1000000, got 1000000000000000000000",
         ),
         ({"size": 8}, "size must be from 32"),
-        ({"num_classes": 7}, "num_classes must be from 1 to 6, got 7"),
+        ({"classes": ()}, "classes must be different ones of"),
+        ({"classes": ("star", "star")}, "got .'star', 'star'"),
+        ({"classes": ("star", "disk")}, "got .'star', 'disk'"),
         ({"seed": -1}, "seed must be from 0"),
         ({"image_format": "gif"}, "image_format must be"),
     ],
@@ -93,10 +95,10 @@ def test_bad_arguments(tmp_path, kwargs, message):
 def test_command(tmp_path, capsys):
     target = tmp_path / "deep/er"
     arguments = [str(target), "--num-images", "2", "--size", "48"]
-    main([*arguments, "--num-classes", "2"])
+    main([*arguments, "--classes", "star", "square"])
     assert "2 images" in capsys.readouterr().out
     dataset = json.loads((target / "instances.json").read_text())
-    assert [c["name"] for c in dataset["categories"]] == ["square", "triangle"]
+    assert [c["name"] for c in dataset["categories"]] == ["star", "square"]
     assert [p.name for p in target.parent.iterdir()] == ["er"]  # nothing unfinished is left
     # It replaces the other one, through a link as well.
     (tmp_path / "link").symlink_to("deep/er")

@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 import pycocotools.mask as mask_utils
@@ -81,18 +81,18 @@ def _color(rng: np.random.Generator, below: np.ndarray, hue: Optional[float]) ->
     return tuple(colors[0][np.minimum(contrast, 90).argmax()].tolist())
 
 
-def _render(rng: np.random.Generator, size: int, num_classes: int):
-    """Draw an image; returns it and a list of (class index, (size, size) bool visible mask)."""
+def _render(rng: np.random.Generator, size: int, classes: Sequence[str]):
+    """Draw an image; returns it and a list of (class name, (size, size) bool visible mask)."""
     image = _background(rng, size)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):
         line = [tuple(p) for p in rng.uniform(0, size, (rng.integers(2, 5), 2))]
         draw.line(line, fill=tuple(rng.integers(0, 256, 3).tolist()), width=rng.integers(1, 4))
 
-    objects = []  # (class index or None, full area, visible mask)
+    objects = []  # (class or None, full area, visible mask)
     for _ in range(rng.integers(2, 10)):
         distractor = rng.random() < 0.2
-        name = rng.choice(list(_DISTRACTORS) if distractor else CLASSES[:num_classes])
+        name = rng.choice(list(_DISTRACTORS) if distractor else classes)
         # Log-uniform: as many small objects as large ones, over a factor of 5 in size.
         radius = size * math.exp(rng.uniform(math.log(0.06), math.log(0.32)))
         points = _outline(
@@ -111,11 +111,10 @@ def _render(rng: np.random.Generator, size: int, num_classes: int):
         if covered.sum() < 12 or hides:
             continue
         objects = [(c, area, v) for (c, area, _), v in zip(objects, visible)]
-        category = None if distractor else CLASSES.index(name)
-        objects.append((category, covered.sum(), covered))
+        objects.append((None if distractor else name, covered.sum(), covered))
         # Each class has a typical hue, which not all of its objects have.
         typical = not distractor and rng.random() < 0.7
-        hue = category / len(CLASSES) if typical else None
+        hue = CLASSES.index(name) / len(CLASSES) if typical else None
         fill = Image.new("RGB", image.size, _color(rng, np.asarray(image)[covered], hue))
         if rng.random() < 0.2:  # translucent
             mask = mask.point(lambda v: v * 0.75)
@@ -154,7 +153,7 @@ def make_synthetic_dataset(
     num_images: int,
     size: int = 160,
     seed: int = 0,
-    num_classes: int = 4,
+    classes: Sequence[str] = CLASSES[:4],
     image_format: str = "jpg",
 ) -> Dict:
     """
@@ -167,7 +166,7 @@ def make_synthetic_dataset(
         num_images: 1 to a million.
         size: width and height of the images, 32 to 4096 pixels.
         seed: at least 0. Use another one for held-out images.
-        num_classes: how many of :data:`CLASSES` to use.
+        classes: those of :data:`CLASSES` to draw, in the order of their ids.
         image_format: "jpg" or "png".
 
     Returns:
@@ -181,10 +180,11 @@ def make_synthetic_dataset(
         ("num_images", num_images, 1, 10**6),  # the digits of their names
         ("size", size, 32, 4096),
         ("seed", seed, 0, math.inf),
-        ("num_classes", num_classes, 1, len(CLASSES)),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    if not classes or len({*classes} & {*CLASSES}) < len(classes):
+        raise ValueError(f"classes must be different ones of {CLASSES}, got {(*classes,)}")
     if image_format not in ("jpg", "png"):
         raise ValueError(f"image_format must be 'jpg' or 'png', got {image_format!r}")
 
@@ -199,20 +199,20 @@ def make_synthetic_dataset(
         "info": {"description": f"{_DESCRIPTION}, seed {seed}"},
         "images": [],
         "annotations": [],
-        "categories": [{"id": i, "name": n} for i, n in enumerate(CLASSES[:num_classes], 1)],
+        "categories": [{"id": i, "name": n} for i, n in enumerate(classes, 1)],
     }
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as tmp:
         unfinished = Path(tmp) / "dataset"
         (unfinished / "images").mkdir(parents=True)
         for i in tqdm(range(num_images), desc=output_dir, unit="image"):
-            image, objects = _render(np.random.default_rng([seed, i]), size, num_classes)
+            image, objects = _render(np.random.default_rng([seed, i]), size, classes)
             record = {"id": i + 1, "file_name": f"{i:06d}.{image_format}"}
             image.save(unfinished / "images" / record["file_name"], quality=92)
             dataset["images"].append({**record, "width": size, "height": size})
-            for category, mask in objects:
+            for name, mask in objects:
                 ids = {"id": len(dataset["annotations"]) + 1, "image_id": i + 1}
                 dataset["annotations"].append(
-                    {**ids, "category_id": category + 1, **_annotation(mask), "iscrowd": 0}
+                    {**ids, "category_id": classes.index(name) + 1, **_annotation(mask), "iscrowd": 0}
                 )
         (unfinished / "instances.json").write_text(json.dumps(dataset))
         if output.exists():
@@ -232,7 +232,9 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-images", type=int, default=300)
     parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-classes", type=int, default=4, help=f"of {', '.join(CLASSES)}")
+    parser.add_argument(
+        "--classes", nargs="+", default=CLASSES[:4], metavar="CLASS", help=f"of {', '.join(CLASSES)}"
+    )
     parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg")
     return parser
 
