@@ -18,7 +18,10 @@ PROGRAMS = {
     "libra-d2-dump-proposals": "libra_d2.tools.dump_proposals",
     "libra-d2-export-model": "libra_d2.tools.export_model",
     "libra-d2-make-synthetic-dataset": "libra_d2.tools.make_synthetic_dataset",
+    "libra-d2-show-training-images": "libra_d2.tools.show_training_images",
+    "libra-d2-split-dataset": "libra_d2.tools.split_dataset",
     "libra-d2-voc-to-coco": "libra_d2.tools.voc_to_coco",
+    "libra-d2-yolo-to-coco": "libra_d2.tools.yolo_to_coco",
 }
 
 setup(

@@ -8,7 +8,11 @@ names of its model zoo, with Detectron2's path manager. It changes nothing else.
 
 __version__ = "0.1.0"
 
-from . import model_zoo, modeling
-from .config import add_libra_config
+from .versions import check_versions
+
+check_versions()  # before anything that needs them
+
+from . import model_zoo, modeling  # noqa: E402
+from .config import add_libra_config  # noqa: E402
 
 __all__ = ["add_libra_config", "model_zoo", "modeling"]

@@ -212,7 +212,12 @@ def make_synthetic_dataset(
             for name, mask in objects:
                 ids = {"id": len(dataset["annotations"]) + 1, "image_id": i + 1}
                 dataset["annotations"].append(
-                    {**ids, "category_id": classes.index(name) + 1, **_annotation(mask), "iscrowd": 0}
+                    {
+                        **ids,
+                        "category_id": classes.index(name) + 1,
+                        **_annotation(mask),
+                        "iscrowd": 0,
+                    }
                 )
         (unfinished / "instances.json").write_text(json.dumps(dataset))
         if output.exists():
@@ -233,7 +238,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--classes", nargs="+", default=CLASSES[:4], metavar="CLASS", help=f"of {', '.join(CLASSES)}"
+        "--classes",
+        nargs="+",
+        default=CLASSES[:4],
+        metavar="CLASS",
+        help=f"of {', '.join(CLASSES)}",
     )
     parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg")
     return parser

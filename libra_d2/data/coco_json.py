@@ -19,13 +19,14 @@ from ..utils.atomic_write import atomic_write
 from ..utils.display import class_colors
 from .coco_schema import check_entries, is_number, shorten
 from .fingerprint import file_digest, image_fingerprint
-from .image_reading import is_whole, read_image
+from .image_reading import displayed_size, is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
 from .run_lengths import check_run_lengths
 
 __all__ = [
     "check_images",
     "class_colors",
+    "log_changes",
     "read_categories",
     "read_coco_json",
     "register_coco_json",
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 #: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
 ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
 
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
 
 
@@ -183,6 +182,19 @@ def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[D
     return dataset, changes
 
 
+def log_changes(json_file: str, changes: Counter) -> None:
+    """Log the changes that :func:`read_coco_json` has made as warnings."""
+    if changes["clipped"] or changes["dropped"]:
+        logger.warning(
+            f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
+            f"{changes['dropped']} boxes had no area in their image and were dropped."
+        )
+    repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
+    if repaired:
+        counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
+        logger.warning(f"{json_file}: put right or filled in: {counts}")
+
+
 def _path_of(file_name: str, image_root: str, json_file: str) -> str:
     """Path of an image, which has to be in ``image_root``."""
     path = os.path.join(image_root, file_name)
@@ -236,9 +248,7 @@ def check_images(
                 # Detectron2 applies the Exif orientation. It may be at the end of a PNG file, which
                 # is not worth reading if the size is right.
                 if file.format != "PNG" or size != expected:
-                    orientation = file.getexif().get(_EXIF_ORIENTATION)
-                    if orientation in _TRANSPOSING_ORIENTATIONS:
-                        size = size[::-1]
+                    size = displayed_size(file)
                 whole = is_whole(path, file.format)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise InputError(f"{path}: not a readable image ({one_line(e)})") from None
@@ -282,15 +292,7 @@ def register_coco_json(
     dataset, changes = read_coco_json(json_file, mask_format)
     images = check_images(dataset, image_root, json_file, limits)
     digests = {"annotations": file_digest(json_file), "images": images}
-    if changes["clipped"] or changes["dropped"]:
-        logger.warning(
-            f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
-            f"{changes['dropped']} boxes had no area in their image and were dropped."
-        )
-    repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
-    if repaired:
-        counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
-        logger.warning(f"{json_file}: put right or filled in: {counts}")
+    log_changes(json_file, changes)
     with open(json_file, "rb") as f:
         has_byte_order_mark = f.read(3) == b"\xef\xbb\xbf"
     if +changes or has_byte_order_mark:

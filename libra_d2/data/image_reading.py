@@ -2,6 +2,7 @@
 import io
 import logging
 import os
+from typing import Tuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,12 +12,20 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, one_line
 
-__all__ = ["is_whole", "read_image"]
+__all__ = ["displayed_size", "is_whole", "read_image"]
 
 logger = logging.getLogger(__name__)
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _MAX_TRAILER = 65536  # bytes that end markers are looked for in: cameras and editors append data
+
+
+def displayed_size(image: Image.Image) -> Tuple[int, int]:
+    """(width, height) of an opened image in pixels, after its Exif orientation is applied."""
+    is_transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSING_ORIENTATIONS
+    return image.size[::-1] if is_transposed else image.size
 
 
 def is_whole(path: str, format: str) -> bool:

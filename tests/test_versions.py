@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib
+import sys
+
+import pytest
+
+from libra_d2.versions import check_versions
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "message"),
+    [
+        ("torch", "2.5.1+cu121", "needs PyTorch 2.6 or later, but 2.5.1.cu121 is installed"),
+        ("torch", "2.6.0", ""),
+        ("torch", "2.14.1+cpu", ""),
+        ("detectron2", "0.5", "needs Detectron2 0.6 or later, but 0.5 is installed"),
+        ("detectron2", "0.6", ""),
+        ("detectron2", None, "needs Detectron2 0.6 or later, but it is not installed"),
+    ],
+)
+def test_check_versions(module, version, message, monkeypatch):
+    if version is None:
+        monkeypatch.setitem(sys.modules, module, None)
+    else:
+        monkeypatch.setattr(importlib.import_module(module), "__version__", version)
+    if not message:
+        check_versions()
+        return
+    with pytest.raises(ImportError, match=message):
+        check_versions()

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Split a COCO JSON at random into images to train on and images to validate on.
+
+    python tools/split_dataset.py all.json --val-share 0.2 \
+        --train-output train.json --val-output val.json
+
+Photographs of one scene belong into the same part, or validation measures what was memorized:
+--group-by takes a regular expression, and images whose names it matches with the same text are not
+separated. '^[^_]+' groups kitchen_01.jpg and kitchen_02.jpg.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from typing import Any, Dict, List, Optional, Set, Tuple
+
+from detectron2.utils.logger import setup_logger
+
+from libra_d2.data.coco_json import log_changes, read_coco_json
+from libra_d2.engine import report_errors
+from libra_d2.errors import InputError
+from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.display import display_name
+from libra_d2.utils.output_path import output_paths
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The command line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", metavar="FILE", help="annotations in COCO format")
+    parser.add_argument(
+        "--val-share", type=float, default=0.2, help="share of the images; default: %(default)s"
+    )
+    parser.add_argument("--group-by", metavar="REGEX", help="see above")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--train-output", required=True, metavar="FILE")
+    parser.add_argument("--val-output", required=True, metavar="FILE")
+    return parser
+
+
+def choose(
+    names: Dict[Any, str], share: float, pattern: Optional[str], rng: random.Random
+) -> Set[Any]:
+    """
+    The ids of about this share of the images, whole groups at a time and at least one group.
+
+    Args:
+        names: file name by image id.
+        share: in (0, 1).
+        pattern: see above; names that it does not match are groups of their own.
+    """
+    groups: Dict[Tuple, List] = defaultdict(list)
+    for image_id, name in names.items():
+        match = re.search(pattern, name) if pattern else None
+        groups[("group", match.group()) if match else ("image", image_id)].append(image_id)
+    chosen: Set[Any] = set()
+    for group in rng.sample([*groups.values()], len(groups)):
+        if not chosen or len(chosen) + len(group) / 2 <= share * len(names):
+            chosen.update(group)
+    return chosen
+
+
+def part(dataset: Dict[str, Any], images: Set[Any]) -> Dict[str, Any]:
+    """The COCO JSON of some of the images of a dataset."""
+    return {
+        **dataset,
+        "images": [x for x in dataset["images"] if x["id"] in images],
+        "annotations": [x for x in dataset["annotations"] if x["image_id"] in images],
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, split and write."""
+    if not 0 < args.val_share < 1:
+        raise InputError(f"--val-share is {args.val_share}: use a value between 0 and 1")
+    try:
+        re.compile(args.group_by or "")
+    except re.error as e:
+        raise InputError(f"--group-by: {args.group_by} is no regular expression: {e}") from e
+    outputs = [args.train_output, args.val_output]
+    output_paths("--train-output, --val-output", outputs, {"the dataset": args.json})
+    setup_logger(name="libra_d2")
+    dataset, changes = read_coco_json(args.json)
+    log_changes(args.json, changes)
+    names = {x["id"]: x["file_name"] for x in dataset["images"]}
+    val = choose(names, args.val_share, args.group_by, random.Random(args.seed))
+    if len(val) == len(names):
+        raise InputError(f"{args.json}: its {len(names)} images are one group: nothing to split")
+    for path, ids in zip(outputs, (names.keys() - val, val)):
+        split = part(dataset, ids)
+        with atomic_write(path, "w") as f:
+            json.dump(split, f, allow_nan=False)
+        count = Counter(x["category_id"] for x in split["annotations"])
+        classes = {display_name(x["name"]): count[x["id"]] for x in dataset["categories"]}
+        numbers = ", ".join(f"{name} {number}" for name, number in classes.items())
+        print(f"{path}: {len(ids)} images; objects: {numbers}")
+        for name in (name for name, number in classes.items() if not number):
+            print(f"warning: {path} has no object of the class {name}: try another --seed")
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
