@@ -29,9 +29,9 @@ def picture_scale(image: np.ndarray, min_width: int) -> float:
 
 class PredictionPictures(DatasetEvaluator):
     """
-    Draws the first images of a dataset: detections on the left, ground truth on the right. During
-    training they are logged to TensorBoard as well. It adds nothing to the results. Detectron2's
-    visualizer needs OpenCV (``pip install opencv-python-headless``).
+    Draws the first images of a dataset: detections on the left, ground truth on the right, as their
+    captions say. During training they are logged to TensorBoard as well. It adds nothing to the
+    results. Detectron2's visualizer needs OpenCV (``pip install opencv-python-headless``).
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class PredictionPictures(DatasetEvaluator):
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
         """See :meth:`DatasetEvaluator.process`. Outputs without detections are not drawn."""
-        from detectron2.utils.visualizer import ColorMode, Visualizer  # imports OpenCV
+        from detectron2.utils.visualizer import ColorMode  # it imports OpenCV
+
+        from .panel import Panel, join_panels
 
         for input, output in zip(inputs, outputs):
             if self.num_drawn == self.num_images or "instances" not in output:
@@ -73,12 +75,14 @@ class PredictionPictures(DatasetEvaluator):
             image = read_image(input["file_name"], format="RGB")
             scale = picture_scale(image, self.min_size)
             arguments = (image, self.metadata, scale, ColorMode.SEGMENTATION)  # colors of classes
-            predictions = Visualizer(*arguments).draw_instance_predictions(
+            predictions = Panel(*arguments).draw_instance_predictions(
                 instances[instances.scores >= self.score_thresh]
             )
-            truth = Visualizer(*arguments).draw_dataset_dict(self.ground_truth[input["image_id"]])
+            truth = Panel(*arguments).draw_dataset_dict(self.ground_truth[input["image_id"]])
             name = os.path.splitext(os.path.basename(input["file_name"]))[0]
-            picture = np.hstack([predictions.get_image(), truth.get_image()])
+            picture = join_panels(
+                [predictions.get_image(), truth.get_image()], ["detections", "ground truth"]
+            )
             os.makedirs(self.output_dir, exist_ok=True)
             Image.fromarray(picture).save(os.path.join(self.output_dir, f"{name}.jpg"), quality=92)
             with suppress(AssertionError):  # there is no storage outside of training

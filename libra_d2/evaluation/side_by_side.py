@@ -31,23 +31,19 @@ def match_detections(ours: Instances, theirs: Instances, iou_thresh: float = 0.5
     return matched
 
 
-def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor, title: str):
-    from detectron2.utils.visualizer import Visualizer  # it imports OpenCV
+def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor) -> np.ndarray:
+    from .panel import Panel
 
     names = metadata.get("thing_classes", None)
-    visualizer = Visualizer(image, metadata, scale=picture_scale(image, 640))
+    panel = Panel(image, metadata, scale=picture_scale(image, 640))
     classes, scores = instances.pred_classes.tolist(), instances.scores.tolist()
     labels = [
         "" if is_same else f"{names[c] if names else c} {100 * score:.0f}%"
         for c, score, is_same in zip(classes, scores, same)
     ]
     colors = [SAME if is_same else OTHER for is_same in same]
-    visualizer.overlay_instances(
-        boxes=instances.pred_boxes, labels=labels, assigned_colors=colors, alpha=0.9
-    )
-    text = f"{title}: {len(same)} objects, {int((~same).sum())} only here"
-    visualizer.draw_text(text, (image.shape[1] / 2, 2), color="w")
-    return visualizer.output.get_image()
+    panel.overlay_instances(boxes=instances.pred_boxes, labels=labels, assigned_colors=colors)
+    return panel.output.get_image()
 
 
 def draw_side_by_side(
@@ -58,11 +54,14 @@ def draw_side_by_side(
 ) -> np.ndarray:
     """
     Draw the detections of two models, on the CPU, next to each other: blue if both have found them,
-    orange and labeled otherwise. Images are (H, W, 3) uint8 RGB.
+    orange and labeled otherwise. The captions count them. Images are (H, W, 3) uint8 RGB.
     """
+    from .panel import join_panels  # it imports OpenCV
+
     left, right = detections
-    halves = [
-        _draw(image, metadata, ours, match_detections(ours, theirs), title)
-        for ours, theirs, title in ((left, right, titles[0]), (right, left, titles[1]))
-    ]
-    return np.hstack(halves)
+    panels, captions = [], []
+    for title, ours, theirs in ((titles[0], left, right), (titles[1], right, left)):
+        same = match_detections(ours, theirs)
+        panels.append(_draw(image, metadata, ours, same))
+        captions.append(f"{title}: {len(same)} objects, {int((~same).sum())} only here")
+    return join_panels(panels, captions)
