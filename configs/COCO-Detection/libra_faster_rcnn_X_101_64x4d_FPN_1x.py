@@ -3,7 +3,7 @@ from detectron2.modeling.backbone import BottleneckBlock, ResNet
 
 from ..common.libra_faster_rcnn_fpn import dataloader, lr_multiplier, model, optimizer, train
 
-# Bottlenecks as wide as the output, which make_default_stages() has no argument for.
+# The bottlenecks are as wide as the output. make_default_stages() has no argument for this.
 model.backbone.bottom_up.stages = [
     L(ResNet.make_stage)(
         block_class=BottleneckBlock,

@@ -1,6 +1,6 @@
-# Faster R-CNN on timm's ConvNeXt-T (`pip install timm`), balanced, with the recipe for detection of
-# github.com/facebookresearch/ConvNeXt, except for its layer-wise learning rates. It has not been
-# trained on COCO.
+# Libra Faster R-CNN with timm's ConvNeXt-T (`pip install timm`). It uses the training recipe for
+# detection of github.com/facebookresearch/ConvNeXt, except for its layer-wise learning rates. It
+# has not been trained on COCO.
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 

@@ -7,6 +7,6 @@ from ..common.coco_1x import dataloader, lr_multiplier, optimizer, torchvision_i
 model = model_zoo.get_config("common/models/retinanet.py").model
 torchvision_input(model)
 balance(model, reference=True)
-model.smooth_l1_beta = 0.1  # of the plain detector, if balanced L1 loss is turned off
+model.smooth_l1_beta = 0.1  # used by the plain detector, without balanced L1 loss
 optimizer.lr = 0.01
 train.init_checkpoint = "libra://ImageNetPretrained/torchvision/R-50"

@@ -1,5 +1,5 @@
-# The Libra Faster R-CNN of COCO-Detection with a mask head. It is not in the paper and has not been
-# trained on COCO.
+# Libra Faster R-CNN R-50 with a mask head. This model is not in the paper and has not been trained
+# on COCO.
 from detectron2 import model_zoo
 
 from libra_d2.lazy import balance

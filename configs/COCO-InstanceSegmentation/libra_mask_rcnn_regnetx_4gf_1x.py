@@ -1,5 +1,5 @@
-# Detectron2's Mask R-CNN on RegNetX-4GF, with its recipe and initial weights, balanced. It has not
-# been trained on COCO.
+# Libra Mask R-CNN with RegNetX-4GF: Detectron2's config, with its training recipe and initial
+# weights, and the ideas of Libra R-CNN. It has not been trained on COCO.
 from detectron2 import model_zoo
 
 from libra_d2.lazy import balance

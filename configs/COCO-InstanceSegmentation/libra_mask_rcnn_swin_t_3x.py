@@ -1,4 +1,4 @@
-# Mask R-CNN on Swin-T, balanced, with the recipe of
+# Libra Mask R-CNN with Swin-T and the training recipe of
 # github.com/SwinTransformer/Swin-Transformer-Object-Detection. It needs Detectron2's main branch
 # and timm. It has not been trained on COCO.
 from detectron2 import model_zoo

@@ -1,5 +1,5 @@
-# Detectron2's ViTDet-B (projects/ViTDet), balanced. It needs Detectron2's main branch and timm.
-# 64 images in each iteration; it has not been trained on COCO.
+# Detectron2's ViTDet-B (projects/ViTDet) with the ideas of Libra R-CNN. It needs Detectron2's main
+# branch and timm. A batch has 64 images. It has not been trained on COCO.
 from functools import partial
 
 from fvcore.common.param_scheduler import MultiStepParamScheduler

@@ -1,5 +1,5 @@
-# libra_mask_rcnn_R_18_FPN.yaml as LazyConfig, on a RegNetX of the smallest published size (200
-# million FLOPs for an ImageNet image), from random weights.
+# libra_mask_rcnn_R_18_FPN.yaml as a LazyConfig, with the smallest published RegNetX (200 million
+# FLOPs for an ImageNet image). It starts from random weights.
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from detectron2 import model_zoo
@@ -51,7 +51,7 @@ del rpn, heads
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.augmentations[0].short_edge_length = (160,)
-dataloader.train.mapper.instance_mask_format = "bitmask"  # the dataset has run-length masks
+dataloader.train.mapper.instance_mask_format = "bitmask"  # masks are run-length encoded
 dataloader.test.mapper.augmentations[0].short_edge_length = 160
 dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = dataloader.test.num_workers = 1

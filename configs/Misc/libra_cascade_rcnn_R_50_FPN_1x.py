@@ -1,6 +1,6 @@
-# The Libra Faster R-CNN of COCO-Detection with three box heads at IoUs of 0.5, 0.6 and 0.7:
-# balanced L1 loss in each of them, balanced sampling in the first. It is trained on 2000 proposals,
-# as Detectron2's Cascade R-CNN is. It is not in the paper and has not been trained on COCO.
+# Libra Faster R-CNN R-50 with three box heads, for IoUs of 0.5, 0.6 and 0.7. All of them use
+# balanced L1 loss; the first uses balanced sampling. As in Detectron2's Cascade R-CNN, it is
+# trained on 2000 proposals. This model is not in the paper and has not been trained on COCO.
 from detectron2 import model_zoo
 
 from libra_d2.lazy import balance

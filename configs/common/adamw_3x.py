@@ -1,5 +1,5 @@
-# What the Swin and the ConvNeXt project train with: AdamW, 36 epochs of COCO in batches of 16,
-# images of 480 to 800 pixels.
+# The training recipe of the Swin and ConvNeXt projects: AdamW, 36 epochs of COCO with 16 images in
+# each batch, and images with a shorter side of 480 to 800 pixels.
 import torch
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
@@ -37,7 +37,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 
 
 def imagenet_input(model):
-    """RGB, normalized as torchvision's and timm's ImageNet models are."""
+    """Use RGB images, normalized as for torchvision's and timm's ImageNet models."""
     model.pixel_mean = [123.675, 116.280, 103.530]
     model.pixel_std = [58.395, 57.120, 57.375]
     model.input_format = "RGB"

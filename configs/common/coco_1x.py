@@ -1,4 +1,4 @@
-# Base-COCO-1x.yaml as LazyConfig: data, input and schedule of the published models.
+# Base-COCO-1x.yaml as a LazyConfig: data, input and schedule of the published models.
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from detectron2 import model_zoo
@@ -27,7 +27,7 @@ lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(MultiStepParamScheduler)(
         values=[1.0, 0.1, 0.1**2],
         milestones=[58640, 80630],  # after epochs 8 and 11
-        num_updates=train.max_iter,  # a shorter training has a schedule in proportion
+        num_updates=train.max_iter,  # the schedule scales with train.max_iter
     ),
     warmup_length=499 / 87960,
     warmup_method="linear",
@@ -36,7 +36,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 
 
 def torchvision_input(model):
-    """As torchvision's ImageNet models: RGB, their norm, the stride on the 3x3 convolution."""
+    """Use the input and strides of torchvision's ImageNet models; freeze the first layers."""
     model.pixel_mean = [123.675, 116.280, 103.530]
     model.pixel_std = [58.395, 57.120, 57.375]
     model.input_format = "RGB"

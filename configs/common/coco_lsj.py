@@ -1,4 +1,4 @@
-# Large scale jittering (arXiv 2012.07177) to squares of 1024 pixels, as ViTDet is trained.
+# Large-scale jittering (arXiv 2012.07177) to squares of 1024 pixels, as in ViTDet's training.
 import detectron2.data.transforms as T
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -11,7 +11,7 @@ dataloader.train.mapper.augmentations = [
     L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=_SIZE, target_width=_SIZE),
     L(T.FixedSizeCrop)(crop_size=(_SIZE, _SIZE), pad=False),
 ]
-dataloader.train.mapper.recompute_boxes = True  # of what cropping has left
+dataloader.train.mapper.recompute_boxes = True  # from the cropped masks
 dataloader.train.mapper.image_format = "RGB"
 dataloader.train.total_batch_size = 64
 dataloader.test.mapper.augmentations = [

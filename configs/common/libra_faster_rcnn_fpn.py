@@ -1,4 +1,4 @@
-# Base-Libra-RCNN-FPN-mmdet.yaml as LazyConfig, with ResNet-50.
+# Base-Libra-RCNN-FPN-mmdet.yaml as a LazyConfig, with ResNet-50.
 from detectron2 import model_zoo
 
 from libra_d2.lazy import balance
