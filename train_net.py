@@ -1,15 +1,17 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Train and evaluate Libra R-CNN, with the arguments of Detectron2's own ``tools/train_net.py``:
+r"""
+Train and evaluate Libra R-CNN. The arguments are those of Detectron2's ``tools/train_net.py``, plus
+options for your own data:
 
     ./train_net.py --config-file configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml
     ./train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
     ./train_net.py --config-file ... --train-json a.json --train-images a/ \
         --val-json b.json --val-images b/
 
-It is the program that an installed libra_d2 has as ``libra-d2-train``. To change the training,
-subclass :class:`libra_d2.engine.Trainer` as you would :class:`detectron2.engine.DefaultTrainer`.
+Installing libra_d2 also installs this program as ``libra-d2-train``. To change the training,
+subclass :class:`libra_d2.engine.Trainer` as you would subclass
+:class:`detectron2.engine.DefaultTrainer`.
 """
 
 from libra_d2.engine import launch

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Detect objects in images, a video or a webcam and draw them, as Detectron2's demo does.
+r"""
+Detect objects in images, a video or a webcam and draw them, like Detectron2's demo.
 
     python demo/demo.py --config-file config.yaml --input a.jpg images/ 'more/*.png' \
         --output out --opts MODEL.WEIGHTS model_final.pth
 
---config-file is a file or the name of a config of the model zoo, such as
-COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml, with its published weights unless others are
-named. With --plain-weights each picture shows the detections of a plain detector next to those of
-Libra R-CNN, and marks objects that only one of them found.
+--config-file is a file or the name of a config in the model zoo, such as
+COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml. A config of the model zoo uses its published
+weights unless you set MODEL.WEIGHTS. With --plain-weights, each picture shows the detections of a
+plain detector beside those of Libra R-CNN, and objects that only one of them found are marked.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import Metadata
 from detectron2.utils.logger import setup_logger
 
 from libra_d2 import model_zoo
@@ -52,36 +52,49 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE or NAME",
+        help="a file, or a name in the model zoo",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help="images, folders of images, patterns")
+    source.add_argument("--input", nargs="+", help="images, folders of images, or patterns")
     source.add_argument("--video-input", metavar="FILE")
     source.add_argument("--webcam", action="store_true")
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="a folder; or a file, for one image or a video (.mp4). Default: a window",
+        help="folder, or file for one image or a video (.mp4). Default: show a window",
     )
     parser.add_argument(
         "--benchmark",
         action="store_true",
-        help="measure the time that an image of --input takes on this machine, and draw nothing",
+        help="measure the time for the first image of --input instead of drawing",
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.5, help="in [0, 1]; default: %(default)s"
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        help="lowest score of a detection, in [0, 1]; default: %(default)s",
     )
     parser.add_argument(
-        "--categories", metavar="FILE", help="COCO JSON with the class names of a custom model"
+        "--categories",
+        metavar="FILE",
+        help="COCO JSON with the names of the classes, for a checkpoint that does not have them",
     )
-    plain = parser.add_argument_group("side by side with a plain detector (images only)")
-    plain.add_argument("--plain-weights", metavar="FILE", help="its weights")
+    plain = parser.add_argument_group("comparison with a plain detector (images only)")
+    plain.add_argument("--plain-weights", metavar="FILE", help="weights of the plain detector")
     plain.add_argument(
         "--plain-config-file",
         metavar="FILE",
-        help="its config. Default: --config-file without the ideas of Libra R-CNN",
+        help="its config; default: --config-file without the ideas of Libra R-CNN",
     )
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the config"
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="KEY VALUE pairs that override the config; key=value for a LazyConfig",
     )
     return parser
 
@@ -389,12 +402,9 @@ def run(args: argparse.Namespace) -> None:
     files, source = (find_images(args.input), None) if args.input else ([], open_video(args))
     recipe = setup(args, args.config_file, args.opts)
     outputs = prepare_outputs(args, recipe, files) if args.output and not args.benchmark else None
-    metadata = MetadataCatalog.get((*recipe.test_datasets, "__unused")[0])
     names = read_categories(args.categories) if args.categories else None
-    if names:
-        metadata = Metadata(thing_classes=names)
-    metadata = display_metadata(metadata)
     predictor = make_predictor(recipe, names)
+    metadata = display_metadata(Metadata(thing_classes=names) if names else predictor.metadata)
     if source:
         name = "webcam" if args.webcam else args.video_input
         process_video(source, name, outputs[0] if outputs else "", predictor, metadata)

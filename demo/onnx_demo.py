@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Detect objects with an ONNX file of tools/export_model.py and draw them. Needs onnxruntime, NumPy
-and Pillow; also OpenCV if the model was trained with its resizing.
+Detect objects with an ONNX file written by tools/export_model.py and draw them. This program needs
+onnxruntime, NumPy and Pillow, and OpenCV if the model was trained with images resized by OpenCV.
 
     python demo/onnx_demo.py model.onnx image.jpg output.jpg
 """
@@ -123,9 +123,9 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="an ONNX file of tools/export_model.py")
+    parser.add_argument("model", help="ONNX file written by tools/export_model.py")
     parser.add_argument("image")
-    parser.add_argument("output", help="the picture to write; replaced if it exists")
+    parser.add_argument("output", help="picture to write; an existing file is replaced")
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure time and memory: whole models beside Detectron2's and, where it is installed, mmdetection's;
-what each lever of speed brings; how time grows; and the parts of Libra R-CNN.
+Measure time and memory: of whole models, compared with those of Detectron2 and, if it is installed,
+mmdetection; of each optimization; of growing images and numbers of proposals; and of the parts of
+Libra R-CNN.
 
     python tools/benchmark.py --only models --output benchmark.json --plot benchmark.png
 
-With mmcv-lite, which lacks compiled operators, tests/reference has to be on PYTHONPATH.
+mmcv-lite has no compiled operators: if it is installed, add tests/reference to PYTHONPATH.
 
-What is compared runs in turn in the same process, call after call, so that a machine that changes
-its speed does so for all. Times are medians; the spread is the distance of the quartiles. Memory is
-the peak that one call adds. Ratios are of the medians.
+The candidates take turns in the same process, call by call, so that changes of the machine's speed
+affect all of them. Times are medians, plus or minus half the interquartile range. Memory is the
+peak that one call adds. Ratios are those of the medians.
 """
 
 import argparse
@@ -137,15 +138,18 @@ def build_argument_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all"
+    )
     parser.add_argument(
         "--p4-size",
         type=int,
         nargs=2,
         default=(50, 84),
         metavar=("HEIGHT", "WIDTH"),
-        help="of level P4; measured at half, once and twice that. 50 84 is an image of 800 x 1344",
+        help="size of level P4; half and twice this size are also measured. Default: 50 84, as for "
+        "an image of 800 x 1344",
     )
     parser.add_argument(
         "--image-size",
@@ -153,21 +157,21 @@ def build_argument_parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(800, 1344),
-        help="for whole models; default 800 1344",
+        help="size of the image for whole models; default: 800 1344",
     )
     parser.add_argument(
         "--precision",
         nargs="+",
         choices=("float32", "bfloat16", "float16"),
         default=["float32"],
-        help="of our whole models; the others are measured in float32",
+        help="of the whole models of this project; the others are measured in float32",
     )
-    parser.add_argument("--levers", nargs="+", choices=LEVERS, help="default: all")
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--profile", metavar="FILE", help="write where the time of a training step goes"
+        "--levers", nargs="+", choices=LEVERS, help="optimizations to measure; default: all"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw what grows")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--profile", metavar="FILE", help="write a profile of a training step")
+    parser.add_argument("--plot", metavar="FILE", help="write a figure of how time and memory grow")
     return parser
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole R-50 models, what makes them fast, and how their time grows; see benchmark.py."""
+"""Measurements of whole R-50 models, their optimizations and their growth; see benchmark.py."""
 
 import copy
 from contextlib import nullcontext

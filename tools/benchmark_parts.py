@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of Libra R-CNN beside those that they take the place of; see benchmark.py."""
+"""Measurements of the parts of Libra R-CNN and those that they replace; see benchmark.py."""
 
 from math import ceil
 from typing import Callable, Iterator, Tuple

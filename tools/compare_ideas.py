@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Measure what balanced learning brings on your data: train the plain detector, each idea of Libra
-R-CNN alone and all ideas together, several times each, and compare.
+r"""
+Measure whether balanced learning helps on your data: train the plain detector, a detector with each
+idea of Libra R-CNN alone, and one with all of them, several times each, and compare the results.
 
     python tools/compare_ideas.py --config-file configs/BCCD/libra_faster_rcnn_R_18_FPN.yaml \
         --train-json train.json --train-images images/ --val-json val.json --val-images images/ \
         --seeds 1 2 3 --output output/compare
 
-writes OUTPUT/summary/results.md (mean and standard deviation; paired differences to the baseline,
-of runs with the same seed, with confidence intervals), curves.png and the metrics of each run. The
-same command continues an interrupted comparison.
+OUTPUT/summary then contains results.md, curves.png and the metrics of each run. results.md lists
+means and standard deviations, and the differences to the baseline with confidence intervals.
+Differences are between runs with the same seed. Run the same command again to continue an
+interrupted comparison.
 """
 
 import argparse
@@ -53,10 +54,15 @@ def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     parser = config_argument_parser(__doc__)
     add_data_arguments(parser, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all of them")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="trainings at a time, which share the CPU cores"
+        "--seeds", nargs="+", type=int, default=[1, 2, 3], help="one training each; default: 1 2 3"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="trainings that run at the same time and share the CPU cores; default: 1",
     )
     parser.add_argument("--output", required=True, metavar="DIR")
     return parser

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Convert a checkpoint of mmdetection 2.x or 3.x to Detectron2, or back.
+Convert a checkpoint of mmdetection 2.x or 3.x to Detectron2's format, or the reverse.
 
     python tools/convert_mmdet.py libra_faster_rcnn_r50_fpn_1x_coco_20200130-3afee3a9.pth d2.pth
     python tools/convert_mmdet.py output/model_final.pth mmdet.pth
 
-The direction follows from the content of the file. A round trip preserves the weights bit by bit.
-This is for other programs; train_net.py and LibraCheckpointer load mmdetection's files directly.
+The content of the file determines the direction. Converting back and forth preserves the weights
+bit for bit. You need this only for other programs: train_net.py and LibraCheckpointer load
+mmdetection's files directly.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a .pth file of either framework, or Detectron2's .pkl")
-    parser.add_argument("target", help="the .pth file to write; replaced if it exists")
+    parser.add_argument("source", help=".pth file of either framework, or .pkl file of Detectron2")
+    parser.add_argument("target", help=".pth file to write; an existing file is replaced")
     return parser
 
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Write the proposals of a trained RPN, for models without one.
+r"""
+Write the proposals of a trained RPN to files, for models without an RPN.
 
     python tools/dump_proposals.py --config-file configs/COCO-Detection/rpn_R_50_FPN_1x.yaml \
         MODEL.WEIGHTS output/model_final.pth OUTPUT_DIR output
 
-takes the config and weights of any model with an RPN, including Faster R-CNN and Mask R-CNN, and
-writes OUTPUT_DIR/proposals/<dataset>.pkl in Detectron2's format for each dataset of the config, for
-your own data, or for each --dataset. Their recall is logged if there are annotations.
-MODEL.RPN.PRE_NMS_TOPK_TEST and POST_NMS_TOPK_TEST set the number of proposals.
+The model can be any model with an RPN, such as Faster R-CNN or Mask R-CNN. For each dataset of the
+config, your own data or each --dataset, the proposals are written to
+OUTPUT_DIR/proposals/<dataset>.pkl in Detectron2's format. If the dataset has annotations, the
+recall of the proposals is logged. MODEL.RPN.PRE_NMS_TOPK_TEST and POST_NMS_TOPK_TEST set their
+number.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--dataset",
         action="append",
         metavar="NAME",
-        help="a registered dataset; may be given several times. Default: your own, or DATASETS.*",
+        help="registered dataset; can be repeated. Default: your own data, or DATASETS.*",
     )
     add_data_arguments(parser)
     return parser

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Whether an exported model does what the model does; see export_model.py.
+Check that an exported model gives the same results as the original; see export_model.py.
 
-Two graphs are compared: the detector, and what it computes before thresholds and non-maximum
-suppression, which there is whether or not anything is detected, and in which rounding is small.
-Thresholds make large differences of small ones, but only where scores or overlaps are nearly equal.
+Two graphs are compared: the whole detector, and what it computes before thresholds and non-maximum
+suppression. The second one can be compared even if nothing is detected, and its rounding errors are
+small. Thresholds turn small differences into large ones, but only if scores or overlaps are nearly
+equal.
 """
 
 from contextlib import contextmanager

@@ -1,19 +1,22 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Export a trained model as ONNX or, with another suffix of the output, as TorchScript, which needs
-neither this project nor Detectron2's Python code.
+r"""
+Export a trained model. The suffix of the output selects the format: ONNX for .onnx, TorchScript for
+any other. Neither needs this project or Detectron2's Python code to run; TorchScript needs the
+operators of torchvision.
 
     python tools/export_model.py --config-file config.yaml --sample-image image.jpg \
         --output model.onnx MODEL.WEIGHTS model_final.pth
 
-The exported model takes an image of any size as (3, H, W) float32 tensor in [0, 255], with the
-channels in the order of INPUT.FORMAT, resized according to INPUT.MIN_SIZE_TEST. A model without RPN
-also takes proposals (R, 4), absolute XYXY. It returns boxes (n, 4), absolute XYXY, classes (n,),
-scores (n,), and with a mask head mask probabilities within the boxes, (n, 1, 28, 28). OUTPUT.json
-and the metadata of an ONNX file describe this; shorter_side is null if the test augmentations of a
-LazyConfig have no ResizeShortestEdge. The export fails unless it detects the same as the model in
-the sample image, in images of other sizes and in an empty one. See also demo/onnx_demo.py.
+The input of the exported model is an image of any size: a (3, H, W) float32 tensor in [0, 255],
+with the channels in the order of INPUT.FORMAT, resized according to INPUT.MIN_SIZE_TEST. A model
+without an RPN also takes proposals, (R, 4) absolute XYXY. The outputs are boxes, (n, 4) absolute
+XYXY, classes (n,), scores (n,) and, with a mask head, mask probabilities within the boxes,
+(n, 1, 28, 28). OUTPUT.json and the metadata of an ONNX file describe this. In them, shorter_side is
+null if the test augmentations of a LazyConfig do not include ResizeShortestEdge.
+
+The export fails unless the exported model gives the same detections as the original in the sample
+image, in images of other sizes and in an empty one. demo/onnx_demo.py shows how to use ONNX files.
 """
 
 import argparse
@@ -53,9 +56,9 @@ def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
     parser = config_argument_parser(__doc__)
     add = partial(parser.add_argument, metavar="FILE")
-    add("--sample-image", required=True, help="an image with objects")
-    add("--output", required=True, help="such as model.onnx or model.ts")
-    add("--categories", help="COCO JSON with the class names of a custom model")
+    add("--sample-image", required=True, help="image that contains objects")
+    add("--output", required=True, help="file to write, such as model.onnx or model.ts")
+    add("--categories", help="COCO JSON with the names of the model's classes")
     return parser
 
 
@@ -132,16 +135,19 @@ def read_sample(recipe: Recipe, path: str) -> torch.Tensor:
     return image.float().to(recipe.device)
 
 
-def class_names(recipe: Recipe, path: Optional[str]) -> List[str]:
-    """Class names from a COCO JSON, else those of the dataset if they fit, else numbers."""
-    number, names = recipe.num_classes, None
+def class_names(recipe: Recipe, path: Optional[str], learned: List[str]) -> List[str]:
+    """
+    Class names from a COCO JSON, else those that the model has learned, else those of the dataset
+    if they fit, else numbers.
+    """
+    number, names = recipe.num_classes, learned
     datasets = recipe.test_datasets or recipe.train_datasets
     if path:
         names = read_categories(path)
         if len(names) != number:
             what = f"{len(names)} classes, but the model has {number}"
             raise InputError(f"--categories: {path}: {what}")
-    elif datasets:
+    elif datasets and not names:
         names = MetadataCatalog.get(datasets[0]).get("thing_classes")
     return list(names) if names and len(names) == number else [str(i) for i in range(number)]
 
@@ -162,9 +168,9 @@ def run(args: argparse.Namespace) -> None:
     to_onnx = args.output.endswith(".onnx")
     if to_onnx:
         recipe.device = "cpu"
-    names = class_names(recipe, args.categories)
     image = read_sample(recipe, args.sample_image)
-    model = recipe.build_trained_model()
+    model, learned = recipe.load_trained_model()
+    names = class_names(recipe, args.categories, learned)
     torch.manual_seed(0)
     images = (image, *other_images(image))
     samples = [make_input(x, recipe.needs_proposals) for x in images]

@@ -1,17 +1,19 @@
 #!/usr/bin/env python
 """
-Install Detectron2 0.6 with pip alone: no source repository, no compiler.
+Install Detectron2 0.6 with pip alone, without a source repository or a compiler.
 
-Detectron2 is not on PyPI, but its Python code is, as the source distribution
-``pb1-detectron2==0.6``: all Python files and model zoo configs of upstream's tag v0.6, without the
-C++ sources. This script downloads it with pip, verifies its hash, applies later upstream fixes that
-current numpy, Pillow and PyTorch require, and builds and installs a wheel named ``detectron2``.
+Detectron2 itself is not on PyPI, but its Python code is, as the source distribution
+``pb1-detectron2==0.6``. It contains all Python files and model zoo configs of Detectron2's tag
+v0.6, without the C++ sources. This script downloads it with pip, verifies its hash, applies fixes
+that Detectron2 has made since and that current versions of numpy, Pillow and PyTorch require, and
+builds and installs a wheel named ``detectron2``.
 
 Usage, in an environment that has torch, torchvision, ``setuptools<81`` and wheel::
 
     python tools/install_detectron2.py
 
-An existing Detectron2 is not changed. The exit status is 0 if Detectron2 is installed, else 1.
+If Detectron2 is already installed, nothing is changed. The exit status is 0 if Detectron2 is
+installed in the end, otherwise 1.
 """
 
 import argparse
@@ -258,7 +260,9 @@ def main(argv: "list[str] | None" = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--wheel-dir", metavar="DIR", help="also keep the wheel here, to install it elsewhere"
+        "--wheel-dir",
+        metavar="DIR",
+        help="also save the wheel in this folder, to install it elsewhere",
     )
     args = parser.parse_args(argv)
     version = installed_version()

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
 """
-Mutation testing: change the package in one place at a time and see whether a test fails.
+Mutation testing: change the package in one place at a time and check whether a test fails.
 
     python tools/mutants.py --seed 0 --mutants 64 --only libra_d2/data
 
-See docs/contributing.md. Most mutation operators are Cosmic Ray's. Its own runner has one test
-command for all mutants; here the tests of the mutated module run first, then those of its folder.
+See docs/contributing.md. Most mutation operators are Cosmic Ray's. Its own runner uses the same
+test command for all mutants; this one runs the tests of the mutated module first, then those of its
+folder.
 """
 
 import argparse
@@ -279,11 +280,19 @@ def print_report(mutants: List[Mutant]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--seed", default="0", help="random seed")
-    parser.add_argument("--mutants", type=int, default=64, help="number, evenly from all folders")
-    parser.add_argument("--only", default="libra_d2", metavar="PATH", help="folder or module")
-    parser.add_argument("--minutes", type=float, default=35, help="time limit for starting mutants")
-    parser.add_argument("--jobs", type=int, default=2, help="parallel mutants")
-    parser.add_argument("--suite", action="store_true", help="wider tests are all tests")
+    parser.add_argument(
+        "--mutants", type=int, default=64, help="number of mutants, the same from each folder"
+    )
+    parser.add_argument(
+        "--only", default="libra_d2", metavar="PATH", help="folder or module to mutate"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=35, help="no mutant is started after this time"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="mutants that are tested in parallel")
+    parser.add_argument(
+        "--suite", action="store_true", help="run the whole test suite on survivors"
+    )
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Draw training images with their annotations as the model sees them: augmented and resized.
+r"""
+Draw training images and their annotations as the model sees them, augmented and resized.
 
     python tools/show_training_images.py \
         --config-file configs/FineTuning/libra_faster_rcnn_R_50_FPN.yaml \
         --train-json train.json --train-images images/ OUTPUT_DIR output/fine_tuning
 
-writes OUTPUT_DIR/training_images/*.jpg and prints the sizes of the objects in these images. Look at
-them before a training: a box in the wrong place or a wrong class name is easy to see here.
+The pictures are saved as OUTPUT_DIR/training_images/*.jpg, and the sizes of the objects in them are
+printed. Look at the pictures before training: boxes in the wrong place and wrong class names are
+easy to see.
 """
 
 import argparse

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Split a COCO JSON at random into images to train on and images to validate on.
+r"""
+Split a COCO JSON into training and validation images at random.
 
     python tools/split_dataset.py all.json --val-share 0.2 \
         --train-output train.json --val-output val.json
 
-Photographs of one scene belong into the same part, or validation measures what was memorized:
---group-by takes a regular expression, and images whose names it matches with the same text are not
-separated. '^[^_]+' groups kitchen_01.jpg and kitchen_02.jpg.
+Photographs of the same scene should not be in both parts, because the validation would then measure
+what the model has memorized. --group-by takes a regular expression that is searched in the file
+names. Images in which it matches the same text stay together: '^[^_]+' groups kitchen_01.jpg and
+kitchen_02.jpg.
 """
 
 import argparse
@@ -35,9 +36,12 @@ def build_argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("json", metavar="FILE", help="annotations in COCO format")
     parser.add_argument(
-        "--val-share", type=float, default=0.2, help="share of the images; default: %(default)s"
+        "--val-share",
+        type=float,
+        default=0.2,
+        help="share of the images to validate on; default: %(default)s",
     )
-    parser.add_argument("--group-by", metavar="REGEX", help="see above")
+    parser.add_argument("--group-by", metavar="REGEX", help="images to keep together, see above")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--train-output", required=True, metavar="FILE")
     parser.add_argument("--val-output", required=True, metavar="FILE")

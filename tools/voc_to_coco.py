@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Convert annotations in Pascal VOC's format, one XML file for each image, to a COCO JSON.
+r"""
+Convert annotations in Pascal VOC's format, with one XML file for each image, to a COCO JSON.
 
     python tools/voc_to_coco.py --annotations Annotations/ --list ImageSets/Main/train.txt \
         --images JPEGImages/ --output train.json
 
-Without --list all XML files are converted. Classes are those found, sorted by name, or --classes,
-which are needed if a split may lack one. Difficult objects become crowd regions, which are neither
-trained on nor counted in evaluation.
+Without --list, all XML files are converted. The classes are those in the files, sorted by name. Use
+--classes to set them if a split may not contain all of them. Objects marked as difficult become
+crowd regions, which are ignored in training and evaluation.
 """
 
 import argparse
@@ -34,10 +34,12 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotations", required=True, metavar="DIR")
+    parser.add_argument("--annotations", required=True, metavar="DIR", help="folder of XML files")
     parser.add_argument("--images", required=True, metavar="DIR")
-    parser.add_argument("--list", metavar="FILE", help="names without suffix, one in each line")
-    parser.add_argument("--classes", nargs="+", metavar="NAME")
+    parser.add_argument("--list", metavar="FILE", help="file names without suffix, one per line")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="class names in order; default: those found"
+    )
     parser.add_argument("--output", required=True, metavar="FILE")
     return parser
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
-Convert annotations in YOLO's format, one text file for each image, to a COCO JSON.
+r"""
+Convert annotations in YOLO's format, with one text file for each image, to a COCO JSON.
 
     python tools/yolo_to_coco.py --labels labels/train --images images/train \
         --data data.yaml --output train.json
 
-Class names are the "names" of the dataset's YAML file (--data), or --classes in the order of their
-numbers. Lines hold a class and a box, or a class and a polygon. Images without a text file show
-nothing that is annotated.
+Class names come from "names" in the dataset's YAML file (--data), or from --classes in the order of
+their numbers. Each line of a text file holds a class and a box, or a class and a polygon. Images
+without a text file have no objects.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", required=True, metavar="DIR")
     parser.add_argument("--images", required=True, metavar="DIR")
     names = parser.add_mutually_exclusive_group(required=True)
-    names.add_argument("--data", metavar="FILE", help="data.yaml, with the list or map 'names'")
+    names.add_argument(
+        "--data", metavar="FILE", help="the dataset's YAML file, with 'names' as a list or a map"
+    )
     names.add_argument("--classes", nargs="+", metavar="NAME")
     parser.add_argument("--output", required=True, metavar="FILE")
     return parser

@@ -12,7 +12,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
     annotations and images of both splits must be given.
     """
     data = parser.add_argument_group(
-        "your own data", "in COCO format; sets the number of classes. Instead of DATASETS.*"
+        "your own data", "in COCO format; replaces DATASETS.* and sets the number of classes"
     )
     for split in ("train", "val"):
         data.add_argument(
@@ -22,12 +22,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
             help=f"annotations to {'train' if split == 'train' else 'evaluate'} on",
         )
         data.add_argument(
-            f"--{split}-images", metavar="DIR", required=required, help="where their images are"
+            f"--{split}-images", metavar="DIR", required=required, help="folder of the images"
         )
         data.add_argument(
             f"--{split}-proposals",
             metavar="FILE",
-            help="their proposals, for models without RPN (MODEL.LOAD_PROPOSALS)",
+            help="proposals for the images; only for models without an RPN (MODEL.LOAD_PROPOSALS)",
         )
 
 
@@ -36,6 +36,15 @@ def config_argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE or NAME")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="FILE or NAME",
+        help="a file, or a name in the model zoo",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        help="KEY VALUE pairs that override the config; key=value for a LazyConfig",
+    )
     return parser
