@@ -226,11 +226,12 @@ def test_sample(tmp_path):
     ("train", "test", "named"), [((), (), 0), ("a", (), 1), ("b", "ab", 1), ("a", "b", 0)]
 )
 def test_class_names(train, test, named):
-    """Those of the first dataset if their number is right, else numbers."""
+    """Those that the model has learned, else of the first dataset if they fit, else numbers."""
     MetadataCatalog.get("a").thing_classes = ["a", "b", "c", "d"]
     MetadataCatalog.get("b").thing_classes = ["a"]
     cfg = demo_cfg(DATASETS__TRAIN=tuple(train), DATASETS__TEST=tuple(test))
-    assert class_names(make_recipe(cfg), None) == list("abcd" if named else "0123")
+    assert class_names(make_recipe(cfg), None, []) == list("abcd" if named else "0123")
+    assert class_names(make_recipe(cfg), None, list("wxyz")) == list("wxyz")
 
 
 def test_categories(tmp_path):
@@ -238,9 +239,9 @@ def test_categories(tmp_path):
     path = tmp_path / "a.json"
     categories = [{"id": 9 - i, "name": f"c{i}"} for i in range(4)]
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    assert class_names(make_recipe(demo_cfg()), str(path)) == ["c3", "c2", "c1", "c0"]
+    assert class_names(make_recipe(demo_cfg()), str(path), list("wxyz")) == ["c3", "c2", "c1", "c0"]
     with pytest.raises(InputError, match="a.json: 4 classes, but the model has 5$"):
-        class_names(make_recipe(demo_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(path))
+        class_names(make_recipe(demo_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(path), [])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from ..utils.leaves import leaves
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = ["RunIdentity", "check_classes", "describe", "changed_values", "identify"]
+__all__ = [
+    "RunIdentity",
+    "changed_values",
+    "check_classes",
+    "describe",
+    "identify",
+    "learned_classes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +140,15 @@ class RunIdentity:
             logger.warning(f"Resuming: {clause}")
 
 
+def learned_classes(run: Mapping[str, Any]) -> List[List[str]]:
+    """The classes of each dataset of a training that says so; ``run`` is its :func:`identify`."""
+    return [
+        classes
+        for name, classes in run.items()
+        if re.fullmatch(r"training data .* classes", name) and classes
+    ]
+
+
 def check_classes(run: Mapping[str, Any], datasets: Sequence[str]) -> None:
     """
     Check that a model has learned the classes of the datasets that it is evaluated on.
@@ -144,11 +160,7 @@ def check_classes(run: Mapping[str, Any], datasets: Sequence[str]) -> None:
     Raises:
         InputError: if they differ.
     """
-    learned: List[List[str]] = [
-        classes
-        for name, classes in run.items()
-        if re.fullmatch(r"training data .* classes", name) and classes
-    ]
+    learned = learned_classes(run)
     for dataset in datasets:
         classes = list(MetadataCatalog.get(dataset).get("thing_classes") or ())
         if learned and classes and classes not in learned:

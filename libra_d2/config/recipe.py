@@ -34,7 +34,7 @@ from ..checkpoint import LibraCheckpointer, PyramidMissing
 from ..errors import InputError
 from ..evaluation import TASKS, build_evaluator
 from ..modeling.acceleration import accelerate, choose_channels_last
-from .identity import check_classes
+from .identity import check_classes, learned_classes
 from .model_checks import check_box_losses
 
 __all__ = ["Recipe", "Setting", "SettingMissing"]
@@ -427,12 +427,22 @@ class Recipe(ABC):
     def build_trained_model(
         self, checkpoint_dir: str = "", datasets: Sequence[str] = ()
     ) -> nn.Module:
+        """The model of :meth:`load_trained_model`, which has the arguments and the errors."""
+        return self.load_trained_model(checkpoint_dir, datasets)[0]
+
+    def load_trained_model(
+        self, checkpoint_dir: str = "", datasets: Sequence[str] = ()
+    ) -> Tuple[nn.Module, List[str]]:
         """
         Build the model in evaluation mode and load its weights, all of which must be there.
 
         Args:
             checkpoint_dir: its last checkpoint, if any, takes the place of :attr:`weights`.
             datasets: registered datasets that must have the classes that it was trained on.
+
+        Returns:
+            the model, and the names of the classes that it was trained on, if its checkpoint has
+            them.
 
         Raises:
             InputError: if there are no weights, or they are unreadable, of another model or of
@@ -448,8 +458,9 @@ class Recipe(ABC):
         except PyramidMissing as e:
             plain = " ".join(self.variant_options(["feature_pyramid"]))
             raise InputError(f"{e}; to evaluate them as they are, add {plain}") from None
-        check_classes(content.get("run") or {}, datasets)
-        return model.eval()
+        run = content.get("run") or {}
+        check_classes(run, datasets)
+        return model.eval(), (learned_classes(run) or [[]])[0]
 
     @abstractmethod
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, Dict
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 import torch
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from ..config import make_recipe
@@ -15,8 +15,11 @@ __all__ = ["LibraPredictor"]
 
 class LibraPredictor(DefaultPredictor):
     """
-    :class:`DefaultPredictor` that resizes with ``MODEL.LIBRA.INPUT.INTERPOLATION`` and reads
-    weights in all formats of :class:`libra_d2.checkpoint.LibraCheckpointer`.
+    :class:`DefaultPredictor` that resizes with ``MODEL.LIBRA.INPUT.INTERPOLATION``, reads weights
+    in all formats of :class:`libra_d2.checkpoint.LibraCheckpointer`, and takes several images, too.
+
+    ``metadata.thing_classes`` are the names of the classes that the weights were trained on, if the
+    checkpoint has them, else those of the config's dataset.
     """
 
     def __init__(self, cfg: Any):
@@ -33,9 +36,11 @@ class LibraPredictor(DefaultPredictor):
         """
         recipe = make_recipe(cfg).copy()
         self.cfg = recipe.config
-        self.model = recipe.build_trained_model()
-        if recipe.test_datasets:
-            self.metadata = MetadataCatalog.get(recipe.test_datasets[0])
+        self.model, learned = recipe.load_trained_model()
+        datasets = recipe.test_datasets
+        self.metadata = MetadataCatalog.get(datasets[0]) if datasets else Metadata()
+        if learned and list(self.metadata.get("thing_classes") or ()) != learned:
+            self.metadata = Metadata(thing_classes=learned)
         augmentations = recipe.build_augmentations(False)
         if len(augmentations) != 1:
             raise InputError(
@@ -46,14 +51,29 @@ class LibraPredictor(DefaultPredictor):
         self.input_format = recipe.image_format
         self._autocast = recipe.autocast
 
-    def __call__(self, original_image: np.ndarray) -> Dict[str, Any]:
+    def __call__(
+        self, original_image: Union[np.ndarray, Sequence[np.ndarray]]
+    ) -> Union[Dict[str, Any], List[Dict[str, Any]]]:
         """
-        See :meth:`DefaultPredictor.__call__`, which on Detectron2's main branch reads the device
-        from a YAML config; in mixed precision if ``SOLVER.AMP.ENABLED``.
+        Detect objects, in mixed precision if ``SOLVER.AMP.ENABLED``. This replaces the parent's
+        method, which on Detectron2's main branch reads the device from a YAML config.
+
+        Args:
+            original_image: (H, W, 3) uint8 BGR, or a list of such images of any sizes, which are
+                a batch.
+
+        Returns:
+            the output of the model for the image, or a list with that of each image.
         """
+        if isinstance(original_image, np.ndarray):
+            return self([original_image])[0]
+        with torch.no_grad(), self._autocast():
+            return self.model([self._input(image) for image in original_image])
+
+    def _input(self, original_image: np.ndarray) -> Dict[str, Any]:
+        """The input of the model for an image."""
         image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
         image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
-        with torch.no_grad(), self._autocast():
-            return self.model([{"image": image, "height": height, "width": width}])[0]
+        return {"image": image, "height": height, "width": width}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, demo_cfg
+from oracle import double_precision
+
+from detectron2.data import MetadataCatalog
+
+from libra_d2.engine import LibraPredictor
+
+LEARNED = "training data 'a' classes"
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    cfg = demo_cfg(INPUT__MIN_SIZE_TEST=64, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    return cfg
+
+
+def save(cfg, **content):
+    torch.save({"model": build_model(cfg).state_dict(), **content}, cfg.MODEL.WEIGHTS)
+
+
+def test_batch(cfg):
+    """A batch of images, of several sizes, has the detections of each image."""
+    save(cfg)
+    predictor = LibraPredictor(cfg)
+    predictor.model.double()
+    rng = np.random.default_rng(0)
+    sizes = ((50, 50), (50, 50), (90, 60))
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    with double_precision():
+        assert [x["instances"].image_size for x in predictor(images)] == [*sizes]
+        same_size = images[:2]  # no padding, which the features of an image depend on
+        outputs, alone = predictor(same_size), [predictor(x) for x in same_size]
+    for ours, theirs in zip(outputs, alone):
+        ours, theirs = ours["instances"], theirs["instances"]
+        assert len(ours) == len(theirs) > 10
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-9)
+        boxes = ours.pred_boxes.tensor, theirs.pred_boxes.tensor
+        torch.testing.assert_close(*boxes, rtol=0, atol=1e-7)
+    assert not torch.equal(*(x["instances"].scores[:10] for x in outputs))
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [({LEARNED: ["cat", "dog"]}, ["cat", "dog"]), ({}, ["x", "y"]), (None, ["x", "y"])],
+)
+def test_class_names(cfg, run, names):
+    """Those that the checkpoint has, else those of the dataset."""
+    cfg.DATASETS.TEST = ("test_predictor",)
+    metadata = MetadataCatalog.get("test_predictor")
+    metadata.thing_classes = ["x", "y"]
+    save(cfg, **({} if run is None else {"run": run}))
+    predictor = LibraPredictor(cfg)
+    assert predictor.metadata.thing_classes == names
+    assert (predictor.metadata is metadata) == (names == ["x", "y"])
+    assert metadata.thing_classes == ["x", "y"]
