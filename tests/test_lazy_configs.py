@@ -61,10 +61,10 @@ def test_fine_tuning():
         assert recipe.weights == "libra://COCO-Detection/libra_faster_rcnn_R_50_FPN_1x"
         found = (recipe.epochs, recipe.eval_period, recipe.best_metric, recipe.max_checkpoints)
         assert found == (12, 0, "bbox/AP", 1)
-        assert (recipe.batch_size, recipe.learning_rate, recipe.amp) == (4, 0.0025, True)
+        assert (recipe.batch_size, recipe.learning_rate, recipe.amp) == (4, 0.005, True)
         assert recipe.sizes(True) == ((480, 800), 1333)
         recipe.max_iter = 200  # of which the first 100 or 10 warm up
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0025)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.005)
         schedule, rates = recipe.build_lr_scheduler(optimizer), []
         for _ in range(200):
             rates.append(optimizer.param_groups[0]["lr"])

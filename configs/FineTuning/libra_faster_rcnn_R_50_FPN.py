@@ -19,7 +19,7 @@ train.amp.enabled = True
 _resize = dataloader.train.mapper.augmentations[0]
 _resize.short_edge_length, _resize.sample_style = (480, 800), "range"
 dataloader.train.total_batch_size = 4
-optimizer.lr = 0.0025  # half of what the published schedule has for 4 images
+optimizer.lr = 0.005  # the published rate, in proportion to the batch size
 
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
