@@ -99,17 +99,19 @@ def test_sample_statistics():
     second, third = candidates([0.04, 0.25], [0], 1), candidates([], [], 2)
     statistics = analysis.sample_statistics([first, second, third])
     assert statistics.pop("interval_ends") == approx(np.arange(0.05, 0.51, 0.05))
-    assert statistics.pop("num_bins") == 3
     assert list(statistics) == NAMES
+    borders = [numbers.pop("bin_borders") for numbers in statistics.values()]
+    assert borders[:2] == [[], []]
+    assert np.array(borders[2:]) == approx([[1 / 6, 1 / 3], [1 / 3, 2 / 3]])
     for numbers in statistics.values():
         assert np.multiply(numbers["negatives"], 8).tolist() == [3, 1, 1, 0, 0, 1, 1, 0, 0, 1]
         assert numbers["mean_iou"] == approx(1.31 / 8)
         assert numbers["instances"] == 3 / 6
         assert numbers["largest_share"] == (3 / 4 + 1) / 2  # mean over images with positives
     numbers = analysis.sample_statistics([candidates([0.0], [], 0)])["random"]
-    assert list(numbers.values()) == [[1] + [0] * 9, 0, 0, 0]
+    assert list(numbers.values()) == [[], [1] + [0] * 9, 0, 0, 0]
     numbers = analysis.sample_statistics([candidates([], [0], 1)])["random"]
-    assert list(numbers.values()) == [[0] * 10, 0, 1, 1]
+    assert list(numbers.values()) == [[], [0] * 10, 0, 1, 1]
 
 
 def test_samplers():
@@ -125,24 +127,29 @@ def test_samplers():
         (c,), numbers = images, statistics[name]
         positives, negatives = BalancedSampler(**bins, **kwargs)(*c)[:2]
         counts = c.matched_idxs[positives].bincount(minlength=3)
+        borders = {"paper": [0.2], "reference": [0.5]}.get(kwargs.get("mode"), [])
+        assert numbers["bin_borders"] == pytest.approx(borders)
         assert numbers["mean_iou"] == pytest.approx(c.max_iou[negatives].mean().item())
         assert numbers["instances"] == pytest.approx((counts > 0).float().mean().item())
         assert numbers["largest_share"] == pytest.approx((counts.max() / counts.sum()).item())
 
 
 def test_figure_of_samples():
-    """Bars span the intervals, lines separate the bins; each axis has its sampler's numbers."""
+    """Bars span the intervals; each axis has the numbers of its sampler and the borders it has."""
     shares = np.arange(1, 11) / 55
-    statistics = {"interval_ends": np.arange(1, 11) * 0.04, "num_bins": 4}
-    statistics["candidates"] = {"negatives": shares, "mean_iou": 0.171, "instances": 0.5}
-    statistics["random"] = {"negatives": 1 - shares, "mean_iou": 0.2, "instances": 0.756}
+    one = {"bin_borders": [], "negatives": shares, "mean_iou": 0.171, "instances": 0.5}
+    other = {"bin_borders": [0.3, 0.4, 0.6], "negatives": 1 - shares}
+    other.update(mean_iou=0.2, instances=0.756)
+    statistics = {"interval_ends": np.arange(1, 11) * 0.04, "candidates": one, "a, b": other}
     axes = analysis.plot_sampling(statistics).axes
-    assert [axis.get_title() for axis in axes] == ["candidates", "random"]
-    for axis, expected, text in zip(axes, (shares, 1 - shares), ("0.17, 50", "0.20, 76")):
+    assert [axis.get_title() for axis in axes] == ["candidates", "a,\nb"]
+    for axis, expected in zip(axes, (shares, 1 - shares)):
         assert bars(axis) == approx([np.arange(0.002, 0.4, 0.04), [0.036] * 10, 100 * expected])
-        lines = [line.get_xdata() for line in axis.lines]
-        assert np.array(lines) == approx([[0.1] * 2, [0.2] * 2, [0.3] * 2])
-        assert [x.get_text() for x in axis.texts] == [f"mean IoU {text}% of the objects covered"]
+    assert [[line.get_xdata()[0] for line in axis.lines] for axis in axes] == [[], [0.3]]
+    assert [[x.get_text() for x in axis.texts] for axis in axes] == [
+        ["mean IoU 0.17\n50% of objects covered"],
+        ["mean IoU 0.20\n76% of objects covered\nbins end at 0.30, 0.40, 0.60"],
+    ]
 
 
 def test_energy():
@@ -179,13 +186,16 @@ def test_figure_of_levels():
     statistics = {"before": {"energy": [5.0, 1.0], "similarity": [[1, 0.25], [0.75, 1]]}}
     statistics["after"] = {"energy": [4.0, 3.0], "similarity": [[1, 0.5], [0.9, 1]]}
     statistics["added"] = [2.0, 6.0]
-    left, *matrices, _ = analysis.plot_levels(statistics, ["p2", "p3"]).axes
+    names = ["p2", "p3"]
+    left, *matrices, _ = analysis.plot_levels(statistics, names).axes
     starts = np.array([-0.4, 0.6, -0.4, 0.6, -0.4, 0.6]) + np.repeat([0, 0.8 / 3, 1.6 / 3], 2)
     assert bars(left) == approx([starts, [0.8 / 3] * 6, [5, 1, 2, 6, 4, 3]])
     assert [x.get_label() for x in left.containers] == ["before", "added", "after"]
+    assert [axis.get_xlabel().startswith("It rises by") for axis in matrices] == [False, True]
+    assert not analysis.plot_levels({"before": statistics["before"]}, names).axes[1].get_xlabel()
     for axis, stage in zip(matrices, ("before", "after")):
         matrix = np.array(statistics[stage]["similarity"])
-        assert axis.get_title() == f"similarity of the levels, {stage}"
+        assert axis.get_title() == f"similarity, {stage}"
         assert [x.get_text() for x in axis.get_yticklabels()] == ["p2", "p3"]
         assert np.array_equal(axis.images[0].get_array(), matrix)
         assert axis.images[0].get_clim() == (0, 1)
@@ -193,21 +203,41 @@ def test_figure_of_levels():
             assert text.get_text() == f"{matrix[text.get_position()[::-1]]:.2f}"
 
 
+def heat_maps(levels, *image):
+    """What is shown in each cell of the grid, by row and column; and the other axes."""
+    figure = analysis.plot_heat_maps(levels, ["p2", "p3"], *image)
+    *axes, bar = figure.axes
+    cells = {}
+    for axis in axes:
+        place = axis.get_subplotspec()
+        (cells[place.rowspan.start, place.colspan.start],) = axis.images
+    return axes, cells, bar
+
+
 def test_figure_of_heat_maps():
-    """One row per stage: the image, and root mean squares over the channels."""
+    """One image, and root mean squares over the channels on one scale, the difference last."""
     feature = torch.tensor([[[1.0, 2], [3, 4]], [[7.0, 2], [3, 4]]])
-    levels = Levels([feature, 2 * feature], [3 * feature, 4 * feature])
+    levels = Levels([feature, 2 * feature], [-3 * feature, 4 * feature])
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    axes = analysis.plot_heat_maps(levels, ["p2", "p3"], picture).axes
-    axes = {axis.get_subplotspec().num1: axis for axis in axes if axis.get_title()}
-    for image in (axes.pop(0), axes.pop(3)):
-        assert np.array_equal(image.images[0].get_array(), picture)
-    titles = ("p2, before", "p3, before", "p2, after", "p3, after")
-    for factor, (title, number) in enumerate(zip(titles, (1, 2, 4, 5)), 1):
-        assert axes[number].get_title() == title
-        (shown,) = axes[number].images
-        assert np.array(shown.get_array()) == approx(np.array([[5, 2], [3, 4]]) * factor)
-        assert shown.get_clim() == pytest.approx((2 * factor, 5 * factor))
+    axes, cells, bar = heat_maps(levels, picture)
+    assert [axis.get_title() for axis in axes if axis.get_title()] == ["image", "p2", "p3"]
+    names = [axis.get_ylabel() for axis in axes if axis.get_ylabel()]
+    assert names == ["before", "after", "after - before"]
+    assert np.array_equal(cells.pop((0, 0)).get_array(), picture)
+    factors = {(0, 1): 1, (0, 2): 2, (1, 1): 3, (1, 2): 4, (2, 1): 4, (2, 2): 2}
+    assert cells.keys() == factors.keys()
+    for place, factor in factors.items():
+        assert np.array(cells[place].get_array()) == approx(np.array([[5, 2], [3, 4]]) * factor)
+        assert cells[place].get_clim() == pytest.approx((0, 5 * 4))
+    assert bar.get_ylabel() == "root mean square of the features"
+
+
+def test_figure_of_plain_heat_maps():
+    """Neither an image nor a balanced feature pyramid."""
+    axes, cells, _ = heat_maps(Levels([torch.ones(2, 4, 6), 3 * torch.ones(2, 2, 3)], None))
+    assert [axis.get_ylabel() for axis in axes] == ["before", ""]
+    assert [cell.get_array().max() for cell in cells.values()] == [1, 3]
+    assert {cell.get_clim() for cell in cells.values()} == {(0, 3)}
 
 
 SETTINGS = {"alpha": 0.4, "gamma": 1.2, "beta": 0.5, "form": "reference"}

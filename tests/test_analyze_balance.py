@@ -5,11 +5,13 @@ import pickle
 import re
 import shutil
 from base64 import b64decode
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_cfg
+from matplotlib.figure import Figure
 
 from detectron2.modeling import build_model
 
@@ -56,7 +58,14 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         recordings.append(record(model, images))
         return recordings[0]
 
+    titles, save = {}, Figure.savefig
+
+    def see_title(figure, file, **kwargs):
+        titles[Path(file.name).name.partition(".png")[0]] = figure.get_suptitle()
+        save(figure, file, **kwargs)
+
     monkeypatch.setattr(analyze_balance, "record", see_images)
+    monkeypatch.setattr(Figure, "savefig", see_title)
     torch.manual_seed(7)
     analyze_balance.main(command)
     folder = tmp_path / "balance"
@@ -88,7 +97,13 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         percentages["gradient_shares"] = shares
     assert numbers == expected
     page = html.unescape((folder / "index.html").read_text())
-    assert "<p>weights.pth, 4 images." in page
+    config, weights, data = (
+        "/".join(Path(x).parts[-4:])
+        for x in (command[1], tmp_path / "weights.pth", synthetic / "instances.json")
+    )
+    about = f"{config}, {weights},\n4 images of {data}"
+    assert f"<p>{about}. Proposals, features and errors are those of training.</p>" in page
+    assert titles == {name: "" if name == "losses" else about for name in percentages}
     parts = re.findall('<h2>(.*?)</h2><p>(.*?)</p><img .*base64,(.*)">', page)
     assert len(parts) == len(percentages)
     for (title, text, data), (name, shares) in zip(parts, percentages.items()):

@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
 from libra_d2.analysis import (
     Recording,
@@ -78,15 +78,23 @@ def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> Li
 
 
 class Report:
-    """Numbers, and the sections of the page, whose figures are saved in ``folder``."""
+    """
+    Numbers, and the sections of the page, whose figures are saved in ``folder``. Those that show
+    measurements have ``about``, the model and the data, above them.
+    """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, about: str):
         self.folder = folder
+        self.about = about
         self.sections: List[Section] = []
         self.numbers: Dict[str, Any] = {}
 
-    def add(self, figure: Figure, name: str, title: str, text: str) -> None:
+    def add(
+        self, figure: Figure, name: str, title: str, text: str, is_measured: bool = True
+    ) -> None:
         """Save a figure as ``name``.png and add a section with it."""
+        if is_measured:
+            figure.suptitle(self.about, fontsize=9)
         path = os.path.join(self.folder, f"{name}.png")
         with atomic_write(path) as f:
             figure.savefig(f, dpi=130, format="png")
@@ -109,9 +117,10 @@ def report_samples(report: Report, recipe: Recipe, recording: Recording) -> None
         "samples",
         "Samples: which negatives the second stage is trained on",
         f"{candidates} of the negative proposals, and {random} of those sampled at random, overlap "
-        f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. Sampled equally from "
-        f"each bin (dotted lines) it is {paper}, as far as the bins hold enough; and each object "
-        "gets the same number of positives.",
+        f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. With "
+        f"balanced sampling and the paper's bins it is {paper}: the same number is drawn from each "
+        "bin, as far as the bin holds enough. Dotted lines are the borders of bins. Positives are "
+        "drawn equally often for each object.",
     )
 
 
@@ -126,8 +135,8 @@ def report_features(
         text = (
             "The balanced feature pyramid adds the same features, the refined average of all "
             f"levels at the size of {names[model.backbone.bfp.refine_level]}, to every level "
-            "(middle bars). The levels resemble each other more the more they share: compare the "
-            "two matrices."
+            "(middle bars). The levels therefore resemble each other more afterwards, which is no "
+            "sign of better features: compare the two matrices."
         )
     else:
         text = (
@@ -140,9 +149,9 @@ def report_features(
         plot_heat_maps(recording.levels[0], names, image),
         "heat_maps",
         "Features: the levels of one image",
-        "Bright locations have large features; each map has its own color scale. Levels of a plain "
-        "pyramid respond to objects of different sizes; after balancing, each level contains the "
-        "features of all.",
+        "Bright locations have large features; all maps have the same color scale. Levels of a "
+        "plain pyramid respond to objects of different sizes. The balanced feature pyramid adds "
+        "one map, in the resolution of each level, to all: the row of the difference.",
     )
 
 
@@ -157,6 +166,7 @@ def report_objective(report: Report, recipe: Recipe, recording: Recording) -> No
         f"Objective: balanced L1 and {plain}",
         "A smaller alpha raises the gradient of errors below beta (vertical line), the inliers. "
         "Gamma is the gradient of all larger errors, the outliers.",
+        is_measured=False,
     )
     errors = torch.cat([torch.empty(0), *(x.cpu() for x in recording.box_errors)])
     if not len(errors):
@@ -174,10 +184,17 @@ def report_objective(report: Report, recipe: Recipe, recording: Recording) -> No
     )
 
 
-def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: str) -> Dict:
-    """Write figures and page into ``folder``; returns the numbers."""
+def end_of_path(path: str) -> str:
+    """The last four parts of a path, which tell one config, model or dataset from another."""
+    return "/".join(path.split("/")[-4:])
+
+
+def analyze(
+    recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: str, about: str
+) -> Dict:
+    """Write figures and page, which say what they are ``about``; returns the numbers."""
     recording = record(model, ([image] for image in tqdm(images, unit="image")))
-    report = Report(folder)
+    report = Report(folder, about)
     report.numbers["num_images"] = len(images)
     if recording.candidates:
         report_samples(report, recipe, recording)
@@ -186,8 +203,7 @@ def analyze(recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: 
     write_page(
         os.path.join(folder, "index.html"),
         "Balance of a detector",
-        f"{os.path.basename(recipe.weights) or 'A model with random weights'}, "
-        f"{len(images)} images. Proposals, features and errors are those of training.",
+        f"{about}. Proposals, features and errors are those of training.",
         report.sections,
     )
     return report.numbers
@@ -235,7 +251,12 @@ def run(args: argparse.Namespace) -> None:
     model = recipe.build_trained_model()
     torch.manual_seed(0)
     images = read_images(recipe, dataset, split, args.num_images)
-    numbers = analyze(recipe, model, images, folder)
+    data = MetadataCatalog.get(dataset).get("json_file", dataset)
+    about = (
+        f"{end_of_path(args.config_file)}, {end_of_path(recipe.weights)},\n"
+        f"{len(images)} images of {end_of_path(data)}"
+    )
+    numbers = analyze(recipe, model, images, folder, about)
     with atomic_write(os.path.join(folder, "balance.json"), "w") as f:
         json.dump(numbers, f, indent=1)
     print(os.path.join(folder, "index.html"))

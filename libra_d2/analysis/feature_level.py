@@ -65,7 +65,7 @@ def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
 def plot_levels(statistics: Dict[str, Any], names: Sequence[str]) -> Figure:
     """Draw what :func:`feature_statistics` returns, with names of the levels such as "p2"."""
     stages = [name for name in ("before", "after") if name in statistics]
-    figure = Figure(figsize=(4 * (1 + len(stages)), 3.4), layout="constrained")
+    figure = Figure(figsize=(4 + 3 * len(stages), 3.4), layout="constrained")
     axes = figure.subplots(1, 1 + len(stages))
     bars = {"before": statistics["before"]["energy"]}
     if "added" in statistics:
@@ -78,17 +78,19 @@ def plot_levels(statistics: Dict[str, Any], names: Sequence[str]) -> Figure:
     axes[0].set_xticks(x, names)
     axes[0].set(title="energy of the levels", ylabel="root mean square of the features")
     axes[0].margins(y=0.2)
-    axes[0].legend(frameon=False, ncols=len(bars), loc="upper left")
+    axes[0].legend(frameon=False, ncols=len(bars), loc="upper left", columnspacing=1, handlelength=1)
     axes[0].spines[["top", "right"]].set_visible(False)
     for axis, stage in zip(axes[1:], stages):
         similarity = np.array(statistics[stage]["similarity"])
         image = axis.imshow(similarity, vmin=0, vmax=1, cmap="Blues")
         axis.set_xticks(x, names)
         axis.set_yticks(x, names)
-        axis.set_title(f"similarity of the levels, {stage}")
+        axis.set_title(f"similarity, {stage}")
         for i, j in np.ndindex(similarity.shape):
             color = "white" if similarity[i, j] > 0.6 else "black"
             axis.text(j, i, f"{similarity[i, j]:.2f}", ha="center", va="center", color=color)
+    if "after" in stages:
+        axes[-1].set_xlabel("It rises by construction:\none map is added to all levels.")
     figure.colorbar(image, ax=axes[-1], label="cosine similarity")
     return figure
 
@@ -97,26 +99,37 @@ def plot_heat_maps(
     levels: Levels, names: Sequence[str], image: Optional[np.ndarray] = None
 ) -> Figure:
     """
-    Draw heat maps of one image's levels, the root mean square over the channels, each on its own
+    Draw heat maps of one image's levels, the root mean square over the channels: before and, with a
+    balanced feature pyramid, after, and of the difference of their features. All have the same
     color scale. The ``image``, (H, W, 3) uint8 RGB, is shown to the left.
     """
-    stages = {"before": levels.before, "after": levels.after}
-    stages = {name: seen for name, seen in stages.items() if seen is not None}
-    columns = len(names) + (image is not None)
+    rows = {"before": levels.before}
+    if levels.after is not None:
+        rows["after"] = levels.after
+        rows["after - before"] = [after - before for after, before in zip(levels.after, levels.before)]
+    maps = {
+        row: [x.square().mean(dim=0).sqrt().cpu().numpy() for x in features]
+        for row, features in rows.items()
+    }
+    largest = max(float(x.max()) for row in maps.values() for x in row)
+    first = int(image is not None)
     height, width = levels.before[0].shape[-2:]
-    row_height = 0.4 + 1.7 * height / width
-    figure = Figure(figsize=(2.2 * columns, row_height * len(stages)), layout="constrained")
-    axes = figure.subplots(len(stages), columns, squeeze=False)
-    for row, (stage, seen) in zip(axes, stages.items()):
-        if image is not None:
-            row[0].imshow(image)
-            row[0].set_title("image")
-        for axis, name, feature in zip(row[columns - len(names) :], names, seen):
-            energy = feature.square().mean(dim=0).sqrt()
-            shown = axis.imshow(energy.cpu().numpy(), cmap="magma")
-            axis.set_title(f"{name}, {stage}")
-            figure.colorbar(shown, ax=axis, fraction=0.035)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
+    figure = Figure(figsize=(10, 0.7 + 1.6 * height / width * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(len(rows), first + len(names))
+    if image is not None:
+        axis = figure.add_subplot(grid[:, 0], title="image")
+        axis.imshow(image)
+    for i, (row, heat) in enumerate(maps.items()):
+        for j, (name, energy) in enumerate(zip(names, heat)):
+            axis = figure.add_subplot(grid[i, first + j])
+            shown = axis.imshow(energy, cmap="magma", vmin=0, vmax=largest)
+            if i == 0:
+                axis.set_title(name)
+            if j == 0:
+                axis.set_ylabel(row)
+    for axis in figure.axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    label = "root mean square of the features"
+    figure.colorbar(shown, ax=figure.axes[first:], label=label, fraction=0.04)
     return figure
