@@ -114,10 +114,26 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         assert ("less than 0.04 IoU" in text) == (name == "samples")
 
 
+def test_before_training(synthetic, tmp_path):
+    """Weights of a model with other classes are analyzed but for what depends on the classes."""
+    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
+    cfg.merge_from_list([*SETTINGS, "MODEL.ROI_HEADS.NUM_CLASSES", 7])
+    torch.save({"model": build_model(cfg).state_dict()}, path)
+    command = arguments("faster_rcnn", synthetic, tmp_path, "MODEL.WEIGHTS", path, *SETTINGS)
+    with pytest.raises(SystemExit, match="2"):
+        analyze_balance.main(command)
+    analyze_balance.main(["--before-training", *command])
+    numbers = json.loads((tmp_path / "balance/balance.json").read_text())
+    assert sorted(numbers) == ["features", "num_images", "samples"]
+    titles = re.findall("<h2>(.*?):", (tmp_path / "balance/index.html").read_text())
+    assert titles == ["Samples", "Features", "Features"]
+
+
 @pytest.mark.parametrize(
     ("system", "extra", "message"),
     [
         ("faster_rcnn", [], "MODEL.WEIGHTS: name the weights"),
+        ("faster_rcnn", ["--before-training"], "MODEL.WEIGHTS: name the weights"),
         ("faster_rcnn", ["--num-images", "0"], "--num-images is 0: use 1 or more"),
         ("fast_rcnn", [], "DATASETS.PROPOSAL_FILES_TEST"),
     ],

@@ -9,7 +9,8 @@ page about the imbalance of samples, features and losses.
 
 writes OUTPUT_DIR/balance/index.html, its figures and balance.json. The model computes its losses
 for a few images; nothing is trained. Without --train-json and --val-json, images of DATASETS.TRAIN
-are used.
+are used. With --before-training the weights are those that a training starts from, of a model with
+other classes perhaps: the page then shows samples and features, which do not depend on the classes.
 """
 
 import argparse
@@ -61,6 +62,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
     parser = config_argument_parser(__doc__)
     parser.add_argument("--num-images", type=int, default=32, help="number of images to analyze")
+    parser.add_argument(
+        "--before-training",
+        action="store_true",
+        help="MODEL.WEIGHTS are those that a training starts from; leaves out box errors",
+    )
     add_data_arguments(parser)
     return parser
 
@@ -190,7 +196,12 @@ def end_of_path(path: str) -> str:
 
 
 def analyze(
-    recipe: Recipe, model: torch.nn.Module, images: List[Dict], folder: str, about: str
+    recipe: Recipe,
+    model: torch.nn.Module,
+    images: List[Dict],
+    folder: str,
+    about: str,
+    with_box_errors: bool = True,
 ) -> Dict:
     """Write figures and page, which say what they are ``about``; returns the numbers."""
     recording = record(model, ([image] for image in tqdm(images, unit="image")))
@@ -199,7 +210,8 @@ def analyze(
     if recording.candidates:
         report_samples(report, recipe, recording)
     report_features(report, model, recording, read_image(images[0]["file_name"], format="RGB"))
-    report_objective(report, recipe, recording)
+    if with_box_errors:
+        report_objective(report, recipe, recording)
     write_page(
         os.path.join(folder, "index.html"),
         "Balance of a detector",
@@ -248,7 +260,8 @@ def run(args: argparse.Namespace) -> None:
     files = [os.path.join(folder, name) for name in FILES]
     output_paths(recipe.name_of("output_dir"), files, images)
     prepare_proposal_files(recipe, (split,))
-    model = recipe.build_trained_model()
+    before = args.before_training
+    model = recipe.build_initial_model() if before else recipe.build_trained_model()
     torch.manual_seed(0)
     images = read_images(recipe, dataset, split, args.num_images)
     data = MetadataCatalog.get(dataset).get("json_file", dataset)
@@ -256,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
         f"{end_of_path(args.config_file)}, {end_of_path(recipe.weights)},\n"
         f"{len(images)} images of {end_of_path(data)}"
     )
-    numbers = analyze(recipe, model, images, folder, about)
+    numbers = analyze(recipe, model, images, folder, about, with_box_errors=not before)
     with atomic_write(os.path.join(folder, "balance.json"), "w") as f:
         json.dump(numbers, f, indent=1)
     print(os.path.join(folder, "index.html"))

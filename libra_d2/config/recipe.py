@@ -451,8 +451,8 @@ class Recipe(ABC):
         model = self.build_model()
         checkpointer = LibraCheckpointer(model, checkpoint_dir, complete=True)
         resume = bool(checkpoint_dir) and checkpointer.has_checkpoint()
-        if not self.weights and not resume:
-            raise InputError(f"{self.name_of('weights')}: name the weights of a trained model")
+        if not resume:
+            self._check_weights_are_named()
         try:
             content = checkpointer.resume_or_load(self.weights, resume=resume)
         except PyramidMissing as e:
@@ -461,6 +461,23 @@ class Recipe(ABC):
         run = content.get("run") or {}
         check_classes(run, datasets)
         return model.eval(), (learned_classes(run) or [[]])[0]
+
+    def build_initial_model(self) -> nn.Module:
+        """
+        Build the model in evaluation mode with the weights that a training starts from. Those that
+        do not fit, as those of other classes, are logged and left at random.
+
+        Raises:
+            InputError: if no weights are named, or they are unreadable or of another model.
+        """
+        self._check_weights_are_named()
+        model = self.build_model()
+        LibraCheckpointer(model).load(self.weights)
+        return model.eval()
+
+    def _check_weights_are_named(self) -> None:
+        if not self.weights:
+            raise InputError(f"{self.name_of('weights')}: name the weights of a trained model")
 
     @abstractmethod
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
