@@ -86,9 +86,7 @@ def plot_sampling() -> Figure:
     axis.set_yticks(range(3), [*rows])
     axis.tick_params(length=0)
     axis.set_xlabel("IoU of a negative with the nearest object")
-    axis.set_title(
-        f"{NUM_DRAWN} of {len(iou)} negatives are drawn (filled), from {NUM_BINS} IoU bins"
-    )
+    axis.set_title(f"{NUM_DRAWN} of {len(iou)} negatives are drawn (filled circles)")
     axis.spines[:].set_visible(False)
     return figure
 
@@ -150,7 +148,7 @@ def plot_pyramid() -> Figure:
         "levels $C_l$",
         "resized to\none size",
         "average",
-        "refined",
+        "refined\n(non-local)",
         "resized\nback",
         "added: $P_l$",
     ]
