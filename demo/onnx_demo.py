@@ -40,7 +40,7 @@ def check_output(path: str, *inputs: str) -> str:
         if not os.path.isfile(path):
             raise ValueError("no file")
         if any(os.path.exists(x) and os.path.samefile(x, path) for x in inputs):
-            raise ValueError("an input, which would be written over; name another file")
+            raise ValueError("an input, which would be overwritten; name another file")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     return format
 

@@ -86,7 +86,7 @@ def _exchange(node: DictConfig, exchange: Dict[Type, Type], what: str, instead: 
     if _is(node, *exchange.values()):
         return False
     known = ", ".join(x.__name__ for x in exchange)
-    raise InputError(f"{what}._target_ is {_name(node)}, and balance() knows {known}: {instead}")
+    raise InputError(f"{what}._target_ is {_name(node)}, and balance() supports {known}: {instead}")
 
 
 def balance(

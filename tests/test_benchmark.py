@@ -51,7 +51,7 @@ def test_parts(tmp_path, capsys, mmdet):
             "a.json and --profile, ./a.json, are the",
         ),
         (["--output", "file/a.json"], "--output: file/a.json cannot be written: File exists"),
-        (["--profile", "/"], "--profile: / is no file"),
+        (["--profile", "/"], "--profile: / is not a file"),
         (["--plot", "a.docx"], "--plot: a.docx: use one of the suffixes"),
         (["--plot", "png"], "--plot: png: use one of the suffixes"),
     ],

@@ -137,8 +137,8 @@ PREDICTOR = f"{HEADS}.box_predictor"
         (f"{PREDICTOR}.test_score_thresh=x", ".test_score_thresh is 'x': use a value in"),
         ("lr_multiplier.scheduler.start_value=x", "lr_multiplier: it cannot be built: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
-        ("train.amp=true", "train.amp is True: it is a section, as of train.amp.enabled"),
-        (f"{PREDICTOR}=5", f"{PREDICTOR} is 5: it is a section"),
+        ("train.amp=true", "train.amp is True: it must be a section with train.amp.enabled"),
+        (f"{PREDICTOR}=5", f"{PREDICTOR} is 5: it must be a section"),
         ("dataloader.test.mapper.augmentations=5", "mapper.augmentations is 5: use a list"),
         # A circle of interpolations, of one, of two, through a part.
         ("train.max_iter=${train.max_iter}", "train.max_iter: Recursive interpolation detected"),
@@ -155,8 +155,8 @@ PREDICTOR = f"{HEADS}.box_predictor"
         ("optimizer.params=null", "optimizer.params: the LazyConfig lacks it"),
         ("optimizer.params=5", "optimizer.params: its _target_, a class or function, is missing"),
         ("lr_multiplier=null", "lr_multiplier: the LazyConfig lacks it"),
-        ("model=5", "model is 5: it is a section, as of model."),
-        ("dataloader.evaluator=5", "dataloader.evaluator is 5: it is a section, as of dataloader"),
+        ("model=5", "model is 5: it must be a section with model."),
+        ("dataloader.evaluator=5", "dataloader.evaluator is 5: it must be a section with"),
         (f"{MAPPER}._target_=null", f"{MAPPER}: its _target_, a class or function, is missing"),
         *(
             (f"{place}._target_=no.thing", f"{place}._target_ is 'no.thing', {NO_NAME}")
@@ -202,7 +202,7 @@ def test_parts_of_an_evaluation():
         recipe.check_parts(train=True)
     recipe = read("MODEL.ROI_HEADS.NAME", "Other", "DATASETS.TEST", ("test_none",))
     DatasetCatalog.register("test_none", list)
-    with pytest.raises(InputError, match="^MODEL.ROI_HEADS.NAME is 'Other': nothing has that name"):
+    with pytest.raises(InputError, match="MODEL.ROI_HEADS.NAME is 'Other': no component has this"):
         check_run(recipe, **evaluation)
     DatasetCatalog.remove("test_none")
 

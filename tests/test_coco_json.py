@@ -128,7 +128,7 @@ def test_changed_data(folder, caplog, box, clipped, counts):
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: {counts[0]} boxes reached out of their image and were clipped, "
         f"{counts[1]} boxes had no area in their image and were dropped.",
-        f"{path}: put right or filled in: image width of 1, annotation iscrowd of 1",
+        f"{path}: repaired or filled in: image width of 1, annotation iscrowd of 1",
     ]
     coco = COCO(MetadataCatalog.get("test_changed").json_file)
     kept = [DATASET["annotations"][0]["bbox"], *clipped]

@@ -109,7 +109,7 @@ def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
     ("target", "message"),
     [
         ("none.txt/b.pth", "none.txt/b.pth cannot be written: File exists: none.txt"),
-        ("link.pth", "link.pth and source, a.pth, are the same file, which would be written over"),
+        ("link.pth", "link.pth and source, a.pth, are the same file, which would be overwritten"),
     ],
 )
 def test_bad_target(target, message, tmp_path, monkeypatch, capsys):

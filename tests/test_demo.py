@@ -227,7 +227,7 @@ def test_video_stays(small, tmp_path, monkeypatch, capsys):
     for output in ("in.mp4", ".", "data/1.pth"):
         with pytest.raises(SystemExit, match="2"):
             run(small, "--video-input", "in.mp4", "--output", output)
-        assert ", are the same file, which would be written over" in capsys.readouterr().err
+        assert ", are the same file, which would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "in.mp4").read_bytes() == content
 
 

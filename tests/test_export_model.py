@@ -265,7 +265,7 @@ def test_errors(image, extra, message, synthetic, tmp_path, capsys):
         ("weights.pth", "weights.pth and MODEL.WEIGHTS, {}/weights.pth, are the same file"),
         ("link", "link.json and --categories, {}/a.json, are the same file"),
         ("000001.jpg", "000001.jpg and --sample-image, {}/000001.jpg, are the same file"),
-        ("dir.onnx", "dir.onnx is no file"),
+        ("dir.onnx", "dir.onnx is not a file"),
     ],
 )
 def test_inputs_stay(output, message, synthetic, tmp_path, monkeypatch, capsys):

@@ -59,14 +59,14 @@ def test_lazy_config():
         ({"DATASETS__TEST": (), "TEST__EVAL_PERIOD": 0}, 12, ""),
         ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
         ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),
-        ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate does not fall at 90"),
+        ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate is not reduced at 90"),
         (
             {"SOLVER__STEPS": (60, 90), "MODEL__LIBRA__TRAINER__EPOCHS": 99.0},
-            *(12, "the learning rate does not fall at 90"),
+            *(12, "the learning rate is not reduced at 90"),
         ),
         ({"SOLVER__WARMUP_ITERS": 90}, 12, "never reaches SOLVER.BASE_LR in 90 iterations"),
-        ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the training of 90"),
-        ({"TEST__EVAL_PERIOD": 90}, 12, "evaluated at its end only"),
+        ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the model is evaluated only"),
+        ({"TEST__EVAL_PERIOD": 90}, 12, "the model is evaluated only at the end"),
     ],
 )
 def test_warnings(settings, num_images, warning, caplog):

@@ -56,24 +56,24 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
     [
         (
             *("faster_rcnn", "ROI_HEADS.NAME=StandardROIHeads"),
-            f"{RCNN_LOSS}'balanced_l1', but a FastRCNNOutputLayers knows {ALL}: use LibraROI",
+            f"{RCNN_LOSS}'balanced_l1', but a FastRCNNOutputLayers supports {ALL}: use LibraROI",
         ),
         (
             *("faster_rcnn", f"{LOSS}=l2"),
-            f"{RCNN_LOSS}'l2', but a LibraFastRCNNOutputLayers knows {ALL}, balanced_l1: use",
+            f"{RCNN_LOSS}'l2', but a LibraFastRCNNOutputLayers supports {ALL}, balanced_l1: use",
         ),
-        ("c4", f"{LOSS}=balanced_l1", "FastRCNNOutputLayers knows .*LibraRes5ROIHeads"),
+        ("c4", f"{LOSS}=balanced_l1", "FastRCNNOutputLayers supports .*LibraRes5ROIHeads"),
         (
             *("retinanet", "META_ARCHITECTURE=RetinaNet RETINANET.BBOX_REG_LOSS_TYPE=l2"),
-            f"{RETINANET_LOSS}RetinaNet knows {ALL}: use LibraRetinaNet",
+            f"{RETINANET_LOSS}RetinaNet supports {ALL}: use LibraRetinaNet",
         ),
         (
             *("retinanet", "RETINANET.BBOX_REG_LOSS_TYPE=l2"),
-            f"{RETINANET_LOSS}LibraRetinaNet knows {ALL}, balanced_l1: use LibraRetinaNet",
+            f"{RETINANET_LOSS}LibraRetinaNet supports {ALL}, balanced_l1: use LibraRetinaNet",
         ),
         (
             *("faster_rcnn", "RPN.BBOX_REG_LOSS_TYPE=balanced_l1"),
-            f"MODEL.RPN.BBOX_REG_LOSS_TYPE .*a LibraRPN knows {ALL}: balanced L1 loss is one of",
+            f"MODEL.RPN.BBOX_REG_LOSS_TYPE .*a LibraRPN supports {ALL}: balanced L1 loss is one of",
         ),
         (
             *("retinanet", "BACKBONE.NAME=build_libra_resnet_fpn_backbone"),
@@ -129,7 +129,7 @@ def test_unbuildable():
 )
 def test_unknown_names(name, options, key, example):
     """The message has the key and the known names, sorted; keys that are not used are free."""
-    message = f"MODEL.{key} is 'X': nothing has that name; there are "
+    message = f"MODEL.{key} is 'X': no component has this name; there are "
     with pytest.raises(InputError) as error:
         build_model(config(name, f"{options} {key}=X"))
     start, known = str(error.value)[: len(message)], str(error.value)[len(message) :].split(", ")

@@ -165,8 +165,8 @@ def test_full_disk(folder):
         (["model.onnx", "ä.png", "out.psd"], "out.psd: no suffix of a picture"),  # read only
         (["model.onnx", "ä.png", "folder.png"], "folder.png: no file"),
         (["model.onnx", "ä.png", "junk/a.png"], "junk/a.png: File exists"),
-        (["model.onnx", "ä.png", "ä.png"], "ä.png: an input, which would be written over"),
-        (["model.onnx", "ä.png", "link.png"], "link.png: an input, which would be written over"),
+        (["model.onnx", "ä.png", "ä.png"], "ä.png: an input, which would be overwritten"),
+        (["model.onnx", "ä.png", "link.png"], "link.png: an input, which would be overwritten"),
     ],
 )
 def test_errors(arguments, message, folder, capfd):

@@ -35,7 +35,7 @@ def test_same_file(path, others, folder):
     path = path.format(folder)
     with pytest.raises(InputError) as error:
         output_path("--output", path, others)
-    same = f"{path} and --input, photo.jpg, are the same file, which would be written over"
+    same = f"{path} and --input, photo.jpg, are the same file, which would be overwritten"
     assert str(error.value) == f"--output: {same}: choose another"
 
 
@@ -61,7 +61,7 @@ def test_several_paths(folder):
     assert (folder / "new/b").is_dir()
     with pytest.raises(InputError, match="--output: hard.jpg and --input, photo.jpg, are the same"):
         output_paths("--output", [*paths, "hard.jpg"], {"--input": ["none.jpg", "photo.jpg"]})
-    with pytest.raises(InputError, match="--output: photos is no file"):
+    with pytest.raises(InputError, match="--output: photos is not a file"):
         output_paths("--output", [*paths, "photos"], {})
     with pytest.raises(InputError, match="new/../new/b/1 and --output, new/b/1, are the same file"):
         output_paths("--output", [*paths, "new/../new/b/1"], {})
@@ -95,13 +95,13 @@ def test_usable(path, is_folder, created, folder):
 @pytest.mark.parametrize(
     ("path", "is_folder", "message"),
     [
-        ("photos", False, "photos is no file"),
-        ("linked", False, "linked is no file"),
-        ("new/", False, "new/ is no file"),
-        ("", False, "'' is no file"),
-        ("", True, "'' is no folder"),
-        ("/dev/null", False, "/dev/null is no file"),
-        ("photo.jpg", True, "photo.jpg is no folder"),
+        ("photos", False, "photos is not a file"),
+        ("linked", False, "linked is not a file"),
+        ("new/", False, "new/ is not a file"),
+        ("", False, "'' is not a file"),
+        ("", True, "'' is not a folder"),
+        ("/dev/null", False, "/dev/null is not a file"),
+        ("photo.jpg", True, "photo.jpg is not a folder"),
         ("photo.jpg/a", False, "photo.jpg/a cannot be written: File exists: photo.jpg"),
         ("photo.jpg/a", True, "photo.jpg/a cannot be written: Not a directory"),
         ("a" * 300, False, f"{'a' * 300} cannot be written: File name too long"),

@@ -398,7 +398,7 @@ def test_nulls_of_lazy_configs():
     with pytest.raises(InputError, match=f"^{place} is null: leave it out"):
         recipe.check_nulls()
     recipe.config.model.roi_heads.box_predictors[1] = True
-    with pytest.raises(InputError, match=r"box_predictors.1 is True: it is a section, as of "):
+    with pytest.raises(InputError, match=r"box_predictors.1 is True: it must be a section with "):
         recipe.check_nulls()
 
 

@@ -180,7 +180,7 @@ def test_inputs_stay(output, voc, capsys):
     before = (voc / output).read_bytes()
     with pytest.raises(SystemExit, match="2"):
         run(voc, "--list", voc / "val.txt", "--output", voc / output)
-    assert "which would be written over" in capsys.readouterr().err
+    assert "which would be overwritten" in capsys.readouterr().err
     assert (voc / output).read_bytes() == before
 
 

@@ -209,7 +209,7 @@ class LibraCheckpointer(DetectionCheckpointer):
                 load_arrays(filename)
             loaded = to_detectron2_checkpoint(super()._load_file(filename))
         if self._resuming and "trainer" in self.checkpointables and "trainer" not in loaded:
-            raise BrokenFileError(f"{self._path}: it has weights only, which no run resumes from")
+            raise BrokenFileError(f"{self._path}: it has weights only; no training resumes from it")
         return {**loaded, "matching_heuristics": True} if self._heuristics else loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]):

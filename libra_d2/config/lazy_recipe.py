@@ -199,7 +199,7 @@ class LazyRecipe(Recipe):
                 parent, _, name = place.rpartition(".")
                 node, value = self._select(parent), self._select(place)
                 if isinstance(node, (bool, int, float, str)):
-                    raise InputError(f"{parent} is {node!r}: it is a section, as of {place}")
+                    raise InputError(f"{parent} is {node!r}: it must be a section with {place}")
                 # Detectron2 accepts null for max_to_keep, too.
                 is_null = isinstance(node, DictConfig) and name in node and value is None
                 if is_null and setting is not Recipe.max_checkpoints:
@@ -381,7 +381,7 @@ class LazyRecipe(Recipe):
         found = self._select(place) or []
         evaluators = list(found) if isinstance(found, ListConfig) else [found]
         if not all(isinstance(x, DictConfig) for x in evaluators):
-            raise InputError(f"{place} is {found!r}: it is a section, as of {place}._target_")
+            raise InputError(f"{place} is {found!r}: it must be a section with {place}._target_")
         return evaluators
 
     @property
@@ -425,5 +425,5 @@ class LazyRecipe(Recipe):
         """See :attr:`Recipe.ddp_options`; ``train.ddp`` overrides them."""
         own = self._select("train.ddp") or {}
         if not isinstance(own, (dict, DictConfig)):
-            raise InputError(f"train.ddp is {own!r}: it is a section")
+            raise InputError(f"train.ddp is {own!r}: it must be a section")
         return {**super().ddp_options, **own}

@@ -48,8 +48,8 @@ def set_length(recipe: Recipe, num_images: int) -> None:
         )
     if late and recipe.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR":
         logger.warning(
-            f"SOLVER.STEPS {tuple(steps)}: the learning rate does not fall at {late[0]}, because "
-            "the training ends before"
+            f"SOLVER.STEPS {tuple(steps)}: the learning rate is not reduced at {late[0]}, because "
+            "the training ends earlier"
         )
     if recipe.get("SOLVER.WARMUP_ITERS", 0) >= max_iter:
         logger.warning(
@@ -59,6 +59,6 @@ def set_length(recipe: Recipe, num_images: int) -> None:
     period = recipe.eval_period
     if recipe.test_datasets and not 0 < period < max_iter:
         logger.warning(
-            f"{recipe.name_of('eval_period')} is {period}: the training of {max_iter} iterations "
-            "is evaluated at its end only"
+            f"{recipe.name_of('eval_period')} is {period}: the model is evaluated only at the end "
+            f"of the training, after {max_iter} iterations"
         )

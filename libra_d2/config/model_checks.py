@@ -73,7 +73,7 @@ def check_box_losses(model: nn.Module) -> None:
                 place = f"{name}.box_reg_loss_type".lstrip(".")
                 raise InputError(
                     f"{key} ({place} in a LazyConfig) is {module.box_reg_loss_type!r}, but a "
-                    f"{type(module).__name__} knows {', '.join(losses)}: {hint}"
+                    f"{type(module).__name__} supports {', '.join(losses)}: {hint}"
                 )
 
 

@@ -148,7 +148,7 @@ def _make_floats(given: CfgNode, config: CfgNode, prefix: str = "") -> None:
     for key, value in given.items():
         if isinstance(config.get(key), dict):
             if not isinstance(value, dict):
-                raise InputError(f"{prefix}{key} is {value!r}: it is a section")
+                raise InputError(f"{prefix}{key} is {value!r}: it must be a section")
             _make_floats(value, config[key], f"{prefix}{key}.")
         elif type(value) is int and isinstance(config.get(key), float):
             given[key] = float(value)
@@ -189,7 +189,7 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
             name = f"{prefix}{key.value}"
             if name in keys:
                 line = key.start_mark.line + 1
-                raise InputError(f"{path}: {name} is there twice, once more in line {line}")
+                raise InputError(f"{path}: {name} is set twice, the second time in line {line}")
             keys.add(name)
             check(value, f"{name}.")
 
@@ -206,7 +206,7 @@ def _check_yaml(path: str, seen: Set[str] = frozenset()) -> None:
                     continue
                 base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base.value))
                 if not os.path.isfile(base_path):
-                    raise InputError(f"{path}: its _BASE_, {base.value}, is no file")
+                    raise InputError(f"{path}: its _BASE_, {base.value}, is not a file")
                 _check_yaml(os.path.normpath(base_path), {*seen, path})
 
 

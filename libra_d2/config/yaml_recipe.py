@@ -160,7 +160,7 @@ class YamlRecipe(Recipe):
             if name not in registry:
                 known = ", ".join(sorted(name for name, _ in registry))
                 raise InputError(
-                    f"MODEL.{key} is {name!r}: nothing has that name; there are {known}"
+                    f"MODEL.{key} is {name!r}: no component has this name; there are {known}"
                 )
 
     def _key_of(self, error: ArgumentError) -> str:

@@ -192,7 +192,7 @@ def log_changes(json_file: str, changes: Counter) -> None:
     repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
     if repaired:
         counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
-        logger.warning(f"{json_file}: put right or filled in: {counts}")
+        logger.warning(f"{json_file}: repaired or filled in: {counts}")
 
 
 def _path_of(file_name: str, image_root: str, json_file: str) -> str:

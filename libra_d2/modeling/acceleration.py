@@ -99,7 +99,7 @@ def _compile(module: nn.Module, backend: str) -> None:
     try:
         torch.compile(torch.exp, backend=backend)(probe)
     except Exception as e:  # there is no compiler, or one of many kinds of failure
-        logger.warning(f"The backbone is not compiled, and runs as without: {one_line(e)}")
+        logger.warning(f"The backbone runs without torch.compile: {one_line(e)}")
         return
     module.compile(dynamic=True, backend=backend)
     logger.info(f"The backbone is compiled by torch.compile ({backend}) when it is first used")

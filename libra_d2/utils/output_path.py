@@ -50,12 +50,12 @@ def output_paths(
         folder, name = os.path.split(os.path.join(path, "") if is_folder else path)
         has_name = path if is_folder else name
         if not has_name or (os.path.exists(path) and not is_wanted(path)):
-            raise InputError(f"{option}: {path or repr(path)} is no {wanted}: choose another")
+            raise InputError(f"{option}: {path or repr(path)} is not a {wanted}: choose another")
         if _identity(path) in taken:
             other = ", ".join(taken[_identity(path)])
             raise InputError(
-                f"{option}: {path} and {other}, are the same {wanted}, which would be written "
-                "over: choose another"
+                f"{option}: {path} and {other}, are the same {wanted}, which would be overwritten: "
+                "choose another"
             )
         taken[_identity(path)] = (option, path)
         if folder not in tried:
