@@ -46,7 +46,7 @@ SMALL = {FIRST: (1,), **RPN, **BFP, CLS: (4, 2)}
 OTHER = {**SMALL, CLS: (8, 2)}
 LIBRA = {name: shape for name, shape in SMALL.items() if name not in BFP}
 LACKING = {name: shape for name, shape in SMALL.items() if name not in RPN}
-BUT = " than the config's: {} weights are missing, too many or of another shape, the first "
+BUT = " than the config's: {} weights are missing, unexpected or of another shape, the first "
 NONE = ": none of its names or shapes is one of this model's (the model has, e.g., "
 
 

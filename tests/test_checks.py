@@ -151,10 +151,10 @@ PREDICTOR = f"{HEADS}.box_predictor"
         ("optimizer.lr=${nothing}", "optimizer.lr: Interpolation key 'nothing' not found"),
         ("optimizer.momentum=${nothing}", "optimizer.momentum: Interpolation key 'nothing' not"),
         # Parts that are missing, of another kind, or that nothing has the name of.
-        ("optimizer=null", "optimizer: the LazyConfig lacks it"),
-        ("optimizer.params=null", "optimizer.params: the LazyConfig lacks it"),
+        ("optimizer=null", "optimizer: missing in the LazyConfig"),
+        ("optimizer.params=null", "optimizer.params: missing in the LazyConfig"),
         ("optimizer.params=5", "optimizer.params: its _target_, a class or function, is missing"),
-        ("lr_multiplier=null", "lr_multiplier: the LazyConfig lacks it"),
+        ("lr_multiplier=null", "lr_multiplier: missing in the LazyConfig"),
         ("model=5", "model is 5: it must be a section with model."),
         ("dataloader.evaluator=5", "dataloader.evaluator is 5: it must be a section with"),
         (f"{MAPPER}._target_=null", f"{MAPPER}: its _target_, a class or function, is missing"),
@@ -198,7 +198,7 @@ def test_parts_of_an_evaluation():
     evaluation = {"train": False, "resume": True}
     recipe = read("optimizer=null", "lr_multiplier=null", config=LAZY)
     recipe.check_parts(train=False)
-    with pytest.raises(InputError, match="^optimizer: the LazyConfig lacks it"):
+    with pytest.raises(InputError, match="^optimizer: missing in the LazyConfig"):
         recipe.check_parts(train=True)
     recipe = read("MODEL.ROI_HEADS.NAME", "Other", "DATASETS.TEST", ("test_none",))
     DatasetCatalog.register("test_none", list)

@@ -81,7 +81,7 @@ def test_saved_config(trained, synthetic, tmp_path):
     [
         ("import sys; sys.exit(0)", [], "config.py, line 1: SystemExit: 0"),
         ("raise KeyboardInterrupt", [], "config.py, line 1: KeyboardInterrupt"),
-        ("", ["optimizer=null"], "optimizer: the LazyConfig lacks it"),
+        ("", ["optimizer=null"], "optimizer: missing in the LazyConfig"),
         ("", ["train.best_metric=segm/APx", "train.eval_period=1"], "train.best_metric is 'segm/A"),
         ("", ["model.roi_heads.mask_head.num_classes=7"], ""),  # set by the data
     ],

@@ -362,7 +362,7 @@ def test_left_out():
         (lambda: recipe.build_augmentations(False), "dataloader.test.mapper.augmentations"),
         (lambda: recipe.build_train_loader(0), "dataloader.train.mapper"),
     ):
-        with pytest.raises(SettingMissing, match=f"^{place}: the LazyConfig lacks it"):
+        with pytest.raises(SettingMissing, match=f"^{place}: missing in the LazyConfig"):
             build()
 
 

@@ -112,7 +112,7 @@ def test_command(tmp_path, capsys):
     assert len(content(tmp_path / "empty")) == 3
 
 
-NOT_A_DATASET = "is not a dataset of this program alone, and would be lost"
+NOT_A_DATASET = "holds files that this program has not written, which would be deleted"
 
 
 @pytest.mark.parametrize(

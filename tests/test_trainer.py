@@ -334,7 +334,7 @@ def test_other_optimizer(toy_data, tmp_path):
             return optimizer
 
     run(tmp_path, until=5)
-    with pytest.raises(InputError, match="checkpoint's optimizer is of another kind or of other"):
+    with pytest.raises(InputError, match="checkpoint's optimizer is of another type or has other"):
         make(tmp_path, trainer=Larger)
 
 

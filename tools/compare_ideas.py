@@ -104,7 +104,9 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
     weights = file_digest(run.weights) if os.path.isfile(run.weights) else run.weights
     now, path = {**identify(run), "initial weights": weights}, folder / "run.json"
     if not path.exists() and (folder / "metrics.json").exists():
-        raise InputError(f"{folder}: there is a training of unknown settings; use another --output")
+        raise InputError(
+            f"{folder}: it contains a training with unknown settings; use another --output"
+        )
     if path.exists():
         try:
             found = changed_values(json.loads(path.read_text(encoding="utf-8")), now)
@@ -112,7 +114,7 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
             raise InputError(f"{path}: {one_line(e)}; use another --output") from e
         if found:
             raise InputError(
-                f"{folder}: there is a training of other settings; use another --output: "
+                f"{folder}: it contains a training with other settings; use another --output: "
                 + "; ".join(found.values())
             )
     folder.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,7 @@ def save_trace(traced: torch.jit.ScriptModule, path: str) -> None:
             torch.jit.save(traced, f)
     except RuntimeError as e:
         raise InputError(
-            "Detectron2 0.6 cannot save the trace of this model, upstream's main branch may: "
+            "Detectron2 0.6 cannot save the trace of this model; its main branch may: "
             f"{one_line(e)[:90]}..."
         ) from e
 

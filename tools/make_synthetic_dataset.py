@@ -191,8 +191,8 @@ def make_synthetic_dataset(
     output = Path(os.path.realpath(output_dir))  # a link to a directory stays one
     if output.exists() and not _is_replaceable(output):
         raise InputError(
-            f"output_dir: {output_dir} is not a dataset of this program alone, and would be lost: "
-            "name another directory"
+            f"output_dir: {output_dir} holds files that this program has not written, which would "
+            "be deleted: name another directory"
         )
     output_path("output_dir", str(output.parent), {}, is_folder=True)
     dataset = {

@@ -253,7 +253,7 @@ class LibraCheckpointer(DetectionCheckpointer):
                 detail = "not in the model"
             raise InputError(
                 f"{self._path}: these are weights of another model than the config's: "
-                f"{len(absent)} weights are missing, too many or of another shape, the first "
+                f"{len(absent)} weights are missing, unexpected or of another shape, the first "
                 f"{first!r} ({detail}). Do the config and the number of classes belong to these "
                 "weights?"
             )

@@ -306,7 +306,7 @@ class LazyRecipe(Recipe):
     def _part(self, place: str) -> Any:
         part = self._select(place)
         if part is None:
-            raise SettingMissing(f"{place}: the LazyConfig lacks it")
+            raise SettingMissing(f"{place}: missing in the LazyConfig")
         return part
 
     def _resolved(self, place: str) -> Any:

@@ -353,7 +353,7 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         except (KeyError, ValueError) as e:
             raise InputError(
-                f"the checkpoint's optimizer is of another kind or of other parameters than the "
+                f"the checkpoint's optimizer is of another type or has other parameters than the "
                 f"config's: {one_line(e)}"
             ) from e
         if isinstance(self.scheduler, LRMultiplier):
