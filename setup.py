@@ -13,6 +13,7 @@ PROGRAMS = {
     "libra-d2-train": "libra_d2.engine.main",
     "libra-d2-demo": "libra_d2.demo.demo",
     "libra-d2-analyze-balance": "libra_d2.tools.analyze_balance",
+    "libra-d2-analyze-errors": "libra_d2.tools.analyze_errors",
     "libra-d2-compare-ideas": "libra_d2.tools.compare_ideas",
     "libra-d2-convert-mmdet": "libra_d2.tools.convert_mmdet",
     "libra-d2-dump-proposals": "libra_d2.tools.dump_proposals",

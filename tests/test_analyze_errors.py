@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from test_matching import random_dataset
+
+from libra_d2.evaluation.detection_metrics import METRICS
+from libra_d2.tools.analyze_errors import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The arguments for annotations and two results."""
+    dataset, results = random_dataset(2)
+    dataset["categories"][0]["name"] = "red|cell"
+    contents = {"val": dataset, "a": results[::2], "b": results}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    names = {"--val-json": "val", "--results": "a", "--results-b": "b"}
+    return {option: str(tmp_path / f"{name}.json") for option, name in names.items()}
+
+
+def run(files, output, *more):
+    main([*(x for pair in files.items() for x in pair), "--output", str(output), *more])
+
+
+def read(folder):
+    return json.loads((folder / "errors.json").read_text())
+
+
+def lines_of(folder):
+    return [
+        [cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")]
+        for line in (folder / "errors.md").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_one_model(files, tmp_path, capsys, iou_type):
+    """All numbers, and tables of them; what is compared is not there."""
+    files.pop("--results-b")
+    run(files, tmp_path / "new/out", "--iou-type", iou_type)
+    assert capsys.readouterr().out == f"{tmp_path / 'new/out/errors.md'}\n"
+    numbers = read(tmp_path / "new/out")
+    (model,) = numbers["models"]
+    assert (numbers["iou_type"], model["results"]) == (iou_type, files["--results"])
+    assert "comparison" not in numbers
+    lines, metrics = lines_of(tmp_path / "new/out"), model["metrics"]
+    by_iou = list(METRICS[:12])
+    assert lines[lines.index(by_iou) + 2] == [f"{metrics[name]:.1f}" for name in by_iou]
+    number = model["errors"]["localization"]
+    cells = ["localization errors", str(number), f"{metrics['localization errors']:.1f}"]
+    assert cells in lines
+    assert ["false negatives", "", f"{metrics['false negatives']:.1f}"] in lines
+    small, own = model["ranges"]["small"], model["classes"]["red|cell"]
+    counts = [str(small["objects"]), str(small["missed"])]
+    assert ["small", *counts, f"{small['AP']:.1f}", f"{small['AR']:.1f}"] in lines
+    cells = ["red/cell", str(own["objects"]), f"{own['AP']:.1f}", f"{own['AP50']:.1f}"]
+    assert cells in lines
+
+
+def test_two_models(files, tmp_path):
+    """The differences come first."""
+    run(files, tmp_path / "out")
+    numbers, lines = read(tmp_path / "out"), lines_of(tmp_path / "out")
+    assert [x["results"] for x in numbers["models"]] == [files["--results"], files["--results-b"]]
+    row = numbers["comparison"]["metrics"][0]
+    assert row["difference"] == row["b"] - row["a"]
+    interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
+    assert [
+        *("AP", f"{row['a']:.1f}", f"{row['b']:.1f}", f"{row['difference']:+.1f}", interval),
+        row["says"],
+    ] in lines
+    images = numbers["comparison"]["images"]
+    only = [sum(x[f"only_{name}"] for x in images) for name in "ab"]
+    assert [f"A alone finds {only[0]} objects, B alone {only[1]}."] in lines
+    worst = images[0]
+    assert [str(worst["image_id"]), f"{worst['a']:.1f}"] in [x[:2] for x in lines]
+    assert len(numbers["comparison"]["objects"]) == numbers["models"][0]["ranges"]["all"]["objects"]
+    titles = [line[0] for line in lines if line[0].startswith("## ")]
+    assert [title[:4] for title in titles] == ["## B", "## A", "## B"]
+
+
+def test_no_detections(files, tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    run(files, tmp_path / "out")
+    assert read(tmp_path / "out")["models"][0]["metrics"]["AP"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("--results", '{"a": 1}', "a.json: not in COCO's result format"),
+        ("--results-b", "[[]]", "b.json: detection number 0: [] is no detection"),
+        ("--val-json", "[]", "val.json: not in COCO format"),
+    ],
+)
+def test_broken_input(files, tmp_path, capsys, option, content, message):
+    with open(files[option], "w") as f:
+        f.write(content)
+    with pytest.raises(SystemExit, match="2"):
+        run(files, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_input_is_written_over(files, tmp_path, capsys):
+    (tmp_path / "a.json").rename(tmp_path / "errors.json")
+    files["--results"] = str(tmp_path / "errors.json")
+    with pytest.raises(SystemExit, match="2"):
+        run(files, tmp_path)
+    assert "are the same file" in capsys.readouterr().err

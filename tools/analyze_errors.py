@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""
+Show where a detector loses AP, and where a second one gains or loses on the same images: by type of
+error, IoU, size and crowdedness of the objects, class and image.
+
+    python tools/analyze_errors.py --val-json val.json --output output/errors \
+        --results output/plain/inference/coco_instances_results.json \
+        --results-b output/libra/inference/coco_instances_results.json
+
+writes errors.md, and errors.json with all numbers. The results of any detector in COCO's format can
+be compared.
+"""
+
+import argparse
+import json
+import os
+from typing import Any, Dict, List, Sequence
+
+from tabulate import tabulate
+
+from libra_d2.data.coco_json import log_changes, read_coco_json
+from libra_d2.engine import report_errors
+from libra_d2.evaluation.comparison import compare_images, compare_metrics, compare_objects
+from libra_d2.evaluation.detection_errors import ERROR_TYPES
+from libra_d2.evaluation.detection_metrics import ERROR_METRICS, METRICS, DetectionMetrics
+from libra_d2.evaluation.matching import IOU_TYPES, match_detections, read_results
+from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.display import table_cell
+from libra_d2.utils.output_path import output_path, output_paths
+
+NUM_IMAGES = 10  # in the table of those that differ most
+
+
+def build_argument_parser() -> argparse.ArgumentParser:
+    """The command line arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", required=True, metavar="FILE", help="of the first model")
+    parser.add_argument("--results-b", metavar="FILE", help="of a second model")
+    parser.add_argument("--val-json", required=True, metavar="FILE", help="annotations")
+    parser.add_argument("--iou-type", choices=IOU_TYPES, default="bbox", help="default: bbox")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    return parser
+
+
+def cell(value: Any) -> str:
+    """A number in percent, or text, as a cell of a table."""
+    return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table."""
+    return tabulate(
+        [list(map(cell, row)) for row in rows], headers, "github", disable_numparse=True
+    )
+
+
+def describe_model(numbers: Dict[str, Any]) -> List[str]:
+    """Tables of one model, see :meth:`DetectionMetrics.describe`."""
+    metrics, counts = numbers["metrics"], numbers["errors"]
+    by_iou = METRICS[: METRICS.index("AR") + 1]
+    errors = [
+        (name, counts.get(kind), metrics[name])
+        for name, kind in zip(ERROR_METRICS, (*ERROR_TYPES, None, None))
+    ]
+    ranges = [
+        (name, x["objects"], x["missed"], x["AP"], x["AR"]) for name, x in numbers["ranges"].items()
+    ]
+    classes = [
+        (table_cell(k), x["objects"], x["AP"], x["AP50"]) for k, x in numbers["classes"].items()
+    ]
+    parts = [
+        table(by_iou, [[metrics[name] for name in by_iou]]),
+        table(["", "number", "AP50 that mending them brings"], errors),
+        table(["objects", "number", "missed", "AP", "AR"], ranges),
+        table(["class", "objects", "AP", "AP50"], classes),
+    ]
+    if numbers["calibration"]:
+        error = numbers["calibration"]["expected calibration error"]
+        rows = [list(x.values()) for x in numbers["calibration"]["bins"]]
+        parts.append(f"Scores and precision differ by {error:.1f} % (expected calibration error).")
+        parts.append(table(["detections", "mean score", "precision"], rows))
+    return parts
+
+
+def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
+    """Tables of the differences of two models."""
+    rows = []
+    for x in comparison["metrics"]:
+        interval = "" if x["low"] is None else f"{x['low']:+.1f} to {x['high']:+.1f}"
+        difference = "" if x["difference"] is None else f"{x['difference']:+.1f}"
+        rows.append((x["metric"], x["a"], x["b"], difference, interval, x["says"]))
+    only = {k: sum(x[k] for x in comparison["images"]) for k in ("only_a", "only_b")}
+    worst = [x for x in comparison["images"] if x["difference"] is not None]
+    ends = worst if len(worst) <= 2 * NUM_IMAGES else worst[:NUM_IMAGES] + worst[-NUM_IMAGES:]
+    headers = ["", "A", "B", "B less A", "95% confidence interval", "which says that B"]
+    return [
+        table(headers, rows),
+        "The last column is corrected for the number of rows. Of errors, fewer are better. Chance "
+        "is that of the images: models that are trained again differ, too.",
+        f"A alone finds {only['only_a']} objects, B alone {only['only_b']}.",
+        table(
+            ["image id", "AP of A", "AP of B", "B less A", "only A finds", "only B finds"],
+            [[table_cell(x["image_id"]), *list(x.values())[1:]] for x in ends],
+        ),
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read, analyze and write."""
+    inputs = {
+        x: vars(args)[x[2:].replace("-", "_")] for x in ("--results", "--results-b", "--val-json")
+    }
+    output_path("--output", args.output, {}, is_folder=True)
+    files = [os.path.join(args.output, name) for name in ("errors.json", "errors.md")]
+    output_paths("--output", files, inputs)
+    masks = "bitmask" if args.iou_type == "segm" else None
+    dataset, changes = read_coco_json(args.val_json, masks)
+    log_changes(args.val_json, changes)
+    paths = [x for x in (args.results, args.results_b) if x]
+    models = [
+        DetectionMetrics(match_detections(dataset, read_results(x), args.iou_type, name=x))
+        for x in paths
+    ]
+    numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type, "models": []}
+    lines = [f"# Errors of {args.iou_type} on `{args.val_json}`, in percent"]
+    for name, path, model in zip("AB", paths, models):
+        numbers["models"].append({"results": path, **model.describe()})
+        lines += [f"## {name}: `{path}`", *describe_model(numbers["models"][-1])]
+    if args.results_b:
+        numbers["comparison"] = comparison = {
+            "metrics": compare_metrics(*models),
+            "images": compare_images(*models),
+            "objects": compare_objects(*models),
+        }
+        lines[1:1] = ["## B, compared with A", *describe_comparison(comparison)]
+    with atomic_write(files[0], "w") as f:
+        json.dump(numbers, f, allow_nan=False)
+    with atomic_write(files[1], "w") as f:
+        f.write("\n\n".join(lines) + "\n")
+    print(files[1])
+
+
+def main(argv=None) -> None:
+    """Command line entry point."""
+    report_errors(run, build_argument_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
