@@ -208,3 +208,60 @@ def test_stands_alone(folder):
         assert done.returncode == status, done.stderr
         assert b"Traceback" not in done.stderr
     assert is_red(folder / "ö.png").any()
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deployment.md").read_text(), re.DOTALL)
+
+
+def block(text):
+    """The example of docs/deployment.md that contains a text."""
+    (found,) = (x for x in BLOCKS if text in x)
+    return found
+
+
+def test_example_of_onnx(folder, capsys):
+    """What the page runs on a black image: a score of 0, and the object that is not sure."""
+    exec(block("onnxruntime.InferenceSession"), {})
+    about, high, low = capsys.readouterr().out.splitlines()
+    assert about == str(INPUT)
+    assert high == "猫 0.0 [ 1.  1. 39. 29.]"
+    assert low == "dog 0.4 [0. 0. 9. 9.]"
+
+
+def test_example_of_torchscript(folder, capsys):
+    """With an operator of torchvision, on a black image."""
+    torch = pytest.importorskip("torch")
+    from torchvision.ops import nms
+
+    class Model(torch.nn.Module):
+        def forward(self, image):
+            boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 9.0]]) + image.sum()
+            scores = torch.tensor([0.25, 0.5])
+            kept = nms(boxes, scores, 0.5)
+            return boxes[kept], kept, scores[kept]
+
+    torch.jit.script(Model()).save("model.ts")
+    (folder / "model.ts.json").write_text(json.dumps({"classes": ["dog", "cat"]}))
+    exec(block("torch.jit.load"), {})
+    assert capsys.readouterr().out == "cat 0.5 [0.0, 0.0, 8.0, 9.0]\n"
+
+
+@pytest.mark.parametrize(
+    "box", [(10.0, 20.0, 66.0, 48.0), (3.3, 4.6, 41.9, 71.2), (-5.0, -8.0, 30.5, 100.0)]
+)
+def test_example_of_masks(box):
+    """As Detectron2 pastes them, but for the outermost half pixel of the mask."""
+    torch = pytest.importorskip("torch")
+    from detectron2.layers import paste_masks_in_image
+    from detectron2.structures import Boxes
+
+    namespace = {}
+    exec(block("def paste_mask"), namespace)
+    y, x = np.mgrid[:28, :28]
+    mask = np.exp(-((x - 12.0) ** 2 / 80 + (y - 15.0) ** 2 / 40)).astype(np.float32)
+    found = namespace["paste_mask"](mask, box, 70, 80)
+    boxes = Boxes(torch.tensor([box]))
+    expected = paste_masks_in_image(torch.from_numpy(mask)[None], boxes, (80, 70))[0].numpy()
+    assert found.shape == (80, 70)
+    assert expected.sum() > 100
+    assert (found != expected).mean() < 0.001
