@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from libra_d2.engine import read_config
 from libra_d2.errors import InputError
 from libra_d2.tools.export_checks import check, check_detections, detect, make_input, raw_outputs
 from libra_d2.tools.export_model import (
+    check_parts,
     class_names,
     export_onnx,
     main,
@@ -242,6 +244,21 @@ def test_categories(tmp_path):
     assert class_names(make_recipe(demo_cfg()), str(path), list("wxyz")) == ["c3", "c2", "c1", "c0"]
     with pytest.raises(InputError, match="a.json: 4 classes, but the model has 5$"):
         class_names(make_recipe(demo_cfg(MODEL__ROI_HEADS__NUM_CLASSES=5)), str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"MODEL__META_ARCHITECTURE": "PanopticFPN"}, "panoptic segmentation"),
+        ({"MODEL__KEYPOINT_ON": True}, "keypoints"),
+        ({}, ""),
+    ],
+)
+def test_parts_that_cannot_be_exported(options, name):
+    model = build_model(demo_cfg(MODEL__MASK_ON=not name or "panoptic" in name, **options))
+    error = pytest.raises(InputError, match=f"^this model has {name}, which") if name else None
+    with error or contextlib.nullcontext():
+        check_parts(model)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ import torch
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.modeling import PanopticFPN
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead
 
 from libra_d2.config import Recipe
 from libra_d2.data import read_image
@@ -50,6 +52,8 @@ from libra_d2.tools.export_checks import (
 )
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path
+
+_NOT_EXPORTED = {PanopticFPN: "panoptic segmentation", BaseKeypointRCNNHead: "keypoints"}
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -152,6 +156,13 @@ def class_names(recipe: Recipe, path: Optional[str], learned: List[str]) -> List
     return list(names) if names and len(names) == number else [str(i) for i in range(number)]
 
 
+def check_parts(model: torch.nn.Module) -> None:
+    """Raises: InputError: if the model has results that an exported model does not return."""
+    for kind, name in _NOT_EXPORTED.items():
+        if any(isinstance(module, kind) for module in model.modules()):
+            raise InputError(f"this model has {name}, which cannot be exported")
+
+
 def run(args: argparse.Namespace) -> None:
     """Build the model; export, check and write it."""
     recipe = read_config(args.config_file, args.opts)
@@ -170,6 +181,7 @@ def run(args: argparse.Namespace) -> None:
         recipe.device = "cpu"
     image = read_sample(recipe, args.sample_image)
     model, learned = recipe.load_trained_model()
+    check_parts(model)
     names = class_names(recipe, args.categories, learned)
     torch.manual_seed(0)
     images = (image, *other_images(image))
