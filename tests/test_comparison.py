@@ -74,18 +74,20 @@ def test_metrics():
 
 def test_interval():
     """
-    Of 4 objects, one in an image, b finds two that a does not: of 4 images drawn, it is 0 to 4 of
-    4, and the middle 95% are 0 to 4, too; the middle 50%, 1 to 3.
+    Of 4 objects, one in each image, b finds two that a does not. The standard error is
+    sqrt(0.5 * 0.5 / 4), times sqrt(4 / 3) for the few images; t is 3.182 with 3 degrees of freedom
+    for 95%, and 0.7649 for 50%, of which the samples have the middle from 1 to 3 of 4.
     """
     objects = [(i, "a", OBJECT) for i in range(4)]
     a, b = models(objects, [], [(i, "a", OBJECT, 0.5) for i in range(2)], num_images=4)
     found = rows_of(a, b, resamples=2000)["objects found"]
-    assert (found["difference"], found["low"], found["high"]) == (50, 0, 100)
+    half = 3.182 * 25 * (4 / 3) ** 0.5
+    assert found["difference"] == 50
+    assert (found["low"], found["high"]) == pytest.approx((50 - half, 50 + half), abs=5)
     found = rows_of(a, b, resamples=2000, level=0.5)["objects found"]
     assert (found["low"], found["high"]) == (25, 75)
-    # Standard error: sqrt(0.5 * 0.5 / 4), times sqrt(4 / 3); p = 0.1817 with 3 degrees of freedom
     p_values = [row["p_value"] for row in rows_of(a, b, resamples=2000).values()]
-    assert min(p_values) == 1  # 28 rows
+    assert min(p_values) == 1  # 0.18 of one row, times 28
 
 
 def test_verdicts():
@@ -130,7 +132,11 @@ def test_seed():
     assert rows != compare_metrics(a, b, resamples=30, seed=1)
     draws = np.random.default_rng(0).multinomial(12, [1 / 12] * 12, 30)
     ap = b.values(draws)[:, 0] - a.values(draws)[:, 0]
-    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx(np.quantile(ap, [0.025, 0.975]))
+    low, high = np.quantile(ap, [0.025, 0.975])
+    assert a.num_images()[0] == 10  # of 12, have objects
+    half = 2.2622 * ap.std(ddof=1) * (10 / 9) ** 0.5
+    assert rows[0]["low"] == pytest.approx(min(low, rows[0]["difference"] - half), rel=1e-3)
+    assert rows[0]["high"] == pytest.approx(max(high, rows[0]["difference"] + half), rel=1e-3)
 
 
 def test_other_objects():

@@ -101,13 +101,14 @@ def compare_metrics(
     """
     The differences of b to a in all metrics, and whether they can be told from chance.
 
-    Images are drawn with replacement, the same ones for both models, again and again. The interval
-    is the middle of the differences in these samples. The p-value is that of a t-test, with the
-    standard deviation of the samples as standard error and one degree of freedom less than there
-    are images with such objects; it is at least that of a sign test on which all these images
-    agree. Holm's method corrects it for the number of rows. A row says "helps" or "harms" if the
-    interval excludes 0 and the corrected p-value is at most 1 - ``level``, so that where nothing
-    differs the whole table says neither with a probability of ``level``.
+    Images are drawn with replacement, the same ones for both models, again and again. The p-value
+    is that of a t-test, with the standard deviation of these samples as standard error and one
+    degree of freedom less than there are images with such objects; it is at least that of a sign
+    test on which all these images agree. Holm's method corrects it for the number of rows. The
+    interval is that of the t-test, widened to the middle of the samples where that reaches further;
+    it is not corrected. A row says "helps" or "harms" if the interval excludes 0 and the corrected
+    p-value is at most 1 - ``level``, so that where nothing differs the whole table says neither
+    with a probability of about ``level``.
 
     That is about these two models on other images. Trained again, both would differ, too.
 
@@ -149,6 +150,9 @@ def compare_metrics(
         low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
         error = np.nanstd(samples, axis=0, ddof=1) * np.sqrt(num_images / (num_images - 1))
         p_values = 2 * stats.t.sf(np.abs(difference) / error, num_images - 1)
+        half = error * stats.t.ppf((1 + level) / 2, num_images - 1)
+    # Of few images, the samples vary too little; NaN is ignored.
+    low, high = np.fmin(low, difference - half), np.fmax(high, difference + half)
     p_values = np.where(difference == 0, 1, np.maximum(p_values, 0.5 ** (num_images - 1)))
     p_values = holm_correction(p_values.tolist())
     better = np.where(np.isin(names, ERROR_METRICS), -1, 1)
