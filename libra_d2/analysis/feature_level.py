@@ -78,7 +78,9 @@ def plot_levels(statistics: Dict[str, Any], names: Sequence[str]) -> Figure:
     axes[0].set_xticks(x, names)
     axes[0].set(title="energy of the levels", ylabel="root mean square of the features")
     axes[0].margins(y=0.2)
-    axes[0].legend(frameon=False, ncols=len(bars), loc="upper left", columnspacing=1, handlelength=1)
+    axes[0].legend(
+        frameon=False, ncols=len(bars), loc="upper left", columnspacing=1, handlelength=1
+    )
     axes[0].spines[["top", "right"]].set_visible(False)
     for axis, stage in zip(axes[1:], stages):
         similarity = np.array(statistics[stage]["similarity"])
@@ -106,7 +108,9 @@ def plot_heat_maps(
     rows = {"before": levels.before}
     if levels.after is not None:
         rows["after"] = levels.after
-        rows["after - before"] = [after - before for after, before in zip(levels.after, levels.before)]
+        rows["after - before"] = [
+            after - before for after, before in zip(levels.after, levels.before)
+        ]
     maps = {
         row: [x.square().mean(dim=0).sqrt().cpu().numpy() for x in features]
         for row, features in rows.items()
