@@ -162,6 +162,12 @@ def test_nearest_and_found():
     assert m.object_counts[0].tolist() == [True, True, True, False]
 
 
+def test_ties():
+    """Of objects with the same IoU the last one is found, as in pycocotools."""
+    m = match_detections(*by_hand([("a", [0, 0, 9, 9])] * 3, [("a", [0, 0, 9, 9], 0.5)]))
+    assert m.found[:, 0].tolist() == [2] * 10
+
+
 def test_crowdedness():
     """
     Objects of one class with an IoU of 0.25 are close, and so is a duplicate of one of them; other
