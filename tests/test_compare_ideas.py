@@ -214,18 +214,26 @@ def test_differences():
     headers, _, *rows = cells(differences(found))
     assert headers == [
         *("AP, less the baseline's", "pairs", "mean", "standard error"),
-        *("95% confidence interval", "which says that it"),
+        *("95% confidence interval", "corrected p-value", "which says that it"),
     ]
     # Differences 1.0, 1.1 and 0.9: their standard error is 0.1 / sqrt(3), Student's t 4.303; of
-    # two, 1 and 2 or 3 and -3, half their distance, and 12.706.
+    # two, 1 and 2 or 3 and -3, half their distance, and 12.706. Their t-tests have the p-values
+    # 0.0033, 0.0033, 0.205 and 1, of which the smallest is multiplied by 4, the next by 3, ...
+    chance = "cannot be told from chance"
     assert rows == [
-        ["sampling", "3", "+1.00", "0.06", "+0.75 to +1.25", "helps"],
-        ["feature_pyramid", "3", "-1.00", "0.06", "-1.25 to -0.75", "harms"],
-        ["balanced_l1", "2", "+1.50", "0.50", "-4.85 to +7.85", "cannot be told from chance"],
-        ["all_reference", "2", "+0.00", "3.00", "-38.12 to +38.12", "cannot be told from chance"],
+        ["sampling", "3", "+1.00", "0.06", "+0.75 to +1.25", "0.013", "helps"],
+        ["feature_pyramid", "3", "-1.00", "0.06", "-1.25 to -0.75", "0.013", "harms"],
+        ["balanced_l1", "2", "+1.50", "0.50", "-4.85 to +7.85", "0.410", chance],
+        ["all_reference", "2", "+0.00", "3.00", "-38.12 to +38.12", "1.000", chance],
     ]
     headers, _, row, *_ = cells(differences(found, level=0.9))
     assert (headers[4], row[4]) == ("90% confidence interval", "+0.83 to +1.17")  # t 2.920
+    # An interval that excludes 0 is not enough among several.
+    found = {"baseline": runs(10.0, 50.0, 30.0), "all": runs(11.0, 51.3, 30.8)}
+    alone = ["all", "3", "+1.03", "0.15", "+0.41 to +1.66"]  # t 7.1
+    assert cells(differences(found))[2] == [*alone, "0.019", "helps"]
+    found.update(sampling=found["all"], balanced_l1=found["all"])
+    assert cells(differences(found))[2] == [*alone, "0.058", chance]
     assert differences({"all": runs(1.0, 2.0)}) == ""
 
 

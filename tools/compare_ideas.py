@@ -16,6 +16,7 @@ interrupted comparison.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -42,6 +43,7 @@ from libra_d2.engine import (
 )
 from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import read_metrics
+from libra_d2.evaluation.report import holm_correction, verdict
 from libra_d2.utils.atomic_write import atomic_write
 
 # Metrics of each run, by variant and seed.
@@ -201,28 +203,35 @@ def differences(runs: Runs, level: float = 0.95) -> str:
     """
     A Markdown table of the paired differences of AP to the baseline; "" if there are no pairs. Runs
     with the same seed see the same images in the same order and start from the same weights, so
-    that their difference is less uncertain than that of two means.
+    that their difference is less uncertain than that of two means. The p-values of the paired
+    t-tests are corrected for the number of rows, see :func:`holm_correction`, so that the chance of
+    a wrong "helps" or "harms" in the whole table is 1 - ``level`` at most.
 
     Args:
         runs: for each variant and seed, the metrics of a run.
-        level: of the confidence intervals.
+        level: of each confidence interval, and of all that the table says together.
     """
-    rows, baseline = [], runs.get("baseline", {})
+    rows, tests, baseline = [], [], runs.get("baseline", {})
     for variant, by_seed in runs.items():
         seeds = [seed for seed in by_seed if seed in baseline]
         if variant == "baseline" or len(seeds) < 2:
             continue
         values = [by_seed[seed][-1]["bbox/AP"] - baseline[seed][-1]["bbox/AP"] for seed in seeds]
         mean, error = statistics.mean(values), float(stats.sem(values))
-        half = error * float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+        t = stats.t(len(values) - 1)
+        half = error * float(t.ppf((1 + level) / 2))
         low, high = mean - half, mean + half
-        says = "helps" if low > 0 else "harms" if high < 0 else "cannot be told from chance"
         numbers = (f"{mean:+.2f}", f"{error:.2f}", f"{low:+.2f} to {high:+.2f}")
-        rows.append((variant, len(seeds), *numbers, says))
+        rows.append((variant, len(seeds), *numbers))
+        statistic = abs(mean) / error if error else (math.inf if mean else 0)
+        tests.append((low, high, 2 * float(t.sf(statistic))))
     if not rows:
         return ""
+    p_values = holm_correction([p for *_, p in tests])
+    for i, ((low, high, _), p) in enumerate(zip(tests, p_values)):
+        rows[i] += (f"{p:.3f}", verdict(low, high, p, level))
     headers = ["AP, less the baseline's", "pairs", "mean", "standard error"]
-    headers += [f"{level:.0%} confidence interval", "which says that it"]
+    headers += [f"{level:.0%} confidence interval", "corrected p-value", "which says that it"]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
