@@ -110,7 +110,7 @@ class ExactResume(HookBase):
                 f"{comm.get_world_size()} now: the data order and the random numbers restart"
             )
             return
-        model.load_state_dict(own["buffers"], strict=False)
+        _set_statistics(model, own["buffers"])
         if isinstance(self.loader, ResumableLoader) and own["loader"] is not None:
             self.loader.load_state_dict(own["loader"])
         else:
@@ -144,6 +144,13 @@ def _get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
         if isinstance(module, _BatchNorm)
         for key, value in module.named_buffers(recurse=False)
     }
+
+
+def _set_statistics(model: nn.Module, statistics: Dict[str, torch.Tensor]) -> None:
+    # Not by load_state_dict, which resets frozen batch norms that are not among them.
+    buffers = dict(model.named_buffers())
+    for name, value in statistics.items():
+        buffers[name].copy_(value)
 
 
 def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
