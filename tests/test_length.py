@@ -33,12 +33,15 @@ def recipe_of(**settings):
 )
 def test_epochs(epochs, period, expected, caplog):
     """Of 12 images in batches of 4; a period of evaluations that was chosen stays."""
-    recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=epochs, TEST__EVAL_PERIOD=period)
+    settings = {"TEST__EVAL_PERIOD": period, "SOLVER__WARMUP_ITERS": 4}
+    recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=epochs, **settings)
     before = recipe.checkpoint_period
     with caplog.at_level("INFO"):
         set_length(recipe, 12)
     solver = recipe.config.SOLVER
     assert (solver.MAX_ITER, solver.STEPS, recipe.eval_period) == expected
+    # A tenth of the training at most is warm-up, if its length is in epochs.
+    assert min(4, expected[0] // 10 if epochs else 4) == solver.WARMUP_ITERS
     assert (3 if epochs and not period else before) == solver.CHECKPOINT_PERIOD
     found = expected[0] * 4 / 12
     assert f"{expected[0]} iterations of 4 images: {found:.3g} epochs of 12 imag" in caplog.text
@@ -64,7 +67,8 @@ def test_lazy_config():
             {"SOLVER__STEPS": (60, 90), "MODEL__LIBRA__TRAINER__EPOCHS": 99.0},
             *(12, "the learning rate is not reduced at 90"),
         ),
-        ({"SOLVER__WARMUP_ITERS": 90}, 12, "never reaches SOLVER.BASE_LR in 90 iterations"),
+        ({"SOLVER__WARMUP_ITERS": 30}, 12, ""),
+        ({"SOLVER__WARMUP_ITERS": 31}, 12, "WARMUP_ITERS 31 is more than a third of the 90 iterat"),
         ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the model is evaluated only"),
         ({"TEST__EVAL_PERIOD": 90}, 12, "the model is evaluated only at the end"),
     ],

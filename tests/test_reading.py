@@ -147,11 +147,19 @@ def test_sections_of_this_project(option, setting, value):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ("", "MODEL.LIBRA.BFP.LEVEL 1", "^command line: .*MODEL.LIBRA.BFP.LEVEL"),
+        ("", "MODEL.LIBRA.BFP.LEVEL 1", "LEVEL: there is no .* did you mean MODEL.*REFINE_LEVEL.$"),
+        ("", "MODEL.LIBRA.TRAINER.EPOCH 1", "^command line: .* did you mean .*TRAINER.EPOCHS.$"),
+        ("", "NO.KEY 1", "^command line: Non-existent key: NO"),
+        ("", "SEED 1 OUTPUT_DIR=x", "^command line: OUTPUT_DIR=x: write .* as KEY VALUE$"),
+        ("", "SEED 1 --train-json x", "--train-json: options like this come before all KEY"),
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL x", "^command line: .*REFINE_LEVEL"),
         ("", "SOLVER.BASE_LR -1", "^SOLVER.BASE_LR is -1.0: use a positive number"),
         ("", "SOLVER.BASE_LR fast", "^command line: Type mismatch .* config key: SOLVER.BASE_LR"),
-        ("", "MODEL.LIBRA.BFP.REFINE_LEVEL", "^command line: .*odd length"),
+        (
+            "",
+            "MODEL.LIBRA.BFP.REFINE_LEVEL",
+            "^command line: .*LEVEL: its value is missing$",
+        ),
         ("none.yaml", "", "^'none.yaml' is neither a file nor a config of"),
         (LAZY, "SOLVER.MAX_ITER 10", "'SOLVER.MAX_ITER': write what is set in a .* as key=value"),
         (LAZY, "model.backbone.botom_up.freeze_at=2", "botom_up.freeze_at: the .* no such key$"),

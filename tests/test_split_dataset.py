@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 
 import pytest
 
@@ -85,10 +86,12 @@ def test_bad_arguments(dataset, args, message, capsys, monkeypatch):
     assert (dataset / "all.json").read_text() == before
 
 
-def test_changed_boxes(dataset, caplog):
-    """What was put right in the annotations is said."""
+def test_changed_boxes(dataset, caplog, capsys):
+    """What was put right in the annotations is said; crowd regions are not counted."""
     content = json.loads((dataset / "all.json").read_text())
     content["annotations"][3]["bbox"] = [5, 5, 9, 9]
+    content["annotations"][4]["iscrowd"] = 1
     (dataset / "all.json").write_text(json.dumps(content))
     run(dataset)
     assert "1 boxes reached out of their image" in caplog.text
+    assert sum(map(int, re.findall(r"(?:cat|dog) (\d+)", capsys.readouterr().out))) == 29

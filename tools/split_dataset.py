@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         split = part(dataset, ids)
         with atomic_write(path, "w") as f:
             json.dump(split, f, allow_nan=False)
-        count = Counter(x["category_id"] for x in split["annotations"])
+        count = Counter(x["category_id"] for x in split["annotations"] if not x["iscrowd"])
         classes = {display_name(x["name"]): count[x["id"]] for x in dataset["categories"]}
         numbers = ", ".join(f"{name} {number}" for name, number in classes.items())
         print(f"{path}: {len(ids)} images; objects: {numbers}")

@@ -133,9 +133,10 @@ def convert(
     found = {o["name"] for record in records.values() for o in record["objects"]}
     names = classes or sorted(found)
     if len(set(names)) < len(names):
-        raise InputError(f"--classes: one of {names} is there twice")
+        raise InputError(f"--classes: one of {names} is there twice; quote names with spaces")
     if found - set(names):
-        raise InputError(f"--classes: {sorted(found - set(names))} in {annotations} are not named")
+        others = ", ".join(map(repr, sorted(found - set(names))))
+        raise InputError(f"--classes: {others} in {annotations} must be named, too")
     ids = {name: i for i, name in enumerate(names, 1)}
     categories = [{"id": i, "name": name} for name, i in ids.items()]
     dataset = {"images": [], "annotations": [], "categories": categories}
@@ -189,7 +190,12 @@ def run(args: argparse.Namespace) -> None:
     output = output_path("--output", args.output, others)
     with atomic_write(output, "w") as f:
         json.dump(dataset, f, allow_nan=False)
-    print(f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects")
+    num_difficult = sum(x["iscrowd"] for x in dataset["annotations"])
+    num_empty = len(dataset["images"]) - len({x["image_id"] for x in dataset["annotations"]})
+    print(
+        f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects, "
+        f"{num_difficult} of them difficult; nothing is annotated in {num_empty} of the images"
+    )
 
 
 def main(argv=None) -> None:

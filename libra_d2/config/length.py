@@ -12,13 +12,16 @@ logger = logging.getLogger(__name__)
 
 # Lengths beyond these are rarely meant: fine-tuning takes tens of epochs.
 _MANY_EPOCHS, _FEW_EPOCHS = 200, 1
+# Of the training: with few images, a warm-up that is meant for many would be most of it.
+_LONGEST_WARMUP, _LONG_WARMUP = 1 / 10, 1 / 3
 
 
 def set_length(recipe: Recipe, num_images: int) -> None:
     """
     Turn :attr:`Recipe.epochs`, if it is set, into iterations: those of the training and, in
-    proportion, the steps of the schedule. Each epoch ends with an evaluation and a checkpoint,
-    unless the config has an evaluation period. Log the length, and what may be a mistake.
+    proportion, the steps of the schedule; a tenth of them at most are for the warm-up. Each epoch
+    ends with an evaluation and a checkpoint, unless the config has an evaluation period. Log the
+    length, and what may be a mistake.
 
     Args:
         recipe: changed in place.
@@ -32,6 +35,9 @@ def set_length(recipe: Recipe, num_images: int) -> None:
         if recipe.has("SOLVER.STEPS"):
             scaled = {round(step / before * recipe.max_iter) for step in steps}
             recipe.set("SOLVER.STEPS", tuple(sorted(x for x in scaled if 0 < x < recipe.max_iter)))
+        if recipe.has("SOLVER.WARMUP_ITERS"):
+            longest = int(recipe.max_iter * _LONGEST_WARMUP)
+            recipe.set("SOLVER.WARMUP_ITERS", min(recipe.get("SOLVER.WARMUP_ITERS"), longest))
         if recipe.eval_period == 0 and recipe.test_datasets:
             recipe.eval_period = math.ceil(per_epoch)
             recipe.checkpoint_period = recipe.eval_period
@@ -51,10 +57,12 @@ def set_length(recipe: Recipe, num_images: int) -> None:
             f"SOLVER.STEPS {tuple(steps)}: the learning rate is not reduced at {late[0]}, because "
             "the training ends earlier"
         )
-    if recipe.get("SOLVER.WARMUP_ITERS", 0) >= max_iter:
+    warmup = recipe.get("SOLVER.WARMUP_ITERS", 0)
+    if warmup > max_iter * _LONG_WARMUP:
         logger.warning(
-            f"SOLVER.WARMUP_ITERS {recipe.get('SOLVER.WARMUP_ITERS')}: the learning rate never "
-            f"reaches {recipe.name_of('learning_rate')} in {max_iter} iterations"
+            f"SOLVER.WARMUP_ITERS {warmup} is more than a third of the {max_iter} iterations of "
+            "the training: the learning rate reaches "
+            f"{recipe.name_of('learning_rate')} late or never"
         )
     period = recipe.eval_period
     if recipe.test_datasets and not 0 < period < max_iter:

@@ -6,7 +6,8 @@ import os
 import re
 import traceback
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence, Set, Union
+from difflib import get_close_matches
+from typing import Any, Iterator, Mapping, Sequence, Set, Union
 
 import torch
 import yaml
@@ -132,10 +133,29 @@ class _Config(CfgNode):
 
     def merge_from_list(self, cfg_list: Sequence[str]) -> None:
         defaults, options = dict(leaves(self)), list(cfg_list)
+        _check_options(options, defaults)
         for i, (key, value) in enumerate(zip(options[::2], options[1::2])):
             if isinstance(defaults.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
                 options[2 * i + 1] = f"{value}.0"
         super().merge_from_list(options)
+
+
+def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
+    """Raises: InputError: if these are no KEY VALUE pairs, or a key looks like a known one."""
+    for key in options[::2]:
+        similar = get_close_matches(key, defaults, n=1, cutoff=0.8)
+        is_known = any(f"{name}.".startswith(f"{key}.") for name in defaults)
+        problem = ""
+        if key.startswith("--"):
+            problem = "options like this come before all KEY VALUE pairs"
+        elif "=" in key:
+            problem = "write what is set in a YAML config as KEY VALUE"
+        elif similar and not is_known:
+            problem = f"there is no such key; did you mean {similar[0]}?"
+        elif key == options[-1] and len(options) % 2:
+            problem = "its value is missing"
+        if problem:
+            raise InputError(f"command line: {key}: {problem}")
 
 
 def _make_floats(given: CfgNode, config: CfgNode, prefix: str = "") -> None:
