@@ -36,7 +36,10 @@ setup(
     # Configs and programs live at the top of the repository and are installed inside the package.
     packages=[*find_packages(include=("libra_d2", "libra_d2.*")), *TOP_LEVEL],
     package_dir=TOP_LEVEL,
-    package_data={"libra_d2.configs": ["**/*.yaml", "**/*.py"]},
+    package_data={
+        "libra_d2.configs": ["**/*.yaml", "**/*.py"],
+        "libra_d2.evaluation": ["error_page.*"],
+    },
     entry_points={"console_scripts": [f"{name} = {main}:main" for name, main in PROGRAMS.items()]},
     # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip
     # must not replace under a Detectron2 that was compiled with it. README.md says how.
@@ -54,6 +57,7 @@ setup(
     extras_require={
         # As mmdetection resizes images, for published weights; and for Detectron2's visualizer.
         "opencv": ["opencv-python-headless"],
+        "report": ["plotly"],  # index.html of analyze_errors.py
         "timm": ["timm"],  # TimmBackbone; ViTDet and Swin of Detectron2's main branch
         "evaluation": ["faster-coco-eval"],  # where Detectron2's compiled evaluator is missing
     },

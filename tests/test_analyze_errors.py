@@ -2,6 +2,8 @@
 import json
 
 import pytest
+from PIL import Image
+from test_error_page import read as read_page
 from test_matching import random_dataset
 
 from libra_d2.evaluation.detection_metrics import METRICS
@@ -40,7 +42,8 @@ def test_one_model(files, tmp_path, capsys, iou_type):
     """All numbers, and tables of them; what is compared is not there."""
     files.pop("--results-b")
     run(files, tmp_path / "new/out", "--iou-type", iou_type)
-    assert capsys.readouterr().out == f"{tmp_path / 'new/out/errors.md'}\n"
+    written = [str(tmp_path / "new/out" / name) for name in ("errors.md", "index.html")]
+    assert capsys.readouterr().out.splitlines() == written
     numbers = read(tmp_path / "new/out")
     (model,) = numbers["models"]
     assert (numbers["iou_type"], model["results"]) == (iou_type, files["--results"])
@@ -79,6 +82,32 @@ def test_two_models(files, tmp_path):
     assert len(numbers["comparison"]["objects"]) == numbers["models"][0]["ranges"]["all"]["objects"]
     titles = [line[0] for line in lines if line[0].startswith("## ")]
     assert [title[:4] for title in titles] == ["## B", "## A", "## B"]
+
+
+def test_page(files, tmp_path, capsys, monkeypatch):
+    """It has the same numbers, and as many images as asked for; without Plotly, none is written."""
+    images = json.loads((tmp_path / "val.json").read_text())["images"]
+    for image in images:
+        Image.new("RGB", (30, 30)).save(tmp_path / image["file_name"])
+    run(files, tmp_path / "out", "--val-images", str(tmp_path), "--max-images", "3")
+    data, pictures = read_page(tmp_path / "out/index.html")
+    numbers = read(tmp_path / "out")
+    assert data["comparison"] == numbers["comparison"]["metrics"]
+    assert data["names"] == [files["--results"], files["--results-b"]]
+    assert [data["num_images"], len(data["images"])] == [12, 3]
+    assert all(x["jpeg"] for x in pictures)
+
+    monkeypatch.setattr("libra_d2.tools.analyze_errors.find_spec", lambda name: None)
+    capsys.readouterr()
+    run(files, tmp_path / "other")
+    assert 'pip install "libra_d2[report]"' in capsys.readouterr().out
+    assert not (tmp_path / "other/index.html").exists()
+
+
+def test_negative_number_of_images(files, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(files, tmp_path / "out", "--max-images", "-1")
+    assert "--max-images -1: use 0 or more" in capsys.readouterr().err
 
 
 def test_no_detections(files, tmp_path):

@@ -8,22 +8,26 @@ error, IoU, size and crowdedness of the objects, class and image.
         --results output/plain/inference/coco_instances_results.json \
         --results-b output/libra/inference/coco_instances_results.json
 
-writes errors.md, and errors.json with all numbers. The results of any detector in COCO's format can
-be compared.
+writes errors.md, errors.json with all numbers, and, if Plotly is installed, index.html: a page with
+charts, tables to sort and, with --val-images, the images and all boxes. The results of any detector
+in COCO's format can be compared.
 """
 
 import argparse
 import json
 import os
+from importlib.util import find_spec
 from typing import Any, Dict, List, Sequence
 
 from tabulate import tabulate
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
 from libra_d2.engine import report_errors
+from libra_d2.errors import InputError
 from libra_d2.evaluation.comparison import compare_images, compare_metrics, compare_objects
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
 from libra_d2.evaluation.detection_metrics import ERROR_METRICS, METRICS, DetectionMetrics
+from libra_d2.evaluation.error_page import write_error_page
 from libra_d2.evaluation.matching import IOU_TYPES, match_detections, read_results
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import table_cell
@@ -40,6 +44,8 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", required=True, metavar="FILE", help="of the first model")
     parser.add_argument("--results-b", metavar="FILE", help="of a second model")
     parser.add_argument("--val-json", required=True, metavar="FILE", help="annotations")
+    parser.add_argument("--val-images", metavar="DIR", help="images, for the page")
+    parser.add_argument("--max-images", type=int, default=200, metavar="N", help="default: 200")
     parser.add_argument("--iou-type", choices=IOU_TYPES, default="bbox", help="default: bbox")
     parser.add_argument("--output", required=True, metavar="DIR")
     return parser
@@ -110,19 +116,22 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Read, analyze and write."""
+    if args.max_images < 0:
+        raise InputError(f"--max-images {args.max_images}: use 0 or more")
     inputs = {
         x: vars(args)[x[2:].replace("-", "_")] for x in ("--results", "--results-b", "--val-json")
     }
     output_path("--output", args.output, {}, is_folder=True)
-    files = [os.path.join(args.output, name) for name in ("errors.json", "errors.md")]
+    files = [os.path.join(args.output, name) for name in ("errors.json", "errors.md", "index.html")]
     output_paths("--output", files, inputs)
     masks = "bitmask" if args.iou_type == "segm" else None
     dataset, changes = read_coco_json(args.val_json, masks)
     log_changes(args.val_json, changes)
     paths = [x for x in (args.results, args.results_b) if x]
+    results = [read_results(x) for x in paths]
     models = [
-        DetectionMetrics(match_detections(dataset, read_results(x), args.iou_type, name=x))
-        for x in paths
+        DetectionMetrics(match_detections(dataset, own, args.iou_type, name=x))
+        for x, own in zip(paths, results)
     ]
     numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type, "models": []}
     lines = [f"# Errors of {args.iou_type} on `{args.val_json}`, in percent"]
@@ -141,6 +150,17 @@ def run(args: argparse.Namespace) -> None:
     with atomic_write(files[1], "w") as f:
         f.write("\n\n".join(lines) + "\n")
     print(files[1])
+    if find_spec("plotly") is None:
+        print('index.html is not written; for it, run pip install "libra_d2[report]"')
+        return
+    write_error_page(
+        *(files[2], numbers, dataset, models, results),
+        names=paths,
+        title=f"Errors of {args.iou_type} on {args.val_json}",
+        image_root=args.val_images,
+        max_images=args.max_images,
+    )
+    print(files[2])
 
 
 def main(argv=None) -> None:

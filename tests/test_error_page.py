@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page as a file, and in a real browser if there is Chromium. Nothing needs a network."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_matching import by_hand, random_dataset
+
+from libra_d2.errors import ArgumentError, InputError
+from libra_d2.evaluation.comparison import compare_images, compare_metrics
+from libra_d2.evaluation.detection_metrics import DetectionMetrics
+from libra_d2.evaluation.error_page import write_error_page
+from libra_d2.evaluation.matching import match_detections
+
+NASTY = "</script><b>&lt;\"'${x}"
+OBJECT, ELSEWHERE = [0, 0, 10, 10], [50, 50, 40, 40]
+
+
+def write(path, dataset, *results, iou_type="bbox", **options):
+    """Write the page and return what its numbers are."""
+    models = [DetectionMetrics(match_detections(dataset, x, iou_type)) for x in results]
+    numbers = {"models": [x.describe() for x in models]}
+    if len(models) == 2:
+        numbers["comparison"] = {
+            "metrics": compare_metrics(*models, resamples=20),
+            "images": compare_images(*models),
+        }
+    write_error_page(str(path), numbers, dataset, models, results, **options)
+    return numbers
+
+
+class Scripts(HTMLParser):
+    """The text of script elements, by id."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=False)
+        self.found, self.own, self.tags = {}, None, []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.own = dict(attrs).get("id", "code") if tag == "script" else None
+
+    def handle_data(self, text):
+        if self.own:
+            self.found[self.own] = self.found.get(self.own, "") + text
+
+    def handle_endtag(self, tag):
+        self.own = None
+
+
+def read(path):
+    """The data, and those of the pictures in their order."""
+    scripts = Scripts(path).found
+    pictures = [json.loads(scripts[f"picture-{i}"]) for i in range(len(scripts) - 3)]
+    return json.loads(scripts["data"]), pictures
+
+
+def test_data(tmp_path):
+    """All numbers are in the file as they were, but the images of each model, which are no use."""
+    dataset, results = random_dataset(2)
+    dataset["categories"][0]["name"] = NASTY
+    path = tmp_path / "index.html"
+    numbers = write(path, dataset, results[::2], results, names=(NASTY, "b"), title=NASTY)
+    data, _ = read(path)
+    for model in numbers["models"]:
+        model.pop("images")
+    assert data["models"] == numbers["models"]
+    assert data["comparison"] == numbers["comparison"]["metrics"]
+    assert data["names"] == [NASTY, "b"]
+    assert data["class_names"][0] == NASTY
+    assert data["num_images"] == len(data["images"]) == 12
+    rows = numbers["comparison"]["images"]
+    assert data["only"] == [sum(x[k] for x in rows) for k in ("only_a", "only_b")]
+    differences = [abs(x["difference"] or 0) for x in data["images"]]
+    assert differences == sorted(differences, reverse=True)
+    by_id = {x["image_id"]: x for x in rows}
+    for image in data["images"]:
+        row = {k: image.pop(k) for k in by_id[image["image_id"]]}
+        assert row == by_id[row["image_id"]]
+
+
+def test_names_are_no_markup(tmp_path):
+    """The same elements as with plain names."""
+    tags = []
+    for name in (NASTY, "plain"):
+        dataset, results = random_dataset(2)
+        dataset["categories"][0]["name"] = dataset["images"][0]["file_name"] = name
+        path = tmp_path / "index.html"
+        write(path, dataset, results, names=[name], title=name)
+        tags.append(Scripts(path).tags)
+        assert f"<title>{'plain' if name == 'plain' else '&lt;/script&gt;'}" in path.read_text()
+    assert tags[0] == tags[1]
+
+
+def test_boxes(tmp_path):
+    """
+    A finds the first object and takes a piece of the second one for another; B finds neither, and
+    has a detection in the crowd region.
+    """
+    objects = [(0, "a", OBJECT), (0, "b", ELSEWHERE), (0, "a", [60, 0, 30, 30])]
+    first = [(0, "a", [0, 0, 10, 8.04], 0.91234), (0, "b", [50, 50, 40, 16], 0.7)]
+    dataset, results = by_hand(objects, first, 2)
+    dataset["annotations"][2]["iscrowd"] = 1
+    others = by_hand(objects, [(0, "a", [62, 2, 20, 20], 0.4)], 2)[1]
+    write(tmp_path / "index.html", dataset, results, others)
+    data, (picture, empty) = read(tmp_path / "index.html")
+    assert data["class_names"] == ["a", "b", "c"]
+    assert picture == {
+        "objects": [
+            [*OBJECT, 0, [[0.804, 0.912], None]],
+            [*ELSEWHERE, 1, [None, None]],
+            [60, 0, 30, 30, 0],
+        ],
+        "detections": [
+            [[0, 0, 10, 8, 0, 0.912, "right", 0], [50, 50, 40, 16, 1, 0.7, "localization", -1]],
+            [[62, 2, 20, 20, 0, 0.4, "not counted", -1]],
+        ],
+    }
+    assert empty == {"objects": [], "detections": [[], []]}
+    assert [x["classes"] for x in data["images"]] == [[0, 1], []]
+
+
+def test_masks(tmp_path):
+    """Of masks without boxes, the boxes are in the file."""
+    dataset, results = random_dataset(3)
+    boxes = [x.pop("bbox") for x in results]
+    write(tmp_path / "index.html", dataset, results, iou_type="segm")
+    _, pictures = read(tmp_path / "index.html")
+    found = [x[:4] for picture in pictures for x in picture["detections"][0]]
+    assert sorted(found) == sorted(boxes)
+
+
+def test_worst_images_of_one_model(tmp_path):
+    """Lowest AP first, then those with more errors; images without objects last."""
+    objects = [(i, "a", OBJECT) for i in range(3)]
+    detections = [(0, "a", OBJECT, 0.9), (2, "a", ELSEWHERE, 0.3), (3, "a", OBJECT, 0.5)]
+    dataset, results = by_hand(objects, detections, 4)
+    write(tmp_path / "index.html", dataset, results, max_images=2)
+    data, _ = read(tmp_path / "index.html")
+    assert [(x["image_id"], x["a"], x["errors"]) for x in data["images"]] == [(2, 0, 2), (1, 0, 1)]
+    assert data["num_images"] == 4
+    assert data["comparison"] is data["only"] is None
+    write(tmp_path / "index.html", dataset, results)
+    assert [x["image_id"] for x in read(tmp_path / "index.html")[0]["images"]] == [2, 1, 0, 3]
+
+
+def save_images(folder, dataset, size=(960, 480)):
+    """Noise, in a different color for each image."""
+    for i, image in enumerate(dataset["images"]):
+        pixels = np.zeros((*size[::-1], 3), dtype=np.uint8)
+        pixels[:, :, i % 3] = 200
+        Image.fromarray(pixels).save(folder / image["file_name"])
+
+
+def test_pictures(tmp_path):
+    """JPEG files with a longest side of 480 pixels."""
+    dataset, results = random_dataset(2, num_images=2)
+    save_images(tmp_path, dataset)
+    write(tmp_path / "index.html", dataset, results, image_root=str(tmp_path))
+    data, pictures = read(tmp_path / "index.html")
+    for image, picture in zip(data["images"], pictures):
+        jpeg = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
+        assert (jpeg.format, jpeg.size) == ("JPEG", (480, 240))
+        channel = int(image["file_name"][0]) % 3
+        assert np.asarray(jpeg).mean((0, 1)).argmax() == channel
+        assert image["size"] == [300, 300]
+
+
+def test_refusals(tmp_path, monkeypatch):
+    dataset, results = random_dataset(2, num_images=2)
+    path = tmp_path / "index.html"
+    with pytest.raises(InputError, match=re.escape("0.jpg")):
+        write(path, dataset, results, image_root=str(tmp_path))
+    with pytest.raises(ArgumentError, match="models is .*use one or two"):
+        write(path, dataset, results, results, results)
+    with pytest.raises(ArgumentError, match="max_images is -1: use 0 or more"):
+        write(path, dataset, results, max_images=-1)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(InputError, match=re.escape('pip install "libra_d2[report]"')):
+        write(path, dataset, results)
+    assert not path.exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pages of two models and of one."""
+    folder = tmp_path_factory.mktemp("pages")
+    dataset, results = random_dataset(2)
+    dataset["categories"][0]["name"] = NASTY
+    save_images(folder, dataset)
+    options = {"image_root": str(folder), "title": NASTY}
+    write(folder / "two.html", dataset, results[::2], results, names=(NASTY, "b" * 90), **options)
+    write(folder / "one.html", dataset, results, names=[NASTY], **options)
+    write(folder / "empty.html", dataset, [], [])
+    write(folder / "none.html", dataset, results, results[:9], max_images=0)
+    return folder
+
+
+@pytest.fixture
+def open_page(browser, files):
+    """Open a page, wait for its charts, and check at the end that nothing went wrong."""
+    problems, pages = [], []
+
+    def open_one(name, width=1280):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        pages.append(page)
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda x: problems.extend({x.url} if x.url[:4] == "http" else ()))
+        page.goto((files / name).as_uri())
+        page.wait_for_selector("html[data-charts]", state="attached")
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()
+    assert problems == []
+
+
+def column(page, table, number):
+    return page.locator(f"#{table} tbody tr td:nth-child({number})").all_inner_texts()
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("two", 1280), ("two", 360), ("one", 360), ("empty", 1280), ("none", 360)]
+)
+def test_opens(open_page, name, width):
+    """No errors, no network, all charts, and nothing wider than the window."""
+    page = open_page(f"{name}.html", width)
+    charts = page.locator(".chart").count()
+    assert charts == (5 if name == "one" else 6)
+    assert page.locator(".chart svg.main-svg").count() >= charts
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    if name in ("two", "one"):
+        assert page.locator("h1").inner_text() == NASTY
+        assert NASTY in page.locator("#names").inner_text()
+        assert NASTY[:9] in page.locator("#classes-chart").text_content()
+        assert page.locator("#photo").evaluate("x => x.decode().then(() => x.naturalWidth)") == 480
+
+
+def test_sorting(open_page):
+    """Largest first, then smallest; texts the other way round; by keyboard as by mouse."""
+    page = open_page("two.html")
+    header = page.locator("#images-table th").nth(1)
+    aps = column(page, "images-table", 2)
+    header.locator("button").click()
+    values = [float(x) for x in column(page, "images-table", 2) if x != "–"]
+    assert values == sorted(values, reverse=True)
+    assert header.get_attribute("aria-sort") == "descending"
+    header.locator("button").press("Enter")
+    after = column(page, "images-table", 2)
+    values = [float(x) for x in after if x != "–"]
+    assert values == sorted(values)
+    assert sorted(after) == sorted(aps)
+    assert after.index("–") == len(values)
+    page.locator("#images-table th button").first.click()
+    assert column(page, "images-table", 1) == [f"{i}.jpg" for i in range(12)]
+    assert header.get_attribute("aria-sort") == "none"
+
+
+def test_switches(open_page):
+    """A click and the key hide a model's boxes, and show them again."""
+    page = open_page("two.html")
+    for layer, key in (("truth", "g"), ("model-0", "a"), ("model-1", "b")):
+        boxes = page.locator(f"#overlay .{layer}")
+        if not boxes.count():
+            page.locator("#min-score").fill("0")
+            page.locator("#min-score").press("Enter")
+            page.locator("h1").click()
+        assert boxes.first.is_visible()
+        page.locator(f"#show-{layer}").click()
+        assert not boxes.first.is_visible()
+        page.keyboard.press(key)
+        assert boxes.first.is_visible()
+
+
+def test_next_image(open_page):
+    """Buttons, arrow keys and the table show images; there is no image before the first one."""
+    page = open_page("two.html")
+    names = column(page, "images-table", 1)
+
+    def shown():
+        return page.locator("#image-name").inner_text().split(":")[0]
+
+    assert shown() == names[0]
+    assert page.locator("#previous").is_disabled()
+    page.keyboard.press("ArrowLeft")
+    assert shown() == names[0]
+    page.keyboard.press("ArrowRight")
+    assert shown() == names[1]
+    page.locator("#next").click()
+    page.locator("#previous").click()
+    page.keyboard.press("ArrowLeft")
+    assert shown() == names[0]
+    page.get_by_role("button", name=names[-1], exact=True).click()
+    assert shown() == names[-1]
+    assert page.locator("#next").is_disabled()
+    page.locator("#min-score").press("ArrowLeft")  # which has a use of its own for it
+    assert shown() == names[-1]
+
+
+def test_class_filter(open_page, files):
+    """Only images and boxes of this class."""
+    page, data = open_page("two.html"), read(files / "two.html")[0]
+    page.locator("#class-filter").select_option(label=NASTY)
+    chosen = [x["file_name"] for x in data["images"] if 0 in x["classes"]]
+    assert 0 < len(chosen) < 12
+    seen = []
+    for name in chosen:
+        seen.append(page.locator("#image-name").inner_text().split(":")[0])
+        assert set(column(page, "objects-table", 1)) <= {NASTY}
+        page.keyboard.press("ArrowRight")
+        assert name == seen[-1]
+    assert f"{len(chosen)} have this class" in page.locator("#images-count").inner_text()
+
+
+def test_a_thousand_images(browser, tmp_path):
+    """Prints how long the page takes, which depends on the machine."""
+    dataset, results = random_dataset(0, num_images=1000)
+    noise = np.random.default_rng(0).integers(0, 99, (160, 160, 3), dtype=np.uint8)
+    for image in dataset["images"]:
+        Image.fromarray(noise).save(tmp_path / image["file_name"], quality=50)
+    options = {"image_root": str(tmp_path), "max_images": 1000}
+    write(tmp_path / "index.html", dataset, results[::2], results, **options)
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto((tmp_path / "index.html").as_uri(), wait_until="commit")
+    page.wait_for_selector("html[data-charts]", state="attached")
+    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    mebibytes = (tmp_path / "index.html").stat().st_size / 2**20
+    print(f"{mebibytes:.0f} MiB: first view {page.evaluate(paint):.0f} ms, ", end="")
+    print(f"with charts {page.evaluate('performance.now()'):.0f} ms")
+    assert len(column(page, "images-table", 1)) == 1000
+    page.close()
