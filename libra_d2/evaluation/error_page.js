@@ -81,7 +81,7 @@ function showTables() {
       ["A", (x) => x.a, percent], ["B", (x) => x.b, percent],
       ["B less A", (x) => x.difference, change],
       ["95% interval", (x) => x.low, interval],
-      ["verdict on B", (x) => mark[x.says] ?? "", String, "phrase"],
+      ["verdict", (x) => mark[x.says] ?? "", String, "phrase"],
     ], comparison, { decorate: (line, x) => line.classList.toggle("verdict", x.says in mark) });
     const said = (word) => comparison.filter((x) => x.says === word).map((x) => x.metric);
     const ap = comparison[0];
