@@ -258,6 +258,10 @@ def test_opens(open_page, name, width):
     charts = page.locator(".chart").count()
     assert charts == (5 if name == "one" else 6)
     assert page.locator(".chart svg.main-svg").count() >= charts
+    of_chart = "x => [x.offsetHeight, x.querySelector('.main-svg').getBoundingClientRect().height]"
+    for chart in page.locator(".chart").all():
+        outer, inner = chart.evaluate(of_chart)
+        assert outer == inner
     assert page.evaluate("document.documentElement.scrollWidth") == width
     if name in ("two", "one"):
         assert page.locator("h1").inner_text() == NASTY

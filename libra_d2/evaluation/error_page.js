@@ -131,7 +131,7 @@ function drawCharts() {
   const label = (i) => models.length > 1 ? letters[i] : plain(names[i]);
 
   function draw(id, traces, { height = 300, xaxis, yaxis, ...layout }) {
-    byId(id).style.height = `${height}px`;
+    byId(id).style.cssText = `height: ${height}px; min-height: 0`;
     Plotly.react(id, traces, {
       font: { color: color("--text"), size: 12 }, margin: { l: 45, r: 10, t: 10, b: 40 },
       paper_bgcolor: "transparent", plot_bgcolor: "transparent", showlegend: models.length > 1,
