@@ -21,7 +21,7 @@ from libra_d2.errors import InputError
 
 def test_page_names_tests_that_exist():
     page = (ROOT / "docs/own_project.md").read_text()
-    table = page.split("## What composes")[1].split("##")[0]
+    table = page.split("## What works together")[1].split("##")[0]
     file = None
     found = re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", table)
     assert len(found) > 10
@@ -61,7 +61,7 @@ def test_rotated():
     }
     assert hasattr(build_model(demo_cfg(**overrides)).backbone, "bfp")
     overrides["MODEL__ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE"] = "balanced_l1"
-    with pytest.raises(InputError, match="RotatedFastRCNNOutputLayers knows"):
+    with pytest.raises(InputError, match="RotatedFastRCNNOutputLayers supports"):
         build_model(demo_cfg(**overrides))
 
 

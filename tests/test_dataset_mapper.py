@@ -123,5 +123,5 @@ def test_lazy_config(record):
     assert augmented(record)["image"][0].tolist() == RED.tolist()
     for split, without in (("test", lacking), ("train", lazy_recipe())):
         for place, name in (("mapper", "mapper"), ("mapper.augmentations", "augmentations")):
-            with pytest.raises(InputError, match=f"^dataloader.{split}.{place}: the LazyConfig la"):
+            with pytest.raises(InputError, match=f"^dataloader.{split}.{place}: missing in"):
                 getattr(without, f"build_{name}")(split == "train")
