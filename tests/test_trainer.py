@@ -293,7 +293,8 @@ def test_precise_statistics(toy_data, tmp_path):
     opts += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "SOLVER.MAX_ITER", 4]
     trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
     image = next(iter(trainer.build_train_loader(trainer.cfg)))[0]["image"]
-    left = image[:, :, :20].double().mean().item() / 255
+    mean = image[:, :, :20].double().mean() / 255
+    left = trainer.model.frozen(mean.view(1, 1, 1, 1)).item()
     assert weights(tmp_path, "model_0000000")[1] == pytest.approx(0.1 * left)
     assert weights(tmp_path, "model_0000001")[1] == pytest.approx(left)
     assert weights(tmp_path)[1:] == pytest.approx([left, 0])
