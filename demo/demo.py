@@ -33,6 +33,7 @@ from libra_d2 import model_zoo
 from libra_d2.config import VARIANTS, Recipe
 from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
+from libra_d2.data.image_reading import IMAGE_SUFFIXES
 from libra_d2.engine import LibraPredictor, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
@@ -43,8 +44,6 @@ from libra_d2.utils.meter import Meter
 from libra_d2.utils.output_path import output_paths
 
 logger = logging.getLogger("libra_d2.demo")
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def build_argument_parser() -> argparse.ArgumentParser:

@@ -21,13 +21,12 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from libra_d2.data.image_reading import displayed_size
+from libra_d2.data.image_reading import IMAGE_SUFFIXES, displayed_size
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SLACK = 0.01  # of the image: corners are rounded
 
 
@@ -128,7 +127,7 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
         InputError: if a file is broken, there are no images or labels, or a text file belongs to no
             image.
     """
-    files = sorted(x for x in images.rglob("*") if x.suffix.lower() in _SUFFIXES)
+    files = sorted(x for x in images.rglob("*") if x.suffix.lower() in IMAGE_SUFFIXES)
     label_of = {x: (labels / x.relative_to(images)).with_suffix(".txt") for x in files}
     found = {x for x in labels.rglob("*.txt") if x.name != "classes.txt"}
     if not files:

@@ -143,14 +143,14 @@ class _Config(CfgNode):
 def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
     """Raises: InputError: if these are no KEY VALUE pairs, or a key looks like a known one."""
     for key in options[::2]:
-        similar = get_close_matches(key, defaults, n=1, cutoff=0.8)
         is_known = any(f"{name}.".startswith(f"{key}.") for name in defaults)
+        similar = [] if is_known else get_close_matches(key, defaults, n=1, cutoff=0.8)
         problem = ""
         if key.startswith("--"):
             problem = "options like this come before all KEY VALUE pairs"
         elif "=" in key:
             problem = "write what is set in a YAML config as KEY VALUE"
-        elif similar and not is_known:
+        elif similar:
             problem = f"there is no such key; did you mean {similar[0]}?"
         elif key == options[-1] and len(options) % 2:
             problem = "its value is missing"

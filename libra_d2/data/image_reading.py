@@ -12,9 +12,12 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, one_line
 
-__all__ = ["displayed_size", "is_whole", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "displayed_size", "is_whole", "read_image"]
 
 logger = logging.getLogger(__name__)
+
+#: of the images in a folder, in lower case
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _EXIF_ORIENTATION = 0x0112

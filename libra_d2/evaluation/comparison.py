@@ -26,9 +26,9 @@ def _found(a: DetectionMetrics, b: DetectionMetrics) -> np.ndarray:
         raise ArgumentError("b", b, "use results on the same images and objects as those of a")
     found = np.full((2, 2, len(first.object_ids)), np.nan)
     for model, m in enumerate((first, second)):
-        detections = np.flatnonzero(m.found[0] >= 0)
-        values = m.found_iou[detections], m.score[detections]
-        found[model][:, m.found[0, detections]] = values
+        finders = m.finders()
+        objects = np.flatnonzero(finders >= 0)
+        found[model][:, objects] = m.found_iou[finders[objects]], m.score[finders[objects]]
     return found
 
 

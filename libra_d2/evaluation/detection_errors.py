@@ -62,7 +62,7 @@ class DetectionErrors:
         self.kind = np.where(m.status[0, 0] == 0, kind, -1)
         self.target = np.select([self.kind == _LOC, self.kind == _CLS], m.nearest, -1)
         objects = np.arange(len(m.object_ids))
-        self.found = np.isin(objects, m.found[0])
+        self.found = m.finders() >= 0
         # Detections of an image are sorted by score: the first one of an object is its best.
         wanted, first = np.unique(self.target, return_index=True)
         usable = np.isin(wanted, objects[~self.found])

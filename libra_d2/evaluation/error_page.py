@@ -66,11 +66,7 @@ class _Boxes:
     def __init__(self, dataset: Dict, models: Sequence[DetectionMetrics], results: Sequence[List]):
         self.models, self.results = models, results
         self.annotations = {x["id"]: x for x in dataset["annotations"]}
-        self.found = []  # (G,) of each model: the detection that finds an object, or -1
-        for m in (x.matches for x in models):
-            by_object, detections = np.full(len(m.object_ids), -1), np.flatnonzero(m.found[0] >= 0)
-            by_object[m.found[0, detections]] = detections
-            self.found.append(by_object)
+        self.finders = [x.matches.finders() for x in models]
 
     def objects(self, image: int) -> List[List]:
         """
@@ -81,7 +77,7 @@ class _Boxes:
         for g in range(*np.searchsorted(m.object_image, [image, image + 1])):
             row = [*_box(self.annotations[m.object_ids[g]]), int(m.object_class[g])]
             if m.object_counts[0, g]:
-                own = [(x.matches, found[g]) for x, found in zip(self.models, self.found)]
+                own = [(x.matches, finders[g]) for x, finders in zip(self.models, self.finders)]
                 row.append(
                     [
                         [round(float(x), 3) for x in (n.found_iou[d], n.score[d])]

@@ -57,6 +57,13 @@ class Matches:
     nearest: np.ndarray  # (2, D): of the objects of its class, of other classes, or -1
     nearest_iou: np.ndarray  # (2, D): the IoU with them, or 0
 
+    def finders(self) -> np.ndarray:
+        """(G,): the detection that finds each object at an IoU of 0.5, or -1."""
+        finders = np.full(len(self.object_ids), -1)
+        detections = np.flatnonzero(self.found[0] >= 0)
+        finders[self.found[0, detections]] = detections
+        return finders
+
 
 def read_results(path: str) -> List[Any]:
     """
