@@ -38,7 +38,8 @@ setup(
     package_dir=TOP_LEVEL,
     package_data={
         "libra_d2.configs": ["**/*.yaml", "**/*.py"],
-        "libra_d2.evaluation": ["error_page.*"],
+        "libra_d2.evaluation": ["page/*"],
+        "libra_d2.utils": ["web_page.*"],
     },
     entry_points={"console_scripts": [f"{name} = {main}:main" for name, main in PROGRAMS.items()]},
     # Not detectron2, which is not on the package index, and not torch (2.6 or later), which pip

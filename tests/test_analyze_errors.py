@@ -46,8 +46,8 @@ def test_one_model(files, tmp_path, capsys, iou_type):
     assert capsys.readouterr().out.splitlines() == written
     numbers = read(tmp_path / "new/out")
     (model,) = numbers["models"]
-    assert (numbers["iou_type"], model["results"]) == (iou_type, files["--results"])
-    assert "comparison" not in numbers
+    assert (numbers["iou_type"], model["results"]) == (iou_type, [files["--results"]])
+    assert numbers["comparisons"] == []
     lines, metrics = lines_of(tmp_path / "new/out"), model["metrics"]
     by_iou = list(METRICS[:12])
     assert lines[lines.index(by_iou) + 2] == [f"{metrics[name]:.1f}" for name in by_iou]
@@ -66,20 +66,22 @@ def test_two_models(files, tmp_path):
     """The differences come first."""
     run(files, tmp_path / "out")
     numbers, lines = read(tmp_path / "out"), lines_of(tmp_path / "out")
-    assert [x["results"] for x in numbers["models"]] == [files["--results"], files["--results-b"]]
-    row = numbers["comparison"]["metrics"][0]
+    files.pop("--val-json")
+    assert [x["results"] for x in numbers["models"]] == [[x] for x in files.values()]
+    (comparison,) = numbers["comparisons"]
+    row = comparison["metrics"][0]
     assert row["difference"] == row["b"] - row["a"]
     interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
     assert [
         *("AP", f"{row['a']:.1f}", f"{row['b']:.1f}", f"{row['difference']:+.1f}", interval),
         row["says"],
     ] in lines
-    images = numbers["comparison"]["images"]
+    images = comparison["images"]
     only = [sum(x[f"only_{name}"] for x in images) for name in "ab"]
-    assert [f"A alone finds {only[0]} objects, B alone {only[1]}."] in lines
+    assert [f"A alone finds {only[0]:.0f} objects, B alone {only[1]:.0f}."] in lines
     worst = images[0]
     assert [str(worst["image_id"]), f"{worst['a']:.1f}"] in [x[:2] for x in lines]
-    assert len(numbers["comparison"]["objects"]) == numbers["models"][0]["ranges"]["all"]["objects"]
+    assert len(comparison["objects"]) == numbers["models"][0]["ranges"]["all"]["objects"]
     titles = [line[0] for line in lines if line[0].startswith("## ")]
     assert [title[:4] for title in titles] == ["## B", "## A", "## B"]
 
@@ -92,7 +94,7 @@ def test_page(files, tmp_path, capsys, monkeypatch):
     run(files, tmp_path / "out", "--val-images", str(tmp_path), "--max-images", "3")
     data, pictures = read_page(tmp_path / "out/index.html")
     numbers = read(tmp_path / "out")
-    assert data["comparison"] == numbers["comparison"]["metrics"]
+    assert data["comparisons"][0]["metrics"] == numbers["comparisons"][0]["metrics"]
     assert data["names"] == [files["--results"], files["--results-b"]]
     assert [data["num_images"], len(data["images"])] == [12, 3]
     assert all(x["jpeg"] for x in pictures)

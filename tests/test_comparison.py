@@ -46,7 +46,7 @@ def test_images():
     b loses most in come first, those without objects last.
     """
     a, b = models(OBJECTS, A, B, num_images=3)
-    rows = compare_images(a, b)
+    rows = compare_images((a, b))
     assert [list(row.values()) for row in rows] == [
         [0, pytest.approx(65), pytest.approx(45), pytest.approx(-20), 1, 0],
         [1, 0, pytest.approx(100), pytest.approx(100), 0, 1],
@@ -141,6 +141,6 @@ def test_seed():
 
 def test_other_objects():
     a, b = (models(x, [])[0] for x in (OBJECTS[:1], OBJECTS[:2]))
-    for compare in (compare_images, compare_metrics, compare_objects):
+    for compare in (lambda *x: compare_images(x), compare_metrics, compare_objects):
         with pytest.raises(ArgumentError, match="use results on the same images and objects as"):
             compare(a, b)

@@ -19,6 +19,7 @@ from libra_d2.evaluation.comparison import compare_images, compare_metrics
 from libra_d2.evaluation.detection_metrics import DetectionMetrics
 from libra_d2.evaluation.error_page import write_error_page
 from libra_d2.evaluation.matching import match_detections
+from libra_d2.evaluation.runs import describe_runs
 
 NASTY = "</script><b>&lt;\"'${x}"
 OBJECT, ELSEWHERE = [0, 0, 10, 10], [50, 50, 40, 40]
@@ -27,13 +28,13 @@ OBJECT, ELSEWHERE = [0, 0, 10, 10], [50, 50, 40, 40]
 def write(path, dataset, *results, iou_type="bbox", **options):
     """Write the page and return what its numbers are."""
     models = [DetectionMetrics(match_detections(dataset, x, iou_type)) for x in results]
-    numbers = {"models": [x.describe() for x in models]}
-    if len(models) == 2:
-        numbers["comparison"] = {
-            "metrics": compare_metrics(*models, resamples=20),
-            "images": compare_images(*models),
-        }
-    write_error_page(str(path), numbers, dataset, models, results, **options)
+    pairs = [[(models[0], x)] for x in models[1:]]
+    numbers = {"models": [describe_runs([x]) for x in models], "comparisons": []}
+    for own in pairs:
+        metrics, images = compare_metrics(*own[0], resamples=20), compare_images(*own)
+        numbers["comparisons"].append({"pairs": 1, "metrics": metrics, "images": images})
+    names = options.pop("names", [f"model {i}" for i in range(len(models))])
+    write_error_page(str(path), numbers, dataset, models, results, names=names, **options)
     return numbers
 
 
@@ -69,23 +70,30 @@ def test_data(tmp_path):
     dataset, results = random_dataset(2)
     dataset["categories"][0]["name"] = NASTY
     path = tmp_path / "index.html"
-    numbers = write(path, dataset, results[::2], results, names=(NASTY, "b"), title=NASTY)
+    numbers = write(
+        path, dataset, results[::2], results, results[::3], names=(NASTY, "b", "c"), title=NASTY
+    )
     data, _ = read(path)
     for model in numbers["models"]:
         model.pop("images")
     assert data["models"] == numbers["models"]
-    assert data["comparison"] == numbers["comparison"]["metrics"]
-    assert data["names"] == [NASTY, "b"]
+    assert data["names"] == [NASTY, "b", "c"]
     assert data["class_names"][0] == NASTY
     assert data["num_images"] == len(data["images"]) == 12
-    rows = numbers["comparison"]["images"]
-    assert data["only"] == [sum(x[k] for x in rows) for k in ("only_a", "only_b")]
-    differences = [abs(x["difference"] or 0) for x in data["images"]]
-    assert differences == sorted(differences, reverse=True)
-    by_id = {x["image_id"]: x for x in rows}
+    gaps = []
+    for found, comparison in zip(data["comparisons"], numbers["comparisons"]):
+        rows = comparison.pop("images")
+        only = [sum(x[k] for x in rows) for k in ("only_a", "only_b")]
+        assert found == {**comparison, "only": only}
+        by_id = {x["image_id"]: x for x in rows}
+        gaps.append([abs(by_id[x["image_id"]]["difference"] or 0) for x in data["images"]])
+    largest = list(map(max, zip(*gaps)))
+    assert largest == sorted(largest, reverse=True)
+    assert gaps[0] != sorted(gaps[0], reverse=True)
     for image in data["images"]:
-        row = {k: image.pop(k) for k in by_id[image["image_id"]]}
-        assert row == by_id[row["image_id"]]
+        row = by_id[image["image_id"]]
+        assert [image["ap"][0], image["ap"][2]] == [row["a"], row["b"]]
+        assert image["only"][1] == [row["only_a"], row["only_b"]]
 
 
 def test_names_are_no_markup(tmp_path):
@@ -146,9 +154,11 @@ def test_worst_images_of_one_model(tmp_path):
     dataset, results = by_hand(objects, detections, 4)
     write(tmp_path / "index.html", dataset, results, max_images=2)
     data, _ = read(tmp_path / "index.html")
-    assert [(x["image_id"], x["a"], x["errors"]) for x in data["images"]] == [(2, 0, 2), (1, 0, 1)]
+    assert [(x["image_id"], x["ap"], x["errors"]) for x in data["images"]] == [
+        *((2, [0], 2), (1, [0], 1))
+    ]
     assert data["num_images"] == 4
-    assert data["comparison"] is data["only"] is None
+    assert data["comparisons"] == []
     write(tmp_path / "index.html", dataset, results)
     assert [x["image_id"] for x in read(tmp_path / "index.html")[0]["images"]] == [2, 1, 0, 3]
 
@@ -180,8 +190,8 @@ def test_refusals(tmp_path, monkeypatch):
     path = tmp_path / "index.html"
     with pytest.raises(InputError, match=re.escape("0.jpg")):
         write(path, dataset, results, image_root=str(tmp_path))
-    with pytest.raises(ArgumentError, match="models is .*use one or two"):
-        write(path, dataset, results, results, results)
+    with pytest.raises(ArgumentError, match="models is .*use 1 to 23"):
+        write(path, dataset, *[[]] * 24)
     with pytest.raises(ArgumentError, match="max_images is -1: use 0 or more"):
         write(path, dataset, results, max_images=-1)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)

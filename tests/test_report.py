@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-import math
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from libra_d2.evaluation import plot_learning_curves, read_metrics, write_results
-from libra_d2.evaluation.report import holm_correction, verdict
 
 
 def test_read_metrics(tmp_path):
@@ -94,40 +91,3 @@ def test_write_results(tmp_path, monkeypatch):
         "# Title\n\n## What was evaluated\n\n"
         "|    |       |\n|----|-------|\n| a  | b\\|c  |\n| d  | \\[1\\] |\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("p_values", "expected"),
-    [
-        ([], []),
-        ([0.03], [0.03]),
-        ([0.03, 0.01, 0.04], [0.06, 0.03, 0.06]),  # 2 x 0.03, 3 x 0.01, no less than the one before
-        ([0.01, 0.01, 0.01], [0.03] * 3),
-        ([0.6, 0.7], [1, 1]),
-        ([math.nan, 0.02], [1, 0.04]),
-    ],
-)
-def test_holm_correction(p_values, expected):
-    assert holm_correction(p_values) == pytest.approx(expected)
-
-
-def test_holm_correction_by_simulation():
-    """Where nothing differs, one of ten tests is below 0.05 in 5% of the tables."""
-    p_values = np.random.default_rng(0).random((2000, 10))
-    wrong = np.mean([min(holm_correction(row.tolist())) <= 0.05 for row in p_values])
-    assert wrong == pytest.approx(0.05, abs=0.015)  # three standard errors
-
-
-@pytest.mark.parametrize(
-    ("interval", "p_value", "level", "expected"),
-    [
-        ((0.1, 2.0), 0.04, 0.95, "helps"),
-        ((-2.0, -0.1), 0.04, 0.95, "harms"),
-        ((-0.1, 2.0), 0.04, 0.95, "cannot be told from chance"),
-        ((0.1, 2.0), 0.06, 0.95, "cannot be told from chance"),
-        ((0.1, 2.0), 0.06, 0.9, "helps"),
-        ((math.nan, math.nan), 1.0, 0.95, "cannot be told from chance"),
-    ],
-)
-def test_verdict(interval, p_value, level, expected):
-    assert verdict(*interval, p_value, level) == expected

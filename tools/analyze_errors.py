@@ -10,7 +10,8 @@ error, IoU, size and crowdedness of the objects, class and image.
 
 writes errors.md, errors.json with all numbers, and, if Plotly is installed, index.html: a page with
 charts, tables to sort and, with --val-images, the images and all boxes. The results of any detector
-in COCO's format can be compared.
+in COCO's format can be compared. If a model was trained several times, name the results of all
+runs, those with the same seed at the same place of --results and --results-b.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from tabulate import tabulate
 from libra_d2.data.coco_json import log_changes, read_coco_json
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError
-from libra_d2.evaluation.comparison import compare_images, compare_metrics, compare_objects
+from libra_d2.evaluation.comparison import compare_objects
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
 from libra_d2.evaluation.detection_metrics import ERROR_METRICS, METRICS, DetectionMetrics
 from libra_d2.evaluation.error_page import write_error_page
 from libra_d2.evaluation.matching import IOU_TYPES, match_detections, read_results
+from libra_d2.evaluation.runs import compare_models
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import table_cell
 from libra_d2.utils.output_path import output_path, output_paths
@@ -41,8 +43,9 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", required=True, metavar="FILE", help="of the first model")
-    parser.add_argument("--results-b", metavar="FILE", help="of a second model")
+    runs = {"nargs": "+", "metavar": "FILE"}
+    parser.add_argument("--results", required=True, help="of the first model", **runs)
+    parser.add_argument("--results-b", default=[], help="of a second model", **runs)
     parser.add_argument("--val-json", required=True, metavar="FILE", help="annotations")
     parser.add_argument("--val-images", metavar="DIR", help="images, for the page")
     parser.add_argument("--max-images", type=int, default=200, metavar="N", help="default: 200")
@@ -64,7 +67,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def describe_model(numbers: Dict[str, Any]) -> List[str]:
-    """Tables of one model, see :meth:`DetectionMetrics.describe`."""
+    """Tables of one model, see :func:`describe_runs`."""
     metrics, counts = numbers["metrics"], numbers["errors"]
     by_iou = METRICS[: METRICS.index("AR") + 1]
     errors = [
@@ -92,7 +95,12 @@ def describe_model(numbers: Dict[str, Any]) -> List[str]:
 
 
 def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
-    """Tables of the differences of two models."""
+    """Tables of the differences of two models, see :func:`compare_models`."""
+    chance = {
+        True: "Chance is that of the images: models that are trained again differ, too.",
+        False: f"Values are means of {comparison['pairs']} pairs of runs. Chance is that of "
+        "trainings with other seeds, on the same images.",
+    }[comparison["pairs"] == 1]
     rows = []
     for x in comparison["metrics"]:
         interval = "" if x["low"] is None else f"{x['low']:+.1f} to {x['high']:+.1f}"
@@ -104,9 +112,9 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
     headers = ["", "A", "B", "B less A", "95% confidence interval", "which says that B"]
     return [
         table(headers, rows),
-        "The last column is corrected for the number of rows. Of errors, fewer are better. Chance "
-        "is that of the images: models that are trained again differ, too.",
-        f"A alone finds {only['only_a']} objects, B alone {only['only_b']}.",
+        "The last column is corrected for the number of rows. Of errors, fewer are better. "
+        + chance,
+        f"A alone finds {only['only_a']:.5g} objects, B alone {only['only_b']:.5g}.",
         table(
             ["image id", "AP of A", "AP of B", "B less A", "only A finds", "only B finds"],
             [[table_cell(x["image_id"]), *list(x.values())[1:]] for x in ends],
@@ -118,32 +126,37 @@ def run(args: argparse.Namespace) -> None:
     """Read, analyze and write."""
     if args.max_images < 0:
         raise InputError(f"--max-images {args.max_images}: use 0 or more")
-    inputs = {
-        x: vars(args)[x[2:].replace("-", "_")] for x in ("--results", "--results-b", "--val-json")
-    }
+    sides = [x for x in (args.results, args.results_b) if x]
+    if len(set(map(len, sides))) > 1:
+        raise InputError(
+            f"--results-b names {len(args.results_b)} files, but --results {len(args.results)}: "
+            "name as many runs of both models"
+        )
+    inputs = {f"--results[{i}]": x for i, x in enumerate(args.results)}
+    inputs.update({f"--results-b[{i}]": x for i, x in enumerate(args.results_b)})
     output_path("--output", args.output, {}, is_folder=True)
     files = [os.path.join(args.output, name) for name in ("errors.json", "errors.md", "index.html")]
-    output_paths("--output", files, inputs)
+    output_paths("--output", files, {**inputs, "--val-json": args.val_json})
     masks = "bitmask" if args.iou_type == "segm" else None
     dataset, changes = read_coco_json(args.val_json, masks)
     log_changes(args.val_json, changes)
-    paths = [x for x in (args.results, args.results_b) if x]
-    results = [read_results(x) for x in paths]
+    results = [[read_results(x) for x in side] for side in sides]
     models = [
-        DetectionMetrics(match_detections(dataset, own, args.iou_type, name=x))
-        for x, own in zip(paths, results)
+        [
+            DetectionMetrics(match_detections(dataset, own, args.iou_type, name=x))
+            for x, own in zip(side, found)
+        ]
+        for side, found in zip(sides, results)
     ]
-    numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type, "models": []}
+    numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type}
+    numbers.update(compare_models(models))
     lines = [f"# Errors of {args.iou_type} on `{args.val_json}`, in percent"]
-    for name, path, model in zip("AB", paths, models):
-        numbers["models"].append({"results": path, **model.describe()})
-        lines += [f"## {name}: `{path}`", *describe_model(numbers["models"][-1])]
-    if args.results_b:
-        numbers["comparison"] = comparison = {
-            "metrics": compare_metrics(*models),
-            "images": compare_images(*models),
-            "objects": compare_objects(*models),
-        }
+    for letter, paths, model in zip("AB", sides, numbers["models"]):
+        model["results"] = paths
+        names = ", ".join(f"`{x}`" for x in paths)
+        lines += [f"## {letter}: {names}", *describe_model(model)]
+    for comparison, (a, b) in zip(numbers["comparisons"], [models] if args.results_b else []):
+        comparison["objects"] = compare_objects(a[0], b[0])
         lines[1:1] = ["## B, compared with A", *describe_comparison(comparison)]
     with atomic_write(files[0], "w") as f:
         json.dump(numbers, f, allow_nan=False)
@@ -154,8 +167,8 @@ def run(args: argparse.Namespace) -> None:
         print('index.html is not written; for it, run pip install "libra_d2[report]"')
         return
     write_error_page(
-        *(files[2], numbers, dataset, models, results),
-        names=paths,
+        *(files[2], numbers, dataset, [x[0] for x in models], [x[0] for x in results]),
+        names=[", ".join(x) for x in sides],
         title=f"Errors of {args.iou_type} on {args.val_json}",
         image_root=args.val_images,
         max_images=args.max_images,

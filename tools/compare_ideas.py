@@ -43,7 +43,7 @@ from libra_d2.engine import (
 )
 from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import read_metrics
-from libra_d2.evaluation.report import holm_correction, verdict
+from libra_d2.evaluation.significance import holm_correction, verdict
 from libra_d2.utils.atomic_write import atomic_write
 
 # Metrics of each run, by variant and seed.

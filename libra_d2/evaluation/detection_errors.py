@@ -97,17 +97,19 @@ class DetectionErrors:
         )
 
 
-def calibration(matches: Matches, num_bins: int = 10) -> Dict[str, Any]:
+def calibration(*runs: Matches, num_bins: int = 10) -> Dict[str, Any]:
     """
-    Do scores say how often a detection is right, at an IoU of 0.5?
+    Do scores say how often a detection is right, at an IoU of 0.5? Of several runs, the detections
+    of all are taken together.
 
     Returns:
         "expected calibration error", in percent: how far score and precision are apart, on average
         over the detections, in "bins" of equal width, each with its "detections", mean "score" and
         "precision", both in percent. Empty if a score is not in 0 to 1, or there are none.
     """
-    status = matches.status[0, 0]
-    score, is_true = matches.score[status >= 0], status[status >= 0] == 1
+    status = np.concatenate([x.status[0, 0] for x in runs])
+    score = np.concatenate([x.score for x in runs])[status >= 0]
+    is_true = status[status >= 0] == 1
     if not len(score) or score.min() < 0 or score.max() > 1:
         return {}
     bins = np.minimum((score * num_bins).astype(int), num_bins - 1)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page about the errors of one or two models: one HTML file that needs no network."""
+"""A page about the errors of one or several models: one HTML file that needs no network."""
 
 import base64
-import html
 import io
 import json
 import os
@@ -16,14 +15,17 @@ from pycocotools import mask as masks
 
 from ..data.image_reading import read_image
 from ..errors import ArgumentError, InputError
-from ..utils.atomic_write import atomic_write
+from ..utils.web_page import write_web_page
 from .detection_errors import ERROR_TYPES
 from .detection_metrics import DetectionMetrics
 from .matching import IOU_THRESHOLDS
 
-__all__ = ["write_error_page"]
+__all__ = ["MAX_MODELS", "write_error_page"]
 
-_PARTS = Path(__file__).with_suffix("")  # error_page.html, .css and .js
+_PARTS = Path(__file__).with_name("page")
+_CODE = ("tables.js", "charts.js", "images.js")
+#: each has a letter that is a key on the page
+MAX_MODELS = 23
 _THUMBNAIL = 480  # pixels of the longest side
 _MAX_BOXES = 100  # of a model in an image, those with the highest scores
 
@@ -114,15 +116,23 @@ class _Boxes:
 
 
 def _ordered_images(numbers: Dict[str, Any]) -> List[Dict]:
-    """Rows of all images, worst first: where two models differ most, or where one has least AP."""
-    if "comparison" in numbers:
-        rows = numbers["comparison"]["images"]
-        return sorted(rows, key=lambda x: -abs(x["difference"] or 0))
-    rows = [
-        {"image_id": x["image_id"], "a": x["AP"], "errors": sum(x[k] for k in ERROR_TYPES)}
-        for x in numbers["models"][0]["images"]
-    ]
-    return sorted(rows, key=lambda x: (x["a"] is None, x["a"], -x["errors"]))
+    """
+    Rows of all images, worst first: where a model differs most from the first, or where the only
+    one has least AP. They have the "ap" of each model, and "only", how many objects the first one
+    alone and each of the others alone finds.
+    """
+    own = [{x["image_id"]: x for x in model["images"]} for model in numbers["models"]]
+    pairs = [{x["image_id"]: x for x in other["images"]} for other in numbers["comparisons"]]
+    rows = []
+    for id, first in own[0].items():
+        row = {"image_id": id, "ap": [x[id]["AP"] for x in own]}
+        row["errors"] = sum(first[k] for k in ERROR_TYPES)
+        row["only"] = [[x[id]["only_a"], x[id]["only_b"]] for x in pairs]
+        rows.append(row)
+    if not pairs:
+        return sorted(rows, key=lambda x: (x["ap"] == [None], x["ap"], -x["errors"]))
+    gaps = [max(abs(y - x["ap"][0]) for y in x["ap"]) if None not in x["ap"] else 0 for x in rows]
+    return [rows[i] for i in np.argsort(np.negative(gaps), kind="stable")]
 
 
 def write_error_page(
@@ -132,42 +142,42 @@ def write_error_page(
     models: Sequence[DetectionMetrics],
     results: Sequence[List[Dict]],
     *,
-    names: Sequence[str] = ("A", "B"),
+    names: Sequence[str],
     title: str = "Errors",
     image_root: Optional[str] = None,
     max_images: int = 200,
+    curves: Sequence[Optional[Dict]] = (),
 ) -> None:
     """
-    Write an HTML file with the metrics of one or two models, their differences, and their boxes
-    over the images. Numbers are in percent.
+    Write an HTML file with the metrics of one or several models, their differences to the first
+    one, and their boxes over the images. Numbers are in percent.
 
     Args:
         path: of the file.
-        numbers: "models", a list of what :meth:`DetectionMetrics.describe` returns, and for two
-            models "comparison", with "metrics" of :func:`compare_metrics` and "images" of
-            :func:`compare_images`.
+        numbers: "models", what :func:`describe_runs` returns of each, and "comparisons", for each
+            model but the first the number of "pairs" of runs, "metrics" of :func:`compare_runs` and
+            "images" of :func:`compare_images`.
         dataset: annotations in COCO's format.
-        models: the one or two models, on this dataset.
+        models: a run of each model, whose boxes are drawn.
         results: their detections in COCO's format.
         names: of the models, any text.
         title: of the page, any text.
         image_root: folder of the images. Default: boxes are drawn on an empty ground.
-        max_images: how many images are in the file, those where two models differ most or where
-            one has the lowest AP. With pictures, each needs about 30 kB.
+        max_images: how many images are in the file, those where a model differs most from the first
+            or where the only one has the lowest AP. With pictures, each needs about 30 kB.
+        curves: of each model "iterations", and the "mean", "low" and "high" AP of its runs there.
 
     Raises:
         InputError: if Plotly is not installed, or an image cannot be read.
-        ArgumentError: if there are not one or two models, or ``max_images`` is negative.
+        ArgumentError: if there are too many models, or ``max_images`` is negative.
     """
-    if not 1 <= len(models) <= 2:
-        raise ArgumentError("models", models, "use one or two")
+    if not 1 <= len(models) <= MAX_MODELS:
+        raise ArgumentError("models", models, f"use 1 to {MAX_MODELS}")
     if max_images < 0:
         raise ArgumentError("max_images", max_images, "use 0 or more")
     plotly, m, boxes = _script(), models[0].matches, _Boxes(dataset, models, results)
-    by_id, place = (
-        {x["id"]: x for x in dataset["images"]},
-        {x: i for i, x in enumerate(m.image_ids)},
-    )
+    by_id = {x["id"]: x for x in dataset["images"]}
+    place = {x: i for i, x in enumerate(m.image_ids)}
     rows, images, pictures = _ordered_images(numbers), [], []
     for row in rows[:max_images]:
         entry, i = by_id[row["image_id"]], place[row["image_id"]]
@@ -181,26 +191,31 @@ def write_error_page(
             picture["jpeg"] = _thumbnail(os.path.join(image_root, entry["file_name"]))
         images.append(image)
         pictures.append(picture)
-    comparison = numbers.get("comparison")
     data = {
-        "names": list(names[: len(models)]),
+        "names": list(names),
         "models": [{k: v for k, v in x.items() if k != "images"} for x in numbers["models"]],
         "thresholds": IOU_THRESHOLDS.round(2).tolist(),
         "class_names": m.class_names,
-        "comparison": comparison and comparison["metrics"],
-        "only": comparison and [sum(x[k] for x in rows) for k in ("only_a", "only_b")],
+        "comparisons": [
+            {
+                "pairs": x["pairs"],
+                "metrics": x["metrics"],
+                "only": [sum(image[k] for image in x["images"]) for k in ("only_a", "only_b")],
+            }
+            for x in numbers["comparisons"]
+        ],
+        "curves": list(curves),
         "images": images,
         "num_images": len(rows),
     }
     tags = '<script type="application/json" id="picture-{}">{}</script>\n'
-    style, code, page = (_PARTS.with_suffix(x).read_text("utf-8") for x in (".css", ".js", ".html"))
+    style, page, *code = (
+        (_PARTS / x).read_text("utf-8") for x in ("style.css", "body.html", *_CODE)
+    )
     parts = {
-        "title": html.escape(title),
-        "style": style,
         "data": _json(data),
-        "code": code,
+        "code": "\n".join(code),
         "pictures": "".join(tags.format(i, _json(x)) for i, x in enumerate(pictures)),
         "plotly": plotly,
     }
-    with atomic_write(path, "w") as f:
-        f.write(Template(page).substitute(parts))
+    write_web_page(path, title, Template(page).substitute(parts), style)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of trainings and evaluations as curves, tables and verdicts."""
+"""Results of trainings and evaluations as curves and tables."""
 
 import json
 import math
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional
 
 from tabulate import tabulate
 
@@ -12,10 +12,8 @@ from ..utils.atomic_write import atomic_write
 from ..utils.display import table_cell
 
 __all__ = [
-    "holm_correction",
     "plot_learning_curves",
     "read_metrics",
-    "verdict",
     "write_results",
 ]
 
@@ -64,40 +62,6 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
         figure.savefig(f, dpi=120, format="png")
-
-
-def holm_correction(p_values: Sequence[float]) -> List[float]:
-    """
-    Correct the p-values of several tests for their number, with Holm's method: if nothing differs,
-    any of those returned is 0.05 or less with a probability of 0.05 at most, however the tests
-    depend on each other.
-
-    Args:
-        p_values: in 0 to 1; NaN, where nothing could be tested, becomes 1.
-    """
-    values = [1.0 if math.isnan(p) else p for p in p_values]
-    corrected, largest = [1.0] * len(values), 0.0
-    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min((len(values) - rank) * values[i], 1.0))
-        corrected[i] = largest
-    return corrected
-
-
-def verdict(low: float, high: float, p_value: float, level: float = 0.95) -> str:
-    """
-    What a comparison says: "helps", "harms" or "cannot be told from chance".
-
-    Args:
-        low, high: confidence interval of the difference, of which more is better.
-        p_value: see :func:`holm_correction`, if there are several comparisons in the table.
-        level: that the interval and the p-value have to reach.
-    """
-    if p_value <= 1 - level:
-        if low > 0:
-            return "helps"
-        if high < 0:
-            return "harms"
-    return "cannot be told from chance"
 
 
 def _table(rows, headers) -> str:
