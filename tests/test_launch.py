@@ -9,19 +9,24 @@ import os
 import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from test_train_net import own_data
+from torch.distributed import TCPStore
 from torch.multiprocessing import ProcessExitedException
 
 from detectron2.utils import comm
 
 from libra_d2.engine.launch import (
     Process,
+    _meet,
     in_main_process,
     join_processes,
     launch,
@@ -162,14 +167,53 @@ def test_meeting_place(monkeypatch, num_gpus):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    module = sys.modules["libra_d2.engine.launch"]
+    monkeypatch.setattr(module, "_meet", lambda process: "met")
     message = "are 3 processes on this machine, but only 2 GPUs" if num_gpus == 2 else None
     with pytest.raises(InputError if message else ZeroDivisionError, match=message):
         join_processes(Process(2, 6 if num_gpus else 3, 1, 3))
     if message is None:
         place = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")]
         assert place == (["host", "7"] if num_gpus else ["127.0.0.1", "35246"])
-        one, several = ("gloo", ("rank", 2), ("world_size", 3)), ("nccl", ("rank", 2))
+        met = ("store", "met"), ("rank", 2)
+        one, several = ("gloo", *met, ("world_size", 3)), ("nccl", *met)
         assert joined == ([1, (*several, ("world_size", 6))] if num_gpus else [one])
+
+
+def test_attempts(monkeypatch):
+    """
+    Each attempt with the same store has a name space of its own: after a complete one, after one in
+    which a process did not come, with another number of processes, whoever comes first.
+    """
+    server = TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+
+    def connect(url, rank, world_size):
+        yield TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=1)), rank, world_size
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", connect)
+
+    def meet(rank, size):
+        store = _meet(Process(rank, size, rank, size))
+        before = store.check([str(rank)])
+        store.set(str(rank), "")
+        store.wait([str(other) for other in range(size)])
+        return before
+
+    attempts = [(2, [0, 1]), (2, [1, 0]), (2, [0]), (2, [1]), (2, [1, 0]), (3, [1, 2, 0])]
+    for size, ranks in attempts:
+        with ThreadPoolExecutor(size) as pool:
+            found = []
+            for rank in ranks:
+                found.append(pool.submit(meet, rank, size))
+                time.sleep(0.2)
+        if len(ranks) < size:
+            message = f"^only some of the 2 processes have come to 127.0.0.1:{server.port}$"
+            with pytest.raises(InputError, match=message):
+                found[0].result()
+        else:
+            assert [future.result() for future in found] == [False] * size
 
 
 def arguments(num_gpus, num_machines=1):

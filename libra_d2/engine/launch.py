@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import sys
+import time
+import uuid
 from typing import Any, Callable, Mapping, NamedTuple, Optional
 
 import torch
@@ -93,10 +95,53 @@ def join_processes(process: Process) -> None:
     if has_gpu:
         torch.cuda.set_device(process.local_rank)
     distributed.init_process_group(
-        "nccl" if has_gpu else "gloo", rank=process.rank, world_size=process.world_size
+        "nccl" if has_gpu else "gloo",
+        store=_meet(process),
+        rank=process.rank,
+        world_size=process.world_size,
     )
     _set_local_group(process)
     comm.synchronize()
+
+
+def _meet(process: Process) -> distributed.Store:
+    """
+    Wait until all processes are there.
+
+    Returns:
+        the store of ``env://``, in a name space that only these processes use. ``torchrun`` keeps
+        its store when it restarts processes, with the addresses of those that have died. It does
+        not number the attempts: on several machines, each ``torchrun`` counts its own restarts.
+
+    Raises:
+        InputError: if a process does not come.
+    """
+    store, *_ = next(distributed.rendezvous("env://", process.rank, process.world_size))
+    store = distributed.PrefixStore("libra_d2", store)
+    own, end = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    if process.rank == 0:
+        # The name of this attempt. Nobody has used it before, so that nothing in it is outdated.
+        store.set("attempt", own)
+        try:
+            others = [store.get(f"{own}/{rank}") for rank in range(1, process.world_size)]
+        except distributed.DistError as e:
+            raise InputError(_absent(process)) from e
+        store.set(f"{own}/others", b" ".join(others))
+        return distributed.PrefixStore(f"{own}/store", store)
+    while time.monotonic() < end:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{process.rank}", own)
+        # An earlier attempt had other members, or never became complete.
+        others = f"{attempt}/others"
+        if store.check([others]) and own in store.get(others).decode().split():
+            return distributed.PrefixStore(f"{attempt}/store", store)
+        time.sleep(0.1)
+    raise InputError(_absent(process))
+
+
+def _absent(process: Process) -> str:
+    address = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return f"only some of the {process.world_size} processes have come to {address}"
 
 
 def _set_local_group(process: Process) -> None:
