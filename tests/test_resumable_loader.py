@@ -52,7 +52,7 @@ def test_resume(num_workers, grouped, position):
     state = before.state_dict()
     expected = take(batches, 8)
     batches.close()
-    after.load_state_dict(state)
+    after.load_state_dicts([state])
     batches = iter(after)
     assert take(batches, 8) == expected
     assert after.state_dict() == before.state_dict()
@@ -70,7 +70,7 @@ def test_resumed_twice():
     state = first.state_dict()
     for number in (2, 3, 7):
         resumed = ResumableLoader(arguments, seed=99)  # the seed is part of the state
-        resumed.load_state_dict(state)
+        resumed.load_state_dicts([state])
         found += take(iter(resumed), number)
         state = resumed.state_dict()
     assert found == take(iter(first), 12)
@@ -90,15 +90,44 @@ def test_keeps_the_random_state(num_workers):
     assert found == expected
 
 
-def test_processes(monkeypatch):
-    """Two processes share each batch of a single one, with the same augmentation."""
-    images = take(iter(loader(total_batch_size=4, aspect_ratio_grouping=False)), 9)
-    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_processes(grouped, repeated, monkeypatch):
+    """
+    Any number of processes share the sequence of images and augmentations of a single one, also if
+    their number changes: none is left out, none is seen twice. A batch is one of the sequence, or
+    its images wait in the groups of all processes.
+    """
+
+    def arguments(grouped=grouped):
+        factors = torch.linspace(0.5, 2, len(IMAGES))
+        of_images = RepeatFactorTrainingSampler(factors) if repeated else TrainingSampler(13)
+        fixed = {"dataset": IMAGES, "mapper": augment, "total_batch_size": 12}
+        return {**fixed, "sampler": of_images, "aspect_ratio_grouping": grouped}
+
+    def drawn(batches):
+        return [image["drawn"] for batch in batches for image in batch]
+
+    sequence = drawn(take(iter(ResumableLoader(lambda: arguments(False), seed=3)), 40))
     monkeypatch.setattr(comm, "all_gather", lambda data: [data])  # the seed of the order
-    for rank in range(2):
-        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        batches = iter(loader(total_batch_size=4, aspect_ratio_grouping=False))
-        assert take(batches, 9) == [batch[rank::2] for batch in images]
+    states, seen = [ResumableLoader(arguments, seed=3).state_dict()], []
+    for number, iterations in ((2, 5), (1, 3), (4, 4), (2, 2), (6, 1), (1, 7), (3, 2)):
+        monkeypatch.setattr(comm, "get_world_size", lambda number=number: number)
+        before, states = states, []
+        for rank in range(number):
+            monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+            own = ResumableLoader(arguments, seed=99)
+            own.load_state_dicts(before)
+            seen += drawn(take(iter(own), iterations))
+            states.append(own.state_dict())
+        for rank, state in enumerate(states):
+            monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+            own.load_state_dicts(states)
+            assert own.state_dict() == state
+        places = sorted(map(sequence.index, seen))
+        assert len(set(places)) == len(seen) == len(places)
+        waiting = places[-1] + 1 - len(places)
+        assert waiting < 2 * 12 * 2 if grouped else waiting == 0
 
 
 def test_order_and_shapes():

@@ -27,13 +27,14 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 from libra_d2.config import Recipe, make_recipe
 from libra_d2.data import register_coco_json
 from libra_d2.engine import LibraPredictor, Trainer
 from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from libra_d2.errors import InputError
+from libra_d2.utils.random_state import set_random_state
 
 SECTION = "MODEL.LIBRA.TRAINER."
 NO_OBJECTS = {"pred_boxes": Boxes(torch.zeros(0, 4)), "scores": torch.zeros(0)}
@@ -390,6 +391,36 @@ def test_without_state(whole, tmp_path, caplog):
     assert [x["lr"] for x in lines(tmp_path) if "lr" in x] == rates
 
 
+def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
+    """
+    Four processes after one: the first has its random numbers, the others their own, always the
+    same. Normalizers are of a quarter of the batch, and batch norms have the statistics of the one.
+    """
+    caplog.set_level("INFO")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    state = torch.load(tmp_path / "model_0000005.pth")["trainer"]["hooks"]["ExactResume"]
+    (process,) = state["processes"]
+    drawn = []
+    for rank in (0, 1, 2, 3, 3):
+        trainer = make(tmp_path, seed=rank)
+        with monkeypatch.context() as m, EventStorage(6) as trainer.storage:
+            m.setattr(comm, "get_world_size", lambda: 4)
+            m.setattr(comm, "all_gather", lambda data: [data])
+            m.setattr(comm, "get_rank", lambda rank=rank: rank)
+            trainer._resume.before_train()
+        drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        assert trainer.model.loss_normalizer == process["normalizers"][""] / 4
+        assert weights(tmp_path, "model_0000005")[2] == trainer.model.backbone.running_var.item()
+        expected = {"start": 5 - (rank > 1), "pending": []}  # 18 of the images were seen
+        assert expected.items() <= trainer._resume.loader.state_dict().items()
+    assert len(set(drawn)) == 4
+    assert drawn[3] == drawn[4]
+    set_random_state(process["random"])
+    assert drawn[0] == (torch.rand(()).item(), np.random.rand(), random.random())
+    assert "had 1 processes and has 4 now: it continues in the same order" in caplog.text
+
+
 def test_loader_of_its_own(toy_data, tmp_path, caplog):
     """A user's data loader starts over, with a warning."""
 
@@ -534,12 +565,12 @@ def in_two_processes(args):
     (out / f"{rank}.json").write_text(json.dumps(found))
 
 
-def test_two_processes(synthetic, toy_data, tmp_path, caplog):
+def test_two_processes(synthetic, toy_data, tmp_path):
     """
     On two machines, as far as SLURM's variables say. Each resumes with its own statistics,
     normalizer, images and random numbers. They stop after the same iteration, whichever got the
-    signal, and end early by the metrics of the main process. A different number of processes
-    restarts the data order.
+    signal, and end early by the metrics of the main process. A single process continues in the same
+    order of images, with normalizers of the whole batch.
     """
     command = [sys.executable, "-W", "ignore", "-c", SEVERAL, synthetic, tmp_path]
     environment = {**os.environ, "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
@@ -564,5 +595,11 @@ def test_two_processes(synthetic, toy_data, tmp_path, caplog):
     assert "iteration 3 (loss_out" in second["error"]
     shutil.copytree(tmp_path / "whole", tmp_path / "one")
     (tmp_path / "one/last_checkpoint").write_text("model_0000005.pth")
-    run(tmp_path / "one", "SOLVER.IMS_PER_BATCH", 4)
-    assert "checkpoint is of 2 processes, and there are 1 now: the data order" in caplog.text
+    seen = []
+
+    def see(trainer):
+        seen.append((trainer.model.loss_normalizer, trainer._resume.loader.state_dict()["start"]))
+
+    state = torch.load(tmp_path / "one/model_0000005.pth")["trainer"]["hooks"]["ExactResume"]
+    run(tmp_path / "one", "SOLVER.IMS_PER_BATCH", 4, until=6, action=see)
+    assert seen == [(2 * state["processes"][0]["normalizers"][""], 24)]

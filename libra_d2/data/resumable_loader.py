@@ -3,7 +3,7 @@
 
 import itertools
 import signal
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 from torch.utils import data as torchdata
 
@@ -61,7 +61,11 @@ class ResumableLoader:
     """
     Detectron2's data loader for training, whose data order and augmentation follow from one seed,
     and whose position in that order can be saved and restored exactly, also with another number of
-    workers.
+    workers or processes.
+
+    All processes share one endless sequence of images, from which process ``r`` of ``n`` draws the
+    images ``r``, ``r + n``, ``r + 2n``, and so on. Detectron2's samplers do so. A sampler of your
+    own must do it as well, with a sequence that does not depend on the number of processes.
     """
 
     def __init__(self, make_arguments: Callable[[], Dict[str, Any]], *, seed: int):
@@ -96,11 +100,30 @@ class ResumableLoader:
         """The seed, and the position of this process after the last batch that it returned."""
         return {"seed": self.seed, "start": self._start, "pending": list(self._pending)}
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Continue from a ``state``, see :meth:`state_dict`."""
-        if state["seed"] != self.seed:
-            self._set_seed(state["seed"])
-        self._start, self._pending = state["start"], list(state["pending"])
+    def load_state_dicts(self, states: Sequence[Dict[str, Any]]) -> None:
+        """
+        Continue where the processes of a training were. Together, the processes that there are now
+        return each image that those have not returned.
+
+        Args:
+            states: of all processes that there were, in the order of their ranks; see
+                :meth:`state_dict`. Their number may be another than now.
+        """
+        if states[0]["seed"] != self.seed:
+            self._set_seed(states[0]["seed"])
+        rank, number = comm.get_rank(), comm.get_world_size()
+        # In the sequence of all processes: what is left before the first image that none has drawn.
+        end = max(state["start"] for state in states) * len(states)
+        left = [
+            position * len(states) + r
+            for r, state in enumerate(states)
+            for position in (*state["pending"], *range(state["start"], end // len(states)))
+        ]
+        # The images before `end` that this process draws, as its own positions.
+        self._start = len(range(rank, end, number))
+        self._pending = sorted(position // number for position in left if position % number == rank)
+        while self._pending[-1:] == [self._start - 1]:  # which this process has not drawn, either
+            self._start = self._pending.pop()
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
         with keep_random_state():  # PyTorch draws a seed for the workers, which is not used

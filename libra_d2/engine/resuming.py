@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.engine import HookBase
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from ..data import ResumableLoader
@@ -28,7 +29,9 @@ _WINDOW = 20  # of the medians in Detectron2's writers
 
 class ExactResume(HookBase):
     """
-    Makes a resumed training bit-identical to an uninterrupted one.
+    Makes a resumed training bit-identical to an uninterrupted one. With another number of
+    processes, it sees the same images in the same order, with the same augmentation; sums round
+    differently, and samples are drawn from other random numbers.
 
     Its state holds the position in the data order, the RNG states, the batch norm statistics and
     the moving averages of normalizers of each process, and the histories of smoothed metrics. It is
@@ -90,35 +93,41 @@ class ExactResume(HookBase):
     def before_train(self) -> None:
         start, state, self._loaded = self.trainer.start_iter, self._loaded, None
         model = self.trainer.checkpointer.model
+        written = -1.0
         if comm.is_main_process() and start > 0:
-            _remove_later_metrics(os.path.join(self.output_dir, "metrics.json"), start)
-        if state is None:
+            written = _remove_later_metrics(os.path.join(self.output_dir, "metrics.json"), start)
+        if not (state and state["processes"]):
             if start > 0:
                 logger.warning(
                     "The checkpoint does not have the state of its training: the data order and "
                     "the random numbers restart"
                 )
             return
-        _set_histories(self.trainer.storage, state["histories"])
-        processes = state["processes"]
-        if processes:
-            own = processes[comm.get_rank() % len(processes)]
-            _set_normalizers(model, own["normalizers"])
-        if len(processes) != comm.get_world_size():
-            logger.warning(
-                f"The checkpoint is of {len(processes)} processes, and there are "
-                f"{comm.get_world_size()} now: the data order and the random numbers restart"
-            )
-            return
+        _set_histories(self.trainer.storage, state["histories"], written)
+        processes, rank, number = state["processes"], comm.get_rank(), comm.get_world_size()
+        # With more processes than before, those that were not there start from the state of one
+        # that was.
+        own = processes[rank % len(processes)]
+        # Normalizers count the objects of a process' share of the batch.
+        share = len(processes) / number
+        _set_normalizers(model, {name: x * share for name, x in own["normalizers"].items()})
         _set_statistics(model, own["buffers"])
-        if isinstance(self.loader, ResumableLoader) and own["loader"] is not None:
-            self.loader.load_state_dict(own["loader"])
+        states = [process["loader"] for process in processes]
+        if isinstance(self.loader, ResumableLoader) and None not in states:
+            self.loader.load_state_dicts(states)
         else:
             logger.warning(
                 f"A {type(self.loader).__name__} cannot continue where it was: the data order "
                 "restarts"
             )
         set_random_state(own["random"])
+        if rank >= len(processes):  # with random numbers of its own
+            seed_all_rng(int(torch.randint(1 << 30, ())) + rank)
+        if number != len(processes):
+            logger.info(
+                f"The training had {len(processes)} processes and has {number} now: it continues "
+                "in the same order of images"
+            )
 
 
 def _get_normalizers(model: nn.Module) -> Dict[str, float]:
@@ -159,26 +168,35 @@ def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
     return {
         name: [[float(value), int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
         for name, history in storage.histories().items()
-        if smoothed[name] and "time" not in name
+        if smoothed.get(name, True) and "time" not in name
     }
 
 
-def _set_histories(storage: EventStorage, histories: Dict[str, List[List[float]]]) -> None:
+def _set_histories(
+    storage: EventStorage, histories: Dict[str, List[List[float]]], written: float
+) -> None:
+    """Values up to the iteration ``written`` are not left for the writers, which have had them."""
     now = storage.iter
     for name, values in histories.items():
         for value, iteration in values:
-            storage.iter = iteration
-            storage.put_scalar(name, value)
+            if iteration <= written:
+                storage.histories()[name].update(value, iteration)
+            else:
+                storage.iter = iteration
+                storage.put_scalar(name, value)
     storage.iter = now
 
 
-def _remove_later_metrics(path: str, iteration: int) -> None:
+def _remove_later_metrics(path: str, iteration: int) -> float:
     """
     Remove the lines from ``iteration`` on, and truncated ones, from a ``metrics.json`` if there is
     one. It is changed in place, because it may be open already.
+
+    Returns:
+        the last iteration that is left, -1 if there is none.
     """
     if not os.path.isfile(path):
-        return
+        return -1
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         lines = f.readlines()
     kept = [line for line in lines if _iteration(line) < iteration]
@@ -186,6 +204,7 @@ def _remove_later_metrics(path: str, iteration: int) -> None:
         with open(path, "r+", encoding="utf-8", errors="surrogateescape") as f:
             f.writelines(kept)
             f.truncate()
+    return max(map(_iteration, kept), default=-1)
 
 
 def _iteration(line: str) -> float:
