@@ -9,12 +9,25 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEMO_CONFIG, ROOT, load_cfg
 from matplotlib.figure import Figure
+from test_error_page import read as read_page
 from test_train_net import TINY, own_data
 
 from libra_d2.config import VARIANTS, make_recipe
-from libra_d2.tools.compare_ideas import differences, main, plot, table, uncertainty
+from libra_d2.data import register_coco_json
+from libra_d2.evaluation.significance import detectable_difference, power
+from libra_d2.tools import compare_ideas
+from libra_d2.tools.compare_ideas import main
+from libra_d2.tools.comparison_summary import (
+    differences,
+    found_differences,
+    plan,
+    plot,
+    table,
+    uncertainty,
+)
 
 PLAIN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.NAME"]
 PLAIN += ["StandardROIHeads"]
@@ -54,7 +67,8 @@ def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
     """Run the program; returns the arguments that it passes to the trainings."""
     data = [*own_data(synthetic, "train", "val"), "--val-proposals", "p.pkl"]
     args = ["--config-file", ROOT / f"configs/Demo/libra_{config}_R_18_FPN.yaml", *data]
-    main([str(x) for x in [*args, "--output", out, *options, "--jobs", jobs, *TINY, *opts]])
+    parallel = ["--jobs", jobs] if jobs is not None else ["--output", out]
+    main([str(x) for x in [*options, *args, "--output", out, *parallel, *TINY, *opts]])
     return [str(x) for x in args]
 
 
@@ -143,7 +157,7 @@ def test_default_variants(trainings, synthetic, tmp_path, config, opts, variants
     compare(synthetic, tmp_path, config=config, jobs=3, opts=opts)
     printed = capsys.readouterr().out
     assert [row[0] for row in cells(printed)][2 : 2 + len(variants)] == variants
-    assert {x[:2] for x in trainings} == {(v, f"seed_{i}") for v in variants for i in (1, 2, 3)}
+    assert {x[:2] for x in trainings} == {(v, f"seed_{i}") for v in variants for i in range(1, 6)}
     assert {x[3]["OMP_NUM_THREADS"] for x in trainings} == {"2"}
     assert ("has nothing of Libra R-CNN" in printed) == bool(opts)
 
@@ -161,6 +175,158 @@ def test_failed_training(trainings, synthetic, tmp_path, capsys, monkeypatch, ou
     with pytest.raises(SystemExit, match="2"):
         compare(synthetic, tmp_path, jobs=0)
     assert "--jobs is 0: use 1 or more" in capsys.readouterr().err
+
+
+def test_own_variants(trainings, synthetic, tmp_path, capsys):
+    """A name with overrides, a config, or both; the config as it is comes first."""
+    retinanet = str(ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml")
+    overrides = ["MODEL.LIBRA.BALANCED_L1.BETA", "0.5"]
+    options = ["--variant", "half", *overrides, "--variant", "retina", retinanet, "--variant", "b"]
+    compare(synthetic, tmp_path, *options, retinanet, *overrides, "--seeds", 1, 2)
+    found = {x[0]: x[2] for x in trainings}
+    assert list(found) == ["all", "half", "retina", "b"]
+    for name, command in found.items():
+        config = command[command.index("--config-file") + 1]
+        assert (config == retinanet) == (name in ("retina", "b"))
+        own = command[command.index(TINY[0]) + len(TINY) : command.index("OUTPUT_DIR")]
+        assert own == (overrides if name in ("half", "b") else [])
+    assert "AP, less that of all" in capsys.readouterr().out
+    compare(synthetic, tmp_path, "--variants", "sampling", "baseline", "--seeds", 1, 2)
+    assert "AP, less that of baseline" in capsys.readouterr().out
+    for name in ("all", "summary", "../a", "-"):
+        with pytest.raises(SystemExit, match="2"):
+            compare(synthetic, tmp_path, "--variant", name)
+        assert f"--variant {name}: use a name of letters" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        compare(synthetic, tmp_path, "--variant", "c", "MODEL.LIBRA.BALANCED_L1.BTA", "1")
+    assert "MODEL.LIBRA.BALANCED_L1.BTA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "jobs", "expected"),
+    [(None, None, "012"), ("5,3", None, "53"), (None, 4, "0120"), ("", None, ["", None])],
+)
+def test_gpus(monkeypatch, visible, jobs, expected):
+    """One training on each; more share them; without GPUs nothing is set."""
+    num = 0 if visible == "" else len(visible.split(",")) if visible else 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus = compare_ideas.visible_gpus()
+    shares = compare_ideas.environments(jobs or max(len(gpus), 1))
+    assert [x.get("CUDA_VISIBLE_DEVICES") for x in shares] == list(expected)[: len(shares)]
+    assert {x["OMP_NUM_THREADS"] for x in shares} == {str(8 // len(shares))}
+
+
+def test_shares_are_given_back(trainings, synthetic, tmp_path, monkeypatch):
+    """Each of two GPUs has several trainings, never two at the same time."""
+    busy, seen, run = [], [], subprocess.run
+
+    def see(command, stdout, stderr, env):
+        assert env["CUDA_VISIBLE_DEVICES"] not in busy
+        busy.append(env["CUDA_VISIBLE_DEVICES"])
+        time.sleep(0.05)
+        seen.append(busy.pop(busy.index(env["CUDA_VISIBLE_DEVICES"])))
+        return run(command, stdout, stderr, env)
+
+    monkeypatch.setattr(subprocess, "run", see)
+    monkeypatch.setattr(compare_ideas, "visible_gpus", lambda: ["0", "1"])
+    compare(synthetic, tmp_path, "--variants", "baseline", "--seeds", *range(6), jobs=None)
+    assert (set(seen), len(seen)) == ({"0", "1"}, 6)
+
+
+def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
+    """From the runs that are there, or a given deviation, or that on BCCD; nothing is trained."""
+    variants = ["--variants", "baseline", "all"]
+    compare(synthetic, tmp_path, *variants, "--seeds", 1, 2, 4)
+    for options, deviation, source in (
+        ([], "3.06", f"of the runs in {tmp_path}"),  # of differences 2, 4 and 8
+        (["--deviation", 1.1], "1.10", "--deviation"),
+        ([], "1.10", "of a small detector on BCCD"),
+    ):
+        folder = tmp_path / ("other" if "BCCD" in source else ".")
+        capsys.readouterr()
+        compare(synthetic, folder, *variants, "--find", 0.9, *options)
+        printed = capsys.readouterr().out
+        assert f"a standard deviation of {deviation} AP ({source}" in printed
+        if deviation == "1.10":
+            assert ["0.9", "14"] in cells(printed)
+    assert len(trainings) == 6
+    for option in ("--find", "--deviation"):
+        with pytest.raises(SystemExit, match="2"):
+            compare(synthetic, tmp_path, "--find", 1, option, 0)
+        assert f"{option} is 0: use a difference" in capsys.readouterr().err
+    assert ["2", "more than 1000"] in cells(plan(2, 100, "", 1))
+
+
+def test_initial_weights(trainings, synthetic, tmp_path, capsys):
+    """Weights with a balanced feature pyramid are unfair to the variants without."""
+    keys = {"ours": "backbone.bfp.refine.g.weight", "mmdet": "neck.1.refine.g.weight", "a": "b"}
+    for name, key in keys.items():
+        state = {"state_dict" if name == "mmdet" else "model": {key: torch.zeros(1)}}
+        torch.save(state, tmp_path / name)
+        for variants in (["all"], ["baseline", "all"]):
+            out = tmp_path / f"{name}_{len(variants)}"
+            options = ["--variants", *variants, "--seeds", 1]
+            compare(synthetic, out, *options, opts=["MODEL.WEIGHTS", tmp_path / name])
+            error = capsys.readouterr().err
+            is_unfair = name != "a" and len(variants) == 2
+            assert (f"MODEL.WEIGHTS {tmp_path / name} is a detector with" in error) == is_unfair
+
+
+def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
+    """Those of the config, of which one is evaluated on, the same for all variants."""
+    for name in ("one", "two"):
+        register_coco_json(name, *map(str, own_data(synthetic, "train")[1::2]), str(tmp_path))
+    config = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
+    command = ["--variants", "all", "--seeds", 1, "--config-file", config, "--output", tmp_path]
+    opts = ["DATASETS.TRAIN", "('one',)", "DATASETS.TEST"]
+    main([str(x) for x in [*command, *opts, "('two',)"]])
+    assert "mean and standard deviation of AP (%) on `two`" in (
+        (tmp_path / "summary/results.md").read_text()
+    )
+    assert "--train-json" not in trainings[0][2]
+    for test, more, message in (
+        ("('one', 'two')", [], "variants are compared on one dataset"),
+        ("('two',)", ["--variant", "a", "DATASETS.TEST", "('one',)"], "evaluate all on the same"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(x) for x in [*more, *command, *opts, test]])
+        assert message in capsys.readouterr().err
+
+
+def test_page(trainings, synthetic, tmp_path, monkeypatch):
+    """All variants, the reference first, by seed; not without detections or Plotly."""
+    options = ["--variants", "all", "baseline", "--seeds", 3, 4]
+    compare(synthetic, tmp_path, *options)
+    assert not (tmp_path / "summary/index.html").exists()
+    dataset = json.loads((synthetic / "instances.json").read_text())
+    detections = [{**x, "score": 0.9} for x in dataset["annotations"]]
+    for variant, seed, *_ in trainings:
+        folder = tmp_path / variant / seed / "inference"
+        folder.mkdir()
+        own = detections[int(seed[5:]) :] if variant == "all" else detections[:9]
+        (folder / "coco_instances_results.json").write_text(json.dumps(own))
+    compare(synthetic, tmp_path, *options)
+    numbers = json.loads((tmp_path / "summary/errors.json").read_text())
+    assert [(x["name"], x["seeds"]) for x in numbers["models"]] == [
+        *(("baseline", [3, 4]), ("all", [3, 4]))
+    ]
+    assert numbers["comparisons"][0]["pairs"] == 2
+    data, pictures = read_page(tmp_path / "summary/index.html")
+    assert data["names"] == ["baseline", "all"]
+    assert data["curves"][1] == {
+        "iterations": [4, 8], "mean": [5.5, 10.5], "low": [4, 9], "high": [7, 12]
+    }  # fmt: skip
+    assert len(pictures[0]["detections"][1]) > 0
+    assert pictures[0]["jpeg"]
+    (tmp_path / "summary/index.html").unlink()
+    monkeypatch.setattr(compare_ideas, "find_spec", lambda name: None)
+    compare(synthetic, tmp_path, *options)
+    assert not (tmp_path / "summary/index.html").exists()
 
 
 def runs(*aps, first_seed=1, **metrics):
@@ -212,8 +378,11 @@ def test_differences():
         "all": runs(20.0),
     }
     headers, _, *rows = cells(differences(found))
+    turned = cells(differences(found, "sampling"))
+    assert turned[0][0] == "AP, less that of sampling"
+    assert ["baseline", "3", "-1.00"] in [row[:3] for row in turned]
     assert headers == [
-        *("AP, less the baseline's", "pairs", "mean", "standard error"),
+        *("AP, less that of baseline", "pairs", "mean", "standard error"),
         *("95% confidence interval", "corrected p-value", "which says that it"),
     ]
     # Differences 1.0, 1.1 and 0.9: their standard error is 0.1 / sqrt(3), Student's t 4.303; of
@@ -235,6 +404,18 @@ def test_differences():
     found.update(sampling=found["all"], balanced_l1=found["all"])
     assert cells(differences(found))[2] == [*alone, "0.058", chance]
     assert differences({"all": runs(1.0, 2.0)}) == ""
+
+
+def test_found_differences():
+    """Differences of 1, 2 and 3, and of 0 and 1: a deviation of sqrt(2.5 / 3)."""
+    found = {"a": runs(1.0, 2.0, 3.0), "b": runs(2.0, 4.0, 6.0), "c": runs(1.0, 3.0)}
+    text = found_differences(found, "a")
+    assert "have a standard deviation of 0.91. With 2 pairs of each" in text
+    smallest = detectable_difference((2.5 / 3) ** 0.5, 2, 2)
+    assert f"difference of {smallest:.1f} AP is found with a probability of 80%" in text
+    assert f"1 AP with {power(1, (2.5 / 3) ** 0.5, 2, 2):.0%}" in text
+    assert found_differences({"a": runs(1.0), "b": runs(2.0)}, "a") == ""
+    assert found_differences({"a": runs(1.0, 2.0), "b": runs(2.0, 3.0)}, "a") == ""
 
 
 def test_plot(tmp_path, monkeypatch):

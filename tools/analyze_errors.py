@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
         for side, found in zip(sides, results)
     ]
     numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type}
-    numbers.update(compare_models(models))
+    numbers.update(compare_models([dict(enumerate(runs)) for runs in models]))
     lines = [f"# Errors of {args.iou_type} on `{args.val_json}`, in percent"]
     for letter, paths, model in zip("AB", sides, numbers["models"]):
         model["results"] = paths

@@ -6,32 +6,38 @@ idea of Libra R-CNN alone, and one with all of them, several times each, and com
 
     python tools/compare_ideas.py --config-file configs/BCCD/libra_faster_rcnn_R_18_FPN.yaml \
         --train-json train.json --train-images images/ --val-json val.json --val-images images/ \
-        --seeds 1 2 3 --output output/compare
+        --seeds 1 2 3 4 5 --output output/compare
 
-OUTPUT/summary then contains results.md, curves.png and the metrics of each run. results.md lists
-means and standard deviations, and the differences to the baseline with confidence intervals.
-Differences are between runs with the same seed. Run the same command again to continue an
-interrupted comparison.
+OUTPUT/summary then contains results.md (means and standard deviations of AP, and the differences to
+the baseline with confidence intervals), index.html (the same for errors, IoUs, sizes and classes,
+and the images on which the detectors differ most), and the metrics of each run. Differences are
+between runs with the same seed. Run the same command again to continue an interrupted comparison.
+
+With --find 1.0 the program says how many seeds it takes to find a difference of 1 AP, and trains
+nothing. Variants of your own have a name, and a config, KEY VALUE pairs, or both:
+
+    python tools/compare_ideas.py --variants all \
+        --variant beta_half MODEL.LIBRA.BALANCED_L1.BETA 0.5 --config-file ...
 """
 
 import argparse
 import json
-import math
 import os
+import queue
+import re
 import shutil
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List, NamedTuple
 
-from scipy import stats
-from tabulate import tabulate
+import torch
 from tqdm import tqdm
 
-from libra_d2.config import VARIANTS, Recipe, changed_values, identify
+from libra_d2.config import VARIANTS, Recipe, changed_values, check_datasets, identify
 from libra_d2.data.fingerprint import file_digest
 from libra_d2.engine import (
     add_data_arguments,
@@ -43,31 +49,120 @@ from libra_d2.engine import (
 )
 from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import read_metrics
-from libra_d2.evaluation.significance import holm_correction, verdict
+from libra_d2.tools.comparison_summary import (
+    Runs,
+    differences,
+    found_differences,
+    pair_deviation,
+    plan,
+    plot,
+    table,
+    uncertainty,
+    write_page,
+)
 from libra_d2.utils.atomic_write import atomic_write
+from libra_d2.utils.safe_reading import read_weights
 
-# Metrics of each run, by variant and seed.
-Runs = Dict[str, Dict[int, List[Dict[str, float]]]]
 # The variants of a RetinaNet, which does not sample.
 WITHOUT_SAMPLING = ("baseline", "feature_pyramid", "balanced_l1", "all")
+# Of differences in AP of a small detector on BCCD, see docs/results/bccd.md.
+DEVIATION = 1.1
+
+
+class Variant(NamedTuple):
+    """What is trained under a name."""
+
+    name: str
+    config_file: str
+    #: after those of the command line that all variants share
+    options: List[str]
+    #: of the config, with whatever options
+    recipe: Recipe
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
     parser = config_argument_parser(__doc__)
-    add_data_arguments(parser, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
+    add_data_arguments(parser)
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[1, 2, 3], help="one training each; default: 1 2 3"
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        help="default: all, or only the config as it is if there is a --variant. The others are "
+        "compared with the baseline or, without it, with the first",
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "CONFIG or KEY VALUE"),
+        help="one more variant; may be repeated. Another option must follow",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[1, 2, 3, 4, 5],
+        help="one training each; default: 1 2 3 4 5",
     )
     parser.add_argument(
         "--jobs",
         type=int,
-        default=1,
-        help="trainings that run at the same time and share the CPU cores; default: 1",
+        help="trainings that run at the same time: they share the CPU cores, and each uses one of "
+        "the visible GPUs; default: one for each GPU",
+    )
+    parser.add_argument(
+        "--find", type=float, metavar="AP", help="say how many seeds find a difference of this size"
+    )
+    parser.add_argument(
+        "--deviation",
+        type=float,
+        metavar="AP",
+        help="for --find: the standard deviation of the difference between two runs of a seed; "
+        "default: that of the runs in --output",
     )
     parser.add_argument("--output", required=True, metavar="DIR")
     return parser
+
+
+def choose_variants(args: argparse.Namespace, recipe: Recipe) -> List[Variant]:
+    """
+    What is trained, in the order of the tables.
+
+    Raises:
+        InputError: if a name is no name for a folder, or is there twice.
+    """
+    as_it_is = "all" if recipe.has_ideas else "baseline"
+    names = list(dict.fromkeys(args.variants or ()))
+    if not names:
+        every = WITHOUT_SAMPLING if recipe.is_retinanet else VARIANTS
+        names = [as_it_is] if args.variant else list(every)
+    if not recipe.has_ideas and set(names) != {as_it_is}:
+        print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
+        names = [as_it_is]
+    found = []
+    for name in names:
+        bins = name == "all_reference"
+        options = recipe.variant_options(VARIANTS[name], reference_bins=bins)
+        found.append(Variant(name, args.config_file, options, recipe))
+    for name, *options in args.variant:
+        has_config = options and options[0].endswith((".yaml", ".py"))
+        config_file = options.pop(0) if has_config else args.config_file
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in {x.name for x in found} | {"summary"}:
+            raise InputError(
+                f"--variant {name}: use a name of letters, digits, _, - and . that no other "
+                "variant has; summary is taken"
+            )
+        own = read_config(config_file, [*args.opts, *options])
+        found.append(Variant(name, config_file, options, own))
+    return found
+
+
+def reference_of(variants: List[Variant]) -> str:
+    """The variant that the others are compared with."""
+    names = [x.name for x in variants]
+    return "baseline" if "baseline" in names else names[0]
 
 
 def is_finished(folder: Path) -> bool:
@@ -77,15 +172,13 @@ def is_finished(folder: Path) -> bool:
     return any("bbox/AP" in entry for entry in read_metrics(str(folder / "metrics.json"))[-1:])
 
 
-def run_options(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> List[str]:
+def run_options(args: argparse.Namespace, variant: Variant, seed: int) -> List[str]:
     """The command line options of a training."""
-    bins = variant == "all_reference"
-    options = [*args.opts, *recipe.variant_options(VARIANTS[variant], reference_bins=bins)]
-    options += recipe.options({"output_dir": run_folder(args, variant, seed), "seed": seed})
-    return list(map(str, options))
+    own = {"output_dir": run_folder(args, variant.name, seed), "seed": seed}
+    return list(map(str, [*args.opts, *variant.options, *variant.recipe.options(own)]))
 
 
-def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
+def begin(args: argparse.Namespace, recipe: Recipe, variant: Variant, seed: int) -> None:
     """
     Create the folder of a training, which says what it is; one that is there must be of the same.
 
@@ -95,13 +188,19 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
         variant, seed: of the training.
 
     Raises:
-        InputError: if there is a training of something else.
+        InputError: if there is a training of something else, or it is evaluated on other data.
     """
-    folder = run_folder(args, variant, seed)
-    run = read_config(args.config_file, run_options(args, recipe, variant, seed))
-    for name in ("train_datasets", "test_datasets", "train_proposals", "test_proposals"):
+    folder = run_folder(args, variant.name, seed)
+    run = read_config(variant.config_file, run_options(args, variant, seed))
+    names = ("train_datasets", "test_datasets", "train_proposals", "test_proposals")
+    for name in names if args.train_json else ():
         if getattr(recipe, name):
             setattr(run, name, getattr(recipe, name))
+    if tuple(run.test_datasets) != tuple(recipe.test_datasets):
+        raise InputError(
+            f"variant {variant.name}: {run.name_of('test_datasets')} is {run.test_datasets}, not "
+            f"{recipe.test_datasets} as in {args.config_file}: evaluate all on the same data"
+        )
     # Other than in a run that is resumed, the initial weights matter.
     weights = file_digest(run.weights) if os.path.isfile(run.weights) else run.weights
     now, path = {**identify(run), "initial weights": weights}, folder / "run.json"
@@ -124,194 +223,61 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> 
         json.dump(now, f, indent=1)
 
 
-def train(args: argparse.Namespace, recipe: Recipe, variant: str, seed: int) -> None:
+def visible_gpus() -> List[str]:
+    """What CUDA_VISIBLE_DEVICES may hold, one GPU each."""
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_gpus = torch.cuda.device_count()
+    return own.split(",")[:num_gpus] if own else list(map(str, range(num_gpus)))
+
+
+def environments(num_jobs: int) -> List[Dict[str, str]]:
+    """For each of the trainings that run at the same time: its share of the machine."""
+    gpus = visible_gpus()
+    threads = str(max((os.cpu_count() or 1) // num_jobs, 1))
+    shares: List[Dict[str, str]] = []
+    for job in range(num_jobs):
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {}
+        shares.append({"OMP_NUM_THREADS": threads, **os.environ, **gpu})
+    return shares
+
+
+def train(args: argparse.Namespace, variant: Variant, seed: int, shares: "queue.Queue") -> None:
     """
-    Train and evaluate a variant of :data:`VARIANTS`, or resume its training.
+    Train and evaluate a variant, or resume its training, when one of the ``shares`` of the machine
+    is free.
 
     Raises:
         InputError: if the training fails.
     """
-    folder = run_folder(args, variant, seed)
+    folder = run_folder(args, variant.name, seed)
     if is_finished(folder):
         return
     command = [sys.executable, "-m", "libra_d2.engine.main", "--resume"]
-    command += ["--config-file", args.config_file]
+    command += ["--config-file", variant.config_file]
     for split in ("train", "val"):
         for what in ("json", "images", "proposals"):
             value = getattr(args, f"{split}_{what}")
             command += [f"--{split}-{what}", value] if value else []
-    command += run_options(args, recipe, variant, seed)
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    command += run_options(args, variant, seed)
+    environment = shares.get()
     with open(folder / "stdout.txt", "w", encoding="utf-8") as f:
         code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
+    shares.put(environment)
     if code.returncode != 0:
         lines = (folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
         raise InputError(f"{folder}: the training failed: {lines[-1] if lines else code}")
 
 
-def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """The output directory of a training."""
-    return Path(args.output) / variant / f"seed_{seed}"
-
-
-def mean_and_spread(values: List[float]) -> str:
-    """Mean and standard deviation of a sample."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def table(runs: Runs) -> str:
-    """A Markdown table of the final results of each variant."""
-    final = {
-        variant: [
-            {k.split("/")[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
-            for metrics in by_seed.values()
-        ]
-        for variant, by_seed in runs.items()
-    }
-    first = next(iter(final.values()))[0]
-    # APs, APm or APl without objects of that size is NaN.
-    names = [name for name in first if first[name] == first[name]]
-    order = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
-    rows = [
-        [variant, *(mean_and_spread([r[name] for r in results]) for name in names)]
-        for variant, results in final.items()
-    ]
-    headers = ["", *(name.replace("AP-", "AP ") for name in names)]
-    return tabulate(rows, headers, "github", disable_numparse=True)
-
-
-def uncertainty(runs: Runs) -> str:
-    """The random variation of AP, pooled over all variants, since each has few runs."""
-    finals = [[m[-1]["bbox/AP"] for m in by_seed.values()] for by_seed in runs.values()]
-    freedom = sum(len(values) - 1 for values in finals)
-    if freedom == 0:
-        return "One run of each does not say how far AP differs by chance."
-    squares = sum((len(v) - 1) * statistics.variance(v) for v in finals if len(v) > 1)
-    deviation = (squares / freedom) ** 0.5
-    runs_each = min(map(len, finals))
-    return (
-        f"A run's AP has a standard deviation of {deviation:.2f} (pooled over all variants, "
-        f"{freedom} degrees of freedom), the difference of two means of {runs_each} runs one of "
-        f"{deviation * (2 / runs_each) ** 0.5:.2f}."
-    )
-
-
-def differences(runs: Runs, level: float = 0.95) -> str:
-    """
-    A Markdown table of the paired differences of AP to the baseline; "" if there are no pairs. Runs
-    with the same seed see the same images in the same order and start from the same weights, so
-    that their difference is less uncertain than that of two means. The p-values of the paired
-    t-tests are corrected for the number of rows, see :func:`holm_correction`, so that the chance of
-    a wrong "helps" or "harms" in the whole table is 1 - ``level`` at most.
-
-    Args:
-        runs: for each variant and seed, the metrics of a run.
-        level: of each confidence interval, and of all that the table says together.
-    """
-    rows, tests, baseline = [], [], runs.get("baseline", {})
-    for variant, by_seed in runs.items():
-        seeds = [seed for seed in by_seed if seed in baseline]
-        if variant == "baseline" or len(seeds) < 2:
-            continue
-        values = [by_seed[seed][-1]["bbox/AP"] - baseline[seed][-1]["bbox/AP"] for seed in seeds]
-        mean, error = statistics.mean(values), float(stats.sem(values))
-        t = stats.t(len(values) - 1)
-        half = error * float(t.ppf((1 + level) / 2))
-        low, high = mean - half, mean + half
-        numbers = (f"{mean:+.2f}", f"{error:.2f}", f"{low:+.2f} to {high:+.2f}")
-        rows.append((variant, len(seeds), *numbers))
-        statistic = abs(mean) / error if error else (math.inf if mean else 0)
-        tests.append((low, high, 2 * float(t.sf(statistic))))
-    if not rows:
-        return ""
-    p_values = holm_correction([p for *_, p in tests])
-    for i, ((low, high, _), p) in enumerate(zip(tests, p_values)):
-        rows[i] += (f"{p:.3f}", verdict(low, high, p, level))
-    headers = ["AP, less the baseline's", "pairs", "mean", "standard error"]
-    headers += [f"{level:.0%} confidence interval", "corrected p-value", "which says that it"]
-    return tabulate(rows, headers, "github", disable_numparse=True)
-
-
-def plot(runs: Runs, path: Path) -> None:
-    """Plot AP over the iterations (mean and range of the runs), and all final results."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, (variant, by_seed) in enumerate(runs.items()):
-        all_metrics, color = list(by_seed.values()), f"C{i}"
-        curves = [
-            {min(e["iteration"] + 1, m[-1]["iteration"]): e["bbox/AP"] for e in m if "bbox/AP" in e}
-            for m in all_metrics
-        ]
-        iterations = sorted(set.intersection(*map(set, curves)))
-        values = [[curve[x] for curve in curves] for x in iterations]
-        left.plot(iterations, list(map(statistics.mean, values)), color=color, label=variant)
-        lows, highs = list(map(min, values)), list(map(max, values))
-        left.fill_between(iterations, lows, highs, color=color, alpha=0.12)
-        final = [m[-1]["bbox/AP"] for m in all_metrics]
-        right.plot(final, [i] * len(final), "o", color=color, alpha=0.7)
-        right.plot(statistics.mean(final), i, "|", color=color, markersize=18, markeredgewidth=2)
-    left.set(xlabel="iteration", ylabel="AP (%)", title="during training")
-    left.legend(frameon=False, fontsize=8)
-    right.set_yticks(range(len(runs)), runs)
-    right.invert_yaxis()
-    right.set(xlabel="AP (%)", title="at the end: each run, and the mean")
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
-def summarize(args: argparse.Namespace, variants: List[str]) -> str:
-    """Write the summary of the finished trainings, and return its tables."""
-    summary = Path(args.output) / "summary"
-    (summary / "metrics").mkdir(parents=True, exist_ok=True)
-    runs: Runs = {}
-    for variant in variants:
-        for seed in args.seeds:
-            folder = run_folder(args, variant, seed)
-            if is_finished(folder):
-                source = folder / "metrics.json"
-                shutil.copy(source, summary / "metrics" / f"{variant}_seed_{seed}.json")
-                runs.setdefault(variant, {})[seed] = read_metrics(str(source))
-    if not runs:
-        raise InputError(f"{args.output}: no training has ended with an evaluation in AP")
-    text = "\n\n".join(filter(None, (table(runs), uncertainty(runs), differences(runs))))
-    plot(runs, summary / "curves.png")
-    command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
-    seeds = ", ".join(map(str, args.seeds))
-    with atomic_write(str(summary / "results.md"), "w") as f:
-        f.write(
-            f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
-            f"AP (%) on `{args.val_json}`.\n\n{text}\n\n![AP](curves.png)\n\n"
-            f"```bash\n{' '.join(command)}\n```\n"
-        )
-    return text
-
-
-def run(args: argparse.Namespace) -> None:
-    """Train all variants that are not finished, and summarize."""
-    if args.jobs < 1:
-        raise InputError(f"--jobs is {args.jobs}: use 1 or more")
-    recipe = read_config(args.config_file, args.opts)
-    recipe.output_dir = args.output
-    prepare_output_dir(recipe)
-    register_own_data(recipe, args)
-    args.seeds = list(dict.fromkeys(args.seeds))
-    variants = list(dict.fromkeys(args.variants or ())) or list(
-        WITHOUT_SAMPLING if recipe.is_retinanet else VARIANTS
-    )
-    if not recipe.has_ideas and set(variants) != {"baseline"}:
-        print(f"{args.config_file} has nothing of Libra R-CNN: only the baseline is trained")
-        variants = ["baseline"]
-    for seed, variant in product(args.seeds, variants):
-        begin(args, recipe, variant, seed)
-    with ThreadPoolExecutor(args.jobs) as pool:
+def train_all(args: argparse.Namespace, variants: List[Variant]) -> None:
+    """Train what is not finished."""
+    num_jobs = args.jobs or max(len(visible_gpus()), 1)
+    shares: queue.Queue[Dict[str, str]] = queue.Queue()
+    for share in environments(num_jobs):
+        shares.put(share)
+    with ThreadPoolExecutor(num_jobs) as pool:
         # Seed by seed, so that all variants can be compared early.
-        jobs = [pool.submit(train, args, recipe, v, seed) for seed in args.seeds for v in variants]
+        runs = [(variant, seed) for seed in args.seeds for variant in variants]
+        jobs = [pool.submit(train, args, *run, shares) for run in runs]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
             if job.exception():
                 for other in jobs:
@@ -320,7 +286,122 @@ def run(args: argparse.Namespace) -> None:
     for job in jobs:
         if not job.cancelled():
             job.result()  # raises its error
-    print(summarize(args, variants))
+
+
+def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """The output directory of a training."""
+    return Path(args.output) / variant / f"seed_{seed}"
+
+
+def finished_runs(args: argparse.Namespace, variants: List[Variant]) -> Runs:
+    """The metrics of the trainings that have ended."""
+    runs: Runs = {}
+    for variant, seed in product(variants, args.seeds):
+        folder = run_folder(args, variant.name, seed)
+        if is_finished(folder):
+            metrics = read_metrics(str(folder / "metrics.json"))
+            runs.setdefault(variant.name, {})[seed] = metrics
+    return runs
+
+
+def say_how_many_seeds(args: argparse.Namespace, variants: List[Variant]) -> None:
+    """Print what --find asks for."""
+    for option in ("find", "deviation"):
+        value = vars(args)[option]
+        if value is not None and not 0 < value < 100:
+            raise InputError(f"--{option} is {value:g}: use a difference in AP above 0")
+    found = sorted(int(x.name[5:]) for x in Path(args.output).glob("*/seed_*") if is_finished(x))
+    args.seeds = list(dict.fromkeys(found))
+    own = pair_deviation(finished_runs(args, variants), reference_of(variants))
+    deviation, source = args.deviation, "--deviation"
+    if deviation is None and own:
+        deviation, source = own, f"of the runs in {args.output}"
+    elif deviation is None:
+        source = "of a small detector on BCCD: yours may differ; train two seeds and ask again"
+        deviation = DEVIATION
+    print(plan(args.find, deviation, source, max(len(variants) - 1, 1)))
+
+
+def warn_of_initial_weights(recipe: Recipe) -> None:
+    """Print a warning if all variants start from a detector that has the ideas."""
+    weights = recipe.weights or ""
+    has_pyramid = weights.startswith("libra://")
+    if os.path.isfile(weights):
+        content = read_weights(weights)
+        state = next((content[k] for k in ("model", "state_dict") if k in content), content)
+        has_pyramid = any("backbone.bfp." in k or k.startswith("neck.1.") for k in state)
+    if has_pyramid:
+        print(
+            f"warning: {recipe.name_of('weights')} {weights} is a detector with the ideas. All "
+            "variants start from it, which favors those that have them: start from ImageNet's "
+            "weights, or from those of a plain detector",
+            file=sys.stderr,
+        )
+
+
+def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: str) -> str:
+    """Write the summary of the finished trainings, and return its tables."""
+    summary = Path(args.output) / "summary"
+    (summary / "metrics").mkdir(parents=True, exist_ok=True)
+    runs, results = finished_runs(args, variants), {}
+    if not runs:
+        raise InputError(f"{args.output}: no training has ended with an evaluation in AP")
+    for variant, by_seed in runs.items():
+        folders = {seed: run_folder(args, variant, seed) for seed in by_seed}
+        for seed, folder in folders.items():
+            name = f"{variant}_seed_{seed}.json"
+            shutil.copy(folder / "metrics.json", summary / "metrics" / name)
+        detections = Path("inference/coco_instances_results.json")
+        results[variant] = {seed: str(x / detections) for seed, x in folders.items()}
+    reference = reference_of(variants)
+    parts = [table(runs), uncertainty(runs), differences(runs, reference)]
+    text = "\n\n".join(filter(None, [*parts, found_differences(runs, reference)]))
+    plot(runs, summary / "curves.png")
+    command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
+    seeds, data = ", ".join(map(str, args.seeds)), args.val_json or dataset_name
+    with atomic_write(str(summary / "results.md"), "w") as f:
+        f.write(
+            f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
+            f"AP (%) on `{data}`.\n\n{text}\n\n![AP](curves.png)\n\n"
+            f"```bash\n{' '.join(command)}\n```\n"
+        )
+    if find_spec("plotly") is None:
+        return f'{text}\n\nFor a page about their errors, run pip install "libra_d2[report]"'
+    numbers: Dict[str, Any] = {}
+    if reference in runs:
+        numbers = write_page(summary / "index.html", runs, reference, results, dataset_name)
+    if numbers:
+        with atomic_write(str(summary / "errors.json"), "w") as f:
+            json.dump(numbers, f, allow_nan=False)
+        text += f"\n\n{summary / 'index.html'}"
+    return text
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train all variants that are not finished, and summarize."""
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError(f"--jobs is {args.jobs}: use 1 or more")
+    recipe = read_config(args.config_file, args.opts)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    variants = choose_variants(args, recipe)
+    if args.find is not None:
+        say_how_many_seeds(args, variants)
+        return
+    recipe.output_dir = args.output
+    prepare_output_dir(recipe)
+    register_own_data(recipe, args)
+    check_datasets([*recipe.train_datasets, *recipe.test_datasets])
+    if len(recipe.test_datasets) != 1:
+        raise InputError(
+            f"{recipe.name_of('test_datasets')} is {recipe.test_datasets}: variants are compared "
+            "on one dataset; name it, or use --val-json and --val-images"
+        )
+    if len(variants) > 1 and recipe.has_ideas:
+        warn_of_initial_weights(recipe)
+    for seed, variant in product(args.seeds, variants):
+        begin(args, recipe, variant, seed)
+    train_all(args, variants)
+    print(summarize(args, variants, recipe.test_datasets[0]))
     print(Path(args.output) / "summary" / "results.md")
 
 

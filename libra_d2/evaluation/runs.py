@@ -2,7 +2,7 @@
 """Models that were trained several times with other seeds: means, deviations and differences."""
 
 import statistics
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from .comparison import compare_images, compare_runs
 from .detection_errors import calibration
@@ -53,13 +53,13 @@ def describe_runs(runs: Sequence[DetectionMetrics]) -> Dict[str, Any]:
     }
 
 
-def compare_models(models: Sequence[Sequence[DetectionMetrics]]) -> Dict[str, Any]:
+def compare_models(models: Sequence[Mapping[int, DetectionMetrics]]) -> Dict[str, Any]:
     """
     Describe models, and compare each of the others with the first one.
 
     Args:
-        models: the runs of each. Runs at the same place, such as those with the same seed, are
-            pairs; a run that the other model has none for is in the means only.
+        models: the runs of each by their seeds. Runs with the same seed are pairs, of which each
+            model has at least one with the first.
 
     Returns:
         what a page of :func:`write_error_page` shows: "models", see :func:`describe_runs`, and
@@ -69,9 +69,10 @@ def compare_models(models: Sequence[Sequence[DetectionMetrics]]) -> Dict[str, An
     Raises:
         ArgumentError: if the objects of two models are not the same.
     """
-    pairs = [list(zip(models[0], runs)) for runs in models[1:]]
+    first = models[0]
+    pairs = [[(first[seed], own[seed]) for seed in own if seed in first] for own in models[1:]]
     return {
-        "models": [describe_runs(runs) for runs in models],
+        "models": [describe_runs(list(runs.values())) for runs in models],
         "comparisons": [
             {"pairs": len(own), "metrics": metrics, "images": compare_images(*own)}
             for own, metrics in zip(pairs, compare_runs(pairs))
