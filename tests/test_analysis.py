@@ -257,7 +257,8 @@ def test_objective_statistics():
     """Four errors: one inlier, one equal to beta, and two outliers."""
     x = torch.tensor([0.125, 0.5, 1, 2])
     statistics = analysis.objective_statistics(x[[3, 0, 2, 1]], **SETTINGS, smooth_l1_beta=0.25)
-    assert [statistics.pop(x) for x in ("beta", "num_errors", "inliers")] == [0.5, 4, 0.25]
+    names = ("beta", "smooth_l1_beta", "num_errors", "inliers")
+    assert [statistics.pop(x) for x in names] == [0.5, 0.25, 4, 0.25]
     ranks = [0] * 49 + [1] * 25 + [2] * 25 + [3]
     assert statistics.pop("percentiles") == x[ranks].tolist()
     expected = losses(**SETTINGS, smooth_l1_beta=0.25)

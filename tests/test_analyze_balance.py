@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from detectron2.modeling import build_model
 
 from libra_d2 import analysis
+from libra_d2.analysis.judgments import judge
 from libra_d2.tools import analyze_balance
+from libra_d2.tools.analyze_balance import FIGURES
 
 # The first level, and the number of recorded candidates and errors of four images.
 SYSTEMS = [("fast_rcnn", 2, 4, 4), ("retinanet", 3, 0, 4), ("rpn", 2, 0, 0)]
@@ -95,6 +97,8 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         kinds = (plain, "smooth L1 (beta 0.5)", "balanced L1")
         shares = [seen["inliers"], *(seen[kind]["inlier_gradient"] for kind in kinds)]
         percentages["gradient_shares"] = shares
+    judgments = numbers.pop("judgments")
+    assert judgments == [x._asdict() for x in judge(numbers)]
     assert numbers == expected
     page = html.unescape((folder / "index.html").read_text())
     config, weights, data = (
@@ -102,16 +106,51 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         for x in (command[1], tmp_path / "weights.pth", synthetic / "instances.json")
     )
     about = f"{config}, {weights},\n4 images of {data}"
-    assert f"<p>{about}. Proposals, features and errors are those of training.</p>" in page
+    assert f"<p>{about}</p>" in page
     assert titles == {name: "" if name == "losses" else about for name in percentages}
-    parts = re.findall('<h2>(.*?)</h2><p>(.*?)</p><img .*base64,(.*)">', page)
-    assert len(parts) == len(percentages)
-    for (title, text, data), (name, shares) in zip(parts, percentages.items()):
+    for row in judgments:
+        assert f'<a href="#{row["figure"]}">{row["measured"]}</a>' in page
+    parts = re.findall('<h2 id="(.*?)">(.*?)</h2>.*?<p>(.*?)</p><img .*base64,(.*)">', page)
+    assert [x[0] for x in parts] == list(percentages)
+    for (name, title, text, data), shares in zip(parts, percentages.values()):
         assert b64decode(data) == (folder / f"{name}.png").read_bytes()
         assert re.findall("[0-9]+%", text) == [f"{share:.0%}" for share in shares]
         assert title.endswith(f" and {plain}") == (name == "losses")
         assert (f"at the size of p{first + 1}," in text) == (name == "levels" and system != "rpn")
         assert ("less than 0.04 IoU" in text) == (name == "samples")
+
+
+def test_two_models(synthetic, tmp_path, capsys):
+    """Each with its own config and weights, on the same images; what one lacks is said."""
+    paths = {}
+    for system in ("faster_rcnn", "retinanet"):
+        cfg = load_cfg(arguments(system, synthetic, tmp_path)[1])
+        cfg.merge_from_list([*SETTINGS, "MODEL.RETINANET.NUM_CLASSES", 4])
+        paths[system] = tmp_path / f"{system}.pth"
+        torch.save({"model": build_model(cfg).state_dict()}, paths[system])
+    first, second = (arguments(x, synthetic, tmp_path) for x in paths)
+    opts = ["MODEL.WEIGHTS", paths["faster_rcnn"], *SETTINGS]
+    b = ["--weights-b", paths["retinanet"], "--config-file-b", second[1]]
+    analyze_balance.main([str(x) for x in [*b, *first, *opts]])
+    numbers = json.loads((tmp_path / "balance/balance.json").read_text())
+    alone = {}
+    for name, command in (("faster_rcnn", first), ("retinanet", second)):
+        own = ["MODEL.WEIGHTS", paths[name], *SETTINGS, "OUTPUT_DIR", tmp_path / name]
+        analyze_balance.main([str(x) for x in [*command, *own]])
+        alone[name] = json.loads((tmp_path / name / "balance/balance.json").read_text())
+    assert numbers.pop("b") == alone["retinanet"]
+    assert numbers == alone["faster_rcnn"]
+    page = html.unescape((tmp_path / "balance/index.html").read_text())
+    files = [b64decode(x) for x in re.findall('base64,(.*?)">', page)]
+    folder = tmp_path / "balance"
+    names = ["samples", *(f"{x}{y}" for x in FIGURES[1:] for y in ("", "_b"))]
+    assert files == [(folder / f"{name}.png").read_bytes() for name in names]
+    assert page.count("This model has none.") == 1
+    assert page.count("<h3>B</h3>") == 6
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        analyze_balance.main([str(x) for x in [*b[2:], *first, *opts]])
+    assert "--config-file-b goes with --weights-b" in capsys.readouterr().err
 
 
 def test_before_training(synthetic, tmp_path):
@@ -124,8 +163,8 @@ def test_before_training(synthetic, tmp_path):
         analyze_balance.main(command)
     analyze_balance.main(["--before-training", *command])
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
-    assert sorted(numbers) == ["features", "num_images", "samples"]
-    titles = re.findall("<h2>(.*?):", (tmp_path / "balance/index.html").read_text())
+    assert sorted(numbers) == ["features", "judgments", "num_images", "samples"]
+    titles = re.findall("<h2[^>]*>(.*?):", (tmp_path / "balance/index.html").read_text())
     assert titles == ["Samples", "Features", "Features"]
 
 

@@ -19,7 +19,7 @@ from libra_d2.evaluation.comparison import compare_images, compare_metrics
 from libra_d2.evaluation.detection_metrics import DetectionMetrics
 from libra_d2.evaluation.error_page import write_error_page
 from libra_d2.evaluation.matching import match_detections
-from libra_d2.evaluation.runs import describe_runs
+from libra_d2.evaluation.runs import compare_models, describe_runs
 
 NASTY = "</script><b>&lt;\"'${x}"
 OBJECT, ELSEWHERE = [0, 0, 10, 10], [50, 50, 40, 40]
@@ -35,6 +35,23 @@ def write(path, dataset, *results, iou_type="bbox", **options):
         numbers["comparisons"].append({"pairs": 1, "metrics": metrics, "images": images})
     names = options.pop("names", [f"model {i}" for i in range(len(models))])
     write_error_page(str(path), numbers, dataset, models, results, names=names, **options)
+    return numbers
+
+
+def write_three(path, dataset, results):
+    """A page of three models, trained twice each, and with their curves."""
+    parts = [[results[i::4] for i in own] for own in ((0, 1), (1, 2), (3, 0))]
+    models = [
+        {seed: DetectionMetrics(match_detections(dataset, x)) for seed, x in enumerate(own)}
+        for own in parts
+    ]
+    numbers = compare_models(models)
+    curve = {"iterations": [5, 9], "mean": [1.0, 2.0], "low": [1.0, None], "high": [3.0, 2.5]}
+    write_error_page(
+        *(str(path), numbers, dataset, [x[0] for x in models], [x[0] for x in parts]),
+        names=["first", "second", "third"],
+        curves=[curve, None, curve],
+    )
     return numbers
 
 
@@ -229,6 +246,7 @@ def files(tmp_path_factory):
     write(folder / "two.html", dataset, results[::2], results, names=(NASTY, "b" * 90), **options)
     write(folder / "one.html", dataset, results, names=[NASTY], **options)
     write(folder / "empty.html", dataset, [], [])
+    write_three(folder / "three.html", dataset, results)
     write(folder / "none.html", dataset, results, results[:9], max_images=0)
     return folder
 
@@ -260,13 +278,14 @@ def column(page, table, number):
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("two", 1280), ("two", 360), ("one", 360), ("empty", 1280), ("none", 360)]
+    ("name", "width"),
+    [(x, 360) for x in ("two", "one", "three", "none")] + [(x, 1280) for x in ("two", "empty")],
 )
 def test_opens(open_page, name, width):
     """No errors, no network, all charts, and nothing wider than the window."""
     page = open_page(f"{name}.html", width)
     charts = page.locator(".chart").count()
-    assert charts == (5 if name == "one" else 6)
+    assert charts == {"one": 5, "three": 7}.get(name, 6)
     assert page.locator(".chart svg.main-svg").count() >= charts
     of_chart = "x => [x.offsetHeight, x.querySelector('.main-svg').getBoundingClientRect().height]"
     for chart in page.locator(".chart").all():
@@ -314,6 +333,37 @@ def test_switches(open_page):
         assert not boxes.first.is_visible()
         page.keyboard.press(key)
         assert boxes.first.is_visible()
+
+
+def test_compared_models(open_page, tmp_path):
+    """The last one first; tables, charts and boxes follow the choice, curves show all."""
+    page = open_page("three.html")
+    numbers = write_three(tmp_path / "a.html", *random_dataset(2))
+    for letter, name, rows in (("C", "third", 1), ("B", "second", 0)):
+        if letter == "B":
+            page.locator("#pair").select_option(label="B: second")
+        metrics = numbers["comparisons"][rows]["metrics"]
+        header = page.locator("#metrics-table th").all_inner_texts()
+        assert [x.split()[0] for x in header][2:4] == [letter, letter]
+        shown = [x.replace("−", "-") for x in column(page, "metrics-table", 4)]
+        changes = [x["difference"] for x in metrics]
+        assert shown == [("+" if x > 0 else "") + f"{x:.1f}" for x in changes]
+        deviation = numbers["models"][rows + 1]["deviations"]["AP"]
+        assert column(page, "metrics-table", 3)[0] == f"{metrics[0]['b']:.1f} ± {deviation:.1f}"
+        assert f"{letter} less A" in page.locator("#differences-chart").text_content()
+        assert f"{letter}: {name}" in page.locator("#switches").inner_text()
+        assert f"{letter} less A" in " ".join(page.locator("#images-table th").all_inner_texts())
+        assert f"of {letter}, on average" in page.locator("#image-name").inner_text()
+        assert "means of 2 pairs of runs" in page.locator("#summary").inner_text()
+        page.locator("#show-model-1").click()
+        assert page.locator("#overlay.no-model-1").count()
+    page.keyboard.press("b")
+    assert not page.locator("#overlay.no-model-1").count()
+    drawn = "id => document.getElementById(id).data.filter(x => x.name).map(x => x.name)"
+    assert page.evaluate(drawn, "iou-chart") == ["A", "B", "C"]
+    assert page.evaluate(drawn, "training-chart") == ["A", "C"]
+    bars = page.evaluate("document.getElementById('iou-chart').data.map(x => x.error_y.array[0])")
+    assert bars == [pytest.approx(x["deviations"]["AP50"]) for x in numbers["models"]]
 
 
 def test_next_image(open_page):

@@ -11,6 +11,7 @@ writes OUTPUT_DIR/balance/index.html, its figures and balance.json. The model co
 for a few images; nothing is trained. Without --train-json and --val-json, images of DATASETS.TRAIN
 are used. With --before-training the weights are those that a training starts from, of a model with
 other classes perhaps: the page then shows samples and features, which do not depend on the classes.
+With --weights-b, and --config-file-b if it has another config, a second model is shown beside it.
 """
 
 import argparse
@@ -38,7 +39,8 @@ from libra_d2.analysis import (
     record,
     sample_statistics,
 )
-from libra_d2.analysis.html_page import Section, write_page
+from libra_d2.analysis.html_page import Section, Side, write_page
+from libra_d2.analysis.judgments import judge
 from libra_d2.config import Recipe, check_datasets
 from libra_d2.data import read_image
 from libra_d2.engine import (
@@ -55,7 +57,7 @@ from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path, output_paths
 
 FIGURES = ("samples", "levels", "heat_maps", "losses", "gradient_shares")
-FILES = ("index.html", "balance.json", *(f"{name}.png" for name in FIGURES))
+FILES = ("index.html", "balance.json", *(f"{name}{x}.png" for name in FIGURES for x in ("", "_b")))
 
 
 def build_argument_parser() -> argparse.ArgumentParser:
@@ -66,6 +68,11 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--before-training",
         action="store_true",
         help="MODEL.WEIGHTS are those that a training starts from; leaves out box errors",
+    )
+    second = parser.add_argument_group("a second model on the same images")
+    second.add_argument("--weights-b", metavar="FILE", help="in place of MODEL.WEIGHTS")
+    second.add_argument(
+        "--config-file-b", metavar="FILE or NAME", help="default: that of the first model"
     )
     add_data_arguments(parser)
     return parser
@@ -85,14 +92,13 @@ def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> Li
 
 class Report:
     """
-    Numbers, and the sections of the page, whose figures are saved in ``folder``. Those that show
-    measurements have ``about``, the model and the data, above them.
+    Numbers of a model, and its side of the page. Figures are saved in ``folder``, with a ``suffix``
+    of their names. Those that show measurements have ``about``, the model and the data, above them.
     """
 
-    def __init__(self, folder: str, about: str):
-        self.folder = folder
-        self.about = about
-        self.sections: List[Section] = []
+    def __init__(self, folder: str, about: str, suffix: str = ""):
+        self.folder, self.suffix = folder, suffix
+        self.side = Side(about)
         self.numbers: Dict[str, Any] = {}
 
     def add(
@@ -100,11 +106,11 @@ class Report:
     ) -> None:
         """Save a figure as ``name``.png and add a section with it."""
         if is_measured:
-            figure.suptitle(self.about, fontsize=9)
-        path = os.path.join(self.folder, f"{name}.png")
+            figure.suptitle(self.side.about, fontsize=9)
+        path = os.path.join(self.folder, f"{name}{self.suffix}.png")
         with atomic_write(path) as f:
             figure.savefig(f, dpi=130, format="png")
-        self.sections.append(Section(title, text, path))
+        self.side.sections[name] = Section(title, text, path)
 
 
 def report_samples(report: Report, recipe: Recipe, recording: Recording) -> None:
@@ -196,29 +202,21 @@ def end_of_path(path: str) -> str:
 
 
 def analyze(
+    report: Report,
     recipe: Recipe,
     model: torch.nn.Module,
     images: List[Dict],
-    folder: str,
-    about: str,
     with_box_errors: bool = True,
-) -> Dict:
-    """Write figures and page, which say what they are ``about``; returns the numbers."""
+) -> None:
+    """Compute the numbers of a model on the images and draw its figures."""
     recording = record(model, ([image] for image in tqdm(images, unit="image")))
-    report = Report(folder, about)
     report.numbers["num_images"] = len(images)
     if recording.candidates:
         report_samples(report, recipe, recording)
     report_features(report, model, recording, read_image(images[0]["file_name"], format="RGB"))
     if with_box_errors:
         report_objective(report, recipe, recording)
-    write_page(
-        os.path.join(folder, "index.html"),
-        "Balance of a detector",
-        f"{about}. Proposals, features and errors are those of training.",
-        report.sections,
-    )
-    return report.numbers
+    report.side.judgments = judge(report.numbers)
 
 
 def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
@@ -231,7 +229,9 @@ def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
     splits = [(split, f"--{split}") for split in ("train", "val")]
     inputs = {
         "--config-file": args.config_file,
+        "--config-file-b": args.config_file_b,
         recipe.name_of("weights"): recipe.weights,
+        "--weights-b": args.weights_b,
         **{f"{name}-json": getattr(args, f"{split}_json") for split, name in splits},
         **{f"{name}-proposals": getattr(args, f"{split}_proposals") for split, name in splits},
     }
@@ -242,36 +242,76 @@ def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
     return folder
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load config, data and weights, and write the report."""
-    if args.num_images < 1:
-        raise InputError(f"--num-images is {args.num_images}: use 1 or more")
-    recipe = read_config(args.config_file, args.opts)
-    prepare_output_dir(recipe)
-    folder = prepare_folder(recipe, args)
+def choose_dataset(recipe: Recipe, args: argparse.Namespace) -> str:
+    """
+    The registered dataset whose images are analyzed.
+
+    Raises:
+        InputError: if there is none, or a file of the report is an image of it.
+    """
     own = register_own_data(recipe, args)
     dataset = (*own, *recipe.train_datasets, None)[0]
     if dataset is None:
         name = recipe.name_of("train_datasets")
         raise InputError(f"no images: use --train-json and --train-images, or set {name}")
-    split = "train" if dataset in recipe.train_datasets else "test"
     check_datasets([dataset])
     images = {f"an image of {dataset}": [x["file_name"] for x in DatasetCatalog.get(dataset)]}
+    folder = os.path.join(recipe.output_dir, "balance")
     files = [os.path.join(folder, name) for name in FILES]
     output_paths(recipe.name_of("output_dir"), files, images)
-    prepare_proposal_files(recipe, (split,))
-    before = args.before_training
-    model = recipe.build_initial_model() if before else recipe.build_trained_model()
-    torch.manual_seed(0)
-    images = read_images(recipe, dataset, split, args.num_images)
-    data = MetadataCatalog.get(dataset).get("json_file", dataset)
-    about = (
-        f"{end_of_path(args.config_file)}, {end_of_path(recipe.weights)},\n"
-        f"{len(images)} images of {end_of_path(data)}"
+    return dataset
+
+
+def second_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """That of the second model, for the same data and classes."""
+    config_file = args.config_file_b or args.config_file
+    second = read_config(config_file, args.opts)
+    second.weights = args.weights_b
+    for name in ("train_datasets", "test_datasets", "train_proposals", "test_proposals"):
+        setattr(second, name, getattr(recipe, name))
+    if args.train_json or args.val_json:
+        second.num_classes = recipe.num_classes
+    return second
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load config, data and weights, and write the report."""
+    if args.num_images < 1:
+        raise InputError(f"--num-images is {args.num_images}: use 1 or more")
+    if args.config_file_b and not args.weights_b:
+        raise InputError("--config-file-b goes with --weights-b")
+    recipe = read_config(args.config_file, args.opts)
+    prepare_output_dir(recipe)
+    folder = prepare_folder(recipe, args)
+    dataset = choose_dataset(recipe, args)
+    split = "train" if dataset in recipe.train_datasets else "test"
+    data = end_of_path(MetadataCatalog.get(dataset).get("json_file", dataset))
+    models = [(args.config_file, recipe, "")]
+    if args.weights_b:
+        config_file = args.config_file_b or args.config_file
+        models.append((config_file, second_recipe(recipe, args), "_b"))
+    reports = []
+    for config_file, own, suffix in models:
+        prepare_proposal_files(own, (split,))
+        before = args.before_training
+        model = own.build_initial_model() if before else own.build_trained_model()
+        torch.manual_seed(0)
+        images = read_images(own, dataset, split, args.num_images)
+        weights, count = end_of_path(own.weights), f"{len(images)} images"
+        about = f"{end_of_path(config_file)}, {weights},\n{count} of {data}"
+        reports.append(Report(folder, about, suffix))
+        analyze(reports[-1], own, model, images, with_box_errors=not before)
+    write_page(
+        os.path.join(folder, "index.html"),
+        "Balance of a detector" if len(reports) == 1 else "Balance of two detectors",
+        "Proposals, features and errors are those of training.",
+        [x.side for x in reports],
     )
-    numbers = analyze(recipe, model, images, folder, about, with_box_errors=not before)
+    numbers = [
+        {**x.numbers, "judgments": [row._asdict() for row in x.side.judgments]} for x in reports
+    ]
     with atomic_write(os.path.join(folder, "balance.json"), "w") as f:
-        json.dump(numbers, f, indent=1)
+        json.dump({**numbers[0], **({"b": numbers[1]} if args.weights_b else {})}, f, indent=1)
     print(os.path.join(folder, "index.html"))
 
 

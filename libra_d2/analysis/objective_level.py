@@ -55,15 +55,16 @@ def objective_statistics(
             its RetinaNet.
 
     Returns:
-        ``beta``; ``num_errors``; ``inliers``, the share of errors below beta; ``percentiles``, the
-        100 percentiles of the errors; and for each loss, by :func:`box_loss_name` or "balanced L1":
-        ``inlier_gradient``, the inliers' share of the summed absolute gradient, and ``cumulative``,
-        the share of errors up to each percentile.
+        ``beta``; ``smooth_l1_beta``; ``num_errors``; ``inliers``, the share of errors below beta;
+        ``percentiles``, the 100 percentiles of the errors; and for each loss, by
+        :func:`box_loss_name` or "balanced L1": ``inlier_gradient``, the inliers' share of the
+        summed absolute gradient, and ``cumulative``, the share of errors up to each percentile.
     """
     errors = errors.sort().values
     ranks = (torch.linspace(0, 1, 101)[1:] * len(errors)).long().clamp(min=1) - 1
     statistics: Dict[str, Any] = {
         "beta": beta,
+        "smooth_l1_beta": smooth_l1_beta,
         "num_errors": len(errors),
         "inliers": (errors < beta).float().mean().item(),
         "percentiles": errors[ranks].tolist(),
