@@ -54,6 +54,8 @@ def trainings(monkeypatch):
         (folder / "model_final.pth").touch()
         ap = int(folder.name[5:]) * (1 if folder.parent.name == "baseline" else 3)
         lines = [json.dumps({"iteration": i, "bbox/AP": ap + i - 8}) for i in (3, 8)]
+        if "EMPTY" in os.environ:
+            lines = [json.dumps({"iteration": i, "bbox/AP": float("nan")}) for i in (3, 8)]
         (folder / "metrics.json").write_text("\n".join(lines))
         return subprocess.CompletedProcess(command, 0)
 
@@ -327,6 +329,15 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_ideas, "find_spec", lambda name: None)
     compare(synthetic, tmp_path, *options)
     assert not (tmp_path / "summary/index.html").exists()
+
+
+def test_no_detections(trainings, synthetic, tmp_path, capsys, monkeypatch):
+    """Their AP is 0, and differences of nothing are none."""
+    monkeypatch.setenv("EMPTY", "1")
+    compare(synthetic, tmp_path, "--variants", "baseline", "all", "--seeds", 1, 2)
+    rows = cells(capsys.readouterr().out)
+    assert ["all", "0.0 ± 0.0"] in rows
+    assert ["all", "2", "+0.00", "0.00"] in [row[:4] for row in rows]
 
 
 def runs(*aps, first_seed=1, **metrics):

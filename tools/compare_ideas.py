@@ -22,6 +22,7 @@ nothing. Variants of your own have a name, and a config, KEY VALUE pairs, or bot
 
 import argparse
 import json
+import math
 import os
 import queue
 import re
@@ -294,12 +295,15 @@ def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def finished_runs(args: argparse.Namespace, variants: List[Variant]) -> Runs:
-    """The metrics of the trainings that have ended."""
+    """The metrics of the trainings that have ended. AP without detections, which is NaN, is 0."""
     runs: Runs = {}
     for variant, seed in product(variants, args.seeds):
         folder = run_folder(args, variant.name, seed)
         if is_finished(folder):
             metrics = read_metrics(str(folder / "metrics.json"))
+            for entry in metrics:
+                if math.isnan(entry.get("bbox/AP", 0.0)):
+                    entry["bbox/AP"] = 0.0
             runs.setdefault(variant.name, {})[seed] = metrics
     return runs
 

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from detectron2.data import MetadataCatalog
 
 from libra_d2.data.coco_json import read_coco_json
-from libra_d2.evaluation.detection_metrics import DetectionMetrics, plain_values
+from libra_d2.evaluation.detection_metrics import DetectionMetrics
 from libra_d2.evaluation.error_page import MAX_MODELS, write_error_page
 from libra_d2.evaluation.matching import match_detections, read_results
 from libra_d2.evaluation.runs import compare_models
@@ -240,6 +240,6 @@ def write_page(
         names=order,
         title=f"{reference} and other variants on {dataset_name}",
         image_root=metadata.get("image_root"),
-        curves=plain_values([curve(runs[x]) for x in order]),  # AP may be NaN
+        curves=[curve(runs[x]) for x in order],
     )
     return numbers
