@@ -6,18 +6,15 @@ import logging
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from libra_d2.data.coco_json import (
-    check_images,
-    read_categories,
-    read_coco_json,
-    register_coco_json,
-)
+from libra_d2.data import image_checks, register_coco_json
+from libra_d2.data.coco_json import read_categories, read_coco_json
 from libra_d2.errors import InputError
 
 DATASET = {
@@ -33,6 +30,14 @@ DATASET = {
 }
 for crowd, entry in enumerate(DATASET["annotations"]):
     entry.update(iscrowd=crowd, area=9)
+
+
+def check_images(dataset, root, json_file, limits=None):
+    """The checks of the images of a dataset."""
+    names = [image["file_name"] for image in dataset["images"]]
+    sizes = np.array([[image["width"], image["height"]] for image in dataset["images"]])
+    image_checks.check_resized(names, sizes, root, limits or {})
+    image_checks.check_images(names, sizes, root, json_file)
 
 
 @pytest.fixture
@@ -77,7 +82,6 @@ def test_register(folder):
     register_coco_json("test_good", write(folder, other), str(folder), cache)
     path = write(folder, DATASET)
     assert register_coco_json("test_good", path, str(folder), cache) == ["dog", "cat"]  # by id
-    assert not (folder / "cache").exists()
     records = DatasetCatalog.get("test_good")
     assert [record["file_name"] for record in records] == [f"{folder}/a.png", f"{folder}/b.png"]
     for i, (record, expected) in enumerate(zip(records, DATASET["annotations"])):

@@ -13,6 +13,7 @@ from test_train_net import small_data
 
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from libra_d2 import model_zoo
 from libra_d2.config import RunIdentity, changed_values, describe, identify, make_recipe
@@ -74,12 +75,9 @@ def test_fingerprint(data, change, differs):
 
 def test_fingerprint_of_other_datasets(data):
     """Of a JSON that Detectron2 registers, of a function's records, and of none."""
-    name = register(data)
-    known, metadata = fingerprint(name), MetadataCatalog.get(name)
-    del metadata.fingerprint
+    known, name = fingerprint(register(data)), "identity_coco"
+    register_coco_instances(name, {}, str(data / "instances.json"), str(data / "images"))
     assert fingerprint(name) == {k: known[k] for k in ("annotations", "classes")}
-    del metadata.thing_classes
-    assert fingerprint(name)["classes"] == ["a", "b"]  # as register_coco_instances, when loaded
     (data / "instances.json").unlink()
     assert fingerprint(name)["annotations"] == "absent"
     records = [{"file_name": "/a/1.png", "image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}]
@@ -92,7 +90,9 @@ def test_fingerprint_of_other_datasets(data):
     boxed = fingerprint("identity_function")
     records[0]["boxes"][1] = 2
     assert before != boxed != fingerprint("identity_function")
-    DatasetCatalog.remove("identity_function")
+    for other in (name, "identity_function"):
+        DatasetCatalog.remove(other)
+    MetadataCatalog.remove(name)
     assert fingerprint("identity_function") == {}
 
 

@@ -18,13 +18,14 @@ NAME = "test_proposals"
 
 
 @pytest.fixture
-def ids(synthetic, tmp_path):
+def ids(synthetic, tmp_path, tmp_path_factory):
     """Image ids of a registered dataset, in descending order as in its JSON."""
     dataset = json.loads((synthetic / "instances.json").read_text())
     dataset["images"].reverse()
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(dataset))
-    register_coco_json(NAME, str(path), str(synthetic / "images"), str(tmp_path))
+    cache = tmp_path_factory.mktemp("cache")
+    register_coco_json(NAME, str(path), str(synthetic / "images"), str(cache))
     yield [image["id"] for image in dataset["images"]]
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)

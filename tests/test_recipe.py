@@ -43,6 +43,7 @@ test_proposals        DATASETS.PROPOSAL_FILES_TEST  dataloader.test.dataset.prop
 num_workers           DATALOADER.NUM_WORKERS        dataloader.train.num_workers         5
 image_format          INPUT.FORMAT                  dataloader.test.mapper.image_format  L
 mask_format           INPUT.MASK_FORMAT dataloader.train.mapper.instance_mask_format     bitmask
+check_images          MODEL.LIBRA.INPUT.CHECK_IMAGES train.check_images              9
 eval_period           TEST.EVAL_PERIOD              train.eval_period                    2
 num_pictures          MODEL.LIBRA.NUM_PICTURES      train.num_pictures                   1
 precise_bn            TEST.PRECISE_BN.ENABLED       None                                 true

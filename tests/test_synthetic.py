@@ -5,8 +5,9 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 from PIL import Image
+from test_coco_json import check_images
 
-from libra_d2.data.coco_json import check_images, read_coco_json
+from libra_d2.data.coco_json import read_coco_json
 from libra_d2.tools.make_synthetic_dataset import CLASSES, main, make_synthetic_dataset
 
 

@@ -108,6 +108,11 @@ _RULES: Tuple[Rule, ...] = (
     _choice("mask_format", ("polygon", "bitmask")),
     _choice("image_format", ("BGR", "RGB", "L", "YUV-BT.601")),
     _choice("MODEL.LIBRA.INPUT.INTERPOLATION", INTERPOLATIONS),
+    Rule(
+        "check_images",
+        lambda v: _is_whole(v) and v >= -1,
+        "use a number of images, 0 for none or -1 for all",
+    ),
     _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
     *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align")),

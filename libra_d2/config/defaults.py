@@ -25,6 +25,10 @@ def add_libra_config(cfg: CN) -> None:
     # A model should be used with the option that it was trained with. Configs of published models
     # use "opencv".
     cfg.MODEL.LIBRA.INPUT.INTERPOLATION = "pillow"
+    # Number of images of each dataset given by --train-json or --val-json that are opened and
+    # checked before the training, spread over the dataset; 0 for none, -1 for all. Images that were
+    # checked before, and have not changed, are not opened again.
+    cfg.MODEL.LIBRA.INPUT.CHECK_IMAGES = -1
 
     # Balanced feature pyramid (Section 3.2)
     cfg.MODEL.LIBRA.BFP = CN()

@@ -35,6 +35,7 @@ _FREE = re.compile(
     r"OUTPUT_DIR|VERSION|MODEL\.WEIGHTS|train\.output_dir|train\.init_checkpoint"
     r"|DATASETS\.PROPOSAL_FILES_\w+|dataloader\.\w+\.dataset\.proposal_files.*"
     r"|DATALOADER\.NUM_WORKERS|dataloader\.\w+\.num_workers"
+    r"|MODEL\.LIBRA\.INPUT\.CHECK_IMAGES|train\.check_images"
 )
 # The position in the data order and the weights are meaningless with other data and other parts.
 _FIXED = re.compile(

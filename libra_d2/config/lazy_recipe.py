@@ -13,12 +13,17 @@ from torch import nn
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import ProposalNetwork
 from detectron2.solver import LRMultiplier
 
-from ..data import LibraDatasetMapper, ResumableLoader
+from ..data import LibraDatasetMapper, ResumableLoader, load_dataset
 from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..lazy import disable, target_of
@@ -34,6 +39,7 @@ _PARTS = (
     *("dataloader.train", "dataloader.train.mapper"),
 )
 _PARTS_OF_EVALUATION = ("dataloader.test", "dataloader.test.mapper")
+_LOADERS = (build_detection_train_loader, build_detection_test_loader)
 _FILLED_IN = ("optimizer.params.model",)  # by build_optimizer
 _PACKAGES = ("libra_d2", "detectron2", "fvcore", "omegaconf", "torch", "torchvision")
 _NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
@@ -355,9 +361,18 @@ class LazyRecipe(Recipe):
 
     def _arguments(self, place: str) -> Dict[str, Any]:
         """All arguments of a part of the config but its mapper."""
-        names = [name for name in self._part(place) if name not in ("mapper", "_target_")]
+        part = self._part(place)
+        names = [name for name in part if name not in ("mapper", "_target_")]
         with _building(place):
-            return {name: instantiate(self._select(f"{place}.{name}")) for name in names}
+            # Detectron2's loaders take what others may not: datasets that are no lists.
+            is_mapped = target_of(part) in _LOADERS
+            return {name: self._argument(f"{place}.{name}", is_mapped) for name in names}
+
+    def _argument(self, place: str, is_mapped: bool) -> Any:
+        part = self._select(place)
+        if is_mapped and target_of(part) is get_detection_dataset_dicts:
+            return load_dataset(**self._arguments(place))
+        return instantiate(part)
 
     def build_train_loader(self, seed: int) -> Iterable:
         """Instantiate the config's ``dataloader.train``; Detectron2's can be resumed."""

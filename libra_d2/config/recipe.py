@@ -26,11 +26,12 @@ from typing import (
 import torch
 from torch import nn
 
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, RetinaNet
 
 from ..checkpoint import LibraCheckpointer, PyramidMissing
+from ..data import load_dataset
 from ..errors import InputError
 from ..evaluation import TASKS, build_evaluator
 from ..modeling.acceleration import accelerate, choose_channels_last
@@ -154,6 +155,7 @@ class Recipe(ABC):
     num_workers = Setting("DATALOADER.NUM_WORKERS", f"{_TRAIN}.num_workers", 0)
     image_format = Setting("INPUT.FORMAT", (f"{_TEST}.mapper.image_format", "model.input_format"))
     #: in LazyConfigs, given by the class of the augmentation
+    check_images = Setting("MODEL.LIBRA.INPUT.CHECK_IMAGES", "train.check_images", -1)
     interpolation = Setting(
         "MODEL.LIBRA.INPUT.INTERPOLATION", f"{_TEST}.mapper.augmentations", "pillow"
     )
@@ -519,7 +521,7 @@ class Recipe(ABC):
     def build_validation_loader(self, dataset_name: str) -> Iterable:
         """Build the loader for validation losses: images as in evaluation, with annotations."""
         files = dict(zip(self.test_datasets, self.test_proposals))
-        records = get_detection_dataset_dicts(
+        records = load_dataset(
             dataset_name, proposal_files=[files[dataset_name]] if files else None
         )
         mapper = self.build_mapper(True, augmentations=self.build_augmentations(False))

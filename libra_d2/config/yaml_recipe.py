@@ -21,7 +21,13 @@ from detectron2.modeling import (
     RetinaNet,
 )
 
-from ..data import LibraDatasetMapper, ResumableLoader, build_augmentation
+from ..data import (
+    LibraDatasetMapper,
+    ResumableLoader,
+    build_augmentation,
+    load_dataset,
+    outline,
+)
 from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..utils.leaves import leaves
@@ -201,15 +207,33 @@ class YamlRecipe(Recipe):
         return LibraDatasetMapper(self.config, is_train=is_train, **replaced)
 
     def build_train_loader(self, seed: int) -> Iterable:
-        # The arguments that build_detection_train_loader would get.
-        make_arguments = partial(
-            build_detection_train_loader.from_config, self.config, mapper=self.build_mapper(True)
+        return ResumableLoader(partial(self._loader_arguments, self.build_mapper(True)), seed=seed)
+
+    def _loader_arguments(self, mapper: Callable) -> Dict[str, Any]:
+        """The arguments that ``build_detection_train_loader`` would get."""
+        cfg = self.config
+        dataset = load_dataset(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-        return ResumableLoader(make_arguments, seed=seed)
+        arguments = build_detection_train_loader.from_config(
+            cfg, mapper=mapper, dataset=outline(dataset)
+        )
+        return {**arguments, "dataset": dataset}
 
     def build_test_loader(self, dataset_name: str) -> Iterable:
+        files = dict(zip(self.test_datasets, self.test_proposals)) if self.needs_proposals else {}
+        dataset = load_dataset(
+            dataset_name,
+            filter_empty=False,
+            proposal_files=[files[dataset_name]] if files else None,
+        )
         return build_detection_test_loader(
-            self.config, dataset_name, mapper=self.build_mapper(False)
+            dataset, mapper=self.build_mapper(False), num_workers=self.num_workers
         )
 
     def add_test_time_augmentation(self, model: nn.Module) -> nn.Module:

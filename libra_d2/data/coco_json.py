@@ -1,86 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Custom datasets in COCO's JSON format, checked when they are registered."""
+"""Annotations in COCO's JSON format, checked while they are read."""
 
 import json
 import logging
-import os
 from collections import Counter
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from PIL import Image
-from tqdm import tqdm
-
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.utils import comm
-
-from ..errors import InputError, one_line
-from ..utils.atomic_write import atomic_write
-from ..utils.display import class_colors
-from .coco_schema import check_entries, is_number, shorten
-from .fingerprint import file_digest, image_fingerprint
-from .image_reading import displayed_size, is_whole, read_image
-from .resize import OpenCVResizeShortestEdge
+from ..errors import InputError
+from .coco_schema import EntryChecker, is_number, shorten
+from .json_lists import JSONLists
 from .run_lengths import check_run_lengths
 
-__all__ = [
-    "check_images",
-    "class_colors",
-    "log_changes",
-    "read_categories",
-    "read_coco_json",
-    "register_coco_json",
-]
+__all__ = ["COCOEntries", "log_changes", "read_categories", "read_coco_json"]
 
 logger = logging.getLogger(__name__)
 
-#: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
-ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
-
-_MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
+_KINDS = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
-def _load_json(json_file: str) -> Any:
-    """Read JSON in UTF-8; the InputError for anything else says what it is."""
-    if not os.path.isfile(json_file):
-        raise InputError(f"{json_file}: no such annotation file")
-    try:
-        with open(json_file, "rb") as f:
-            content = f.read()
-        if content.startswith(b"\x1f\x8b"):
-            raise InputError(f"{json_file}: compressed with gzip; unpack it")
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or content[1:4:2] == b"\0\0":
-            raise InputError(f"{json_file}: encoded in UTF-16; save it as UTF-8")
-        return json.loads(content.decode("utf-8-sig"))
-    except OSError as e:
-        raise InputError(f"{json_file}: cannot be read: {one_line(e)}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(
-            f"{json_file}: not encoded in UTF-8 (byte {e.start} is {e.object[e.start]:#x}), but "
-            "perhaps in Latin-1; save it as UTF-8"
-        ) from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{json_file}: not valid JSON, is the file cut short? ({e})") from None
-
-
-def _check_unique_names(entries: Dict, kind: str, field: str, json_file: str) -> None:
-    ids: Dict[str, Any] = {}
-    for id, entry in entries.items():
-        first = ids.setdefault(entry[field], id)
-        if first != id:
-            raise InputError(
-                f"{json_file}: {kind} ids {shorten(first)} and {shorten(id)} have the same "
-                f"{field}, {shorten(entry[field])}"
-            )
-
-
-def _check_mask(segmentation: Any, image: Dict, mask_format: str, where: str) -> None:
-    """Raise InputError unless Detectron2 can train on the mask of an object."""
+def _check_mask(segmentation: Any, size: Tuple[int, int], mask_format: str, where: str) -> None:
+    """Raise InputError unless Detectron2 can train on the mask of an object, see COCOEntries."""
     if not segmentation:
         raise InputError(f"{where} has no 'segmentation', which a model with masks is trained on")
     if isinstance(segmentation, dict):
         try:
-            check_run_lengths(segmentation, image["height"], image["width"])
+            check_run_lengths(segmentation, height=size[1], width=size[0])
         except ValueError as e:
             raise InputError(f"{where}: {e}") from None
         if mask_format == "polygon":
@@ -97,11 +41,11 @@ def _check_mask(segmentation: Any, image: Dict, mask_format: str, where: str) ->
             )
 
 
-def _is_loadable(segmentation: Any, image: Dict) -> bool:
+def _is_loadable(segmentation: Any, size: Tuple[int, int]) -> bool:
     """Whether Detectron2 can load a mask that no model is trained on."""
     if isinstance(segmentation, dict):
         try:
-            check_run_lengths(segmentation, image["height"], image["width"])
+            check_run_lengths(segmentation, height=size[1], width=size[0])
         except ValueError:
             return False
         return True
@@ -111,75 +55,168 @@ def _is_loadable(segmentation: Any, image: Dict) -> bool:
     return isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation)
 
 
-def _clip(box: List[float], image: Dict) -> List[float]:
-    """The part of a box, [x, y, width, height], that is in the image."""
-    left, right = (min(max(v, 0), image["width"]) for v in (box[0], box[0] + box[2]))
-    top, bottom = (min(max(v, 0), image["height"]) for v in (box[1], box[1] + box[3]))
+def _clip(box: List[float], width: int, height: int) -> List[float]:
+    """The part of a box, [x, y, width, height], that is in an image of that size."""
+    left, right = (min(max(v, 0), width) for v in (box[0], box[0] + box[2]))
+    top, bottom = (min(max(v, 0), height) for v in (box[1], box[1] + box[3]))
     return [left, top, right - left, bottom - top]
+
+
+class _Names:
+    """Checks that no two entries of a list have the same name."""
+
+    def __init__(self, kind: str, field: str, json_file: str):
+        self.kind, self.field, self.json_file = kind, field, json_file
+        self._ids: Dict[str, Any] = {}
+
+    def __call__(self, entry: Dict[str, Any]) -> None:
+        first = self._ids.setdefault(entry[self.field], entry["id"])
+        if first != entry["id"]:
+            raise InputError(
+                f"{self.json_file}: {self.kind} ids {shorten(first)} and {shorten(entry['id'])} "
+                f"have the same {self.field}, {shorten(entry[self.field])}"
+            )
+
+
+class COCOEntries:
+    """
+    The entries of a file in COCO's format, LVIS' variant of it included, checked and repaired one
+    after the other.
+
+    Boxes are clipped to their image and those without area are dropped. Fields are checked and
+    repaired as in :mod:`coco_schema`.
+    """
+
+    def __init__(self, json_file: str, mask_format: Optional[str] = None):
+        """
+        Args:
+            json_file: path of the JSON file.
+            mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask", if each object must have a
+                mask.
+        """
+        self.json_file = json_file
+        self.mask_format = mask_format
+        self.lists = JSONLists(json_file, tuple(_KINDS))
+        #: how many boxes were "clipped" and "dropped", and how many values of each field, such as
+        #: "annotation iscrowd", were repaired; complete after the last entry
+        self.changes: Counter = Counter()
+
+    def __iter__(self) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        """
+        The name of its list, and each entry that is left. Images precede annotations.
+
+        Raises:
+            InputError: if the file is missing, cut short, or inconsistent. The message names the
+                entry.
+        """
+        self.changes.clear()
+        self._checkers = {
+            k: EntryChecker(x, self.json_file, self.changes) for k, x in _KINDS.items()
+        }
+        self._sizes: Dict[Any, Tuple[int, int]] = {}
+        self._first_uses: Dict[Any, Any] = {}  # of category ids: the annotation's id
+        self._num_kept = self._num_objects = 0
+        self._has_odd_ids = False
+        yield from self._read(lambda key: key != "annotations" or "images" in self.lists.found)
+        self._check_lists()
+        if self.lists.found.index("annotations") < self.lists.found.index("images"):
+            yield from self._read(lambda key: key == "annotations")
+        self._check_all()
+
+    def _read(self, is_read: Callable[[str], bool]) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        names = {
+            "images": _Names("image", "file_name", self.json_file),
+            "categories": _Names("category", "name", self.json_file),
+        }
+        for key, entry in self.lists:
+            if not is_read(key):
+                continue
+            entry = self._checkers[key](entry)
+            if key == "annotations":
+                if self._keep(entry):
+                    yield key, entry
+                continue
+            names[key](entry)
+            if key == "images":
+                self._sizes[entry["id"]] = entry["width"], entry["height"]
+            yield key, entry
+
+    def _keep(self, annotation: Dict[str, Any]) -> bool:
+        """Check and clip an annotation; False if nothing of it is left."""
+        id = annotation["image_id"]
+        if id not in self._sizes:
+            self._check_lists()
+            raise InputError(
+                f"{self._where(annotation['id'])} names image id {shorten(id)}, which is not there"
+            )
+        self._first_uses.setdefault(annotation["category_id"], annotation["id"])
+        size = self._sizes[id]
+        x, y, width, height = annotation["bbox"]
+        is_inside = x >= 0 and y >= 0 and x + width <= size[0] and y + height <= size[1]
+        if not is_inside or min(width, height) <= 0:
+            clipped = _clip(annotation["bbox"], *size)
+            if min(clipped[2:]) <= 0:
+                self.changes["dropped"] += 1
+                return False
+            # Rounding errors of x + width are smaller than this.
+            if max(abs(a - b) for a, b in zip(annotation["bbox"], clipped)) > 1e-2:
+                self.changes["clipped"] += 1
+                annotation["bbox"] = clipped
+        segmentation = annotation.get("segmentation")
+        if self.mask_format is not None and not annotation["iscrowd"]:
+            _check_mask(segmentation, size, self.mask_format, self._where(annotation["id"]))
+        elif not _is_loadable(segmentation, size):
+            self.changes["annotation segmentation"] += 1
+            annotation["segmentation"] = []
+        self._num_kept += 1
+        self._num_objects += not annotation["iscrowd"]
+        # pycocotools takes the id 0 for "not matched".
+        id = annotation["id"]
+        self._has_odd_ids |= not (type(id) is int and 0 < id < 2**31)
+        return True
+
+    def _where(self, id: Any) -> str:
+        return f"{self.json_file}: annotation id {shorten(id)}"
+
+    def _check_lists(self) -> None:
+        for key in _KINDS:
+            is_read = key in self.lists.found
+            if not is_read and (self.lists.is_complete or key in self.lists.rest):
+                raise InputError(f"{self.json_file}: not in COCO format, there is no list {key!r}")
+            if is_read and key != "annotations" and not self._checkers[key].count:
+                raise InputError(f"{self.json_file}: there are no {key}")
+
+    def _check_all(self) -> None:
+        """Checks for which all entries must have been read."""
+        for id, annotation in self._first_uses.items():
+            if id not in self._checkers["categories"].ids:
+                raise InputError(
+                    f"{self._where(annotation)} names category id {shorten(id)}, which is not there"
+                )
+        if not self._num_objects:
+            raise InputError(
+                f"{self.json_file}: there are no objects in it (crowds and empty boxes aside)"
+            )
+        if self._has_odd_ids:
+            self.changes["annotation id"] += self._num_kept
 
 
 def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[Dict, Counter]:
     """
-    Read and check annotations in COCO format, LVIS' variant of it included.
-
-    Boxes are clipped to their image and those without area are dropped. Fields are checked and
-    repaired as in :mod:`coco_schema`.
-
-    Args:
-        json_file: path of the JSON file.
-        mask_format: ``INPUT.MASK_FORMAT``, "polygon" or "bitmask", if each object must have a mask.
+    Read all of a JSON file with :class:`COCOEntries`, which has the arguments and the errors.
+    Annotations are numbered anew if pycocotools cannot use their ids.
 
     Returns:
-        the dataset; and how many boxes were "clipped" and "dropped", and how many values of each
-        field, such as "annotation iscrowd", were repaired.
-
-    Raises:
-        InputError: if the file is missing, cut short, or inconsistent. The message names the entry.
+        the dataset, and the :attr:`COCOEntries.changes`.
     """
-    dataset = _load_json(json_file)
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
-            raise InputError(f"{json_file}: not in COCO format, there is no list {key!r}")
-        if not dataset[key] and key != "annotations":
-            raise InputError(f"{json_file}: there are no {key}")
-    changes: Counter = Counter()
-    images = check_entries(dataset["images"], "image", json_file, changes)
-    categories = check_entries(dataset["categories"], "category", json_file, changes)
-    _check_unique_names(categories, "category", "name", json_file)
-    _check_unique_names(images, "image", "file_name", json_file)
-    check_entries(dataset["annotations"], "annotation", json_file, changes)
-    kept = []
-    for annotation in dataset["annotations"]:
-        where = f"{json_file}: annotation id {shorten(annotation['id'])}"
-        for kind, entries in (("image", images), ("category", categories)):
-            id = annotation[f"{kind}_id"]
-            if id not in entries:
-                raise InputError(f"{where} names {kind} id {shorten(id)}, which is not there")
-        image = images[annotation["image_id"]]
-        clipped = _clip(annotation["bbox"], image)
-        if min(clipped[2:]) <= 0:
-            changes["dropped"] += 1
-            continue
-        kept.append(annotation)
-        # Rounding errors of x + width are smaller than this.
-        if max(abs(a - b) for a, b in zip(annotation["bbox"], clipped)) > 1e-2:
-            changes["clipped"] += 1
-            annotation["bbox"] = clipped
-        segmentation = annotation.get("segmentation")
-        if mask_format is not None and not annotation["iscrowd"]:
-            _check_mask(segmentation, image, mask_format, where)
-        elif not _is_loadable(segmentation, image):
-            changes["annotation segmentation"] += 1
-            annotation["segmentation"] = []
-    if all(annotation["iscrowd"] for annotation in kept):
-        raise InputError(f"{json_file}: there are no objects in it (crowds and empty boxes aside)")
-    # pycocotools takes the id 0 for "not matched".
-    if not all(type(a["id"]) is int and 0 < a["id"] < 2**31 for a in kept):
-        changes["annotation id"] += len(kept)
-        for number, annotation in enumerate(kept, 1):
+    entries = COCOEntries(json_file, mask_format)
+    lists: Dict[str, List] = {key: [] for key in _KINDS}
+    for key, entry in entries:
+        lists[key].append(entry)
+    if entries.changes["annotation id"]:
+        for number, annotation in enumerate(lists["annotations"], 1):
             annotation["id"] = number
-    dataset["annotations"] = kept
-    return dataset, changes
+    return {**entries.lists.rest, **lists}, +entries.changes
 
 
 def log_changes(json_file: str, changes: Counter) -> None:
@@ -193,136 +230,6 @@ def log_changes(json_file: str, changes: Counter) -> None:
     if repaired:
         counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
         logger.warning(f"{json_file}: repaired or filled in: {counts}")
-
-
-def _path_of(file_name: str, image_root: str, json_file: str) -> str:
-    """Path of an image, which has to be in ``image_root``."""
-    path = os.path.join(image_root, file_name)
-    inside = os.path.relpath(os.path.normpath(path), os.path.normpath(image_root))
-    if inside.split(os.sep)[0] == os.pardir:
-        raise InputError(
-            f"{path}: {json_file} names an image outside of the image directory {image_root}. If "
-            "you trust it, name a directory that all of its images are in, such as /"
-        )
-    return path
-
-
-def _check_resized(path: str, width: int, height: int, limits: ResizeLimits) -> None:
-    """Raise InputError if an image is resized to less than a pixel or to too many."""
-    for keys, (lengths, limit) in limits.items():
-        for length in filter(None, lengths):  # 0 keeps the size
-            shape = OpenCVResizeShortestEdge.get_output_shape(height, width, length, limit)
-            if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS:
-                raise InputError(
-                    f"{path}: {width} x {height} pixels become {shape[1]} x {shape[0]} with {keys} "
-                    f"({length}, {limit}), which no network can use; change them, or leave the "
-                    "image out"
-                )
-
-
-def check_images(
-    dataset: Dict, image_root: str, json_file: str, limits: Optional[ResizeLimits] = None
-) -> str:
-    """
-    Check that each image of a dataset, see :func:`read_coco_json`, is in ``image_root``, is an
-    image, has the size in the annotations, and can be resized to ``limits``. JPEG and PNG files are
-    only decoded if their end is missing.
-
-    Returns:
-        the :func:`image_fingerprint` of the images.
-
-    Raises:
-        InputError: names the first image for which this is not so.
-    """
-    if not os.path.isdir(image_root):
-        raise InputError(f"{image_root}: no such image directory")
-    quiet, files = not comm.is_main_process(), []
-    for image in tqdm(dataset["images"], desc="checking images", unit="image", disable=quiet):
-        path = _path_of(image["file_name"], image_root, json_file)
-        expected = (image["width"], image["height"])
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such image; {json_file} names it")
-        try:
-            with Image.open(path) as file:
-                size = file.size
-                # Detectron2 applies the Exif orientation. It may be at the end of a PNG file, which
-                # is not worth reading if the size is right.
-                if file.format != "PNG" or size != expected:
-                    size = displayed_size(file)
-                whole = is_whole(path, file.format)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise InputError(f"{path}: not a readable image ({one_line(e)})") from None
-        if size != expected:
-            raise InputError(
-                f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "
-                f"{expected[0]} x {expected[1]}"
-            )
-        _check_resized(path, *size, limits or {})
-        if not whole:
-            read_image(path)
-        files.append((image["file_name"], os.path.getsize(path)))
-    return image_fingerprint(files)
-
-
-def register_coco_json(
-    name: str,
-    json_file: str,
-    image_root: str,
-    cache_dir: str,
-    mask_format: Optional[str] = None,
-    limits: Optional[ResizeLimits] = None,
-) -> List[str]:
-    """
-    Check a dataset and register it with Detectron2. If :func:`read_coco_json` had to change its
-    annotations, a warning says how, and training and evaluation use the changed ones, which are
-    written to ``<cache_dir>/<name>-<digest>.json``.
-
-    Args:
-        name: name to register; one that is registered already is replaced.
-        json_file, image_root: annotations, and the directory that their file names are relative to.
-        mask_format: see :func:`read_coco_json`. None registers boxes only.
-        limits: what the images are resized to.
-
-    Returns:
-        names of the classes, in the order of their category ids.
-
-    Raises:
-        InputError: see :func:`read_coco_json` and :func:`check_images`.
-    """
-    dataset, changes = read_coco_json(json_file, mask_format)
-    images = check_images(dataset, image_root, json_file, limits)
-    digests = {"annotations": file_digest(json_file), "images": images}
-    log_changes(json_file, changes)
-    with open(json_file, "rb") as f:
-        has_byte_order_mark = f.read(3) == b"\xef\xbb\xbf"
-    if +changes or has_byte_order_mark:
-        os.makedirs(cache_dir, exist_ok=True)
-        json_file = os.path.join(cache_dir, f"{name}-{digests['annotations']}.json")
-        with atomic_write(json_file, "w") as f:
-            json.dump(dataset, f)
-
-    def load() -> List[Dict]:
-        dicts = load_coco_json(json_file, image_root, name)
-        if mask_format is None:  # the ground truth that is drawn is what a model is trained on
-            for annotation in (a for d in dicts for a in d["annotations"]):
-                annotation.pop("segmentation", None)
-        return dicts
-
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, load)
-    classes = [c["name"] for c in sorted(dataset["categories"], key=lambda c: c["id"])]
-    MetadataCatalog.get(name).set(
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-        thing_classes=classes,
-        thing_colors=class_colors(len(classes)),
-        num_images=len(dataset["images"]),
-        fingerprint=digests,
-    )
-    return classes
 
 
 def read_categories(path: str) -> List[str]:

@@ -7,11 +7,11 @@ The fields of a COCO JSON: which values are legal, which are repaired, and which
 import math
 import os
 from collections import Counter
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Set
 
 from ..errors import InputError
 
-__all__ = ["SCHEMA", "Field", "check_entries"]
+__all__ = ["SCHEMA", "EntryChecker", "Field"]
 
 MISSING = object()
 MAX_SIDE = 2**31 - 1  # pixels, more than any image format allows
@@ -106,9 +106,9 @@ SCHEMA: Dict[str, Dict[str, Field]] = {
         "area": Field(lambda v: is_number(v) and v >= 0, "a number of 0 or more", _box_area),
         "iscrowd": Field(lambda v: type(v) is int and v in (0, 1), "0 or 1", _zero),
         "ignore": Field(
-            lambda v: type(v) in (int, bool) and not v,
+            lambda v: v is MISSING or (type(v) in (int, bool) and not v),
             "absent or 0: COCO lacks it, use 'iscrowd'",
-            lambda value, entry: 0 if value in (MISSING, None) else None,
+            lambda value, entry: 0 if value is None else None,
         ),
     },
 }
@@ -120,40 +120,65 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def check_entries(entries: List[Any], kind: str, json_file: str, repaired: Counter) -> Dict:
-    """
-    Check the entries of one list of a JSON against their kind in :data:`SCHEMA`, and repair them in
-    place; ``repaired`` counts this by kind and field.
+class EntryChecker:
+    """Checks the entries of one list of a JSON, one after the other, against their kind."""
 
-    Returns:
-        the entries by their id.
+    def __init__(self, kind: str, json_file: str, repaired: Counter):
+        """
+        Args:
+            kind: one of :data:`SCHEMA`.
+            json_file: its path, for messages.
+            repaired: counts repaired values by kind and field.
+        """
+        self.kind, self.json_file, self.repaired = kind, json_file, repaired
+        self._fields = tuple(SCHEMA[kind].items())
+        #: those of the entries so far
+        self.ids: Set[Any] = set()
+        #: the number of entries so far
+        self.count = 0
+        self._has_text = False
 
-    Raises:
-        InputError: names file, entry, field and value.
-    """
-    index: Dict[Any, Dict] = {}
-    for position, entry in enumerate(entries):
+    def __call__(self, entry: Any) -> Dict[str, Any]:
+        """
+        Check the next entry, and repair it in place.
+
+        Raises:
+            InputError: names file, entry, field and value.
+        """
         if type(entry) is not dict:
             raise InputError(
-                f"{json_file}: {kind} number {position} must be an object, not {shorten(entry)}"
+                f"{self.json_file}: {self.kind} number {self.count} must be an object, not "
+                f"{shorten(entry)}"
             )
-        for name, field in SCHEMA[kind].items():
+        for name, field in self._fields:
             value = entry.get(name, MISSING)
-            if field.legal(value):
-                continue
-            meant = field.repair(value, entry)
-            if meant is None:
-                which = f"number {position}" if name == "id" else f"id {shorten(entry['id'])}"
-                where = f"{json_file}: {kind} {which} has"
-                if value is MISSING:
-                    raise InputError(f"{where} no {name!r}")
-                raise InputError(f"{where} the {name} {shorten(value)}; it must be {field.what}")
-            entry[name] = meant
-            if name != "ignore":
-                repaired[f"{kind} {name}"] += 1
-        if entry["id"] in index:
-            raise InputError(f"{json_file}: {kind} id {shorten(entry['id'])} occurs more than once")
-        index[entry["id"]] = entry
-    if len({type(id) is str for id in index}) > 1:
-        raise InputError(f"{json_file}: some {kind} ids are text and some are numbers")
-    return index
+            if not field.legal(value):
+                self._repair(entry, name, field, value)
+        self._check_id(entry["id"])
+        self.count += 1
+        return entry
+
+    def _repair(self, entry: Dict[str, Any], name: str, field: Field, value: Any) -> None:
+        meant = field.repair(value, entry)
+        if meant is None:
+            which = f"number {self.count}" if name == "id" else f"id {shorten(entry['id'])}"
+            where = f"{self.json_file}: {self.kind} {which} has"
+            if value is MISSING:
+                raise InputError(f"{where} no {name!r}")
+            raise InputError(f"{where} the {name} {shorten(value)}; it must be {field.what}")
+        entry[name] = meant
+        if name != "ignore":
+            self.repaired[f"{self.kind} {name}"] += 1
+
+    def _check_id(self, id: Any) -> None:
+        is_text = type(id) is str
+        if self.ids and is_text is not self._has_text:
+            raise InputError(
+                f"{self.json_file}: some {self.kind} ids are text and some are numbers"
+            )
+        self._has_text = is_text
+        if id in self.ids:
+            raise InputError(
+                f"{self.json_file}: {self.kind} id {shorten(id)} occurs more than once"
+            )
+        self.ids.add(id)

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import os
-from typing import Any, Dict, Iterable, List, Tuple, Union
+from typing import Any, Dict, Iterable, List, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 from ..utils.digest import sha256
 from .class_names import class_names
 
-__all__ = ["file_digest", "fingerprint", "image_fingerprint", "record_fingerprint"]
+__all__ = ["digest", "file_digest", "fingerprint", "image_fingerprint", "record_fingerprint"]
 
 _LENGTH = 16  # of a digest: hexadecimal digits, enough to tell files apart
 
@@ -25,16 +25,19 @@ def file_digest(path: str) -> str:
 def image_fingerprint(files: Iterable[Tuple]) -> str:
     """The number of images, and a digest of their names and sizes in bytes, whatever the order."""
     files = sorted(files)
-    return f"{len(files)} ({_digest(files)})"
+    return f"{len(files)} ({digest(files)})"
 
 
-def record_fingerprint(records: List[Dict[str, Any]]) -> str:
+def record_fingerprint(records: Sequence[Dict[str, Any]]) -> str:
     """As :func:`image_fingerprint`, of the ids and names of images in Detectron2's format."""
-    names = (os.path.basename(str(record.get("file_name"))) for record in records)
-    return image_fingerprint((str(r["image_id"]), name) for r, name in zip(records, names))
+    return image_fingerprint(
+        (str(record["image_id"]), os.path.basename(str(record.get("file_name"))))
+        for record in records
+    )
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """The start of the SHA-256 of lists, dicts, numbers and text."""
     text = json.dumps(content, skipkeys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
@@ -70,5 +73,5 @@ def fingerprint(dataset_name: str) -> Dict[str, Union[str, List[str]]]:
         found["annotations"] = file_digest(json_file) if PathManager.isfile(json_file) else "absent"
     else:
         records = DatasetCatalog.get(dataset_name)
-        found["annotations"] = _digest([_moved(record) for record in records])
+        found["annotations"] = digest([_moved(record) for record in records])
     return found

@@ -22,6 +22,7 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+_USUAL_END = 16  # bytes
 _MAX_TRAILER = 65536  # bytes that end markers are looked for in: cameras and editors append data
 
 
@@ -38,9 +39,14 @@ def is_whole(path: str, format: str) -> bool:
     """
     if format not in _END_MARKERS:
         return False
+    marker = _END_MARKERS[format]
     with open(path, "rb") as f:
-        f.seek(max(os.path.getsize(path) - _MAX_TRAILER, 0))
-        return _END_MARKERS[format] in f.read()
+        size = f.seek(0, os.SEEK_END)
+        for length in (_USUAL_END, _MAX_TRAILER):
+            f.seek(max(size - length, 0))
+            if marker in f.read():
+                return True
+    return False
 
 
 def read_image(file_name: str, format: str = "BGR") -> np.ndarray:

@@ -15,12 +15,13 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import InputError, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.safe_reading import load_arrays
+from .dataset_cache import load_records
 from .fingerprint import file_digest, record_fingerprint
 
 __all__ = ["prepare_proposals", "write_proposals"]
@@ -109,7 +110,7 @@ def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List,
             f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
             f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
         )
-    theirs, ours = content.get("images"), record_fingerprint(DatasetCatalog.get(dataset_name))
+    theirs, ours = content.get("images"), record_fingerprint(load_records(dataset_name))
     if theirs and theirs != ours:
         raise InputError(
             f"{path}: proposals for {theirs} images, which are not the {ours} of dataset "
@@ -172,7 +173,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
                 f"{path}: image id {id} has {len(boxes_i)} boxes, but {len(logits_i)} scores"
             )
     # Detectron2 compares ids as text.
-    records = {str(record["image_id"]): record for record in DatasetCatalog.get(dataset_name)}
+    records = {str(record["image_id"]): record for record in load_records(dataset_name)}
     is_xywh = isinstance(content, dict) and content.get("bbox_mode") == BoxMode.XYWH_ABS
     for id, boxes_i in zip(map(str, ids), boxes):
         if id in records and len(boxes_i):

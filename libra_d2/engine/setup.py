@@ -4,19 +4,27 @@
 import argparse
 import logging
 import os
-from typing import Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 from detectron2.engine import default_setup
+from detectron2.utils import comm
 
 from ..checkpoint import find_checkpoint
 from ..config import Recipe, check_run, read_recipe
-from ..data import prepare_proposals, register_coco_json
-from ..errors import InputError
+from ..data import (
+    cache_coco_json,
+    cache_registered,
+    prepare_proposals,
+    register_cached,
+    use_cached,
+)
+from ..errors import InputError, one_line
 from ..model_zoo import find_config
 from .launch import in_main_process
 from .output_dir import config_kept, prepare_output_dir, set_earlier_run_aside
 
 __all__ = [
+    "map_registered_data",
     "prepare_proposal_files",
     "read_config",
     "register_own_data",
@@ -31,6 +39,29 @@ _DATA = ("json", "images", "proposals")  # --train-json, and so on
 def read_config(config_file: str, options: Sequence[str]) -> Recipe:
     """:func:`libra_d2.config.read_recipe` of a file or name of a config, see ``find_config``."""
     return read_recipe(find_config(config_file), options, config_file)
+
+
+def _once_per_machine(function: Callable, *args: Any) -> Any:
+    """
+    Call ``function(*args)``, which writes files, in the main process, and then in the first process
+    of each other machine, which may find these files. All processes must call this; all of them
+    return the value of the main process, or raise InputError.
+    """
+    value = in_main_process(function, *args)
+    error = ""
+    if comm.get_local_rank() == 0 and not comm.is_main_process():
+        try:
+            function(*args)
+        except Exception as e:
+            error = one_line(e) or type(e).__name__
+    errors = list(filter(None, comm.all_gather(error)))
+    if errors:
+        raise InputError(errors[0])
+    return value
+
+
+def _datasets_dir(recipe: Recipe) -> str:
+    return os.path.join(recipe.output_dir, "datasets")
 
 
 def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
@@ -59,14 +90,12 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
         if split == "test" and recipe.tta:
             keys = " and ".join(map(recipe.name_of, ("tta_min_sizes", "tta_max_size")))
             limits[keys] = (recipe.tta_min_sizes, recipe.tta_max_size)
-        classes = register_coco_json(
-            name,
-            json_file,
-            images,
-            cache_dir=os.path.join(recipe.output_dir, "datasets"),
-            mask_format=recipe.mask_format if recipe.has_masks else None,
-            limits=limits,
+        cached = _once_per_machine(
+            cache_coco_json,
+            *(name, json_file, images, _datasets_dir(recipe)),
+            *(recipe.mask_format if recipe.has_masks else None, limits, recipe.check_images),
         )
+        classes = register_cached(name, cached)
         if known_classes not in (None, classes):
             raise InputError(
                 f"{json_file}: its categories {classes} are not those of {args.train_json}, "
@@ -81,6 +110,18 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
         if args.train_json and not args.val_json:
             recipe.test_datasets = ()
     return names
+
+
+def map_registered_data(recipe: Recipe, splits: Sequence[str] = ("train", "test")) -> None:
+    """
+    Let all processes share the datasets of a recipe that Detectron2 has registered, see
+    :func:`libra_d2.data.cache_registered`.
+    """
+    names = [name for split in splits for name in recipe.get(f"{split}_datasets", ())]
+    for name in dict.fromkeys(names):
+        cached = _once_per_machine(cache_registered, name, _datasets_dir(recipe))
+        if cached is not None:
+            use_cached(name, cached)
 
 
 def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "test")) -> None:
@@ -128,10 +169,12 @@ def setup(args: argparse.Namespace) -> Recipe:
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
     register_own_data(recipe, args)
+    splits = ("test",) if args.eval_only else ("train", "test")
+    map_registered_data(recipe, splits)
     inputs = _inputs(recipe, args)
     resume = args.resume and in_main_process(find_checkpoint, recipe.output_dir) != ""
     check_run(recipe, train=not args.eval_only, resume=resume)
-    prepare_proposal_files(recipe, ("test",) if args.eval_only else ("train", "test"))
+    prepare_proposal_files(recipe, splits)
     if not (resume or args.eval_only):
         set_earlier_run_aside(recipe, inputs, args.resume)
     # default_setup prints the file, too, and needs its path.

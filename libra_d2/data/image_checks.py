@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the image files of a dataset, each of which is opened once."""
+
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import InputError, one_line
+from .image_reading import displayed_size, is_whole, read_image
+from .resize import OpenCVResizeShortestEdge
+
+__all__ = ["ResizeLimits", "check_images", "check_resized"]
+
+#: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
+ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
+
+UNKNOWN = -1  # in place of the state of a file
+_MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
+_THREADS = 16  # network file systems answer many requests at a time
+_BATCH = 64  # images that a thread takes at a time
+
+
+def check_resized(
+    names: Sequence[str], sizes: np.ndarray, image_root: str, limits: ResizeLimits
+) -> None:
+    """
+    Args:
+        names, sizes: see :func:`check_images`.
+        limits: what the images are resized to.
+
+    Raises:
+        InputError: if an image is resized to less than a pixel or to too many.
+    """
+    _, first = np.unique(sizes, axis=0, return_index=True)  # of each size
+    for image in sorted(first.tolist()):
+        width, height = sizes[image].tolist()
+        for keys, (lengths, limit) in limits.items():
+            for length in filter(None, lengths):  # 0 keeps the size
+                shape = OpenCVResizeShortestEdge.get_output_shape(height, width, length, limit)
+                if min(shape) < 1 or shape[0] * shape[1] > _MAX_PIXELS:
+                    raise InputError(
+                        f"{os.path.join(image_root, names[image])}: {width} x {height} pixels "
+                        f"become {shape[1]} x {shape[0]} with {keys} ({length}, {limit}), which no "
+                        "network can use; change them, or leave the image out"
+                    )
+
+
+def _check_inside(name: str, image_root: str, json_file: str) -> None:
+    """Raise InputError unless an image is in ``image_root``."""
+    if os.pardir not in name and not os.path.isabs(name):
+        return
+    path = os.path.join(image_root, name)
+    inside = os.path.relpath(os.path.normpath(path), os.path.normpath(image_root))
+    if inside.split(os.sep)[0] == os.pardir:
+        raise InputError(
+            f"{path}: {json_file} names an image outside of the image directory {image_root}. If "
+            "you trust it, name a directory that all of its images are in, such as /"
+        )
+
+
+def _file_state(path: str, json_file: str) -> Tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: no such image; {json_file} names it")
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
+    """Raise InputError unless a file is a readable image of a width and height."""
+    try:
+        with Image.open(path) as file:
+            size = file.size
+            # Detectron2 applies the Exif orientation. It may be at the end of a PNG file, which
+            # is not worth reading if the size is right.
+            if file.format != "PNG" or size != expected:
+                size = displayed_size(file)
+            whole = is_whole(path, file.format)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path}: not a readable image ({one_line(e)})") from None
+    if size != expected:
+        raise InputError(
+            f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "
+            f"{expected[0]} x {expected[1]}"
+        )
+    if not whole:
+        read_image(path)
+
+
+def _in_threads(function: Callable, items: np.ndarray) -> Iterator[List]:
+    """The values of ``function`` in order, in batches."""
+    batches = [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        try:
+            yield from threads.map(lambda batch: [function(x) for x in batch], batches)
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def check_images(
+    names: Sequence[str],
+    sizes: np.ndarray,
+    image_root: str,
+    json_file: str,
+    amount: int = -1,
+    states: Optional[np.ndarray] = None,
+) -> None:
+    """
+    Check that images are in ``image_root``, are images, and have the size in the annotations. JPEG
+    and PNG files are only decoded if their end is missing. Only files that have changed since they
+    were checked are opened.
+
+    Args:
+        names: of files, relative to ``image_root``.
+        sizes: (N, 2) widths and heights in pixels.
+        json_file: where they are from, for messages.
+        amount: how many images to check, in equal distances; -1 for all.
+        states: (N, 2) int64, sizes of the files in bytes and times of their last change in
+            nanoseconds when they were checked; -1 if they never were. Updated in place.
+
+    Raises:
+        InputError: names an image for which this is not so.
+    """
+    if not os.path.isdir(image_root):
+        raise InputError(f"{image_root}: no such image directory")
+    for name in names:
+        _check_inside(name, image_root, json_file)
+    paths = [os.path.join(image_root, name) for name in names]
+    states = np.full((len(names), 2), UNKNOWN) if states is None else states
+    chosen = _spread(amount, len(names))
+    found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen)
+    found = np.array(list(chain.from_iterable(found)), np.int64).reshape(-1, 2)
+    is_changed = (found != states[chosen]).any(axis=1)
+    changed, found = chosen[is_changed], found[is_changed]
+    done = 0
+    with tqdm(
+        total=len(changed), desc="checking images", unit="image", disable=not len(changed)
+    ) as progress:
+        for batch in _in_threads(
+            lambda i: _check_image(paths[i], tuple(sizes[i].tolist()), json_file), changed
+        ):
+            end = done + len(batch)
+            states[changed[done:end]] = found[done:end]
+            done = end
+            progress.update(len(batch))
+
+
+def _spread(amount: int, length: int) -> np.ndarray:
+    """Indices of a number of entries in equal distances; of all if it is -1."""
+    if amount < 0 or amount >= length:
+        return np.arange(length)
+    return (np.arange(amount) * length) // max(amount, 1)

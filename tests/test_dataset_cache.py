@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets of a few small images, whose records are Detectron2's."""
+
+import importlib
+import itertools
+import json
+import logging
+import os
+import pickle
+
+import numpy as np
+import pycocotools.mask as mask_utils
+import pytest
+from test_coco_json import DATASET, RUN_LENGTHS, folder, write  # noqa: F401
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+
+from libra_d2.data import (
+    cache_registered,
+    dataset_cache,
+    image_checks,
+    load_dataset,
+    load_records,
+    outline,
+    register_coco_json,
+    use_cached,
+)
+from libra_d2.data.mapped_records import MappedRecords
+from libra_d2.errors import InputError
+
+setup = importlib.import_module("libra_d2.engine.setup")  # not the function of this name
+NAME = "test_cache"
+POLYGONS = [[10, 20.5, 40, 20, 40, 60], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]]
+KEYPOINTS = [1, 2, 2, 3, 4, 0, 5.5, 6, 1]
+COMPRESSED = {"size": [80, 100], "counts": mask_utils.frPyObjects(RUN_LENGTHS, 80, 100)["counts"]}
+COMPRESSED["counts"] = COMPRESSED["counts"].decode()
+OBJECTS = [  # image, class, crowd, box, and more
+    (9, 3, 0, [1, 2.5, 3, 1e-3], {"segmentation": POLYGONS}),
+    (7, 20, 1, [0, 0, 100, 80], {"segmentation": RUN_LENGTHS}),
+    (9, 20, 0, [4, 5, 6, 7], {"keypoints": KEYPOINTS, "segmentation": POLYGONS[:1]}),
+    (7, 20, 1, [0, 0, 9, 8], {"segmentation": COMPRESSED}),
+    (9, 3, 0, [3, 2, 1, 1], {"segmentation": POLYGONS[1:]}),  # left out by Detectron2
+]
+
+
+def dataset():
+    """Five objects of two images, of which only the second has others than crowds."""
+    annotations = [
+        {"id": i, "image_id": image, "category_id": category, "iscrowd": crowd, "bbox": box, **more}
+        for i, (image, category, crowd, box, more) in enumerate(OBJECTS, 1)
+    ]
+    for annotation in annotations:
+        annotation["area"] = 1
+    return {**DATASET, "images": DATASET["images"][::-1], "annotations": annotations}
+
+
+def register(folder, content=None, **options):  # noqa: F811
+    path = write(folder, content or dataset())
+    register_coco_json(NAME, path, str(folder), str(folder / "cache"), **options)
+    return load_records(NAME)
+
+
+def as_text(records):
+    """With compressed masks, whose counts are bytes or text, as text."""
+    return json.loads(json.dumps(list(records), default=bytes.decode))
+
+
+def cached_files(folder):  # noqa: F811
+    return {path.suffix: path for path in (folder / "cache").iterdir()}
+
+
+@pytest.mark.parametrize("mask_format", [None, "bitmask"])
+@pytest.mark.parametrize("order", itertools.permutations(DATASET))
+def test_records(folder, order, mask_format):  # noqa: F811
+    """Detectron2's, in its order, whatever the order of the lists; boxes only, or with masks."""
+    content = {key: dataset()[key] for key in order}
+    if mask_format:
+        content["annotations"][0]["segmentation"] = POLYGONS[:1]
+        del content["annotations"][4]
+    expected = load_coco_json(write(folder, content), str(folder), "test_cache_expected")
+    assert [len(record["annotations"]) for record in expected] == [2, 2]
+    records = register(folder, content, mask_format=mask_format)
+    for annotation in itertools.chain(*(record["annotations"] for record in expected)):
+        if not mask_format:
+            annotation.pop("segmentation", None)
+    assert as_text(records) == as_text(expected)
+    assert list(map(list, records)) == list(map(list, expected))
+    assert {type(a["bbox_mode"]) for r in records for a in r["annotations"]} == {
+        type(expected[0]["annotations"][0]["bbox_mode"])
+    }
+    copied = pickle.loads(pickle.dumps(records))
+    assert list(copied) == list(records) == DatasetCatalog.get(NAME)
+    assert len(pickle.dumps(records)) < 500  # not the content
+    records[0]["annotations"].clear()
+    assert len(records[0]["annotations"]) == 2
+    assert MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id == {3: 0, 20: 1}
+
+
+def test_ids_of_text(folder):  # noqa: F811
+    """Of images, categories and annotations."""
+    content = json.loads(json.dumps(dataset()))
+    for key, fields in (("images", ["id"]), ("categories", ["id"])):
+        for entry in content[key]:
+            entry.update({field: str(entry[field]) for field in fields})
+    for entry in content["annotations"]:
+        entry.update({key: str(entry[key]) for key in ("id", "image_id", "category_id")})
+    records = register(folder, content)
+    assert [record["image_id"] for record in records] == ["7", "9"]
+    assert [a["category_id"] for a in records[1]["annotations"]] == [1, 0]  # "20" before "3"
+    ids = [a["id"] for a in json.loads(cached_files(folder)[".json"].read_text())["annotations"]]
+    assert ids == [1, 2, 3, 4, 5]
+
+
+def test_changed_file(folder):  # noqa: F811
+    """All lists and other values are written, in whichever order they come."""
+    content = {"annotations": dataset()["annotations"], "info": {"a": [1]}, **DATASET}
+    content["annotations"] = [*dataset()["annotations"], {**OBJECT, "id": 9}]
+    register(folder, content)
+    found = json.loads(cached_files(folder)[".json"].read_text())
+    content["annotations"][-1]["bbox"] = [50, 0, 50, 80]
+    assert found == content
+
+
+OBJECT = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 2, "bbox": [50, -9, 60, 99]}
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often the JSON is read, and which images are opened."""
+    found = {"reads": 0, "opened": []}
+    read, check = dataset_cache.COCOEntries.__iter__, image_checks._check_image
+
+    def count_reads(self):
+        found["reads"] += 1
+        return read(self)
+
+    def count_images(path, *args):
+        found["opened"].append(os.path.basename(path))
+        check(path, *args)
+
+    monkeypatch.setattr(dataset_cache.COCOEntries, "__iter__", count_reads)
+    monkeypatch.setattr(image_checks, "_check_image", count_images)
+    return found
+
+
+def test_read_once(folder, counts):  # noqa: F811
+    """The JSON and the images are read again only if they have changed."""
+
+    def assert_read(reads, opened):
+        counts.update(reads=0, opened=[])
+        records = register(folder, content)
+        assert (counts["reads"], sorted(counts["opened"])) == (reads, opened)
+        assert len(cached_files(folder)) == len(list((folder / "cache").iterdir())) == 2
+        return as_text(records)
+
+    content = dataset()
+    first = assert_read(1, ["a.png", "b.png"])
+    assert assert_read(0, []) == first
+    content["annotations"][0]["category_id"] = 20  # the file of the old JSON is removed
+    assert assert_read(1, ["a.png", "b.png"]) != first
+    os.utime(folder / "b.png", (1, 1))
+    assert_read(0, ["b.png"])
+    for part in (-7, 1, 0):
+        path = cached_files(folder)[".records"]
+        path.write_bytes(path.read_bytes()[:part])
+        assert_read(1, [])
+    cached_files(folder)[".npy"].write_bytes(b"")
+    assert_read(0, ["a.png", "b.png"])
+    (folder / "a.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="a.png: not a readable image"):
+        register(folder)
+    (folder / "a.png").unlink()
+    with pytest.raises(InputError, match="a.png: no such image"):
+        register(folder)
+
+
+def test_amount(tmp_path, counts):
+    """In equal distances, and those that were checked are not opened again, also after an error."""
+    names = [f"{i}.png" for i in range(200)]
+    for name in names[:-1]:
+        image_checks.Image.new("L", (2, 3)).save(tmp_path / name)
+    arguments = (names, np.full((200, 2), (2, 3)), str(tmp_path), "x.json")
+    states = np.full((200, 2), -1)
+    for amount, opened in ((0, []), (4, [0, 50, 100, 150]), (8, [25, 75, 125, 175])):
+        counts["opened"].clear()
+        image_checks.check_images(*arguments, amount, states)
+        assert sorted(counts["opened"], key=names.index) == [names[i] for i in opened]
+        assert (states[opened, 0] > 0).all()
+    (tmp_path / names[-1]).write_bytes(b"no image")
+    for expected in (range(64), range(184, 200)):  # the batches before the broken one are kept
+        counts["opened"].clear()
+        with pytest.raises(InputError, match="199.png: not a readable image"):
+            image_checks.check_images(*arguments, -1, states)
+        assert {names[i] for i in expected} - {names[i] for i in (0, 25, 50)} <= {*counts["opened"]}
+    assert len(counts["opened"]) <= 64
+
+
+@pytest.mark.parametrize("options", [{}, {"filter_empty": False}, {"min_keypoints": 2}])
+def test_load_dataset(folder, caplog, options):  # noqa: F811
+    """As Detectron2's function: filtered images, table of classes; and repeat factors."""
+    register(folder)
+    names = [NAME, "test_cache_2"]
+    register_coco_json(names[1], str(folder / "instances.json"), str(folder), str(folder / "cache"))
+    texts, found = [], []
+    caplog.set_level(logging.INFO)
+    for load in (load_dataset, get_detection_dataset_dicts):
+        caplog.clear()
+        found.append(load(names, **options))
+        texts.append([r.getMessage() for r in caplog.records if "Distribution" in r.getMessage()])
+    assert list(found[0]) == found[1]
+    assert len(found[1]) == (4 if "filter_empty" in options else 2)
+    assert len(texts[0]) <= 1  # Detectron2 logs the same text once
+    assert not texts[1] or texts[0] == texts[1]
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    assert factors(outline(found[0]), 0.9).tolist() == factors(found[1], 0.9).tolist()
+    assert outline(found[1]) is found[1]
+    with pytest.raises(InputError, match=f"^{NAME}: no image has an object to train on"):
+        load_dataset(NAME, min_keypoints=3)
+    DatasetCatalog.register("test_cache_list", lambda: [{"annotations": []}])
+    assert load_dataset("test_cache_list", filter_empty=False) == [{"annotations": []}]
+    DatasetCatalog.remove("test_cache_list")
+
+
+def test_registered(folder, monkeypatch):  # noqa: F811
+    """A dataset of Detectron2's is read once; other functions are called as ever."""
+    content, name, cache = dataset(), "test_cache_coco", str(folder / "cache")
+    path = write(folder, content)
+    register_coco_instances(name, {}, path, str(folder))
+    expected = as_text(DatasetCatalog.get(name))
+    function, metadata = DatasetCatalog[name], MetadataCatalog.get(name).as_dict()
+    for _ in range(2):
+        use_cached(name, cache_registered(name, cache))
+        assert isinstance(load_records(name), MappedRecords)
+        assert as_text(load_records(name)) == as_text(DatasetCatalog.get(name)) == expected
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+        register_coco_instances(name, {}, path, str(folder))
+        monkeypatch.setattr("detectron2.data.datasets.coco.load_coco_json", None)
+    use_cached(name, cache_registered(name, cache))
+    found = MetadataCatalog.get(name).as_dict()
+    assert found.pop("fingerprint").keys() == {"annotations"}
+    assert found == metadata
+    assert function is not DatasetCatalog[name]
+    DatasetCatalog.register("test_cache_function", lambda: expected)
+    MetadataCatalog.get("test_cache_function").json_file = path
+    for other in ("test_cache_function", "test_cache_nothing", "coco_2017_train"):
+        assert cache_registered(other, cache) is None
+    for other in (name, "test_cache_function"):
+        DatasetCatalog.remove(other)
+        MetadataCatalog.remove(other)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "called", "message"),
+    [(0, 0, 1, None), (1, 1, 0, None), (2, 0, 1, None), (2, 0, 1, "x"), (3, 1, 0, "from rank 2")],
+)
+def test_once_per_machine(monkeypatch, rank, local_rank, called, message):
+    """In the first process of each of two machines; each process gets the value, or the error."""
+    calls = []
+
+    def function(value):
+        calls.append(value)
+        if message and rank:
+            raise OSError(message)
+        return value
+
+    monkeypatch.setattr(setup.comm, "get_local_rank", lambda: local_rank)
+    monkeypatch.setattr(setup.comm, "is_main_process", lambda: rank == 0)
+    others = [message] if message and rank == 3 else []
+    monkeypatch.setattr(setup.comm, "all_gather", lambda x: ["", *others, x])
+    in_main = (lambda function, *args: function(*args)) if rank == 0 else lambda *args: args[1]
+    monkeypatch.setattr(setup, "in_main_process", in_main)
+    if message:
+        with pytest.raises(InputError, match=f"^{message}$"):
+            setup._once_per_machine(function, 7)
+    else:
+        assert setup._once_per_machine(function, 7) == 7
+    assert calls == [7] * called
