@@ -39,7 +39,7 @@ PRIVATE_NAMES = {
     "detectron2.data.detection_utils": ("_apply_exif_orientation",),
     "detectron2.engine.DefaultTrainer": ("_trainer", "_last_eval_results"),
     "detectron2.engine.TrainerBase": ("_hooks",),
-    "detectron2.engine.SimpleTrainer": ("_data_loader_iter", "_write_metrics"),
+    "detectron2.engine.SimpleTrainer": ("_data_loader_iter",),
     "detectron2.engine.hooks.BestCheckpointer": ("_checkpointer", "_file_prefix", "_val_metric"),
     "detectron2.evaluation.COCOEvaluator": (
         *("_coco_api", "_derive_coco_results", "_do_evaluation", "_eval_predictions"),
@@ -58,7 +58,8 @@ PRIVATE_NAMES = {
     "detectron2.modeling.box_regression": ("_dense_box_regression_loss",),
     "detectron2.modeling.proposal_generator.RPN": ("_subsample_labels",),
     "detectron2.utils.events.CommonMetricPrinter": ("_get_eta",),
-    "detectron2.utils.comm": ("_LOCAL_PROCESS_GROUP",),
+    "detectron2.utils.events.TensorboardXWriter": ("_last_write", "_writer"),
+    "detectron2.utils.comm": ("_LOCAL_PROCESS_GROUP", "_get_global_gloo_group"),
     "detectron2.utils.registry": ("_convert_target_to_string",),
     "iopath.common.file_io.PathHandler": ("_get_local_path", "_get_supported_prefixes", "_open"),
 }

@@ -155,38 +155,53 @@ def send(*numbers):
 
 
 class Signaled(ToyTrainer):
-    """Receives a signal while it evaluates."""
+    """Receives a signal in one of its evaluations, two of which are at iterations 2, 5, 8, 10."""
 
-    numbers = ()
+    left, number = 0, 0
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        numbers, Signaled.numbers = Signaled.numbers, ()
-        send(*numbers)()
+        cls.left -= 1
+        if cls.left == 0:
+            send(cls.number)()
         return super().test(cfg, model)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize(("until", "saved"), [(4, 4), (5, 5), (None, 2)])
-def test_signals(whole, tmp_path, capsys, number, until, saved):
+@pytest.mark.parametrize(
+    ("until", "evaluation", "saved", "number"),
+    [
+        (4, 0, 4, signal.SIGTERM),
+        (5, 0, 5, signal.SIGINT),
+        (None, 1, 2, signal.SIGUSR1),
+        (None, 4, 5, signal.SIGTERM),
+        (None, 7, 10, signal.SIGINT),
+    ],
+)
+def test_signals(whole, tmp_path, capsys, until, evaluation, saved, number):
     """
     During an iteration, one before an evaluation, and an evaluation: the training is saved, exits
-    with the status that shells expect, and resumes exactly.
+    with the status that shells expect, and resumes exactly, with all metrics.
     """
     handlers = [signal.getsignal(x) for x in SIGNALS]
-    Signaled.numbers = () if until else (number,)
+    Signaled.left, Signaled.number = evaluation, number
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
     with pytest.raises(SystemExit, match=str(128 + number)):
         run(tmp_path, *opts, until=until, action=send(number), trainer=Signaled)
+    if saved == 10:  # the evaluation after the last iteration is one of the last things to be done
+        for x, handler in zip(SIGNALS, handlers):
+            signal.signal(x, handler)
     assert [signal.getsignal(x) for x in SIGNALS] == handlers
     message = f"{number.name}: stopped after iteration {saved}; --resume continues\n"
     assert capsys.readouterr().err.endswith(message)
     saved_files = {p.name for p in tmp_path.glob("*.pth")} - {"model_best.pth"}
-    assert saved_files == {f"model_{saved:07d}.pth"}
+    last = {f"model_{saved:07d}.pth"} if saved < 10 else {"model_final.pth", "model_final_ema.pth"}
+    assert saved_files == last
     assert not any("bbox/AP" in x for x in lines(tmp_path) if x["iteration"] == saved)
     run(tmp_path, *opts, seed=99)
     assert weights(tmp_path) == weights(whole)
-    assert weights(tmp_path, "model_final_ema") == weights(whole, "model_final_ema")
+    for name in ("model_best", "model_final_ema"):
+        assert weights(tmp_path, name) == weights(whole, name)
+    assert lines(tmp_path) == lines(whole)
 
 
 def test_second_interrupt(toy_data, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import test_trainer as toy
 import torch
 from conftest import DEMO_CONFIG, ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train_net import TINY, own_data
 
 MOMENTS = ("step", "checkpoint", "evaluation")
@@ -123,12 +124,20 @@ def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
         assert (out / "model_final.pth").exists() == (not moment)
 
 
+def scalars(out):
+    """What TensorBoard shows, without times: values by name and iteration."""
+    events = EventAccumulator(str(out), size_guidance={"scalars": 0}).Reload()
+    names = [name for name in events.Tags()["scalars"] if "time" not in name and "eta" not in name]
+    return {name: [(x.step, str(x.value)) for x in events.Scalars(name)] for name in names}
+
+
 def assert_same(out, whole):
-    """Weights and metrics without times, to the last bit, and nothing written twice."""
+    """Weights, metrics and TensorBoard's values, to the last bit, and nothing written twice."""
     weights, expected = (torch.load(x / "model_final.pth")["model"] for x in (out, whole))
     for key, value in expected.items():
         assert torch.equal(weights[key], value), key
     assert toy.lines(out) == toy.lines(whole)
+    assert scalars(out) == scalars(whole)
     assert "bbox/AP" in toy.lines(out)[-1]
 
 

@@ -2,6 +2,7 @@
 """Trainings of a model with one weight: values, files, and exact resuming."""
 
 import errno
+import functools
 import itertools
 import json
 import math
@@ -243,8 +244,8 @@ class Failing(ToyTrainer):
 @pytest.mark.parametrize(("number", "iteration"), [(3, 5), (4, 5), (7, 10)])
 def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     """
-    Of the weights at iteration 5, or of their average: the training is saved, and continues after
-    it. At the end it has been saved already, and is evaluated when it is resumed.
+    Of the weights at iteration 5, or of their average: the training is saved, and evaluated when it
+    is resumed. At the end it has been saved already.
     """
     Failing.left = number
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
@@ -260,6 +261,7 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     trainer = run(tmp_path, *opts, seed=99)
     assert weights(tmp_path) == weights(whole)
     assert weights(tmp_path, "model_final_ema") == weights(whole, "model_final_ema")
+    assert lines(tmp_path) == lines(whole)
     value, _, variance = weights(whole)
     assert trainer.results["bbox"] == {"AP": value, "AP50": variance}
 
@@ -543,10 +545,27 @@ def in_two_processes(args):
             *(model.loss_normalizer, torch.rand(1).item()),
         ]
 
+    def count(trainer):
+        """From here on, the calls in which processes communicate."""
+        found["calls"] = calls = []
+        for name in ("all_gather", "all_reduce", "barrier", "broadcast", "gather", "reduce"):
+            function = getattr(torch.distributed, name)
+            counted = functools.wraps(function)(
+                lambda *args, f=function, name=name, **kwargs: (
+                    calls.append((name, args[0].nbytes)),
+                    f(*args, **kwargs),
+                )[1]
+            )
+            monkeypatch.setattr(torch.distributed, name, counted)
+
     def to_the_second(action):
         return lambda trainer: rank == 1 and action(trainer)
 
-    state(run(out / "whole", *opts, seed=rank))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        trainer = make(out / "whole", *opts, seed=rank)
+        trainer.register_hooks([At(6, count), At(7, lambda trainer: monkeypatch.undo())])
+        trainer.train()
+        state(trainer)
     run(out / "resumed", *opts, seed=rank, until=7)
     state(run(out / "resumed", *opts, seed=99 + rank))
     stop = to_the_second(lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
@@ -570,7 +589,8 @@ def test_two_processes(synthetic, toy_data, tmp_path):
     On two machines, as far as SLURM's variables say. Each resumes with its own statistics,
     normalizer, images and random numbers. They stop after the same iteration, whichever got the
     signal, and end early by the metrics of the main process. A single process continues in the same
-    order of images, with normalizers of the whole batch.
+    order of images, with normalizers of the whole batch. A step adds two calls of communication to
+    those of the model.
     """
     command = [sys.executable, "-W", "ignore", "-c", SEVERAL, synthetic, tmp_path]
     environment = {**os.environ, "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
@@ -584,6 +604,8 @@ def test_two_processes(synthetic, toy_data, tmp_path):
     for found in (first, second):
         assert found["whole"] == found["resumed"] == found["stopped"] == found["failed"]
         assert found["exit"] == 143
+        # The losses, three with the time of loading, and whether there was a signal.
+        assert found["calls"] == [["gather", 24], ["all_reduce", 8]]
     for name in ("resumed", "stopped"):
         assert weights(tmp_path / name) == weights(tmp_path / "whole")
     assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")

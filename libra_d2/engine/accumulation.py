@@ -8,10 +8,11 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List
 import numpy as np
 import torch
 from fvcore.nn.precise_bn import get_bn_modules
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..modeling.normalizer import Normalizers
@@ -54,8 +55,31 @@ class AccumulationTrainer(SimpleTrainer):
         if len({loss.device for loss in losses.values()}) == 1:
             # One transfer from the device for all of them.
             losses = dict(zip(losses, torch.stack(list(losses.values())).cpu()))
-        self._write_metrics(losses, data_time)
+        self._put_metrics(losses, data_time)
         self._step()
+
+    def _put_metrics(self, losses: Losses, data_time: float) -> None:
+        """
+        Put the means of the losses over all processes into the main process' storage, and the
+        longest ``data_time``. As :meth:`SimpleTrainer.write_metrics`, with one message of numbers
+        from each process to the main one rather than pickled objects and their sizes among all.
+
+        Raises:
+            FloatingPointError: in the main process, if the sum of the losses is not finite.
+        """
+        numbers = torch.tensor([data_time, *losses.values()], dtype=torch.float64)
+        found = _gather(numbers)
+        if not comm.is_main_process():
+            return
+        storage = get_event_storage()
+        storage.put_scalar("data_time", max(row[0] for row in found))
+        means = {name: np.mean([row[i] for row in found]) for i, name in enumerate(losses, 1)}
+        total = sum(means.values())
+        if not np.isfinite(total):
+            raise FloatingPointError(f"a loss is not finite: {means}")
+        storage.put_scalar("total_loss", total)
+        if len(means) > 1:
+            storage.put_scalars(**means)
 
     def _accumulate(self, micro_batches: List[Inputs]) -> Losses:
         """Accumulate gradients; returns the mean losses and puts mean scalars into the storage."""
@@ -125,6 +149,17 @@ class AMPAccumulationTrainer(AccumulationTrainer, AMPTrainer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """See :meth:`AMPTrainer.load_state_dict`; a training in another precision has no scale."""
         super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
+
+def _gather(numbers: torch.Tensor) -> List[List[float]]:
+    """Vectors of the same length in all processes; the main process gets them by rank."""
+    if comm.get_world_size() == 1:
+        return [numbers.tolist()]
+    rows = [torch.empty_like(numbers) for _ in range(comm.get_world_size())]
+    # On CPUs, as the parent does.
+    group = comm._get_global_gloo_group()
+    distributed.gather(numbers, rows if comm.is_main_process() else None, group=group)
+    return [row.tolist() for row in rows]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from contextlib import suppress
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Type
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
@@ -21,6 +21,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import LibraCheckpointer
 from ..errors import InputError
+from .launch import Aborted
 from .resuming import ExactResume
 
 __all__ = [
@@ -68,6 +69,9 @@ class CheckpointHook(PeriodicCheckpointer):
         self.max_iter = self.trainer.max_iter  # the training may end early
         next_iter = self.trainer.iter + 1
         if next_iter % self.period == 0 or next_iter >= self.max_iter:
+            # An evaluation that was made up for had its checkpoint before.
+            again = os.path.join(self.checkpointer.save_dir, f"model_{self.trainer.iter:07d}.pth")
+            self.recent_checkpoints = [f for f in self.recent_checkpoints if f != again]
             with self.resume.held():
                 if comm.is_main_process():
                     super().after_step()
@@ -80,7 +84,7 @@ class StopOnSignal(HookBase):
     Ctrl-C stops at once. The exit status is 128 plus the signal's number, as in shells.
 
     Several processes agree on the iteration, asynchronously during the next one. An evaluation is
-    aborted.
+    aborted; it is made up for when the training is resumed.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -116,7 +120,7 @@ class StopOnSignal(HookBase):
         self.received = signal.Signals(number)
         if self._interruptible:
             self._interruptible = False
-            self.stop()
+            self.stop(Aborted)
 
     def after_step(self) -> None:
         """Stop, by raising SystemExit, if a process has received a signal."""
@@ -136,23 +140,25 @@ class StopOnSignal(HookBase):
         )
         self._pending = work, number
 
-    def stop(self) -> None:
-        """Write a checkpoint and exit."""
-        iteration = self.trainer.iter
+    def stop(self, exit: Type[SystemExit] = SystemExit) -> None:
+        """Write a checkpoint and raise ``exit``."""
+        iteration = min(self.trainer.iter, self.trainer.max_iter - 1)
         self.trainer.save_state()
         if comm.is_main_process():
             message = f"{self.received.name}: stopped after iteration {iteration}; "
             print(f"{message}--resume continues", file=sys.stderr, flush=True)
-        sys.exit(128 + self.received)
+        raise exit(128 + self.received)
 
     def __enter__(self) -> None:
         """Until :meth:`__exit__`, a signal aborts the evaluation, which changes no state."""
-        if self.received is not None and self._group is None:
-            self.stop()
+        if self.received is not None:
+            self.stop(Aborted)
         self._interruptible = True
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._interruptible = False
+        if isinstance(error, Exception) and self.received is not None:
+            self.stop(Aborted)  # it failed because another process has aborted it
 
 
 class Throughput(HookBase):

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from ..errors import InputError, Interrupted, one_line
 
 __all__ = [
+    "Aborted",
     "Process",
     "in_main_process",
     "join_processes",
@@ -30,6 +31,10 @@ __all__ = [
     "read_environment",
     "report_errors",
 ]
+
+
+class Aborted(SystemExit):
+    """Ends a process that others may be waiting for."""
 
 
 class Process(NamedTuple):
@@ -252,6 +257,9 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
         join_processes(process)
         try:
             main(args)
+        except Aborted:
+            distributed.destroy_process_group()  # an error for those who wait
+            raise
         except SystemExit:  # on a signal, all processes have agreed to stop
             _leave_processes()
             raise

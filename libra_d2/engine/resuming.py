@@ -35,7 +35,7 @@ class ExactResume(HookBase):
 
     Its state holds the position in the data order, the RNG states, the batch norm statistics and
     the moving averages of normalizers of each process, and the histories of smoothed metrics. It is
-    restored, and later iterations are removed from ``metrics.json``, before the first iteration.
+    restored, and ``metrics.json`` cut to its length at the checkpoint, before the first iteration.
 
     It must be the last hook, because its :meth:`before_train` restores the RNG states.
     """
@@ -47,7 +47,9 @@ class ExactResume(HookBase):
             output_dir: directory of ``metrics.json``.
         """
         self.loader = loader
-        self.output_dir = output_dir
+        self.metrics_file = os.path.join(output_dir, "metrics.json")
+        #: the last iteration that is in ``metrics.json``
+        self.written = -1
         self._loaded: Optional[Dict[str, Any]] = None
         self._held: Optional[List[Dict[str, Any]]] = None
 
@@ -56,8 +58,13 @@ class ExactResume(HookBase):
         held = self._held
         if held is None:
             held = self._gather() if comm.get_world_size() == 1 else []
-        storage = getattr(self.trainer, "storage", None)
-        return {"processes": held, "histories": _get_histories(storage) if storage else {}}
+        storage, path = getattr(self.trainer, "storage", None), self.metrics_file
+        return {
+            "processes": held,
+            "histories": _get_histories(storage) if storage else {},
+            "latest": _get_latest(storage) if storage else {},
+            "length": os.path.getsize(path) if os.path.isfile(path) else 0,
+        }
 
     def _gather(self) -> List[Dict[str, Any]]:
         model = self.trainer.checkpointer.model
@@ -93,9 +100,9 @@ class ExactResume(HookBase):
     def before_train(self) -> None:
         start, state, self._loaded = self.trainer.start_iter, self._loaded, None
         model = self.trainer.checkpointer.model
-        written = -1.0
         if comm.is_main_process() and start > 0:
-            written = _remove_later_metrics(os.path.join(self.output_dir, "metrics.json"), start)
+            length = (state or {}).get("length", -1)
+            self.written = _cut_metrics(self.metrics_file, start, length)
         if not (state and state["processes"]):
             if start > 0:
                 logger.warning(
@@ -103,7 +110,7 @@ class ExactResume(HookBase):
                     "the random numbers restart"
                 )
             return
-        _set_histories(self.trainer.storage, state["histories"], written)
+        _set_histories(self.trainer.storage, state, self.written)
         processes, rank, number = state["processes"], comm.get_rank(), comm.get_world_size()
         # With more processes than before, those that were not there start from the state of one
         # that was.
@@ -162,52 +169,65 @@ def _set_statistics(model: nn.Module, statistics: Dict[str, torch.Tensor]) -> No
         buffers[name].copy_(value)
 
 
+def _is_reproducible(name: str) -> bool:
+    return "time" not in name and name != "eta_seconds"
+
+
 def _get_histories(storage: EventStorage) -> Dict[str, List[List[float]]]:
     """The latest values, with their iterations, of smoothed metrics other than times."""
     smoothed = storage.smoothing_hints()
     return {
         name: [[float(value), int(iteration)] for value, iteration in history.values()[-_WINDOW:]]
         for name, history in storage.histories().items()
-        if smoothed.get(name, True) and "time" not in name
+        if smoothed.get(name, True) and _is_reproducible(name)
     }
 
 
-def _set_histories(
-    storage: EventStorage, histories: Dict[str, List[List[float]]], written: float
-) -> None:
-    """Values up to the iteration ``written`` are not left for the writers, which have had them."""
+def _get_latest(storage: EventStorage) -> Dict[str, List[float]]:
+    """The latest value, with its iteration, of the other metrics, again without times."""
+    smoothed = storage.smoothing_hints()
+    return {
+        name: [float(value), int(iteration)]
+        for name, (value, iteration) in storage.latest().items()
+        if not smoothed[name] and _is_reproducible(name)
+    }
+
+
+def _set_histories(storage: EventStorage, state: Dict[str, Any], written: int) -> None:
+    """Restore metrics; the writers get those of iterations after ``written``."""
     now = storage.iter
-    for name, values in histories.items():
-        for value, iteration in values:
-            if iteration <= written:
-                storage.histories()[name].update(value, iteration)
-            else:
-                storage.iter = iteration
+    for name, values in state["histories"].items():
+        for value, storage.iter in values:
+            if storage.iter > written:
                 storage.put_scalar(name, value)
+            else:
+                storage.histories()[name].update(value, storage.iter)
+    for name, (value, storage.iter) in state.get("latest", {}).items():
+        if storage.iter > written:
+            storage.put_scalar(name, value, smoothing_hint=False)
     storage.iter = now
 
 
-def _remove_later_metrics(path: str, iteration: int) -> float:
+def _cut_metrics(path: str, iteration: int, length: int) -> int:
     """
-    Remove the lines from ``iteration`` on, and truncated ones, from a ``metrics.json`` if there is
-    one. It is changed in place, because it may be open already.
+    Cut a ``metrics.json``, if there is one, to ``length`` bytes (-1: unknown), without truncated
+    lines and those from ``iteration`` on. It is changed in place, because it may be open already.
 
     Returns:
         the last iteration that is left, -1 if there is none.
     """
     if not os.path.isfile(path):
         return -1
-    with open(path, encoding="utf-8", errors="surrogateescape") as f:
-        lines = f.readlines()
-    kept = [line for line in lines if _iteration(line) < iteration]
-    if len(kept) < len(lines):
-        with open(path, "r+", encoding="utf-8", errors="surrogateescape") as f:
-            f.writelines(kept)
-            f.truncate()
-    return max(map(_iteration, kept), default=-1)
+    with open(path, "rb+") as f:
+        lines = f.read(length).splitlines(keepends=True)
+        kept = [line for line in lines if _iteration(line) < iteration]
+        f.seek(0)
+        f.writelines(kept)
+        f.truncate()
+    return int(max(map(_iteration, kept), default=-1))
 
 
-def _iteration(line: str) -> float:
+def _iteration(line: bytes) -> float:
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):

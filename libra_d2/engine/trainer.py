@@ -17,7 +17,6 @@ from detectron2.engine import (
     HookBase,
     TrainerBase,
     create_ddp_model,
-    default_writers,
     hooks,
 )
 from detectron2.evaluation import (
@@ -28,7 +27,13 @@ from detectron2.evaluation import (
 )
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
 
 from ..checkpoint import LibraCheckpointer
 from ..config import Recipe, RunIdentity, identify, make_recipe, set_length
@@ -70,6 +75,24 @@ class _Printer(CommonMetricPrinter):
             return super()._get_eta(storage)
         except ZeroDivisionError:
             return None
+
+
+class _TensorBoard(TensorboardXWriter):
+    """
+    Writes each value at once, so that a process that is killed loses none that its checkpoint
+    counts on. Starts with the first value, when it is known where the training is resumed: the
+    reader of TensorBoard then drops what an interrupted training has written beyond.
+    """
+
+    def __init__(self, trainer: "Trainer"):
+        self._trainer = trainer
+
+    def write(self) -> None:
+        if not hasattr(self, "_last_write"):
+            start = self._trainer._resume.written + 1
+            super().__init__(self._trainer.recipe.output_dir, purge_step=start)
+        super().write()
+        self._writer.flush()
 
 
 class Trainer(DefaultTrainer):
@@ -179,9 +202,13 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> List[EventWriter]:
         """See :meth:`DefaultTrainer.build_writers`."""
-        writers = default_writers(self.recipe.output_dir, self.max_iter)
-        is_printer = [isinstance(writer, CommonMetricPrinter) for writer in writers]
-        return [_Printer(self.max_iter) if p else w for p, w in zip(is_printer, writers)]
+        folder = self.recipe.output_dir
+        os.makedirs(folder, exist_ok=True)
+        return [
+            _Printer(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            _TensorBoard(weakref.proxy(self)),
+        ]
 
     def _build_best_model(self) -> BestModel:
         recipe = self.recipe
@@ -214,7 +241,7 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})  # the parent's name
 
     def _evaluate(self) -> Mapping[str, Any]:
-        """Evaluate; if that fails, save the training first."""
+        """Evaluate; if that fails, save the training first, from where it is evaluated again."""
         if self._evaluated == self.iter or (self._stop.received and self.iter >= self.max_iter):
             return {}  # nothing new
         with self._resume.held():
@@ -222,8 +249,7 @@ class Trainer(DefaultTrainer):
                 with self._stop, keep_random_state():
                     self._last_eval_results = self._test()
             except Exception:
-                if self.iter < self.max_iter:
-                    self.save_state()
+                self.save_state()
                 raise
         self._evaluated = self.iter
         return self._last_eval_results
@@ -317,13 +343,36 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def save_state(self) -> None:
-        """Write a checkpoint of this iteration to resume from. All processes must call it."""
-        with self._resume.held():
-            self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+        """
+        Write a checkpoint of this iteration to resume from, unless the last one is done, which has
+        one. All processes must call this.
+        """
+        if self.iter < self.max_iter:
+            with self._resume.held():
+                self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
+
+    def before_train(self) -> None:
+        """
+        See :meth:`TrainerBase.before_train`. If the training was interrupted in an evaluation, this
+        evaluates, and does what follows in an iteration.
+        """
+        super().before_train()
+        start, period = self.start_iter, self.recipe.eval_period
+        is_due = 0 < start < self.max_iter and period > 0 and start % period == 0
+        if not is_due or self._evaluated == start - 1:
+            return
+        self.iter = self.storage.iter = start - 1
+        is_before = [not isinstance(hook, hooks.EvalHook) for hook in self._hooks]
+        for hook in self._hooks[is_before.index(False) :]:
+            hook.after_step()
+        if self._end_reason:
+            raise TrainingEnded(self._end_reason)
+        self.iter = self.storage.iter = start
 
     def state_dict(self) -> Dict[str, Any]:
         """See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer."""
-        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+        own = {"_trainer": self._trainer.state_dict(), "evaluated": self._evaluated}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """
@@ -343,6 +392,7 @@ class Trainer(DefaultTrainer):
                 f"{self.recipe.name_of('max_iter')} is {self.max_iter}, but the run that is "
                 f"resumed has {number} iterations already: use more, or another output directory"
             )
+        self._evaluated = state_dict.get("evaluated", number - 1)
         optimizer = self._trainer.optimizer
         options = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
