@@ -21,11 +21,11 @@ def cells(table):
 def test_parts(tmp_path, capsys, mmdet):
     """At tiny sizes, beside Detectron2 and mmdetection: table, JSON and picture."""
     arguments = ["--device", "cpu", "--seconds", "0.01", "--p4-size", "4", "6"]
-    arguments += ["--only", "attention", "non-local", "pyramid", "sampling", "loss"]
+    arguments += ["--only", "attention", "non-local", "pyramid", "sampling", "loss", "loading"]
     arguments += ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
     benchmark.main(arguments)
     results = json.loads((tmp_path / "out.json").read_text())
-    assert len(results) == 15 + 6
+    assert len(results) == 15 + 6 + 2
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + sum(len(result["values"]) for result in results)
     for measured in results:

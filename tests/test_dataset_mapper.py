@@ -17,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import BoxMode
 
 from libra_d2.config import make_recipe
-from libra_d2.data import LibraDatasetMapper
+from libra_d2.data import LibraDatasetMapper, pixels
 from libra_d2.errors import InputError
 
 RED = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
@@ -76,6 +76,44 @@ def test_resized(record):
     assert mapped["instances"].gt_boxes.tensor.tolist() == [[0, 0, 3, 4], [3, 1, 7.5, 3]]
     assert mapped["instances"].gt_masks.polygons[1][0].tolist() == [3, 0, 6, 0, 6, 4]
     assert (mapped["height"], mapped["width"], "proposals" in mapped) == (2, 3, False)
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_boxes(record, kind):
+    """Boxes of integers are not rounded; boxes alone are Detectron2's, to the bit."""
+    boxes = [[0, 0, 1, 2], [2, 1, 1, 1], [1, 0, 2, 1.7], [3, 0, 5, 2]]  # the last one is outside
+    objects = [
+        {"bbox": [kind(x) for x in box], "bbox_mode": BoxMode.XYWH_ABS, "category_id": i}
+        for i, box in enumerate(boxes)
+    ]
+    record["annotations"] = [*objects, {**objects[0], "iscrowd": 1}]
+    resize = (T.ResizeTransform(2, 3, 3, 5), T.HFlipTransform(5))
+    found = mapper(*resize)(record)["instances"]
+    arguments = {"is_train": True, "augmentations": resize, "image_format": "BGR"}
+    for annotation in record["annotations"]:
+        annotation["bbox"] = list(map(float, annotation["bbox"]))
+    expected = DatasetMapper(**arguments)(record)["instances"]
+    assert found.gt_boxes.tensor[0].tolist() == [pytest.approx(10 / 3), 0, 5, 3]
+    assert torch.equal(found.gt_boxes.tensor, expected.gt_boxes.tensor)
+    assert found.gt_boxes.tensor.dtype == torch.float32
+    assert found.gt_classes.tolist() == expected.gt_classes.tolist() == [0, 1, 2]
+    assert found.image_size == expected.image_size
+    assert found.get_fields().keys() == expected.get_fields().keys()
+    record["annotations"] = record["annotations"][-1:]
+    assert len(mapper(*resize)(record)["instances"]) == 0
+
+
+@pytest.mark.parametrize("has_opencv", [True, False])
+def test_pixels(has_opencv, monkeypatch):
+    """Planes of images and of mirrored views; other numbers of channels and types."""
+    if not has_opencv:
+        monkeypatch.setattr(pixels, "_opencv", lambda: None)
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for view in (image, image[:, ::-1], image[::-1], image[:, 1:3], image[..., :1], image / 2):
+        planes = pixels.to_planes(view)
+        assert planes.flags.c_contiguous
+        assert np.array_equal(planes, np.stack([view[..., i] for i in range(view.shape[2])]))
+    assert np.array_equal(pixels.swap_channels(image), image[:, :, ::-1])
 
 
 def test_evaluation(record):

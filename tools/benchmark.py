@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Measure time and memory: of whole models, compared with those of Detectron2 and, if it is installed,
-mmdetection; of each optimization; of growing images and numbers of proposals; and of the parts of
-Libra R-CNN.
+mmdetection; of each optimization; of growing images and numbers of proposals; of the parts of Libra
+R-CNN; and of loading images.
 
     python tools/benchmark.py --only models --output benchmark.json --plot benchmark.png
 
@@ -40,12 +40,22 @@ from libra_d2.tools.benchmark_models import (
     profile,
     whole_models,
 )
-from libra_d2.tools.benchmark_parts import attention, box_loss, non_local, pyramid, sampling
+from libra_d2.tools.benchmark_parts import (
+    attention,
+    box_loss,
+    loading,
+    non_local,
+    pyramid,
+    sampling,
+)
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.meter import Meter, Result
 from libra_d2.utils.output_path import output_path
 
-PARTS = ("models", "levers", "growth", "attention", "non-local", "pyramid", "sampling", "loss")
+PARTS = (
+    *("models", "levers", "growth", "attention", "non-local", "pyramid", "sampling", "loss"),
+    "loading",
+)
 GROWTH = ("pixels", "proposals")
 
 
@@ -221,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
         "pyramid": pyramid(meter, reference, sizes[:2]),
         "sampling": sampling(meter, reference),
         "loss": box_loss(meter, reference),
+        "loading": loading(meter, reference),
     }
     results = []
     with tqdm(unit="result") as progress:

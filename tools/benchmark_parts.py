@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measurements of the parts of Libra R-CNN and those that they replace; see benchmark.py."""
 
+import os
+from functools import partial
 from math import ceil
-from typing import Callable, Iterator, Tuple
+from tempfile import TemporaryDirectory
+from typing import Any, Callable, Dict, Iterator, Tuple
 
+import numpy as np
 import torch
 from fvcore.nn import smooth_l1_loss
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 
+from libra_d2.data import LibraDatasetMapper
+from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.modeling import (
     BalancedFeaturePyramid,
     BalancedSampler,
@@ -150,6 +159,76 @@ def box_loss(meter: Meter, reference: bool) -> Iterator[Result]:
             losses[REFERENCE] = lambda p, t, f=balanced: f(p, t, reduction_override="sum")
         steps = {n: forward_backward(f, pred, target) for n, f in losses.items()}
         yield meter.times(f"box loss, {num} x 4, both passes", steps)
+
+
+def write_photograph(path: str) -> None:
+    """An image of 640 x 480 that is as smooth as a photograph, with some noise."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).resize((640, 480))
+    noisy = np.asarray(smooth) + rng.normal(0, 4, (480, 640, 3))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def mappers(reference: bool, is_mirrored: bool) -> Dict[str, Callable]:
+    """From a record in Detectron2's format to the input of a model, resized by 5 / 3."""
+    flip = [T.RandomFlip(prob=float(is_mirrored))]
+    arguments = {"is_train": True, "image_format": "BGR"}
+    resize = OpenCVResizeShortestEdge(800, 1333)
+    found = {
+        OURS: LibraDatasetMapper(augmentations=[resize, *flip], **arguments),
+        PLAIN: DatasetMapper(augmentations=[T.ResizeShortestEdge(800, 1333), *flip], **arguments),
+    }
+    if reference:
+        from mmcv.transforms import Compose, LoadImageFromFile
+        from mmdet.datasets import transforms
+
+        theirs = Compose(
+            [
+                LoadImageFromFile(),
+                transforms.LoadAnnotations(with_bbox=True),
+                transforms.Resize(scale=(1333, 800), keep_ratio=True),
+                transforms.RandomFlip(prob=float(is_mirrored)),
+                transforms.PackDetInputs(),
+            ]
+        )
+        found[REFERENCE] = lambda record: theirs(_as_reference(record))
+    return found
+
+
+def _as_reference(record: Dict[str, Any]) -> Dict[str, Any]:
+    instances = [
+        {"bbox": x["bbox"], "bbox_label": x["category_id"], "ignore_flag": 0}
+        for x in record["annotations"]
+    ]
+    return {"img_path": record["file_name"], "img_id": 1, "instances": instances}
+
+
+def loading(meter: Meter, reference: bool) -> Iterator[Result]:
+    """One photograph with seven boxes, read, resized and perhaps mirrored, by one thread."""
+    boxes = [[20.0 * i, 30.0 * i, 20.0 * i + 60, 30.0 * i + 90] for i in range(7)]
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
+        for box in boxes
+    ]
+    import cv2
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "photograph.jpg")
+        write_photograph(path)
+        record = {"file_name": path, "image_id": 1, "height": 480, "width": 640}
+        record["annotations"] = annotations
+        for is_mirrored in (False, True):
+            steps = {
+                name: partial(mapper, record)
+                for name, mapper in mappers(reference, is_mirrored).items()
+            }
+            mirrored = ", mirrored" if is_mirrored else ""
+            yield meter.times(f"loading, 640 x 480 to 1067 x 800{mirrored}", steps)
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(-1)
 
 
 def attention(meter: Meter, sizes) -> Iterator[Result]:

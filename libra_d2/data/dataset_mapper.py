@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import torch
@@ -8,10 +8,17 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size, transform_proposals
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    check_image_size,
+    filter_empty_instances,
+    transform_proposals,
+)
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..errors import InputError, one_line
 from .image_reading import read_image
+from .pixels import to_planes
 from .resize import with_interpolation
 
 __all__ = ["LibraDatasetMapper"]
@@ -49,8 +56,8 @@ class LibraDatasetMapper(DatasetMapper):
         augmented = T.AugInput(image, sem_seg=segmentation)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
-        chw = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
-        dataset_dict["image"] = torch.from_numpy(chw)  # in shared memory between processes
+        # in shared memory between processes
+        dataset_dict["image"] = torch.from_numpy(to_planes(augmented.image))
         if segmentation is not None:
             dataset_dict["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
         if self.proposal_topk is not None:
@@ -60,3 +67,26 @@ class LibraDatasetMapper(DatasetMapper):
         elif "annotations" in dataset_dict:
             self._transform_annotations(dataset_dict, transforms, size)
         return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: Dict[str, Any], transforms: T.Transform, image_shape: Tuple[int, int]
+    ) -> None:
+        """
+        See the parent's, which rounds the corners of boxes of integers down to whole pixels when
+        they are resized. Boxes without masks and keypoints are transformed together.
+        """
+        for annotation in dataset_dict["annotations"]:
+            annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+        objects = [x for x in dataset_dict["annotations"] if not x.get("iscrowd", 0)]
+        modes = {x["bbox_mode"] for x in objects}
+        if self.use_instance_mask or self.use_keypoint or modes != {BoxMode.XYWH_ABS}:
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        del dataset_dict["annotations"]
+        boxes = torch.tensor([x["bbox"] for x in objects])
+        boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS).double().numpy()
+        corner = image_shape[::-1] * 2
+        boxes = np.minimum(transforms.apply_box(boxes).clip(min=0), corner)
+        instances = Instances(image_shape, gt_boxes=Boxes(torch.from_numpy(boxes)))
+        instances.gt_classes = torch.tensor([x["category_id"] for x in objects])
+        dataset_dict["instances"] = filter_empty_instances(instances)

@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL
 from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError, one_line
+from .pixels import swap_channels
 
 __all__ = ["IMAGE_SUFFIXES", "displayed_size", "is_whole", "read_image"]
 
@@ -89,4 +90,8 @@ def _decode(file_name: str, content: bytes, format: str) -> np.ndarray:
         gray = np.asarray(ImageOps.exif_transpose(image))
         scaled = (gray.astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8)
         return convert_PIL_to_numpy(Image.fromarray(scaled), format)
-    return convert_PIL_to_numpy(_apply_exif_orientation(image), format)
+    image = _apply_exif_orientation(image)
+    if format not in ("BGR", "RGB"):
+        return convert_PIL_to_numpy(image, format)
+    rgb = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return rgb if format == "RGB" else swap_channels(rgb)
