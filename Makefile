@@ -4,6 +4,8 @@
 #   make test   install into .venv, run lint and the whole test suite
 #   make gpu-report   what a GPU makes of it: tests, kernels, whole models
 #   make test-rounding   the tests of numbers on other instructions, threads and seeds
+#   make test-upstream   Detectron2's own tests with libra_d2's classes
+#   make test-versions   other versions of Python, PyTorch, NumPy and Detectron2
 #   make mutants   whether the tests notice small bugs (docs/contributing.md)
 #
 # Both install once. An interrupted `make demo` resumes; a finished one trains again.
@@ -29,7 +31,7 @@ export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PYTHONWARNINGS := ignore::UserWarning:detectron2.model_zoo.model_zoo,$\
   ignore::FutureWarning:torch.jit._script
 
-.PHONY: demo test test-rounding mutants gpu-report lint clean
+.PHONY: demo test test-rounding test-upstream test-versions mutants gpu-report lint clean
 
 demo: $(VENV)/.installed $(DATA)/train/instances.json $(DATA)/val/instances.json $(PROPOSALS)
 	@if [ -f $(OUTPUT)/.finished ]; then \
@@ -84,6 +86,14 @@ test-rounding: $(VENV)/.installed-test
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
 	  $(PY) -m pytest --seed 1 $(NUMERIC:%=tests/test_%.py) \
 	  "tests/test_parity.py::test_float32" "tests/test_schedule.py::test_training[libra_retinanet_R_50]"
+
+# DETECTRON2 is a clone: of the tag v0.6, unless $(VENV) has another Detectron2. Ten minutes.
+test-upstream: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) tests/reference/run_upstream_tests.py $(DETECTRON2)
+
+# DETECTRON2 is a clone of its main branch, to test with that, too. Some gigabytes are downloaded.
+test-versions:
+	$(PYTHON) tests/reference/run_versions.py $(if $(DETECTRON2),--detectron2 $(DETECTRON2))
 
 # Less than 40 minutes on two idle cores. ONLY is a folder or a module.
 SEED ?= 0

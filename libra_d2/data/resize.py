@@ -10,6 +10,7 @@ with the other: enlarged images differ by one gray level at most, reduced ones b
 from typing import List, Optional, Tuple, Union
 
 import numpy as np
+import torch
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -54,7 +55,9 @@ class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
     that a side may differ by a pixel.
     """
 
-    def get_transform(self, image: np.ndarray) -> T.Transform:
+    # As the parent's: get_output_shape can be scripted if this is neither compiled nor annotated.
+    @torch.jit.unused
+    def get_transform(self, image):
         """See :meth:`ResizeShortestEdge.get_transform`, whose transform cannot be replaced."""
         if self.is_range:
             length = np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1)
