@@ -90,10 +90,11 @@ def test_installation(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("versions", "message"),
     [
-        ({"setuptools": "81.0.0"}, "setuptools 81 is too new"),
-        ({"pip": "26.1"}, "pip 26.1 refuses the archive"),
+        ({"setuptools": "81.0.0"}, "setuptools 81.0.0 is too new"),
+        ({"setuptools": "60.10.0"}, "setuptools 60.10.0 is too old"),
+        ({"setuptools": "61.0", "pip": "26.1"}, "pip 26.1 refuses the archive"),
         ({"setuptools": "80.9.0", "pip": "26.0.1"}, None),
-        ({"setuptools": "9.0", "pip": "25.10"}, None),
+        ({"setuptools": "61.0", "pip": "25.10"}, None),
     ],
 )
 def test_environment(versions, message, monkeypatch, capsys):

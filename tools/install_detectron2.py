@@ -8,7 +8,7 @@ v0.6, without the C++ sources. This script downloads it with pip, verifies its h
 that Detectron2 has made since and that current versions of numpy, Pillow and PyTorch require, and
 builds and installs a wheel named ``detectron2``.
 
-Usage, in an environment that has torch, torchvision, ``setuptools<81`` and wheel::
+Usage, in an environment that has torch, torchvision, ``setuptools>=61,<81`` and wheel::
 
     python tools/install_detectron2.py
 
@@ -179,11 +179,16 @@ def check_environment() -> None:
                 f"{module} is not installed in {sys.prefix}. "
                 "Run `pip install -r requirements/build.txt` first."
             )
-    major = int(importlib.metadata.version("setuptools").split(".")[0])
-    if major >= 81:
+    version = importlib.metadata.version("setuptools")
+    major = int(version.split(".")[0])
+    if not 61 <= major < 81:
+        fault = (
+            "too new: Detectron2 imports pkg_resources, which setuptools 81 removed"
+            if major >= 81
+            else "too old: it does not read pyproject.toml, which setuptools 61 does"
+        )
         raise InstallError(
-            f"setuptools {major} is too new: Detectron2 imports pkg_resources, which setuptools 81 "
-            "removed. Run `pip install 'setuptools<81'` first."
+            f"setuptools {version} is {fault}. Run `pip install 'setuptools>=61,<81'` first."
         )
     pip_version = importlib.metadata.version("pip")
     if tuple(int(x) for x in pip_version.split(".")[:2]) > (26, 0):
