@@ -42,9 +42,9 @@ PRIVATE_NAMES = {
     "detectron2.engine.SimpleTrainer": ("_data_loader_iter",),
     "detectron2.engine.hooks.BestCheckpointer": ("_checkpointer", "_file_prefix", "_val_metric"),
     "detectron2.evaluation.COCOEvaluator": (
-        *("_coco_api", "_derive_coco_results", "_do_evaluation", "_eval_predictions"),
-        *("_max_dets_per_image", "_metadata", "_output_dir", "_results", "_tasks"),
-        "_tasks_from_predictions",
+        *("_coco_api", "_derive_coco_results", "_distributed", "_do_evaluation"),
+        *("_eval_box_proposals", "_eval_predictions", "_max_dets_per_image", "_metadata"),
+        *("_output_dir", "_predictions", "_results", "_tasks"),
     ),
     "detectron2.modeling.GeneralizedRCNNWithTTA": (
         *("_batch_inference", "_get_augmented_boxes", "_get_augmented_inputs"),

@@ -26,6 +26,8 @@ from libra_d2.data import register_coco_json
 from libra_d2.errors import InputError
 from libra_d2.evaluation import (
     LibraCOCOEvaluator,
+    LibraLVISEvaluator,
+    build,
     build_evaluator,
     coco_evaluator,
     reported_metrics,
@@ -34,7 +36,7 @@ from libra_d2.evaluation.coco_evaluator import choose_coco_eval
 
 # Detectron2's as well, if it is compiled.
 COMPILED = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
-EVALUATORS = list(dict.fromkeys([COCOeval, coco_evaluator._faster_coco_eval, COMPILED]))
+EVALUATORS = list(dict.fromkeys([COCOeval, coco_evaluator.faster_coco_eval, COMPILED]))
 
 
 @pytest.fixture
@@ -94,10 +96,11 @@ def with_crowds(dataset):
 
 @pytest.mark.parametrize("coco_eval", EVALUATORS)
 @pytest.mark.parametrize(("masks", "limit"), [(True, 100), (False, 300)])
-def test_evaluators_agree(registered, masks, limit, coco_eval):
+def test_evaluators_agree(registered, masks, limit, coco_eval, monkeypatch):
     """
     All numbers, including those of classes and masks, are those of Detectron2 with pycocotools:
-    with crowds, for some images or tasks, with more than 100 detections in an image.
+    with crowds, for some images or tasks, with more than 100 detections in an image, and if just a
+    class or two are evaluated at once.
     """
     name = registered("test_agree", with_crowds, "bitmask" if masks else None)
     rng, num = torch.Generator().manual_seed(0), 40 if limit > 100 else 3
@@ -107,12 +110,20 @@ def test_evaluators_agree(registered, masks, limit, coco_eval):
     options = {"distributed": False, "max_dets_per_image": limit}
     tasks = ("bbox", "segm")[: 1 + masks]
     theirs = COCOEvaluator(name, tasks, use_fast_impl=False, **options)
+    monkeypatch.setattr(coco_evaluator, "_GROUP", sum(map(len, found.values())) // 3)
+    counts = []
+
+    def implementation(truth, found, task):
+        counts.append(len(found.anns))
+        return coco_eval(truth, found, task)
+
     for img_ids, chosen in ((None, None), (list(found)[2:5], ("bbox",))):
-        ours = LibraCOCOEvaluator(name, chosen, coco_eval=coco_eval, **options)
+        ours = LibraCOCOEvaluator(name, chosen, coco_eval=implementation, **options)
         expected = evaluate(theirs, found, img_ids)
         assert expected["bbox"]["AP50"] > 2
         expected = {task: expected[task] for task in chosen or tasks}
         assert_equal_results(evaluate(ours, found, img_ids), expected)
+    assert max(counts) < 0.7 * sum(map(len, found.values()))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +206,15 @@ def test_reported_metrics(registered, tmp_path):
     assert reported_metrics("test_one_class", ("keypoints",)) == names
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
-    """The ground truth of a dataset like LVIS has 100 AP, with the package lvis or without it."""
-    if installed:
+@pytest.mark.parametrize("expected", [LibraLVISEvaluator, LVISEvaluator, LibraCOCOEvaluator])
+def test_lvis(synthetic, tmp_path, expected, monkeypatch, caplog):
+    """
+    The ground truth of a dataset like LVIS has 100 AP, with faster-coco-eval, with the package lvis
+    and with neither; also as proposals.
+    """
+    if expected is not LibraLVISEvaluator:
+        monkeypatch.setattr(build, "has_lvis_metrics", lambda: False)
+    if expected is LVISEvaluator:
         pytest.importorskip("lvis")
         monkeypatch.setattr(np, "float", float, raising=False)  # the package needs an older NumPy
     dataset = json.loads((synthetic / "instances.json").read_text())
@@ -211,7 +227,7 @@ def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
         annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     for category in dataset["categories"]:
         category.update(frequency="f", image_count=9, instance_count=9, synset="x", synonyms=["x"])
-    name, path = f"test_lvis_{installed}", tmp_path / "lvis.json"
+    name, path = f"test_lvis_{expected.__name__}", tmp_path / "lvis.json"
     path.write_text(json.dumps(dataset))
     DatasetCatalog.register(name, lambda: load_lvis_json(str(path), str(synthetic)))
     MetadataCatalog.get(name).set(
@@ -219,13 +235,23 @@ def test_lvis(synthetic, tmp_path, installed, monkeypatch, caplog):
         thing_classes=[c["name"] for c in dataset["categories"]],
     )
     evaluator = build_evaluator(name, str(tmp_path / "out"))
-    assert type(evaluator) is (LVISEvaluator if installed else LibraCOCOEvaluator)
-    assert ("evaluated with COCO's metrics" in caplog.text) != installed
+    assert type(evaluator) is expected
+    has_warned = "evaluated with COCO's metrics" in caplog.text
+    assert has_warned == (expected is LibraCOCOEvaluator)
     found = {r["image_id"]: detections(r) for r in DatasetCatalog.get(name)}
     results = evaluate(evaluator, found)
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert set(flatten_results_dict(results)) == set(reported_metrics(name, ("bbox",)))
     assert list((tmp_path / "out").glob("*_instances_results.json"))
+    evaluator.reset()
+    for record in DatasetCatalog.get(name):
+        boxes = detections(record)
+        proposals = Instances((96, 96), proposal_boxes=boxes.pred_boxes)
+        proposals.objectness_logits = boxes.scores
+        evaluator.process([{"image_id": record["image_id"]}], [{"proposals": proposals}])
+    results = evaluator.evaluate()
+    assert results["box_proposals"]["AR@100"] == pytest.approx(100)
+    assert set(flatten_results_dict(results)) == set(reported_metrics(name, ("box_proposals",)))
 
 
 def test_choice_of_the_evaluator(monkeypatch):
@@ -235,7 +261,7 @@ def test_choice_of_the_evaluator(monkeypatch):
     monkeypatch.setattr(coco_evaluation, "COCOeval_opt", object)
     assert choose_coco_eval() is object
     monkeypatch.setattr(coco_evaluation, "COCOeval_opt", COCOeval)
-    assert choose_coco_eval() is coco_evaluator._faster_coco_eval
+    assert choose_coco_eval() is coco_evaluator.faster_coco_eval
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not messages
     assert choose_coco_eval() is COCOeval

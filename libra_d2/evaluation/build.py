@@ -3,7 +3,7 @@
 
 import importlib.util
 import logging
-from typing import List, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from detectron2.evaluation import DatasetEvaluator, LVISEvaluator, PascalVOCDete
 from ..data import class_names
 from ..errors import InputError
 from .coco_evaluator import COCO_MAX_DETS, LibraCOCOEvaluator
+from .lvis_evaluator import LVIS_AP_OF_FREQUENCIES, LibraLVISEvaluator, has_lvis_metrics
 
 __all__ = [
     "TASKS",
@@ -24,7 +25,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_LVIS_AP = (*_AP, "APr", "APc", "APf")
+_LVIS_AP = (*_AP, *LVIS_AP_OF_FREQUENCIES.values())
 _AR = tuple(f"AR{area}@{limit}" for limit in (100, 1000) for area in ("", "s", "m", "l"))
 # By the type of a dataset and what a model is evaluated in. COCO's has AP of each class, too.
 _METRICS = {
@@ -56,9 +57,13 @@ def check_evaluator_type(dataset_name: str) -> str:
     return evaluator_type
 
 
-def _has_lvis() -> bool:
+def _lvis_evaluator() -> Optional[Callable]:
+    """The best evaluator of LVIS' metrics that works, if any."""
+    if has_lvis_metrics():
+        return LibraLVISEvaluator
     # The last release of the package uses np.float, which NumPy 1.24 removed.
-    return importlib.util.find_spec("lvis") is not None and hasattr(np, "float")
+    works = importlib.util.find_spec("lvis") is not None and hasattr(np, "float")
+    return LVISEvaluator if works else None
 
 
 def reported_metrics(dataset_name: str, tasks: Sequence[str] = TASKS) -> List[str]:
@@ -73,7 +78,7 @@ def reported_metrics(dataset_name: str, tasks: Sequence[str] = TASKS) -> List[st
         InputError: see :func:`check_evaluator_type`.
     """
     evaluator_type = check_evaluator_type(dataset_name)
-    if evaluator_type == "lvis" and not _has_lvis():
+    if evaluator_type == "lvis" and _lvis_evaluator() is None:
         evaluator_type = "coco"
     by_task = {k: v for k, v in _METRICS[evaluator_type].items() if k in tasks}
     names = [f"{task}/{metric}" for task, metrics in by_task.items() for metric in metrics]
@@ -87,27 +92,30 @@ def build_evaluator(
     dataset_name: str, output_dir: str, max_dets_per_image: int = COCO_MAX_DETS
 ) -> DatasetEvaluator:
     """
-    The evaluator for a registered dataset: COCO's metrics for COCO, LVIS' for LVIS if the package
-    lvis is installed and works (else COCO's), the VOC devkit's for Pascal VOC.
+    The evaluator for a registered dataset: COCO's metrics for COCO, LVIS' for LVIS if
+    faster-coco-eval or the package lvis can compute them (else COCO's), the VOC devkit's for Pascal
+    VOC.
 
     Args:
         dataset_name: a registered dataset.
         output_dir: directory for the predictions, as JSON in COCO's result format.
-        max_dets_per_image: limit of the model. COCO's metrics count that many or 100.
+        max_dets_per_image: limit of the model. COCO's metrics count that many or 100, LVIS'
+            count 300.
 
     Raises:
-        InputError: see :func:`check_evaluator_type`.
+        InputError: see :func:`check_evaluator_type` and :class:`LibraLVISEvaluator`.
     """
     evaluator_type = check_evaluator_type(dataset_name)
     if evaluator_type == "pascal_voc":
         return PascalVOCDetectionEvaluator(dataset_name)
     if evaluator_type == "lvis":
-        if _has_lvis():
-            return LVISEvaluator(dataset_name, output_dir=output_dir)  # counts 300 by default
+        lvis_evaluator = _lvis_evaluator()
+        if lvis_evaluator is not None:
+            return lvis_evaluator(dataset_name, output_dir=output_dir)
         logger.warning(
             f"{dataset_name}: evaluated with COCO's metrics, which count objects of classes that "
-            "LVIS has not annotated in an image as false. `pip install lvis 'numpy<1.24'` for "
-            "those of LVIS"
+            "LVIS has not annotated in an image as false. `pip install faster-coco-eval` for those "
+            "of LVIS"
         )
     limit = max(max_dets_per_image, COCO_MAX_DETS)
     return LibraCOCOEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=limit)
