@@ -7,12 +7,14 @@ import locale
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,43 @@ def test_as_one_process(synthetic, tmp_path, system, num_processes, num_parts):
     events = {name for found in files for name in found if name.startswith("events.")}
     assert len([name for name in files[1] if name.startswith("events.")]) == 1
     assert files[1] - events - logs == files[0] - events
+
+
+def test_submitit(synthetic, tmp_path):
+    """The example of docs/clusters.md, on this machine: it is preempted, and continues."""
+    (script,) = re.findall(
+        r"```python\n(import os.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "submit.py").write_text(script)
+    command = [sys.executable, "submit.py", "local", 2]
+    command += ["--config-file", ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"]
+    command += [*own_data(synthetic, "train"), "OUTPUT_DIR", tmp_path / "out", *EXHAUSTIVE]
+    command += ["SOLVER.MAX_ITER", 14, "SOLVER.CHECKPOINT_PERIOD", 4]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "job").open("w+") as f:
+        options = {"cwd": tmp_path, "env": environment, "stdout": f, "check": True}
+        subprocess.run([str(x) for x in command], **options)
+        f.seek(0)
+        job = int(f.read())
+    end = time.monotonic() + 300
+
+    def wait(name):
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < end, (folder / f"{job}_0_log.err").read_text()
+            time.sleep(0.05)
+
+    folder = tmp_path / "output/jobs"
+    wait("out/model_0000003.pth")
+    for task in Path(f"/proc/{job}/task/{job}/children").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+    for rank in range(2):
+        wait(folder / f"{job}_{rank}_result.pkl")
+    errors = (folder / f"{job}_0_log.err").read_text()
+    (stopped,) = re.findall(r"SIGUSR1: stopped after iteration (\d+); --resume", errors)
+    log = (tmp_path / "out/log.txt").read_text()
+    first = [int(x) for x in re.findall(r"Starting training from iteration (\d+)", log)]
+    assert first == [0, int(stopped) + 1]
+    assert torch.load(tmp_path / "out/model_final.pth")["iteration"] == 13
 
 
 def slurm(rank, tasks_per_node, num_tasks=4, local_rank=1):

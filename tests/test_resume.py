@@ -16,7 +16,6 @@ import pytest
 import test_trainer as toy
 import torch
 from conftest import DEMO_CONFIG, ROOT
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train_net import TINY, own_data
 
 MOMENTS = ("step", "checkpoint", "evaluation")
@@ -24,7 +23,8 @@ MOMENTS = ("step", "checkpoint", "evaluation")
 
 def start(synthetic, out, *opts, processes=1, config=DEMO_CONFIG, **kwargs):
     """Start or resume a training with a checkpoint every 5 iterations."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    several = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", 1]
+    several += ["--nproc-per-node", processes]
     command = [sys.executable, "-W", "ignore", *(several if processes > 1 else [])]
     command += [ROOT / "train_net.py", "--resume", "--config-file", config]
     command += [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY]
@@ -93,7 +93,7 @@ def last_iteration(out):
 def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
     """
     Kill a training at each of ``moments``, then let it finish: each run continues from the last
-    checkpoint.
+    checkpoint. Of several processes, another one is killed then, and torchrun starts them again.
     """
     log = out / "log.txt"
 
@@ -116,19 +116,16 @@ def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
             wait_for(conditions[moment], process)
             time.sleep(random.choice([0, 0.3]) * random.random())
             assert kill_all(out) >= processes + (processes > 1)
+        elif moments and processes > 1:
+            wait_for(conditions["step"], process)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(random.choice(workers)), signal.SIGKILL)
         output = finish(process)
-        for first in re.findall(r"Starting training from iteration (\d+)", output):
+        for first in re.findall(r"Starting training from iteration (\d+)", output)[:1]:
             assert int(first) == before + 1
         assert process.returncode == (-signal.SIGKILL if moment else 0), output
         assert "restart" not in output
         assert (out / "model_final.pth").exists() == (not moment)
-
-
-def scalars(out):
-    """What TensorBoard shows, without times: values by name and iteration."""
-    events = EventAccumulator(str(out), size_guidance={"scalars": 0}).Reload()
-    names = [name for name in events.Tags()["scalars"] if "time" not in name and "eta" not in name]
-    return {name: [(x.step, str(x.value)) for x in events.Scalars(name)] for name in names}
 
 
 def assert_same(out, whole):
@@ -137,7 +134,7 @@ def assert_same(out, whole):
     for key, value in expected.items():
         assert torch.equal(weights[key], value), key
     assert toy.lines(out) == toy.lines(whole)
-    assert scalars(out) == scalars(whole)
+    assert toy.scalars(out) == toy.scalars(whole)
     assert "bbox/AP" in toy.lines(out)[-1]
 
 
@@ -145,7 +142,7 @@ def assert_same(out, whole):
     ("system", "num_processes", "num_workers", "moments"),
     [
         ("retinanet", 1, 0, ["evaluation", "step"]),
-        ("faster_rcnn", 2, 2, ["step", "checkpoint"]),
+        ("faster_rcnn", 2, 2, ["checkpoint"]),
     ],
 )
 def test_killed(synthetic, tmp_path, system, num_processes, num_workers, moments):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, demo_cfg
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from detectron2.data import DatasetCatalog
@@ -168,6 +169,13 @@ def lines(out):
     return [{k: v for k, v in x.items() if "time" not in k and "eta" not in k} for x in found]
 
 
+def scalars(out):
+    """What TensorBoard shows, without times: values by name and iteration."""
+    events = EventAccumulator(str(out), size_guidance={"scalars": 0}).Reload()
+    names = [name for name in events.Tags()["scalars"] if "time" not in name and "eta" not in name]
+    return {name: [(x.step, str(x.value)) for x in events.Scalars(name)] for name in names}
+
+
 @pytest.fixture(scope="module")
 def whole(toy_data, tmp_path_factory):
     """The output directory of an uninterrupted training."""
@@ -213,6 +221,15 @@ def test_metrics(whole):
     assert names == {name for name in found[-1] if name.startswith("validation/")}
     assert (whole / "last_checkpoint").read_text() == "model_final.pth"
     assert torch.load(whole / "model_final.pth")["iteration"] == 10
+
+
+def test_tensorboard(whole, tmp_path):
+    """Shows no value twice that an interrupted training has written after its checkpoint."""
+    run(tmp_path, until=5)
+    (events,) = tmp_path.glob("events.*")
+    events.rename(tmp_path / "events.out.tfevents.1")  # it is the older one, also within a second
+    run(tmp_path, seed=99)
+    assert scalars(tmp_path) == scalars(whole)
 
 
 def test_evaluation_changes_nothing(whole, tmp_path):
