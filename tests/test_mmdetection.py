@@ -9,6 +9,7 @@ from conftest import ROOT, load_cfg
 from test_checkpoint import net, save, values
 
 from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.checkpoint.mmdetection import (
@@ -70,6 +71,48 @@ def test_names(names):
             to_mmdetection({**ours, name: 1})
 
 
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("neck.0.downsample_convs.0.conv.weight", "PAFPN"),
+        ("neck.pafpn_convs.1.conv.bias", "PAFPN"),
+        ("roi_head.semantic_head.conv_logits.weight", "the semantic branch of HTC"),
+        ("roi_head.mask_head.1.conv_res.conv.weight", "the mask information flow of HTC"),
+        ("roi_head.mask_iou_head.fc_mask_iou.bias", "the mask IoU head of Mask Scoring R-CNN"),
+        ("roi_head.bbox_head.2.reg_fcs.0.weight", "a box head with two branches"),
+        ("bbox_head.cls_convs.0.gn.weight", "a RetinaNet whose head has norms"),
+        ("backbone.stem.0.weight", r"a stem of three convolutions \(ResNetV1d\)"),
+    ],
+)
+def test_foreign_parts(key, part, tmp_path):
+    """The part is named, in the program and by the checkpointer."""
+    path = save(tmp_path / "a.pth", {"state_dict": {**STATE, key: torch.ones(1)}})
+    message = f"a.pth: '{key}' in it is a weight of {part}, which is not supported$"
+    with pytest.raises(InputError, match=message):
+        LibraCheckpointer(net(OURS)).load(str(path))
+
+
+def test_deformable(mmdet):
+    """A deformable bottleneck computes the same with converted weights."""
+    from mmdet.models.backbones.resnet import Bottleneck
+
+    block = Bottleneck(16, 4, dcn={"type": "DCN", "deform_groups": 1}).double().eval()
+    for value in block.state_dict().values():
+        if value.is_floating_point():
+            value.normal_(std=0.3).abs_() if value.dim() == 1 else value.normal_(std=0.3)
+    state = {f"backbone.layer2.0.{name}": x for name, x in block.state_dict().items()}
+    state = from_mmdetection(state)
+    ours = DeformBottleneckBlock(16, 16, bottleneck_channels=4, norm="FrozenBN").double().eval()
+    prefix = "backbone.bottom_up.res3.0."
+    ours.load_state_dict({name[len(prefix) :]: x for name, x in state.items()})
+    x = torch.rand(1, 16, 9, 7, dtype=torch.float64)
+    with torch.no_grad():
+        plain = BottleneckBlock(16, 16, bottleneck_channels=4, norm="FrozenBN").double().eval()
+        plain.load_state_dict(ours.state_dict(), strict=False)
+        assert not torch.allclose(ours(x), plain(x), atol=1e-3)
+        torch.testing.assert_close(ours(x), block(x), rtol=1e-12, atol=1e-12)
+
+
 def test_anchors():
     """Ratio-major in mmdetection, scale-major in Detectron2; the order of channels is kept."""
     for name, other, channels in (("cls", "cls_score", 2), ("reg", "bbox_pred", 4)):
@@ -99,17 +142,20 @@ def wrappings():
     hub.update_info("iter", 3)
     meta = {"mmdet_version": "2.25.0", "CLASSES": ("a", "b"), "time": "today"}
     optimizer = {"state": {0: torch.zeros(1)}, "param_groups": []}
+    # Hooks save the averaged weights under the names of the model, and the others besides.
     doubled = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in STATE.items()}
+    others = {f"module.{k}": v + 1 for k, v in STATE.items()}
     return {
         "version 2": {"meta": meta, "state_dict": STATE, "optimizer": optimizer},
         "version 3": {
             "meta": {"mmengine_version": "0.10.0"},
             "state_dict": STATE,
             "message_hub": hub.state_dict(),
-            "ema_state_dict": {"steps": torch.tensor(3)},
+            "ema_state_dict": {"steps": torch.tensor(3), **others},
             "optimizer": optimizer,
         },
         "ema": {"meta": None, "state_dict": {**STATE, **doubled}},
+        "half precision": {"meta": meta, "state_dict": {k: v.half() for k, v in STATE.items()}},
     }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 mmdetection with mmcv-lite, which needs no compiler: the Python side of mmcv's operators is there,
-and the two that Libra R-CNN's models call are torchvision's.
+and the few that Libra R-CNN's models call are torchvision's.
 """
 
 import sys
@@ -50,7 +50,16 @@ def _stand_in_for_operators() -> None:
     import mmcv.ops  # noqa: F401
 
     # The package re-exports a function of the module's name.
-    roi_align = sys.modules["mmcv.ops.roi_align"]
-    roi_align.RoIAlign.forward = lambda self, input, rois: torchvision.ops.roi_align(
+    module = sys.modules["mmcv.ops.roi_align"]
+    module.RoIAlign.forward = lambda self, input, rois: torchvision.ops.roi_align(
         input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+    )
+    # mmdetection crops the targets of masks with the function.
+    module.roi_align = lambda input, rois, size, scale, ratio, mode, aligned: (
+        torchvision.ops.roi_align(input, rois, size, scale, ratio, aligned)
+    )
+    sys.modules["mmcv.ops.deform_conv"].deform_conv2d = (
+        lambda input, offset, weight, stride, padding, dilation, *_: torchvision.ops.deform_conv2d(
+            input, offset, weight, None, stride, padding, dilation
+        )
     )
