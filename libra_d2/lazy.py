@@ -32,6 +32,7 @@ from .modeling import (
     LinearLastLevelP6P7,
     LowQualityMatcher,
     build_balanced_backbone,
+    build_mask_head_per_stage,
 )
 
 __all__ = ["balance", "disable", "target_of"]
@@ -42,7 +43,8 @@ _ROI_HEADS = {
     Res5ROIHeads: LibraRes5ROIHeads,
 }
 _RETINANET_BETA = 0.11  # mmdetection's libra_retinanet_r50_fpn_1x
-_RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU = 0.3, 0.0  # mmdetection's min_pos_iou
+# mmdetection's min_pos_iou
+_RPN_LOW_QUALITY_IOU, _RETINANET_LOW_QUALITY_IOU, _MASK_RCNN_LOW_QUALITY_IOU = 0.3, 0.0, 0.5
 
 
 def target_of(node: Any) -> Any:
@@ -108,9 +110,9 @@ def balance(
         feature_pyramid: whether the backbone gets a balanced feature pyramid, refined at P4, the
             level with a stride of 16.
         balanced_l1: whether boxes have balanced L1 loss.
-        reference: whether to use mmdetection's form of the ideas, its RPN, matching, normalizers
-            and batch norm (:mod:`libra_d2.modeling.reference_recipe`) instead of the paper's form
-            and Detectron2's recipe.
+        reference: whether to use mmdetection's form of the ideas, its RPN, matching, normalizers,
+            batch norm (:mod:`libra_d2.modeling.reference_recipe`) and cascade
+            (:class:`LibraCascadeROIHeads`) instead of the paper's form and Detectron2's recipe.
 
     Returns: ``model``.
 
@@ -204,6 +206,25 @@ def _balance_sampling(heads: DictConfig, reference: bool) -> None:
         mode="reference" if reference else "paper",
         negative_iou_thresh=f"${{..{matcher}.thresholds[0]}}",
     )
+    if reference:
+        _train_heads_as_reference(heads)
+
+
+def _train_heads_as_reference(heads: DictConfig) -> None:
+    mask_head = heads.get("mask_head")
+    if mask_head is not None:
+        heads.pad_masks = True
+    if not _is(heads, LibraCascadeROIHeads):
+        if mask_head is not None:
+            heads.low_quality_iou = _MASK_RCNN_LOW_QUALITY_IOU
+        return
+    num_stages = len(heads.box_heads)
+    weights = [0.5**stage for stage in range(num_stages)]
+    heads.update(stage_loss_weights=weights, resample=True, average="logits")
+    if mask_head is not None:
+        mask_head.plain_head = _convert_target_to_string(target_of(mask_head))
+        mask_head._target_ = build_mask_head_per_stage
+        mask_head.num_stages = num_stages
 
 
 def _box_predictors(heads: DictConfig) -> Iterator[Tuple[str, DictConfig]]:

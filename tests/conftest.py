@@ -24,6 +24,9 @@ sys.path.insert(0, str(ROOT / "tests/reference"))
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
+    parser.addoption(
+        "--slow", action="store_true", help="compare other, deep models with mmdetection's"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, load_cfg, reference_config
+from conftest import ROOT, load_cfg
+from oracle import SLOW, SYSTEMS, reference_model
 from test_checkpoint import save
 from test_mmdetection import STATE, equal
 
@@ -13,11 +14,35 @@ from detectron2.modeling import build_model
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.tools.convert_mmdet import main
 
-# Numbers of weights without num_batches_tracked.
-SYSTEMS = {"Faster R-CNN": 303, "Fast R-CNN": 297, "RetinaNet": 309}
+_DCN = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": False}
+_DEFORMABLE = SLOW["libra_mask_rcnn_GN_R_50"]
+# The system, and its number of weights without num_batches_tracked.
+CASES = {
+    "Faster R-CNN": (SYSTEMS["libra_faster_rcnn_R_50"], 303),
+    "Fast R-CNN": (SYSTEMS["libra_fast_rcnn_R_50"], 297),
+    "RetinaNet": (SYSTEMS["libra_retinanet_R_50"], 309),
+    "Mask R-CNN": (SYSTEMS["libra_mask_rcnn_R_50"], 315),
+    "Cascade R-CNN": (SLOW["libra_cascade_rcnn_R_50"], 319),
+    "Cascade Mask R-CNN": (SYSTEMS["libra_cascade_mask_rcnn_R_50"], 355),
+    "GN, 4 convolutions, deformable": (
+        _DEFORMABLE._replace(
+            options=(
+                *_DEFORMABLE.options,
+                *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]),
+                *("MODEL.RESNETS.DEFORM_MODULATED", True),
+            ),
+            their_options={
+                **_DEFORMABLE.their_options,
+                "model.backbone.dcn": _DCN,
+                "model.backbone.stage_with_dcn": (False, True, True, True),
+            },
+        ),
+        363,
+    ),
+}
 
 
-@pytest.fixture(scope="module", params=SYSTEMS)
+@pytest.fixture(scope="module", params=CASES)
 def theirs(request, mmdet):
     """A model of mmdetection with random weights, and our model of that config."""
     from mmdet.registry import MODELS
@@ -25,14 +50,12 @@ def theirs(request, mmdet):
 
     register_all_modules()
     torch.manual_seed(1)
-    name = "libra_" + request.param.lower().replace(" r-", "_r")
-    model = reference_config(mmdet, f"{name.replace('_', '-')}_r50").model
-    model.backbone.init_cfg = None
-    model = MODELS.build(model)
+    system, _ = CASES[request.param]
+    model = MODELS.build(reference_model(mmdet, system).model)
     for value in model.state_dict().values():
         value.normal_() if value.is_floating_point() else value.fill_(7)
-    cfg = load_cfg(ROOT / f"configs/COCO-Detection/{name}_R_50_FPN_1x.yaml")
-    cfg.MODEL.DEVICE = "cpu"
+    cfg = load_cfg(ROOT / "configs" / system.config)
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *system.options])
     return request.param, model, build_model(cfg)
 
 
@@ -44,7 +67,7 @@ def test_round_trip(theirs, tmp_path, capsys, caplog):
     save(files[0], {"meta": meta, "state_dict": state, "optimizer": {}})
     main(files[:2])
     main(files[1:])
-    what = f"{SYSTEMS[name]} weights, for"
+    what = f"{CASES[name][1]} weights, for"
     printed = [f"{files[1]}: {what} Detectron2", f"{files[2]}: {what} mmdetection"]
     assert capsys.readouterr().out.splitlines() == printed
     converted, back = torch.load(files[1]), torch.load(files[2])

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss normalizers of batches that are spread over micro-batches and processes."""
 
+import re
+
 import pytest
 import torch
+from oracle import Pair, double_precision, in_mmdetection
 from torch import nn
+from uncompiled_mmcv import import_mmdet
 
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 
+from libra_d2.checkpoint import to_mmdetection
 from libra_d2.modeling.normalizer import Normalizers, is_batch_divided, mean_over_batch
 
 
@@ -41,3 +47,73 @@ def test_errors_inside():
         1 / 0  # noqa: B018
     assert not is_batch_divided()
     Normalizers().finish()
+
+
+def losses_and_gradients(model, compute):
+    """Losses of this process, and the gradients that all processes have in common."""
+    model.zero_grad()
+    losses = compute(torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False))
+    sum(losses.values()).backward()
+    gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return {k: loss.detach() for k, loss in losses.items()}, gradients
+
+
+def their_losses(pair, inputs):
+    def compute(model):
+        found = model(**pair.theirs.data_preprocessor(pair.data(inputs), True), mode="loss")
+        return {
+            name: sum(loss) if isinstance(loss, list) else loss.sum()
+            for name, loss in found.items()
+            if "loss" in name
+        }
+
+    return losses_and_gradients(pair.theirs.train(), compute)
+
+
+def our_losses(pair, inputs, normalize_over):
+    def compute(model):
+        with EventStorage():
+            return model(inputs)
+
+    for module in pair.ours.modules():
+        if hasattr(module, "normalize_over"):
+            module.normalize_over = normalize_over
+    losses, gradients = losses_and_gradients(pair.ours.train(), compute)
+    losses = {in_mmdetection(name): loss for name, loss in losses.items()}
+    return losses, to_mmdetection({**pair.ours.state_dict(), **gradients})
+
+
+def compare(rank, folder, name, seed):
+    """One of two processes, with one of two images, which differ in their numbers of objects."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/a", rank=rank, world_size=2)
+    with double_precision():
+        pair = Pair(import_mmdet(), name, seed, [(64, 90), (96, 64)], num_proposals=30, small=True)
+        inputs = pair.inputs[rank : rank + 1]
+        theirs, their_gradients = their_losses(pair, inputs)
+        ours, gradients = our_losses(pair, inputs, "process")
+        of_batch, _ = our_losses(pair, inputs, "batch")
+    for key, loss in theirs.items():
+        torch.testing.assert_close(ours[key], loss, rtol=1e-9, atol=1e-12)
+        # The number of proposals is the same, or is not that of the batch.
+        is_mask = "mask" in key
+        assert is_mask == bool((of_batch[key] / loss - 1).abs() < 1e-3), (key, of_batch[key], loss)
+    assert len(theirs) == len(ours)
+    # The softmax ignores the bias of phi, whose gradient is rounding.
+    del their_gradients["neck.1.refine.phi.conv.bias"]
+    for key, gradient in their_gradients.items():
+        error = (gradients[key] - gradient).norm()
+        # Those of theta and phi are what is left of much larger numbers that cancel out.
+        scale = 1 if re.search("theta|phi", key) else gradient.norm()
+        assert error <= 1e-9 * scale, (key, error, scale)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["libra_cascade_mask_rcnn_R_50", "libra_retinanet_R_50"])
+def test_two_processes(name, mmdet, tmp_path, pytestconfig):
+    """
+    With NORMALIZE_OVER "process", two processes have mmdetection's losses and gradients; by default
+    they do not.
+    """
+    seed = 3 + pytestconfig.getoption("seed")
+    torch.multiprocessing.spawn(compare, (str(tmp_path), name, seed), nprocs=2)

@@ -4,15 +4,25 @@ Whole models give the same detections, losses and gradients as mmdetection's wit
 and pixels. They are compared in float64, where rounding is far below the tolerance.
 """
 
+from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from oracle import FLOAT32, SYSTEMS, Pair, double_precision, smooth_image
+from oracle import (
+    FLOAT32,
+    SLOW,
+    SYSTEMS,
+    Pair,
+    double_precision,
+    in_mmdetection,
+    smooth_image,
+)
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from detectron2.layers import paste_masks_in_image
 from detectron2.utils.events import EventStorage
 
 from libra_d2.checkpoint import to_mmdetection
@@ -21,12 +31,25 @@ from libra_d2.data import LibraDatasetMapper
 # Float64 has 16 digits. A deep network loses up to five of them.
 RELATIVE = 1e-9
 PIXELS = 1e-7
+# Mask heads and cascades are slow: they get fewer pixels and boxes.
+_FEWER = {
+    "sizes": [(90, 75), (60, 96)],  # padded to (96, 96) together
+    **{"num_proposals": 60, "num_tested_proposals": 100, "num_detections": 25},
+}
 
 
-@pytest.fixture(scope="module", params=SYSTEMS)
+def pytest_generate_tests(metafunc):
+    """With --slow, the systems that are left out otherwise."""
+    if "pair" in metafunc.fixturenames:
+        systems = SLOW if metafunc.config.getoption("slow") else SYSTEMS
+        metafunc.parametrize("pair", systems, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def pair(request, mmdet, pytestconfig):
     with double_precision():
-        return Pair(mmdet, request.param, seed=11 + pytestconfig.getoption("seed"))
+        fewer = _FEWER if "mask" in request.param or "cascade" in request.param else {}
+        return Pair(mmdet, request.param, seed=11 + pytestconfig.getoption("seed"), **fewer)
 
 
 @pytest.fixture
@@ -51,18 +74,46 @@ def assert_same_detections(result, sample):
     assert same[rows, columns].all()
     assert box_error[rows, columns].max() < PIXELS
     assert score_error[rows, columns].max() < RELATIVE
+    if ours.has("pred_masks"):
+        masks, their_masks = ours.pred_masks[rows], theirs.masks[columns]
+        assert masks.shape == their_masks.shape
+        assert masks.dtype == their_masks.dtype == torch.bool
+        assert torch.equal(masks, their_masks)
+        assert 0.1 < masks.sum() / (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sum() < 0.9
+    return rows, columns
+
+
+@contextmanager
+def outputs_of(model, name):
+    """Collect what the layers of that name return."""
+    found = []
+    layers = [layer for path, layer in model.named_modules() if path.endswith(f".{name}")]
+    hooks = [x.register_forward_hook(lambda _, __, output: found.append(output)) for x in layers]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("images", [(0,), (0, 1)])
 def test_detections(pair, images):
-    """Of a single image and of a batch of different sizes."""
+    """
+    Of a single image and of a batch of different sizes; the logits of masks, before they are pasted
+    into the image, of each stage of a cascade.
+    """
     inputs = [pair.inputs[i] for i in images]
-    with torch.no_grad():
+    with torch.no_grad(), outputs_of(pair.ours, "predictor") as logits:
         results = pair.ours.eval()([{k: x[k] for k in ("image", "proposals")} for x in inputs])
+    with torch.no_grad(), outputs_of(pair.theirs, "conv_logits") as their_logits:
         samples = pair.theirs.eval().test_step(pair.data(inputs))
+    assert len(logits) == len(their_logits) == pair.num_mask_heads
+    start = 0
     for result, sample in zip(results, samples):
-        assert_same_detections(result, sample)
+        rows, columns = assert_same_detections(result, sample)
+        for a, b in zip(logits, their_logits):
+            torch.testing.assert_close(a[start + rows], b[start + columns], rtol=0, atol=PIXELS)
+        start += len(rows)
+    assert all(len(x) == start for x in logits)
 
 
 @torch.no_grad()
@@ -99,6 +150,23 @@ def test_detections_from_a_file(pair, tmp_path):
         sample.proposals = InstanceData(bboxes=scaled, scores=torch.zeros(len(boxes)))
     (sample,) = pair.theirs.eval().test_step({"inputs": [data["inputs"]], "data_samples": [sample]})
     assert_same_detections(result[0], sample)
+
+
+def test_pasting(mmdet):
+    """In float32, the same masks in the same boxes become the same pixels."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    size, number = (90, 110), 20
+    corner = torch.rand(number, 2) * torch.tensor([70, 60])
+    boxes = torch.cat([corner, corner + 3 + 30 * torch.rand(number, 2)], dim=1)
+    masks = torch.nn.functional.interpolate(torch.rand(number, 1, 6, 6), 28, mode="bilinear")
+    theirs = torch.zeros(number, *size, dtype=torch.bool)
+    for i in range(number):
+        pasted, place = _do_paste_mask(masks[i : i + 1], boxes[i : i + 1], *size, skip_empty=True)
+        theirs[(slice(i, i + 1), *place)] = pasted >= 0.5
+    ours = paste_masks_in_image(masks[:, 0], boxes, size, threshold=0.5)
+    assert ours.sum() > 1000
+    assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()
@@ -143,21 +211,23 @@ def test_losses_and_gradients(pair, change):
         ours = pair.ours(inputs)
     data = pair.theirs.data_preprocessor(pair.data(inputs), training=True)
     theirs = {
-        name: sum(loss) if isinstance(loss, list) else loss
+        name: sum(loss) if isinstance(loss, list) else loss.sum()  # that of masks has shape (1,)
         for name, loss in pair.theirs.loss(data["inputs"], data["data_samples"]).items()
         if "loss" in name
     }
     sum(ours.values()).backward()
     sum(theirs.values()).backward()
-    names = {"loss_rpn_loc": "loss_rpn_bbox", "loss_box_reg": "loss_bbox"}
-    assert {names.get(name, name) for name in ours} == theirs.keys()
+    ours = {in_mmdetection(name): loss for name, loss in ours.items()}
+    assert ours.keys() == theirs.keys()
     for name, loss in ours.items():
         assert loss.dtype == torch.float64
-        torch.testing.assert_close(loss, theirs[names.get(name, name)], rtol=RELATIVE, atol=1e-12)
+        torch.testing.assert_close(loss, theirs[name], rtol=RELATIVE, atol=1e-12)
     grads = {k: p.grad for k, p in pair.ours.named_parameters() if p.requires_grad}
     their_grads = {k: p.grad for k, p in pair.theirs.named_parameters() if p.requires_grad}
-    grads = to_mmdetection(grads)
-    assert grads.keys() == their_grads.keys()
+    assert len(grads) == len(their_grads)
+    # Norms without running statistics would get the name of group norm.
+    grads = to_mmdetection({**pair.ours.state_dict(), **grads})
+    grads = {name: grads[name] for name in their_grads}
     # The softmax ignores the bias of phi, whose gradient is rounding.
     del grads["neck.1.refine.phi.conv.bias"]
     for name, grad in grads.items():

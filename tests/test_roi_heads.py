@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, demo_cfg, random_inputs
+from torch.nn import functional as F
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, SamplingResult
 
 
@@ -43,6 +45,43 @@ def test_label_and_sample_proposals(config, negatives):
     assert [scalars[f"roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == in_bins
     assert scalars["roi_head/num_fg_instances"] == 1
     assert scalars["roi_head/num_fg_samples"] == 10
+
+
+def test_resampling():
+    """
+    The second stage is given what the first has made of 309 proposals, but not of the object: 100
+    with an IoU of 0.01, 0.3 and 0.55, and 9 with 0.7. Its 23 negatives are from all bins of
+    [0, 0.6).
+    """
+    heads = build("cascade", LIBRA__CASCADE__RESAMPLE=True).roi_heads
+    matcher, sampler = heads.proposal_matcher, heads.proposal_sampler
+    right = torch.tensor([1.0] * 100 + [30.0] * 100 + [55.0] * 100 + [70.0] * 9)
+    boxes = F.pad(right[:, None], (2, 1)) + torch.tensor([0.0, 0, 0, 10])
+    proposals = Instances((128, 128), proposal_boxes=Boxes(boxes))
+    proposals.objectness_logits = right
+    targets = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
+    targets.gt_classes = torch.tensor([2])
+    with EventStorage() as storage:
+        heads.batch_size_per_image, heads.positive_fraction = 1000, 1.0
+        (sampled,) = heads.label_and_sample_proposals([proposals], [targets])
+        assert len(sampled) == 310
+        predicted = sampled.proposal_boxes.tensor.clone()
+        predicted[predicted[:, 2] == 100, 2] = 140  # outside of the image
+        heads.batch_size_per_image, heads.positive_fraction = 30, 0.25
+        (found,) = heads._refine([predicted], [sampled], 1, [targets])
+        scalars = {name: value for name, (value, _) in storage.latest().items()}
+    assert torch.equal(heads._objectness[0].sort().values, right)
+    edges = found.proposal_boxes.tensor[:, 2]
+    assert set(edges[:7].tolist()) <= {70, 100}
+    assert found.gt_classes.tolist() == [2] * 7 + [4] * 23
+    in_bins = [(edges == x).sum().item() for x in (1, 30, 55)]
+    assert sum(in_bins) == 23
+    assert min(in_bins) >= 7
+    assert [scalars[f"stage1/roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == in_bins
+    assert (heads.proposal_matcher, heads.proposal_sampler) == (matcher, sampler)
+    assert sampler.negative_iou_thresh == 0.5
+    with pytest.raises(ArgumentError, match="use one number for each of the 3 stages, or none"):
+        build("cascade", LIBRA__CASCADE__STAGE_LOSS_WEIGHTS=(1.0, 0.5))
 
 
 class OwnSampler(torch.nn.Module):

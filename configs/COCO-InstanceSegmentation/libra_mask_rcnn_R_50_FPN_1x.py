@@ -10,4 +10,5 @@ model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 torchvision_input(model)
 balance(model, reference=True)
 dataloader.train.mapper.use_instance_mask = True
+dataloader.train.mapper.instance_mask_format = "bitmask"  # as in mmdetection
 train.init_checkpoint = "libra://ImageNetPretrained/torchvision/R-50"

@@ -111,6 +111,40 @@ def add_libra_config(cfg: CN) -> None:
     # suppression. If False, this happens after it, as in Detectron2.
     cfg.MODEL.LIBRA.RETINANET.CLIP_BOXES = True
 
+    # Second stage (not in the paper). By default as in Detectron2.
+    cfg.MODEL.LIBRA.ROI_HEADS = CN()
+    # See RPN.LOW_QUALITY_IOU. mmdetection's Mask R-CNN has 0.5, its Faster and Cascade R-CNN have
+    # none. Ground truth that is added to the proposals does not count.
+    cfg.MODEL.LIBRA.ROI_HEADS.LOW_QUALITY_IOU = -1.0
+    # Whether masks are padded as their images are before the targets of mask heads are cropped from
+    # them, as in mmdetection: at the lower and right border of an image, targets then fade to the
+    # background. It requires INPUT.MASK_FORMAT "bitmask", mmdetection's format; polygons have no
+    # border.
+    cfg.MODEL.LIBRA.ROI_HEADS.PAD_MASKS = False
+
+    # Cascade R-CNN (not in the paper). By default as in Detectron2; configs of cascades with
+    # mmdetection's recipe use its way.
+    cfg.MODEL.LIBRA.CASCADE = CN()
+    # Weight of the losses of each stage, such as (1.0, 0.5, 0.25), mmdetection's. Empty as in
+    # Detectron2: losses of all stages have a weight of 1, and the gradients that they send to the
+    # features are divided by the number of stages.
+    cfg.MODEL.LIBRA.CASCADE.STAGE_LOSS_WEIGHTS = ()
+    # Whether proposals are also sampled for the second and later stages, from the boxes of the
+    # stage before and the ground truth, as in mmdetection. False trains them on all of these boxes.
+    cfg.MODEL.LIBRA.CASCADE.RESAMPLE = False
+    # What is averaged over the stages to predict classes: "probabilities" (as in Detectron2) or
+    # "logits" (as in mmdetection).
+    cfg.MODEL.LIBRA.CASCADE.AVERAGE = "probabilities"
+    # Whether each stage has a mask head of its own, as in mmdetection. They are trained on the
+    # proposals of their stage, and their masks are averaged. False gives one mask head, which is
+    # trained on the proposals of the first stage.
+    cfg.MODEL.LIBRA.CASCADE.MASK_HEAD_PER_STAGE = False
+
+    # Number that losses are divided by if a batch is spread over several processes: the mean of the
+    # numbers of all processes ("batch"; gradients do not depend on how the images are spread), or
+    # the number of each process alone ("process"; as in mmdetection).
+    cfg.MODEL.LIBRA.NORMALIZE_OVER = "batch"
+
     # Whether to train the scale and shift of batch norms in those stages of the backbone that are
     # not frozen, with fixed running statistics, as in mmdetection (not in the paper). It requires
     # RESNETS.NORM "FrozenBN", which trains neither if this is False.

@@ -16,6 +16,7 @@ from ..modeling import (
     AffineBatchNorm2d,
     BalancedFeaturePyramid,
     BalancedSamplingMixin,
+    LibraCascadeROIHeads,
     LibraFastRCNNOutputLayers,
     LibraRetinaNet,
     LibraRPN,
@@ -50,8 +51,12 @@ _READERS = {
     "BALANCED_L1": (LibraFastRCNNOutputLayers, LibraRetinaNet),
     "RPN": (LibraRPN,),
     "RETINANET": (LibraRetinaNet,),
+    "CASCADE": (LibraCascadeROIHeads,),
+    "ROI_HEADS": (BalancedSamplingMixin,),
+    "NORMALIZE_OVER": (LibraRPN, LibraFastRCNNOutputLayers, LibraRetinaNet),
     "TRAIN_NORM_AFFINE": (AffineBatchNorm2d,),
 }
+_SECOND_STAGE = ["SAMPLER", "BALANCED_L1", "CASCADE", "ROI_HEADS"]
 
 
 def check_box_losses(model: nn.Module) -> None:
@@ -87,7 +92,7 @@ def warn_of_unread_keys(cfg: CfgNode, model: nn.Module) -> None:
     defaults = dict(leaves(original))
     modules = list(model.modules())
     # A model of one stage may keep the keys of the other.
-    without = ["SAMPLER", "BALANCED_L1"] if isinstance(model, ProposalNetwork) else []
+    without = [*_SECOND_STAGE] if isinstance(model, ProposalNetwork) else []
     if cfg.MODEL.LOAD_PROPOSALS:
         without.append("RPN")
     if not cfg.MODEL.LIBRA.BFP.ENABLED:

@@ -17,15 +17,11 @@ from .balanced_feature_pyramid import REFINEMENT_REGISTRY, BalancedFeaturePyrami
 from .balanced_l1_loss import BalancedL1Loss, balanced_l1_loss
 from .balanced_sampling import PROPOSAL_SAMPLER_REGISTRY, BalancedSampler, SamplingResult
 from .batch_norm import AffineBatchNorm2d, train_norm_affine
+from .cascade import LibraCascadeROIHeads, MaskHeadPerStage, build_mask_head_per_stage
 from .fast_rcnn import LibraFastRCNNOutputLayers
 from .reference_recipe import LibraRPN, LinearLastLevelP6P7, LowQualityMatcher
 from .retinanet import LibraRetinaNet, build_libra_retinanet_resnet_fpn_backbone
-from .roi_heads import (
-    BalancedSamplingMixin,
-    LibraCascadeROIHeads,
-    LibraRes5ROIHeads,
-    LibraROIHeads,
-)
+from .roi_heads import BalancedSamplingMixin, LibraRes5ROIHeads, LibraROIHeads
 from .timm_backbone import TimmBackbone
 
 __all__ = [
@@ -44,6 +40,7 @@ __all__ = [
     "LibraRetinaNet",
     "LinearLastLevelP6P7",
     "LowQualityMatcher",
+    "MaskHeadPerStage",
     "NonLocalBlock",
     "SamplingResult",
     "TimmBackbone",
@@ -53,5 +50,6 @@ __all__ = [
     "build_libra_backbone",
     "build_libra_resnet_fpn_backbone",
     "build_libra_retinanet_resnet_fpn_backbone",
+    "build_mask_head_per_stage",
     "train_norm_affine",
 ]

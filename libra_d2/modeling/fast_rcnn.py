@@ -10,8 +10,9 @@ from detectron2.layers import ShapeSpec, nonzero_tuple
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 
+from ..errors import check_choice
 from .balanced_l1_loss import BalancedL1Loss
-from .normalizer import is_batch_divided, mean_over_batch
+from .normalizer import NORMALIZE_OVER, is_batch_divided, mean_over_batch
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
@@ -24,21 +25,37 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
 
     @configurable
     def __init__(
-        self, input_shape: ShapeSpec, *, balanced_l1: Optional[BalancedL1Loss] = None, **kwargs
+        self,
+        input_shape: ShapeSpec,
+        *,
+        balanced_l1: Optional[BalancedL1Loss] = None,
+        normalize_over: str = "batch",
+        **kwargs,
     ):
         """
         Args:
             input_shape: shape of the features of one proposal.
             balanced_l1: the loss for ``box_reg_loss_type="balanced_l1"``. None for one with the
                 paper's parameters.
+            normalize_over: whether the number that the losses are divided by is the mean over all
+                processes of a "batch" or that of each "process"; see :func:`mean_over_batch`.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
+
+        Raises:
+            ArgumentError: if ``normalize_over`` is neither.
         """
         super().__init__(input_shape, **kwargs)
+        check_choice("normalize_over", normalize_over, NORMALIZE_OVER)
+        self.normalize_over = normalize_over
         self.balanced_l1 = balanced_l1 or BalancedL1Loss()
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
-        return {**super().from_config(cfg, input_shape), "balanced_l1": BalancedL1Loss(cfg)}
+        return {
+            **super().from_config(cfg, input_shape),
+            "balanced_l1": BalancedL1Loss(cfg),
+            "normalize_over": cfg.MODEL.LIBRA.NORMALIZE_OVER,
+        }
 
     def losses(self, predictions, proposals: List[Instances]) -> Dict[str, torch.Tensor]:
         """

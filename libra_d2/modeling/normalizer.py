@@ -11,7 +11,9 @@ from torch import distributed, nn
 
 from detectron2.utils import comm
 
-__all__ = ["Normalizers", "is_batch_divided", "mean_over_batch"]
+__all__ = ["NORMALIZE_OVER", "Normalizers", "is_batch_divided", "mean_over_batch"]
+
+NORMALIZE_OVER = ("batch", "process")
 
 _current: ContextVar[Optional["Normalizers"]] = ContextVar("normalizers", default=None)
 
@@ -20,6 +22,11 @@ def _mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     total = value.detach().float().clone()
     distributed.all_reduce(total)
     return total / comm.get_world_size()
+
+
+def _is_shared(owner: nn.Module) -> bool:
+    """Whether the number of ``owner`` is one of several processes."""
+    return comm.get_world_size() > 1 and getattr(owner, "normalize_over", "batch") == "batch"
 
 
 class Normalizers:
@@ -43,10 +50,11 @@ class Normalizers:
 
     def finish(self) -> None:
         """End the first pass: take the means over micro-batches and processes."""
-        means = [torch.stack(values).mean() for values in self._counted.values()]
-        if means and comm.get_world_size() > 1:
-            means = list(_mean_over_processes(torch.stack(means)))
-        self._means = dict(zip(self._counted, means))
+        self._means = {owner: torch.stack(x).mean() for owner, x in self._counted.items()}
+        shared = list(filter(_is_shared, self._counted))
+        if shared:
+            means = _mean_over_processes(torch.stack([self._means[owner] for owner in shared]))
+            self._means.update(zip(shared, means))
 
     def get(self, value: torch.Tensor, owner: nn.Module) -> torch.Tensor:
         """See :func:`mean_over_batch`."""
@@ -67,14 +75,15 @@ def mean_over_batch(value: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     synchronization.
 
     Gradients are averaged over processes and micro-batches. Dividing each loss by this mean, rather
-    than by a number of its own, gives the gradient of the whole batch, however it is divided. (In
-    mmdetection each process divides by its own number.)
+    than by a number of its own, gives the gradient of the whole batch, however it is divided.
 
     Args:
         value: scalar without gradient. It is returned unchanged if the batch is not divided.
-        owner: the module whose loss is divided by it, once in each forward pass.
+        owner: the module whose loss is divided by it, once in each forward pass. If its
+            ``normalize_over`` is "process" rather than "batch", other processes do not count, as in
+            mmdetection.
     """
     normalizers = _current.get()
     if normalizers is not None:
         return normalizers.get(value, owner)
-    return _mean_over_processes(value) if comm.get_world_size() > 1 else value
+    return _mean_over_processes(value) if _is_shared(owner) else value

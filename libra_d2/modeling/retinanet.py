@@ -17,7 +17,7 @@ from ..errors import check_choice
 from .backbone import configure_backbone
 from .balanced_l1_loss import BalancedL1Loss
 from .focal_loss import focal_loss
-from .normalizer import mean_over_batch
+from .normalizer import NORMALIZE_OVER, mean_over_batch
 from .reference_recipe.matcher import build_anchor_matcher
 from .reference_recipe.p6p7 import LinearLastLevelP6P7
 from .reference_recipe.padding import label_without_padding
@@ -63,6 +63,7 @@ class LibraRetinaNet(RetinaNet):
         normalizer: str = "batch",
         clip_boxes: bool = True,
         padding_anchors: bool = False,
+        normalize_over: str = "batch",
         **kwargs,
     ):
         """
@@ -71,16 +72,18 @@ class LibraRetinaNet(RetinaNet):
             balanced_l1: the loss for ``box_reg_loss_type="balanced_l1"``. None for one with the
                 paper's parameters and a beta of 0.11.
             normalizer: what the losses are divided by. "batch": number of foreground anchors in
-                the batch (mean over processes), at least one per image. "moving_average": that of
+                the batch, at least one per image. "moving_average": that of
                 Detectron2, which starts at 100 and has a momentum of 0.9.
             clip_boxes: whether boxes are clipped to the image, and those without area dropped,
                 before non-maximum suppression rather than after it.
             padding_anchors: whether anchors in a batch's padding are trained on as in Detectron2;
                 see :func:`label_without_padding`.
+            normalize_over: whether the number that the losses are divided by is the mean over all
+                processes of a "batch" or that of each "process"; see :func:`mean_over_batch`.
             kwargs: arguments of :class:`RetinaNet`.
 
         Raises:
-            ArgumentError: if ``normalizer`` is neither.
+            ArgumentError: if ``normalizer`` or ``normalize_over`` is neither.
         """
         super().__init__(box_reg_loss_type=box_reg_loss_type, **kwargs)
         check_choice("normalizer", normalizer, RETINANET_NORMALIZERS)
@@ -88,6 +91,8 @@ class LibraRetinaNet(RetinaNet):
         self.normalizer = normalizer
         self.clip_boxes = clip_boxes
         self.padding_anchors = padding_anchors
+        check_choice("normalize_over", normalize_over, NORMALIZE_OVER)
+        self.normalize_over = normalize_over
 
     @classmethod
     def from_config(cls, cfg) -> Dict:
@@ -99,6 +104,7 @@ class LibraRetinaNet(RetinaNet):
             "normalizer": libra.NORMALIZER,
             "clip_boxes": libra.CLIP_BOXES,
             "padding_anchors": libra.PADDING_ANCHORS,
+            "normalize_over": cfg.MODEL.LIBRA.NORMALIZE_OVER,
         }
 
     @torch.no_grad()

@@ -12,16 +12,17 @@ from torch.nn import functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
-from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, Res5ROIHeads
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
 from .balanced_sampling import SamplingResult, build_proposal_sampler
 from .fast_rcnn import LibraFastRCNNOutputLayers
+from .reference_recipe.matcher import build_anchor_matcher
+from .reference_recipe.padding import pad_masks
 
 __all__ = [
     "BalancedSamplingMixin",
-    "LibraCascadeROIHeads",
     "LibraROIHeads",
     "LibraRes5ROIHeads",
 ]
@@ -43,16 +44,29 @@ class BalancedSamplingMixin:
     """
 
     @configurable
-    def __init__(self, *, proposal_sampler: nn.Module, **kwargs):
+    def __init__(
+        self,
+        *,
+        proposal_sampler: nn.Module,
+        low_quality_iou: float = -1.0,
+        pad_masks: bool = False,
+        **kwargs,
+    ):
         """
         Args:
             proposal_sampler: draws ``batch_size_per_image`` proposals of each image, such as a
                 :class:`BalancedSampler`.
+            low_quality_iou: ``min_iou`` of a :class:`LowQualityMatcher` for the proposals, as in
+                mmdetection's Mask R-CNN. Added ground truth is not matched by it. Negative for the
+                matcher of the ROI heads alone.
+            pad_masks: whether to :func:`pad_masks` in training, as in mmdetection.
             kwargs: arguments of the ROI heads. Pass :class:`LibraFastRCNNOutputLayers` as their box
                 predictors for balanced L1 loss.
         """
         super().__init__(**kwargs)
         self.proposal_sampler = proposal_sampler
+        self.low_quality_iou = low_quality_iou
+        self.pad_masks = pad_masks
         # For each image of the batch.
         self._objectness: List[torch.Tensor] = []
         self._max_iou: List[torch.Tensor] = []
@@ -63,6 +77,8 @@ class BalancedSamplingMixin:
         return {
             **super().from_config(cfg, input_shape),
             "proposal_sampler": build_proposal_sampler(cfg),
+            "low_quality_iou": cfg.MODEL.LIBRA.ROI_HEADS.LOW_QUALITY_IOU,
+            "pad_masks": cfg.MODEL.LIBRA.ROI_HEADS.PAD_MASKS,
         }
 
     def _sample_proposals(
@@ -101,10 +117,16 @@ class BalancedSamplingMixin:
         def match(ious: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
             # Only the matcher is given the IoUs, (M, R). Without objects the highest one is 0.
             self._max_iou.append(F.pad(ious, (0, 0, 0, 1)).amax(dim=0))
-            return matcher(ious)
+            matches, labels = matcher(ious)
+            if self.low_quality_iou >= 0:
+                given = len(self._objectness[len(self._sampled)])
+                low_quality = build_anchor_matcher(matcher, self.low_quality_iou)
+                matches[:given], labels[:given] = low_quality(ious[:, :given])
+            return matches, labels
 
         self.proposal_matcher = match
         try:
+            targets = pad_masks(targets) if self.pad_masks else targets
             sampled = super().label_and_sample_proposals(proposals, targets)
         finally:
             self.proposal_matcher = matcher
@@ -117,7 +139,7 @@ class BalancedSamplingMixin:
         return sampled
 
 
-def _with_weights_of(
+def with_weights_of(
     parent: FastRCNNOutputLayers, cfg, input_shape: ShapeSpec, **kwargs
 ) -> LibraFastRCNNOutputLayers:
     """A predictor with the initial weights of ``parent``; it leaves the random state alone."""
@@ -141,28 +163,9 @@ class LibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg, input_shape) -> Dict:
         ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = _with_weights_of(
+        ret["box_predictor"] = with_weights_of(
             ret["box_predictor"], cfg, ret["box_head"].output_shape
         )
-        return ret
-
-
-@ROI_HEADS_REGISTRY.register()
-class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
-    """
-    :class:`CascadeROIHeads` with balanced L1 loss in each stage and balanced sampling in the first.
-    Later stages train on all boxes of the stage before.
-    """
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape) -> Dict:
-        ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictors"] = [
-            _with_weights_of(
-                predictor, cfg, head.output_shape, box2box_transform=predictor.box2box_transform
-            )
-            for head, predictor in zip(ret["box_heads"], ret["box_predictors"])
-        ]
         return ret
 
 
@@ -175,4 +178,4 @@ class LibraRes5ROIHeads(BalancedSamplingMixin, Res5ROIHeads):
         ret = super().from_config(cfg, input_shape)
         parent = ret["box_predictor"]
         shape = ShapeSpec(channels=parent.cls_score.in_features, height=1, width=1)
-        return {**ret, "box_predictor": _with_weights_of(parent, cfg, shape)}
+        return {**ret, "box_predictor": with_weights_of(parent, cfg, shape)}

@@ -6,7 +6,7 @@ anchors, pads batches and normalizes losses. Each has a config key that disables
 
 from .matcher import LowQualityMatcher, build_anchor_matcher
 from .p6p7 import LinearLastLevelP6P7
-from .padding import label_without_padding
+from .padding import label_without_padding, pad_masks
 from .rpn import LibraRPN
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "LowQualityMatcher",
     "build_anchor_matcher",
     "label_without_padding",
+    "pad_masks",
 ]

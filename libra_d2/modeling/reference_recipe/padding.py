@@ -1,15 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors in the padding of the smaller images of a batch."""
+"""What is in the padding of the smaller images of a batch: anchors and masks."""
 
 from typing import Callable, List, Tuple
 
 import torch
+from torch.nn import functional as F
 
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
-__all__ = ["label_without_padding"]
+__all__ = ["label_without_padding", "pad_masks"]
 
 _SIZE_DIVISOR = 32  # mmdetection's pad_size_divisor: an image's own padding counts as image
+
+
+def _padded(image: Instances) -> List[int]:
+    """Height and width of an image with its own padding."""
+    return [-(-side // _SIZE_DIVISOR) * _SIZE_DIVISOR for side in image.image_size]
+
+
+def pad_masks(gt_instances: List[Instances]) -> List[Instances]:
+    """
+    Pad bitmap masks as their images are padded in the batch, as mmdetection does before it crops
+    the targets of the mask head. At the lower and right border of an image, where crops are
+    interpolated, those of padded masks fade to the background.
+
+    Args:
+        gt_instances: for each image, with :class:`BitMasks` of its size as ``gt_masks``. Without
+            masks, or with polygons, they are returned as they are.
+
+    Returns:
+        instances with ``gt_masks`` of the size of the batch, if that is larger than the image.
+    """
+    height, width = (max(sides) for sides in zip(*map(_padded, gt_instances)))
+    padded = []
+    for instances in gt_instances:
+        if instances.has("gt_masks") and isinstance(instances.gt_masks, BitMasks):
+            h, w = instances.image_size
+            fields = instances.get_fields()
+            masks = F.pad(instances.gt_masks.tensor, (0, width - w, 0, height - h))
+            instances = Instances((h, w), **{**fields, "gt_masks": BitMasks(masks)})
+        padded.append(instances)
+    return padded
 
 
 def label_without_padding(
@@ -29,9 +60,7 @@ def label_without_padding(
     Returns:
         as ``label_anchors``, with labels of -1 in padding.
     """
-    sizes = [
-        [-(-side // _SIZE_DIVISOR) * _SIZE_DIVISOR for side in x.image_size] for x in gt_instances
-    ]
+    sizes = [_padded(x) for x in gt_instances]
     largest = [max(sides) for sides in zip(*sizes)]
     if all(size == largest for size in sizes):
         return label_anchors(anchors, gt_instances)

@@ -10,7 +10,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.structures import Boxes, Instances
 
 from ...errors import check_choice
-from ..normalizer import mean_over_batch
+from ..normalizer import NORMALIZE_OVER, mean_over_batch
 from .matcher import build_anchor_matcher
 from .padding import label_without_padding
 
@@ -34,6 +34,7 @@ class LibraRPN(RPN):
         max_neg_per_pos: int = 5,
         normalizer: str = "sampled",
         padding_anchors: bool = False,
+        normalize_over: str = "batch",
         **kwargs,
     ):
         """
@@ -41,20 +42,24 @@ class LibraRPN(RPN):
             max_neg_per_pos: limit of sampled negative anchors per sampled positive one, in each
                 image; an image without positives counts as having one. Negative for no limit.
             normalizer: what the losses are divided by. "sampled": number of sampled anchors in the
-                batch (mean over processes), at least one positive and one negative per image.
+                batch, at least one positive and one negative per image.
                 "batch_size": ``batch_size_per_image`` times the number of images, as in Detectron2.
             padding_anchors: whether anchors in a batch's padding are trained on as in Detectron2;
                 see :func:`label_without_padding`.
+            normalize_over: whether the number that the losses are divided by is the mean over all
+                processes of a "batch" or that of each "process"; see :func:`mean_over_batch`.
             kwargs: arguments of :class:`RPN`.
 
         Raises:
-            ArgumentError: if ``normalizer`` is neither.
+            ArgumentError: if ``normalizer`` or ``normalize_over`` is neither.
         """
         super().__init__(**kwargs)
         check_choice("normalizer", normalizer, RPN_NORMALIZERS)
         self.max_neg_per_pos = max_neg_per_pos
         self.normalizer = normalizer
         self.padding_anchors = padding_anchors
+        check_choice("normalize_over", normalize_over, NORMALIZE_OVER)
+        self.normalize_over = normalize_over
 
     @classmethod
     def from_config(cls, cfg, input_shape) -> Dict:
@@ -65,6 +70,7 @@ class LibraRPN(RPN):
             "max_neg_per_pos": rpn.MAX_NEG_PER_POS,
             "normalizer": rpn.NORMALIZER,
             "padding_anchors": rpn.PADDING_ANCHORS,
+            "normalize_over": cfg.MODEL.LIBRA.NORMALIZE_OVER,
         }
 
     @torch.jit.unused
