@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.errors import InputError
+from libra_d2.evaluation import coco_evaluator
 from libra_d2.evaluation.lvis_evaluator import LibraLVISEvaluator
 
 NAMES, NUMBERS = [f"test_lvis_evaluator_{i}" for i in range(100)], count()
@@ -148,8 +149,10 @@ def random_case(folder, seed=0):
     return name, {i: detections(x, masks=True) for i, x in found.items()}
 
 
-def test_package(tmp_path):
-    """All numbers are those of the package lvis, of boxes and of masks."""
+@pytest.mark.parametrize("at_once", [1, 50_000])
+def test_package(tmp_path, at_once, monkeypatch):
+    """All numbers are those of the package lvis, of boxes and of masks, in groups of classes."""
+    monkeypatch.setattr(coco_evaluator, "_GROUP", at_once)
     results = evaluate(*random_case(tmp_path))
     assert results.keys() == {"bbox", "segm"}
     for task, numbers in OF_LVIS.items():

@@ -71,6 +71,15 @@ class LibraLVISEvaluator(LibraCOCOEvaluator):
                         f"{self._metadata.json_file}: {kind}: id {entry['id']} has no {key}, which "
                         "LVIS' metrics need; for COCO's, set the dataset's evaluator_type to 'coco'"
                     )
+        # What is known of an image: the classes that were looked for, as contiguous ids.
+        known = {x["id"]: {*x["neg_category_ids"]} for x in dataset["images"]}
+        for annotation in dataset.get("annotations", []):
+            if annotation["area"] > 0:
+                known[annotation["image_id"]].add(annotation["category_id"])
+        self._known = {
+            image_id: np.array([self._categories[id] - 1 for id in ids], dtype=np.int32)
+            for image_id, ids in known.items()
+        }
         for entry in self._image_entries:
             for key in _REQUIRED["images"]:
                 entry[key] = [self._categories[id] for id in entry[key]]
@@ -80,9 +89,9 @@ class LibraLVISEvaluator(LibraCOCOEvaluator):
             entry["frequency"] = frequency
 
     def _counted(self, detections: Detections) -> np.ndarray:
-        """See the parent. These are taken before it is known whether their classes count."""
-        best = np.argsort(-detections.scores, kind="stable")[:LVIS_MAX_DETS]
-        return np.sort(best)
+        """See the parent. The best are chosen first, also of classes that are not known."""
+        best = np.sort(np.argsort(-detections.scores, kind="stable")[:LVIS_MAX_DETS])
+        return best[np.isin(detections.classes[best], self._known[detections.image_id])]
 
     def _derive_coco_results(
         self, coco_eval: Any, iou_type: str, class_names: Optional[Sequence[str]] = None
