@@ -3,8 +3,10 @@ import importlib
 import sys
 
 import pytest
+from conftest import ROOT
+from run_versions import CELLS
 
-from libra_d2.versions import check_versions
+from libra_d2.versions import OLDEST, check_versions
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,15 @@ def test_check_versions(module, version, message, monkeypatch):
         return
     with pytest.raises(ImportError, match=message):
         check_versions()
+
+
+def test_one_claim():
+    """What is said to be the oldest is the same everywhere, and the first that is tested."""
+    oldest = CELLS[0]
+    assert oldest.torch == f"=={OLDEST['torch'][1]}.0"
+    required = (ROOT / "setup.py").read_text(), (ROOT / "tools/install_detectron2.py").read_text()
+    assert f'python_requires=">={oldest.python}"' in required[0]
+    assert f'requires-python = ">={oldest.python}"' in required[1]
+    claim = f"Python {oldest.python} or later, PyTorch {OLDEST['torch'][1]} or later"
+    for page in ("README.md", "docs/installation.md"):
+        assert claim in (ROOT / page).read_text(), page
