@@ -160,6 +160,27 @@ def test_train_step(config, num_boxes):
         assert torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.parametrize("resample", [False, True])
+def test_mask_head_per_stage(resample):
+    """Each of three mask heads is trained; the masks are the mean of what they predict."""
+    keys = {"MASK_HEAD_PER_STAGE": True, "RESAMPLE": resample}
+    keys = {f"LIBRA__CASCADE__{name}": value for name, value in keys.items()}
+    model = build("cascade", MASK_ON=True, LIBRA__ROI_HEADS__PAD_MASKS=True, **keys)
+    with EventStorage():
+        losses = model(random_inputs(3, 0, size=(90, 120)))
+    sum(losses.values()).backward()
+    assert {f"loss_mask_stage{k}" for k in range(3)} < losses.keys()
+    assert all(p.grad.abs().sum() > 0 for p in model.roi_heads.mask_head.parameters())
+    for k, head in enumerate(model.roi_heads.mask_head):
+        torch.nn.init.zeros_(head.predictor.weight)
+        torch.nn.init.constant_(head.predictor.bias, float(k))
+    (found,) = model.roi_heads.mask_head.eval()(
+        torch.rand(2, 16, 14, 14), [Instances((9, 9), pred_classes=torch.tensor([0, 3]))]
+    )
+    expected = torch.arange(3.0).sigmoid().mean()
+    torch.testing.assert_close(found.pred_masks, expected.expand(2, 1, 28, 28))
+
+
 @pytest.mark.parametrize("config", ["faster", "cascade"])
 def test_initial_weights(config):
     """A seed gives the same weights with and without the ideas, apart from the pyramid's."""

@@ -13,12 +13,13 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, build_mask_head
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.modeling.roi_heads.roi_heads import select_foreground_proposals
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.registry import locate
 
 from ..errors import ArgumentError, check_choice
 from .balanced_sampling import BalancedSampler
+from .reference_recipe.padding import pad_masks
 from .roi_heads import BalancedSamplingMixin, with_weights_of
 
 __all__ = [
@@ -240,6 +241,19 @@ class LibraCascadeROIHeads(BalancedSamplingMixin, CascadeROIHeads):
                 return self.label_and_sample_proposals(refined, targets)
         finally:
             self.proposal_matcher, self.proposal_sampler = first
+
+    @torch.no_grad()
+    def _match_and_label_boxes(self, proposals, stage, targets):
+        """See :meth:`CascadeROIHeads._match_and_label_boxes`; adds the masks of the matches."""
+        proposals = super()._match_and_label_boxes(proposals, stage, targets)
+        if not self._trains_mask_per_stage:
+            return proposals
+        for found, target in zip(proposals, pad_masks(targets) if self.pad_masks else targets):
+            if len(target) > 0:
+                ious = pairwise_iou(target.gt_boxes, found.proposal_boxes)
+                matches, _ = self.proposal_matchers[stage](ious)
+                found.gt_masks = target.gt_masks[matches]
+        return proposals
 
     def _mask_losses(
         self, features: Dict[str, torch.Tensor], proposals: List[Instances], stage: int
