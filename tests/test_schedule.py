@@ -62,9 +62,10 @@ def test_training(mmdet, name, pytestconfig):
     small = name not in PUBLISHED and not pytestconfig.getoption("slow")
     # Small features and outputs as at the beginning of a training; larger ones diverge.
     spreads = {**{layer: 0.02 * spread for layer, spread in SPREADS.items()}, "others": 0.1}
+    few = {"num_tested_proposals": 50, "num_detections": 10}
     seed = 5 + pytestconfig.getoption("seed")
     with double_precision():
-        pair = Pair(mmdet, name, seed, sizes, spreads, num_proposals=30, small=small)
+        pair = Pair(mmdet, name, seed, sizes, spreads, num_proposals=30, small=small, **few)
         start = {k: v.clone() for k, v in pair.theirs.state_dict().items()}
         batches = [[pair.inputs[i % 4], pair.inputs[(3 * i + 1) % 4]] for i in range(num_steps)]
         optimizer = Trainer.build_optimizer(pair.cfg, pair.ours)
