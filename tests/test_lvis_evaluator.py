@@ -91,8 +91,9 @@ BOX, ELSEWHERE, THIN = [10, 10, 30, 30], [100, 100, 30, 30], [10, 10, 0, 30]
         (300 * [(1, BOX, 0.9)], {}, (0, 100)),
     ],
 )
-def test_metrics(tmp_path, more, fields, expected):
+def test_metrics(tmp_path, more, fields, expected, monkeypatch):
     """One object of each of two classes in an image each, and one detection of each."""
+    monkeypatch.setattr(coco_evaluator, "_GROUP", 1)  # a class at a time, also that without any
     empty = {NEG: [], PARTLY: []}
     images = {5: {**empty, **fields}, 3: empty}
     polygon = [10, 10, 40, 10, 40, 40, 10, 40]
