@@ -243,8 +243,7 @@ class LibraCOCOEvaluator(COCOEvaluator):
             }
             for x in results
         ]
-        # One image at least, for evaluators fail without any.
-        images = {1, *(x["image_id"] for x in chain(annotations, results))}
+        images = {x["image_id"] for x in chain(annotations, results)}
         truth, detections = COCO(), COCO()
         truth.dataset = {
             "images": [self._image_entries[i - 1] for i in sorted(images)],
