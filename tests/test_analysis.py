@@ -270,7 +270,7 @@ def test_objective_statistics():
         assert statistics[name]["cumulative"] == approx(cumulative[ranks])
     default = analysis.objective_statistics(torch.zeros(3))
     assert default["balanced L1"] == {"inlier_gradient": 0, "cumulative": [0] * 100}
-    assert [*default][4:] == ["L1", "smooth L1 (beta 1)", "balanced L1"]
+    assert [*default][5:] == ["L1", "smooth L1 (beta 1)", "balanced L1"]
 
 
 def test_figure_of_losses():

@@ -36,6 +36,7 @@ PRIVATE_NAMES = {
     "detectron2.checkpoint.DetectionCheckpointer": (
         *("_load_file", "_load_model", "_log_incompatible_keys"),
     ),
+    "detectron2.data.DatasetMapper": ("_transform_annotations",),
     "detectron2.data.detection_utils": ("_apply_exif_orientation",),
     "detectron2.engine.DefaultTrainer": ("_trainer", "_last_eval_results"),
     "detectron2.engine.TrainerBase": ("_hooks",),
@@ -54,7 +55,10 @@ PRIVATE_NAMES = {
         *("_decode_multi_level_predictions", "_decode_per_level_predictions", "_ema_update"),
     ),
     "detectron2.modeling.ROIHeads": ("_sample_proposals",),
-    "detectron2.modeling.StandardROIHeads": ("_init_box_head",),
+    "detectron2.modeling.StandardROIHeads": ("_init_box_head", "_init_mask_head", "_forward_mask"),
+    "detectron2.modeling.roi_heads.CascadeROIHeads": (
+        *("_create_proposals_from_boxes", "_forward_box", "_match_and_label_boxes", "_run_stage"),
+    ),
     "detectron2.modeling.box_regression": ("_dense_box_regression_loss",),
     "detectron2.modeling.proposal_generator.RPN": ("_subsample_labels",),
     "detectron2.utils.events.CommonMetricPrinter": ("_get_eta",),

@@ -27,7 +27,8 @@ def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "libra_d2").rglob("*.py")}
     data = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "configs").rglob("*.py")]
-    modules |= {f"libra_d2/evaluation/error_page.{x}" for x in ("html", "css", "js")}
+    pages = [*(ROOT / "libra_d2").rglob("*.html"), *(ROOT / "libra_d2").rglob("*.css")]
+    modules |= {str(p.relative_to(ROOT)) for p in (*pages, *(ROOT / "libra_d2").rglob("*.js"))}
     data += [*(ROOT / "tools").glob("*.py"), *(ROOT / "demo").glob("*.py")]
     assert modules | {f"libra_d2/{p.relative_to(ROOT)}" for p in data} <= names
     assert not {n for n in names if n.startswith(("tests", "tools", "configs", "demo"))}

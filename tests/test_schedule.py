@@ -13,6 +13,7 @@ from libra_d2.engine import Trainer
 
 # Float64 on both sides, with the rounding of ten steps.
 RELATIVE = 1e-9
+TEN_STEPS = ("libra_faster_rcnn_R_50", "libra_retinanet_R_50")
 
 
 def their_schedulers(reference, optimizer):
@@ -22,7 +23,18 @@ def their_schedulers(reference, optimizer):
     return [PARAM_SCHEDULERS.build(x, default_args=arguments) for x in reference.param_scheduler]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def test_same_schedule(mmdet):
+    """Of all Faster and Fast R-CNNs, here as there."""
+    found = []
+    for name in (name for name in PUBLISHED if "retinanet" not in name):
+        cfg = load_cfg(ROOT / "configs" / PUBLISHED[name].config)
+        reference = reference_config(mmdet, PUBLISHED[name].reference)
+        found.append((cfg.SOLVER, reference.param_scheduler, reference.optim_wrapper))
+    assert len(found) == 4
+    assert all(x == found[0] for x in found)
+
+
+@pytest.mark.parametrize("name", ["libra_faster_rcnn_R_50", "libra_retinanet_R_50"])
 def test_learning_rate(mmdet, name):
     """The rate of every iteration of the training, warm-up and both drops included."""
     system = PUBLISHED[name]
@@ -52,14 +64,15 @@ def test_learning_rate(mmdet, name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_training(mmdet, name, pytestconfig):
     """
-    Ten steps of the warm-up, or three with a deep backbone, have the same losses and lead to the
-    same weights, which includes momentum, decay of norms and biases, and frozen layers. Mask and
-    Cascade R-CNN are small here, unless with --slow.
+    Ten steps of the warm-up have the same losses and lead to the same weights, which includes
+    momentum, decay of norms and biases, and frozen layers. Without --slow, systems that differ from
+    those in backbone or heads alone take three steps, and Mask and Cascade R-CNN are small.
     """
     from mmengine.optim import build_optim_wrapper
 
-    num_steps, sizes = 10 if "R_50" in name else 3, [(48, 64), (64, 40), (56, 64), (40, 48)]
-    small = name not in PUBLISHED and not pytestconfig.getoption("slow")
+    is_slow, sizes = pytestconfig.getoption("slow"), [(48, 64), (64, 40), (56, 64), (40, 48)]
+    num_steps = 10 if is_slow or name in TEN_STEPS else 3
+    small = name not in PUBLISHED and not is_slow
     # Small features and outputs as at the beginning of a training; larger ones diverge.
     spreads = {**{layer: 0.02 * spread for layer, spread in SPREADS.items()}, "others": 0.1}
     few = {"num_tested_proposals": 50, "num_detections": 10}
