@@ -152,10 +152,10 @@ def plan(wanted: float, deviation: float, source: str, num_tests: int) -> str:
         source: where it comes from.
         num_tests: how many variants are compared with the first.
     """
+    each = f" in each of {num_tests} comparisons" if num_tests > 1 else ""
     lines = [
         f"Differences of pairs of runs have a standard deviation of {deviation:.2f} AP ({source}). "
-        f"So many seeds find a true difference in one of {num_tests} comparisons with a "
-        "probability of 80%:"
+        f"So many seeds find a true difference{each} with a probability of 80%:"
     ]
     sizes = sorted({wanted, *(round(deviation * x, 1) for x in (0.5, 1, 2))} - {0.0})
     numbers = [(f"{size:g}", pairs_needed(size, deviation, num_tests)) for size in sizes]
