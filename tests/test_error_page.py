@@ -333,11 +333,15 @@ def test_switches(open_page):
         assert not boxes.first.is_visible()
         page.keyboard.press(key)
         assert boxes.first.is_visible()
+        page.keyboard.press(key.upper())
+        assert not boxes.first.is_visible()
 
 
 def test_compared_models(open_page, tmp_path):
     """The last one first; tables, charts and boxes follow the choice, curves show all."""
     page = open_page("three.html")
+    page.locator("#min-score").fill("0")
+    page.locator("#min-score").press("Enter")
     numbers = write_three(tmp_path / "a.html", *random_dataset(2))
     for letter, name, rows in (("C", "third", 1), ("B", "second", 0)):
         if letter == "B":
@@ -355,6 +359,9 @@ def test_compared_models(open_page, tmp_path):
         assert f"{letter} less A" in " ".join(page.locator("#images-table th").all_inner_texts())
         assert f"of {letter}, on average" in page.locator("#image-name").inner_text()
         assert "means of 2 pairs of runs" in page.locator("#summary").inner_text()
+        (picture, *_) = read(tmp_path / "a.html")[1]
+        boxes = page.locator("#overlay .model-1").count()
+        assert boxes == len(picture["detections"][rows + 1])
         page.locator("#show-model-1").click()
         assert page.locator("#overlay.no-model-1").count()
     page.keyboard.press("b")
@@ -394,6 +401,7 @@ def test_next_image(open_page):
 def test_class_filter(open_page, files):
     """Only images and boxes of this class."""
     page, data = open_page("two.html"), read(files / "two.html")[0]
+    page.locator("#next").click()  # the first one of the class is shown, wherever one was before
     page.locator("#class-filter").select_option(label=NASTY)
     chosen = [x["file_name"] for x in data["images"] if 0 in x["classes"]]
     assert 0 < len(chosen) < 12
@@ -401,6 +409,7 @@ def test_class_filter(open_page, files):
     for name in chosen:
         seen.append(page.locator("#image-name").inner_text().split(":")[0])
         assert set(column(page, "objects-table", 1)) <= {NASTY}
+        assert all(NASTY in x for x in page.locator("#overlay title").all_text_contents())
         page.keyboard.press("ArrowRight")
         assert name == seen[-1]
     assert f"{len(chosen)} have this class" in page.locator("#images-count").inner_text()
