@@ -4,7 +4,7 @@
 import os
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from tabulate import tabulate
@@ -57,14 +57,19 @@ def table(runs: Runs) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
+def pooled_deviation(samples: List[List[float]]) -> Tuple[float, int]:
+    """The standard deviation within samples, 0 if unknown, and its degrees of freedom."""
+    freedom = sum(len(values) - 1 for values in samples)
+    squares = sum((len(v) - 1) * statistics.variance(v) for v in samples if len(v) > 1)
+    return (squares / freedom) ** 0.5 if freedom else 0.0, freedom
+
+
 def uncertainty(runs: Runs) -> str:
     """The random variation of AP, pooled over all variants, since each has few runs."""
     finals = [[m[-1]["bbox/AP"] for m in by_seed.values()] for by_seed in runs.values()]
-    freedom = sum(len(values) - 1 for values in finals)
+    deviation, freedom = pooled_deviation(finals)
     if freedom == 0:
         return "One run of each does not say how far AP differs by chance."
-    squares = sum((len(v) - 1) * statistics.variance(v) for v in finals if len(v) > 1)
-    deviation = (squares / freedom) ** 0.5
     runs_each = min(map(len, finals))
     return (
         f"A run's AP has a standard deviation of {deviation:.2f} (pooled over all variants, "
@@ -121,10 +126,7 @@ def differences(runs: Runs, reference: str = "baseline", level: float = 0.95) ->
 
 def pair_deviation(runs: Runs, reference: str) -> float:
     """The standard deviation of differences of pairs, pooled over the variants; 0 if unknown."""
-    pairs = list(difference_of_pairs(runs, reference).values())
-    freedom = sum(len(values) - 1 for values in pairs)
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in pairs)
-    return (squares / freedom) ** 0.5 if freedom else 0.0
+    return pooled_deviation(list(difference_of_pairs(runs, reference).values()))[0]
 
 
 def found_differences(runs: Runs, reference: str) -> str:

@@ -154,8 +154,8 @@ class Recipe(ABC):
     test_proposals = Setting("DATASETS.PROPOSAL_FILES_TEST", f"{_TEST}.dataset.proposal_files", ())
     num_workers = Setting("DATALOADER.NUM_WORKERS", f"{_TRAIN}.num_workers", 0)
     image_format = Setting("INPUT.FORMAT", (f"{_TEST}.mapper.image_format", "model.input_format"))
-    #: in LazyConfigs, given by the class of the augmentation
     check_images = Setting("MODEL.LIBRA.INPUT.CHECK_IMAGES", "train.check_images", -1)
+    #: in LazyConfigs, given by the class of the augmentation
     interpolation = Setting(
         "MODEL.LIBRA.INPUT.INTERPOLATION", f"{_TEST}.mapper.augmentations", "pillow"
     )
