@@ -7,6 +7,7 @@ and the few that Libra R-CNN's models call are torchvision's.
 import sys
 import types
 
+import torch
 import torchvision
 
 __all__ = ["import_mmdet"]
@@ -63,3 +64,12 @@ def _stand_in_for_operators() -> None:
             input, offset, weight, None, stride, padding, dilation
         )
     )
+    from mmdet.models.losses import focal_loss
+
+    # On GPUs mmdetection calls the operator; on CPUs it computes the loss in PyTorch.
+    focal_loss._sigmoid_focal_loss = _sigmoid_focal_loss
+
+
+def _sigmoid_focal_loss(pred, target, gamma, alpha, weight, reduction):
+    targets = torch.nn.functional.one_hot(target, pred.shape[1] + 1)[:, :-1].to(pred)
+    return torchvision.ops.sigmoid_focal_loss(pred, targets, alpha, gamma)
