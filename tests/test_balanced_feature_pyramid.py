@@ -4,10 +4,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
-from libra_d2.modeling.balanced_feature_pyramid import _max_along, max_in_windows
+from libra_d2.modeling.balanced_feature_pyramid import _gather_max, _max_along, max_in_windows
 
 REFINE_TYPES = ("none", "conv", "non_local")
 
@@ -137,6 +138,18 @@ def test_autocast(dtype, refine_type, magnitude):
         assert all(torch.isfinite(x.grad).all() for x in (*inputs, *bfp.parameters()))
 
 
+def test_autocast_of_gpus():
+    """All levels keep their type. GPUs repeat values in another one, as do tensors without data."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            features = [x.half() for x in pyramid(SIZES["odd"])]
+            outputs = BalancedFeaturePyramid(8, 5)(features)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert [(x.shape, x.dtype) for x in outputs] == [(x.shape, torch.half) for x in features]
+
+
 @pytest.mark.parametrize("height", [1, 2, 5, 8, 13, 20])
 def test_max_in_windows(height):
     """Value and gradient are those of adaptive max pooling, for any input and output size."""
@@ -144,7 +157,8 @@ def test_max_in_windows(height):
         x = torch.randn(1, 2, height, size + 4, dtype=torch.float64, requires_grad=True)
         expected = F.adaptive_max_pool2d(x, (size, size))
         by_rows = _max_along(x, 2, size, 5)
-        for found in (_max_along(by_rows, 3, size, 5), max_in_windows(x, size, size, 5)):
+        on_gpus = _gather_max(x, size, size)
+        for found in (_max_along(by_rows, 3, size, 5), max_in_windows(x, size, size, 5), on_gpus):
             assert torch.equal(found, expected)
             weight = torch.randn_like(expected)
             a, b = (torch.autograd.grad(y, x, weight, retain_graph=True) for y in (found, expected))

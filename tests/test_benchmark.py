@@ -127,8 +127,9 @@ def test_whole_models(mmdet, monkeypatch):
     """Inference and training steps beside Detectron2 and mmdetection."""
     monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
     once, size = Once("cpu", 0), (64, 64)
-    results = list(benchmark_models.whole_models(once, size, True, ["float32", "bfloat16"]))
-    assert len(results) == 4
+    results = list(benchmark_models.whole_models(once, size, True, ["float32", "bfloat16"], 2))
+    steps = ["inference", "training step of 2 images"]
+    assert [x.what for x in results[::2]] == [f"RetinaNet R-50, 64 x 64, {x}" for x in steps]
     for result in results:
         assert set(result.values) == {OURS, f"{OURS}, bfloat16", PLAIN, REFERENCE}
         if result.unit == "ms":

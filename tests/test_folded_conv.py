@@ -97,23 +97,27 @@ def test_weights_may_change(change):
 def test_folded_once(monkeypatch):
     """Without gradients; with frozen weights in training, too. Copies and pickles leave it out."""
     conv = make_conv(FrozenBatchNorm2d(6))
+    conv.bias.requires_grad_(False)  # it is part of the norm's shift
     fold_norms(conv)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     calls = []
-    fold = FoldedConv2d._fold_weight
-    monkeypatch.setattr(
-        FoldedConv2d, "_fold_weight", lambda *args: (calls.append(1), fold(*args))[1]
-    )
+    for name in ("_fold", "_fold_norm", "_fold_statistics"):
+
+        def recorded(*args, name=name, function=getattr(FoldedConv2d, name)):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(FoldedConv2d, name, recorded)
     with torch.inference_mode():
         conv(x), conv(x)
-    assert len(calls) == 1
+    assert calls == ["_fold", "_fold_norm", "_fold_statistics"]
     assert "_kept" not in pickle.loads(pickle.dumps(conv)).__dict__
     conv(x).sum().backward()  # nothing that was made in inference mode
     conv(x).sum().backward()
-    assert len(calls) == 3
+    assert calls[3:] == ["_fold", "_fold"]
     conv.requires_grad_(False).train()
     conv(x), conv(x)
-    assert len(calls) == 4
+    assert calls[5:] == ["_fold", "_fold_norm", "_fold_statistics"]
 
 
 def test_hooks():

@@ -170,6 +170,14 @@ def build_argument_parser() -> argparse.ArgumentParser:
         help="size of the image for whole models; default: 800 1344",
     )
     parser.add_argument(
+        "--num-images",
+        type=int,
+        choices=range(1, 65),
+        default=1,
+        metavar="N",
+        help="images of a training step; default: 1",
+    )
+    parser.add_argument(
         "--precision",
         nargs="+",
         choices=("float32", "bfloat16", "float16"),
@@ -223,8 +231,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = [(height // 2, width // 2), (height, width), (height * 2, width * 2)]
     image_size = tuple(args.image_size)
     parts: Dict[str, Iterator[Result]] = {
-        "models": whole_models(meter, image_size, reference, args.precision),
-        "levers": levers(meter, image_size, args.levers),
+        "models": whole_models(meter, image_size, reference, args.precision, args.num_images),
+        "levers": levers(meter, image_size, args.levers, args.num_images),
         "growth": growth(meter, image_size),
         "attention": attention(meter, sizes),
         "non-local": non_local(meter, reference, sizes),

@@ -5,7 +5,7 @@ import copy
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ LEVERS = tuple(NO_LEVER)
 WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 Size = Tuple[int, int]
+Inputs = List[Dict[str, Any]]
 Step = Callable[[nn.Module], Any]
 
 
@@ -57,11 +58,15 @@ def random_boxes(num: int, device: str) -> torch.Tensor:
     return torch.cat([corner, corner + 16 + torch.rand(num, 2, device=device) * 300], dim=1)
 
 
-def random_input(size: Size) -> Dict[str, Any]:
-    """An image of random pixels with 8 objects."""
-    instances = Instances(size, gt_classes=torch.arange(8))
-    instances.gt_boxes = Boxes(random_boxes(8, "cpu") / 1000 * min(size))
-    return {"image": torch.randint(256, (3, *size), dtype=torch.uint8), "instances": instances}
+def random_inputs(size: Size, number: int = 1) -> Inputs:
+    """Images of random pixels with 8 objects each."""
+    inputs = []
+    for _ in range(number):
+        instances = Instances(size, gt_classes=torch.arange(8))
+        instances.gt_boxes = Boxes(random_boxes(8, "cpu") / 1000 * min(size))
+        pixels = torch.randint(256, (3, *size), dtype=torch.uint8)
+        inputs.append({"image": pixels, "instances": instances})
+    return inputs
 
 
 def reference_model(system: str, ours: nn.Module, device: str) -> nn.Module:
@@ -81,43 +86,44 @@ def reference_model(system: str, ours: nn.Module, device: str) -> nn.Module:
     return model.to(device)
 
 
-def reference_data(x: Dict[str, Any]) -> Dict[str, Any]:
+def reference_data(inputs: Inputs) -> Dict[str, Any]:
     """The same pixels and objects for mmdetection."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    size = tuple(x["image"].shape[1:])
-    sample = DetDataSample(
-        metainfo={"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
-    )
-    sample.gt_instances = InstanceData(
-        bboxes=x["instances"].gt_boxes.tensor.clone(), labels=x["instances"].gt_classes.clone()
-    )
-    return {"inputs": [x["image"].flip(0)], "data_samples": [sample]}
+    samples = []
+    for x in inputs:
+        size = tuple(x["image"].shape[1:])
+        meta = {"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)}
+        samples.append(DetDataSample(metainfo=meta))
+        samples[-1].gt_instances = InstanceData(
+            bboxes=x["instances"].gt_boxes.tensor.clone(), labels=x["instances"].gt_classes.clone()
+        )
+    return {"inputs": [x["image"].flip(0) for x in inputs], "data_samples": samples}
 
 
 @torch.no_grad()
-def infer(model: nn.Module, x: Dict[str, Any], autocast: Callable = nullcontext) -> None:
-    """Inference of one image."""
+def infer(model: nn.Module, inputs: Inputs, autocast: Callable = nullcontext) -> None:
+    """Inference of the first image."""
     if model.training:
         model.eval()
     with autocast():
         if hasattr(model, "test_step"):
-            model.test_step(reference_data(x))
+            model.test_step(reference_data(inputs[:1]))
         else:
-            model([{"image": x["image"]}])
+            model([{"image": inputs[0]["image"]}])
 
 
-def train(model: nn.Module, x: Dict[str, Any], autocast: Callable = nullcontext) -> None:
-    """A training step of one image, without the optimizer's."""
+def train(model: nn.Module, inputs: Inputs, autocast: Callable = nullcontext) -> None:
+    """A training step, without the optimizer's."""
     if not model.training:
         model.train()
     with EventStorage(), autocast():
         if hasattr(model, "test_step"):
-            data = model.data_preprocessor(reference_data(x), True)
+            data = model.data_preprocessor(reference_data(inputs), True)
             loss = model.parse_losses(model(**data, mode="loss"))[0]
         else:
-            loss = sum(model([x]).values())
+            loss = sum(model(inputs).values())
     loss.backward()
 
 
@@ -141,16 +147,21 @@ def accelerate_by_default(model: nn.Module, device: str, precision: str = "float
     accelerate(model, channels_last=choose_channels_last(device, precision != "float32"))
 
 
-def count_flops(model: nn.Module, x: Dict[str, Any]) -> float:
+def count_flops(model: nn.Module, inputs: Inputs) -> float:
     """Multiplications with an addition each, of one inference."""
 
     def attention(inputs, outputs):
         batch, heads, positions, channels = inputs[0].type().sizes()
         return 2 * batch * heads * positions**2 * channels
 
-    counter = FlopCountAnalysis(model.eval(), [{"image": x["image"]}])
+    counter = FlopCountAnalysis(model.eval(), [{"image": inputs[0]["image"]}])
     counter.set_op_handle("aten::scaled_dot_product_attention", attention)
     return counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
+
+
+def described(size: Size, num_images: int, what: str) -> str:
+    images = f" of {num_images} images" if num_images > 1 and what != "inference" else ""
+    return f"{size[0]} x {size[1]}, {what}{images}"
 
 
 def measure(meter: Meter, what: str, steps: Dict[str, Callable], expected=None) -> Iterator[Result]:
@@ -159,27 +170,33 @@ def measure(meter: Meter, what: str, steps: Dict[str, Callable], expected=None) 
 
 
 def whole_models(
-    meter: Meter, size: Size, reference: bool, precisions: Sequence[str]
+    meter: Meter,
+    size: Size,
+    reference: bool,
+    precisions: Sequence[str],
+    num_images: int = 1,
 ) -> Iterator[Result]:
     """Ours in each precision, Detectron2's plain model and mmdetection's as they come."""
-    x = random_input(size)
+    inputs = random_inputs(size, num_images)
     for system in SYSTEMS:
         models = make_models(system, meter.device, reference)
-        flops = {name: count_flops(models[name], x) for name in (OURS, PLAIN)}
+        flops = {name: count_flops(models[name], inputs) for name in (OURS, PLAIN)}
         for what, step in STEPS.items():
-            steps = {name: partial(step, model, x) for name, model in models.items()}
+            steps = {name: partial(step, model, inputs) for name, model in models.items()}
             for precision in set(precisions) - {"float32"}:
                 model = copy.deepcopy(models[OURS])
                 accelerate_by_default(model, meter.device, precision)
                 autocast = partial(torch.autocast, meter.device, getattr(torch, precision))
-                steps[f"{OURS}, {precision}"] = partial(step, model, x, autocast)
-            title = f"{system} R-50, {size[0]} x {size[1]}, {what}"
+                steps[f"{OURS}, {precision}"] = partial(step, model, inputs, autocast)
+            title = f"{system} R-50, {described(size, num_images, what)}"
             yield from measure(meter, title, steps, flops[OURS] / flops[PLAIN])
 
 
-def levers(meter: Meter, size: Size, names: Optional[Sequence[str]] = None) -> Iterator[Result]:
+def levers(
+    meter: Meter, size: Size, names: Optional[Sequence[str]] = None, num_images: int = 1
+) -> Iterator[Result]:
     """Our models with each lever of :func:`accelerate` alone, with none and with all."""
-    x = random_input(size)
+    inputs = random_inputs(size, num_images)
     for system in SYSTEMS:
         plain = build_model(model_config(system, OURS, meter.device))
         models = {"no lever": plain}
@@ -192,8 +209,8 @@ def levers(meter: Meter, size: Size, names: Optional[Sequence[str]] = None) -> I
         models["as by default"] = copy.deepcopy(plain)
         accelerate_by_default(models["as by default"], meter.device)
         for what, step in STEPS.items():
-            steps = {name: partial(step, model, x) for name, model in models.items()}
-            title = f"levers, {system} R-50, {size[0]} x {size[1]}, {what}"
+            steps = {name: partial(step, model, inputs) for name, model in models.items()}
+            title = f"levers, {system} R-50, {described(size, num_images, what)}"
             yield from measure(meter, title, steps)
 
 
@@ -203,16 +220,16 @@ def growth(meter: Meter, size: Size) -> Iterator[Result]:
         models = make_models(system, meter.device, False)
         for factor in (0.25, 0.5, 1):
             height, width = (max(round(side * factor / 32), 1) * 32 for side in size)
-            x = random_input((height, width))
-            steps = {name: partial(infer, model, x) for name, model in models.items()}
+            inputs = random_inputs((height, width))
+            steps = {name: partial(infer, model, inputs) for name, model in models.items()}
             yield meter.times(f"pixels, {system}, {height * width}", steps)
     models = make_models("Faster R-CNN", meter.device, False)
-    x = random_input(size)
+    inputs = random_inputs(size)
     for number in (250, 500, 1000, 2000):
         for model in models.values():
             model.proposal_generator.pre_nms_topk[False] = 4 * number
             model.proposal_generator.post_nms_topk[False] = number
-        steps = {name: partial(infer, model, x) for name, model in models.items()}
+        steps = {name: partial(infer, model, inputs) for name, model in models.items()}
         yield meter.times(f"proposals, Faster R-CNN, {number}", steps)
 
 
@@ -221,12 +238,12 @@ def profile(device: str, size: Size) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    x, text = random_input(size), []
+    inputs, text = random_inputs(size), []
     for system in SYSTEMS:
         for name, model in make_models(system, device, reference=False).items():
-            train(model, x)
+            train(model, inputs)
             with torch.profiler.profile(activities=activities) as profiler:
-                train(model, x)
+                train(model, inputs)
             averages = profiler.key_averages()
             waits = {x.key: x.count for x in averages if x.key in WAITING}
             order = f"self_{device}_time_total"

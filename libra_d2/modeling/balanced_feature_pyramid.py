@@ -33,9 +33,9 @@ channels C that return a module, which maps (N, C, H, W) to the same shape.
 
 def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) -> torch.Tensor:
     """
-    ``F.adaptive_max_pool2d(x, (height, width))`` by operators that can be exported for any size,
-    and whose gradient is deterministic on GPUs: position i of n is the maximum over the positions
-    from ``floor(i * N / n)`` to ``ceil((i + 1) * N / n)``, exclusive, of N.
+    ``F.adaptive_max_pool2d(x, (height, width))``, which can be exported for any size, and whose
+    gradient is deterministic on GPUs where PyTorch is asked for it: position i of n is the maximum
+    over the positions from ``floor(i * N / n)`` to ``ceil((i + 1) * N / n)``, exclusive, of N.
 
     Args:
         x: (N, C, H, W).
@@ -43,13 +43,20 @@ def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) 
         num_halvings: for tracing only, which needs an upper bound of the window: H and W are at
             most ``2 ** num_halvings`` times ``height`` and ``width``.
     """
-    if not torch.jit.is_tracing():
-        if x.shape[2] % height == 0 and x.shape[3] % width == 0:
-            return F.max_pool2d(x, [x.shape[2] // height, x.shape[3] // width])
-        if not x.is_cuda:
-            return F.adaptive_max_pool2d(x, [height, width])
-    rows = _max_along(x, 2, height, num_halvings)
-    return _max_along(rows, 3, width, num_halvings)
+    if torch.jit.is_tracing():
+        rows = _max_along(x, 2, height, num_halvings)
+        return _max_along(rows, 3, width, num_halvings)
+    if x.shape[2] % height == 0 and x.shape[3] % width == 0:
+        return F.max_pool2d(x, [x.shape[2] // height, x.shape[3] // width])
+    if x.is_cuda:
+        return _gather_max(x, height, width)
+    return F.adaptive_max_pool2d(x, [height, width])
+
+
+def _gather_max(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    # The pooling's own gradient has no deterministic form on GPUs, that of `gather` has.
+    _, pixel = F.adaptive_max_pool2d(x.detach(), [height, width], return_indices=True)
+    return x.flatten(2).gather(2, pixel.flatten(2)).view_as(pixel)
 
 
 def _max_along(x: torch.Tensor, dim: int, size: int, num_halvings: int) -> torch.Tensor:
@@ -57,10 +64,8 @@ def _max_along(x: torch.Tensor, dim: int, size: int, num_halvings: int) -> torch
     position = torch.arange(size, device=x.device)
     start = position * length // size
     last = ((position + 1) * length - 1) // size
-    by_halvings, exact = int(2**num_halvings) + 1, (length - 1) // size + 2
-    largest_window = by_halvings if torch.jit.is_tracing() else exact
     result = x.index_select(dim, start)
-    for i in range(1, largest_window):
+    for i in range(1, int(2**num_halvings) + 1):
         result = torch.maximum(result, x.index_select(dim, torch.minimum(start + i, last)))
     return result
 
@@ -72,7 +77,8 @@ def _resize(x: torch.Tensor, size: List[int], num_halvings: int) -> torch.Tensor
     """
     if num_halvings > 0:
         return max_in_windows(x, size[0], size[1], num_halvings)
-    return x if num_halvings == 0 else F.interpolate(x, size=size, mode="nearest")
+    # Autocast repeats values in float32 on GPUs.
+    return x if num_halvings == 0 else F.interpolate(x, size=size, mode="nearest").to(x.dtype)
 
 
 class NonLocalBlock(nn.Module):

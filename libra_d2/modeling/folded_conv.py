@@ -33,27 +33,35 @@ class FoldedConv2d(Conv2d):
         norm = self.norm
         if norm is None or not _can_be_folded(norm):
             return super().forward(x)
-        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, self.bias)
-        scale, shift = self._keep("norm", tensors, self._fold_norm)
-        weight = self._keep("weight", (self.weight, scale), self._fold_weight)
+        statistics = (norm.running_mean, norm.running_var, self.bias)
+        tensors = (self.weight, norm.weight, norm.bias, *statistics)
+        weight, shift = self._keep("folded", tensors, self._fold)
         x = self._conv_forward(x, weight, shift)
         return x if self.activation is None else self.activation(x)
 
-    def _fold_norm(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        conv_bias: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Scale (C,) and shift (C,), that of the convolution's bias included."""
-        scale = weight * (running_var + self.norm.eps).rsqrt()
-        mean = running_mean if conv_bias is None else running_mean - conv_bias
-        return scale, bias - mean * scale
+    # In training, each of these is kept as far as what it is made of needs no gradient.
 
-    def _fold_weight(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return weight * scale[:, None, None, None]
+    def _fold(
+        self, weight: torch.Tensor, *norm: Optional[torch.Tensor]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The convolution's weight (C, ...) and the shift (C,)."""
+        scale, shift = self._keep("norm", norm, self._fold_norm)
+        return weight * scale[:, None, None, None], shift
+
+    def _fold_norm(
+        self, weight: torch.Tensor, bias: torch.Tensor, *statistics: Optional[torch.Tensor]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Scale (C,) and shift (C,)."""
+        mean, inverse_deviation = self._keep("statistics", statistics, self._fold_statistics)
+        scale = weight * inverse_deviation
+        return scale, torch.addcmul(bias, mean, scale, value=-1)
+
+    def _fold_statistics(
+        self, mean: torch.Tensor, variance: torch.Tensor, conv_bias: Optional[torch.Tensor]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Mean (C,), less the bias of the convolution, and inverse standard deviation (C,)."""
+        mean = mean if conv_bias is None else mean - conv_bias
+        return mean, (variance + self.norm.eps).rsqrt()
 
     def _keep(
         self, name: str, tensors: Tuple[Optional[torch.Tensor], ...], function: Callable
