@@ -4,6 +4,7 @@ Whole models give the same detections, losses and gradients as mmdetection's wit
 and pixels. They are compared in float64, where rounding is far below the tolerance.
 """
 
+import re
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -31,25 +32,33 @@ from libra_d2.data import LibraDatasetMapper
 # Float64 has 16 digits. A deep network loses up to five of them.
 RELATIVE = 1e-9
 PIXELS = 1e-7
-# Mask heads and cascades are slow: they get fewer pixels and boxes.
+# Deep backbones, mask heads and cascades are slow: they get fewer pixels and boxes.
+_SOME = {"num_proposals": 100, "num_tested_proposals": 300}
 _FEWER = {
     "sizes": [(90, 75), (60, 96)],  # padded to (96, 96) together
     **{"num_proposals": 60, "num_tested_proposals": 100, "num_detections": 25},
 }
+# Systems that have nothing of their own in these tests, by a pattern.
+_AS_OTHERS = {"test_float32": "fast_rcnn|mask", "test_detections_from_a_file": "101"}
 
 
 def pytest_generate_tests(metafunc):
     """With --slow, the systems that are left out otherwise."""
     if "pair" in metafunc.fixturenames:
-        systems = SLOW if metafunc.config.getoption("slow") else SYSTEMS
+        left_out, systems = _AS_OTHERS.get(metafunc.definition.name, "$^"), SYSTEMS
+        if metafunc.config.getoption("slow"):
+            left_out, systems = "$^", SLOW
+        systems = [name for name in systems if not re.search(left_out, name)]
         metafunc.parametrize("pair", systems, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def pair(request, mmdet, pytestconfig):
+    name, seed = request.param, 11 + pytestconfig.getoption("seed")
+    limits = _FEWER if re.search("mask|cascade|101", name) else _SOME
+    small = "cascade" in name and not pytestconfig.getoption("slow")
     with double_precision():
-        fewer = _FEWER if "mask" in request.param or "cascade" in request.param else {}
-        return Pair(mmdet, request.param, seed=11 + pytestconfig.getoption("seed"), **fewer)
+        return Pair(mmdet, name, seed, small=small, **limits)
 
 
 @pytest.fixture
