@@ -2,6 +2,7 @@
 """Fixtures and small models that the test modules share."""
 
 import logging
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from libra_d2.tools.make_synthetic_dataset import make_synthetic_dataset
 ROOT = Path(__file__).parent.parent
 DEMO_CONFIG = ROOT / "configs/Demo/libra_faster_rcnn_R_18_FPN.yaml"
 sys.path.insert(0, str(ROOT / "tests/reference"))
+# What processes that are started by "forkserver" need not import again.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["libra_d2.engine.main"])
 
 
 def pytest_addoption(parser):

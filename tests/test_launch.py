@@ -2,12 +2,15 @@
 """Several processes, started by torchrun or with SLURM's variables, on CPUs with gloo."""
 
 import errno
+import io
 import json
 import locale
 import logging
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +38,7 @@ from libra_d2.engine.launch import (
     read_environment,
     report_errors,
 )
+from libra_d2.engine.main import main
 from libra_d2.errors import InputError, Interrupted
 from libra_d2.evaluation import read_metrics
 
@@ -54,36 +58,58 @@ EXHAUSTIVE = [
 ]
 NOT_WRITABLE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST")
 NOT_WRITABLE += ("EFBIG",)
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def program(args, environment, log):
+    """train_net.py in a process of its own."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    main(args)
 
 
 def train(synthetic, system, num_processes, folder, *extra):
-    """One iteration of four images; returns the finished process."""
-    start = [sys.executable, "-W", "ignore", *([*TORCHRUN, num_processes] if num_processes else [])]
+    """One iteration of four images, in processes as torchrun starts them."""
     config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
-    command = [*start, ROOT / "train_net.py", "--config-file", config]
-    command += [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", folder, *EXHAUSTIVE, *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(x) for x in command], capture_output=True, text=True, env=environment
-    )
+    args = ["--config-file", config, *own_data(synthetic, "train", "val"), "OUTPUT_DIR", folder]
+    args = [str(x) for x in [*args, *EXHAUSTIVE, *extra]]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    context, started = multiprocessing.get_context("forkserver"), {}
+    for rank in range(num_processes):
+        ranks = torchrun(rank, num_processes, rank, num_processes) if num_processes > 1 else {}
+        log = f"{folder}.{rank}"
+        started[log] = context.Process(target=program, args=(args, {**address, **ranks}, log))
+        started[log].start()
+    for log, process in started.items():
+        process.join()
+        assert process.exitcode == 0, Path(log).read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(request, synthetic, tmp_path_factory):
+    """A system, and the output directory of a single process."""
+    folder = tmp_path_factory.mktemp("launch") / "one"
+    return request.param, train(synthetic, request.param, 1, folder)
 
 
 @pytest.mark.parametrize(
-    ("system", "num_processes", "num_parts"),
-    [("faster_rcnn", 4, 1), ("retinanet", 2, 1), ("faster_rcnn", 2, 2)],
+    ("one", "num_processes", "num_parts"),
+    [("faster_rcnn", 4, 1), ("faster_rcnn", 2, 2), ("retinanet", 2, 1)],
+    indirect=["one"],
 )
-def test_as_one_process(synthetic, tmp_path, system, num_processes, num_parts):
+def test_as_one_process(one, synthetic, tmp_path, num_processes, num_parts):
     """
     The same losses, the same weights after a step and the same detections, also with gradient
     accumulation in each process. The order of float32 sums makes a difference of a ten-thousandth
     of the step, whose size is 1e-3.
     """
-    folders = [tmp_path / "one", tmp_path / "several"]
+    system, folder = one
     in_parts = ["MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS", num_parts]
-    for n, folder, extra in zip((0, num_processes), folders, ([], in_parts)):
-        result = train(synthetic, system, n, folder, *extra)
-        assert result.returncode == 0, result.stderr
+    several = train(synthetic, system, num_processes, tmp_path / "several", *in_parts)
+    folders = [folder, several]
     one, several = (torch.load(folder / "model_final.pth")["model"] for folder in folders)
     for key, weight in one.items():
         assert torch.allclose(several[key], weight, rtol=0, atol=2e-6), key
@@ -119,7 +145,7 @@ def test_submitit(synthetic, tmp_path):
     command = [sys.executable, "submit.py", "local", 2]
     command += ["--config-file", ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"]
     command += [*own_data(synthetic, "train"), "OUTPUT_DIR", tmp_path / "out", *EXHAUSTIVE]
-    command += ["SOLVER.MAX_ITER", 14, "SOLVER.CHECKPOINT_PERIOD", 4]
+    command += ["SOLVER.MAX_ITER", 10, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.IMS_PER_BATCH", 2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "job").open("w+") as f:
         options = {"cwd": tmp_path, "env": environment, "stdout": f, "check": True}
@@ -134,7 +160,7 @@ def test_submitit(synthetic, tmp_path):
             time.sleep(0.05)
 
     folder = tmp_path / "output/jobs"
-    wait("out/model_0000003.pth")
+    wait("out/model_0000001.pth")
     for task in Path(f"/proc/{job}/task/{job}/children").read_text().split():
         os.kill(int(task), signal.SIGUSR1)
     for rank in range(2):
@@ -144,7 +170,7 @@ def test_submitit(synthetic, tmp_path):
     log = (tmp_path / "out/log.txt").read_text()
     first = [int(x) for x in re.findall(r"Starting training from iteration (\d+)", log)]
     assert first == [0, int(stopped) + 1]
-    assert torch.load(tmp_path / "out/model_final.pth")["iteration"] == 13
+    assert torch.load(tmp_path / "out/model_final.pth")["iteration"] == 9
 
 
 def slurm(rank, tasks_per_node, num_tasks=4, local_rank=1):
@@ -318,14 +344,14 @@ def fail(*args):
 def test_errors_in_one_line(error, message, processes, capsys, monkeypatch):
     """With the rank if there are several processes."""
 
-    def main():
+    def raise_it():
         raise error
 
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
     monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "ANSI_X3.4-1968")
     with pytest.raises(SystemExit) as exit:
-        report_errors(main)
+        report_errors(raise_it)
     assert exit.value.code == (130 if "interrupted" in message else 2)
     assert capsys.readouterr().err == f"[process 1] {message}\n"[0 if processes > 1 else 12 :]
 
@@ -345,13 +371,13 @@ def test_in_main_process(monkeypatch):
             assert in_main_process(fail) == 5
 
 
-def test_file_names():
+def test_file_names(monkeypatch):
     """Names that a console cannot show do not stop a program."""
-    code = "from libra_d2.engine import report_errors; report_errors(print, '\\xe9\\udcff')"
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True)
-    assert (result.stdout, result.returncode) == (b"\\xe9\\udcff\n", 0)
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding="ascii"))
+    report_errors(print, "\xe9\udcff")
+    sys.stdout.flush()
+    assert console.getvalue() == b"\\xe9\\udcff\n"
 
 
 DEFECTS = [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")]

@@ -121,4 +121,5 @@ def test_two_processes(tmp_path, pytestconfig):
     they do not.
     """
     seed = 3 + pytestconfig.getoption("seed")
-    torch.multiprocessing.spawn(compare, (str(tmp_path), seed), nprocs=2)
+    arguments = {"args": (str(tmp_path), seed), "nprocs": 2, "start_method": "forkserver"}
+    torch.multiprocessing.start_processes(compare, **arguments)
