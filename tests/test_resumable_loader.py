@@ -5,11 +5,14 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
@@ -162,27 +165,55 @@ def test_pending_images():
 
 def test_options(monkeypatch):
     """Options of PyTorch's loader are passed on; workers leave signals to the main process."""
-    options, found, timers = {"prefetch_factor": 3, "persistent_workers": True}, {}, []
-    monkeypatch.setattr("torch.utils.data.DataLoader", lambda _, **x: found.update(x) or [])
-    list(loader(num_workers=2, pin_memory=False, **options))
-    assert {**options, "num_workers": 2, "pin_memory": False}.items() <= found.items()
-    list(loader())
+    options, found, calls = {"prefetch_factor": 3, "persistent_workers": True}, {}, []
+
+    def load(dataset, sampler, **kwargs):
+        found.update(kwargs)
+        return map(dataset.__getitem__, sampler)
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", load)
+    next(iter(loader()))
     assert found["num_workers"] == 0
+    batches = iter(loader(num_workers=2, pin_memory=False, **options))
+    next(batches)
+    assert {**options, "num_workers": 2, "pin_memory": False}.items() <= found.items()
     ignored = (signal.SIGINT, signal.SIGUSR1)
     handlers = {x: signal.getsignal(x) for x in (*ignored, signal.SIGTERM, signal.SIGALRM)}
-    monkeypatch.setattr(signal, "setitimer", lambda *args: timers.append(args))
+    monkeypatch.setattr(signal, "setitimer", lambda *args: calls.append(args))
+    monkeypatch.setattr(os, "_exit", calls.append)
     try:
-        signal.signal(signal.SIGALRM, print)
         found["worker_init_fn"](0)
         assert [signal.getsignal(x) for x in ignored] == [signal.SIG_IGN] * 2
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert timers == [(signal.ITIMER_REAL, 20.0)]
-        monkeypatch.setattr(os, "_exit", timers.append)
+        signal.raise_signal(signal.SIGTERM)
+        assert calls == [(signal.ITIMER_REAL, 20.0)]
         signal.raise_signal(signal.SIGALRM)
-        assert timers[1:] == [0]
+        assert calls[1:] == [0]
+        batches.close()
+        signal.raise_signal(signal.SIGTERM)
+        assert calls[2] == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+ENDS = """
+import ctypes, sys
+sys.path.insert(0, "tests")
+from libra_d2.data import resumable_loader
+from test_resumable_loader import loader, take
+resumable_loader._GRACE = 3600
+batches = iter(loader(num_workers=2))
+take(batches, 3)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(batches))  # never freed
+"""
+
+
+def test_ends_with_the_program():
+    """Workers do not keep a program whose iterator is still referred to."""
+    program = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (program.returncode, program.stderr) == (0, "")
 
 
 def draw():

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A data loader whose position can be saved and restored."""
 
+import atexit
+import ctypes
 import itertools
+import multiprocessing
 import os
 import signal
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 from torch.utils import data as torchdata
@@ -40,17 +44,25 @@ class _PositionedDataset(torchdata.Dataset):
             return {**self.dataset[index], _POSITION: position}
 
 
-def _exit_later(number: int, frame) -> None:
-    # A worker that a signal has ended is an error of the main process, which may be evaluating.
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-    signal.setitimer(signal.ITIMER_REAL, _GRACE)
+def _defer_signals(is_over: Any, worker: int) -> None:
+    """
+    Leave signals to the main process, which shuts its workers down.
 
+    Args:
+        is_over: shared with the main process; its ``value`` says that no more images are needed.
+        worker: its number, which PyTorch passes.
+    """
 
-def _defer_signals(worker: int) -> None:
-    """Leave signals to the main process, which shuts its workers down."""
+    def exit_later(number: int, frame: Any) -> None:
+        if is_over.value:
+            os._exit(0)
+        # A worker that a signal has ended is an error of the main process, which may be evaluating.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.setitimer(signal.ITIMER_REAL, _GRACE)
+
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _exit_later)
+    signal.signal(signal.SIGTERM, exit_later)
 
 
 def _in_batches(images: Iterable[Dict[str, Any]], size: int) -> Iterator[List[Dict[str, Any]]]:
@@ -128,13 +140,20 @@ class ResumableLoader:
             self._start = self._pending.pop()
 
     def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
-        with keep_random_state():  # PyTorch draws a seed for the workers, which is not used
-            batches = iter(self._batches())
-            batch = next(batches, None)
-        while batch is not None:
-            self._advance([image.pop(_POSITION) for image in batch])
-            yield batch
-            batch = next(batches, None)
+        is_over = multiprocessing.RawValue(ctypes.c_bool, False)
+        end = partial(setattr, is_over, "value", True)
+        atexit.register(end)  # Python ends workers by SIGTERM if something still refers to them
+        try:
+            with keep_random_state():  # PyTorch draws a seed for the workers, which is not used
+                batches = iter(self._batches(partial(_defer_signals, is_over)))
+                batch = next(batches, None)
+            while batch is not None:
+                self._advance([image.pop(_POSITION) for image in batch])
+                yield batch
+                batch = next(batches, None)
+        finally:
+            end()
+            atexit.unregister(end)
 
     def _draw(self) -> Iterator[Tuple[int, int]]:
         """Position and index of each pending image, and of all from the start position on."""
@@ -143,7 +162,7 @@ class ResumableLoader:
             if position >= start or position in pending:
                 yield position, int(index)
 
-    def _batches(self) -> Iterable[List[Dict[str, Any]]]:
+    def _batches(self, worker_init_fn: Callable[[int], None]) -> Iterable[List[Dict[str, Any]]]:
         """
         The batches of ``build_detection_train_loader``. Indices are drawn in the main process, so
         that the data order does not depend on the number of workers.
@@ -154,7 +173,7 @@ class ResumableLoader:
             sampler=self._draw(),
             batch_size=None,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_defer_signals,
+            worker_init_fn=worker_init_fn,
             num_workers=arguments.get("num_workers", 0),
             **{name: arguments[name] for name in _OPTIONS if name in arguments},
         )
