@@ -99,7 +99,8 @@ class FoldedConv2d(Conv2d):
 
 
 # Those of classes derived from them may do something else.
-_FORWARDS = {
+# torch.compile of PyTorch 2.6 cannot look for a function in a set.
+_FORWARDS = tuple(
     x.forward
     for x in (
         FrozenBatchNorm2d,
@@ -108,7 +109,7 @@ _FORWARDS = {
         nn.SyncBatchNorm,
         NaiveSyncBatchNorm,
     )
-}
+)
 
 
 def _can_be_folded(norm: nn.Module) -> bool:
