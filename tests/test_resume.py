@@ -90,10 +90,11 @@ def last_iteration(out):
     return torch.load(out / (out / "last_checkpoint").read_text())["iteration"]
 
 
-def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
+def kill_and_resume(synthetic, out, moments, *args, restarted=False, **kwargs):
     """
     Kill a training at each of ``moments``, then let it finish: each run continues from the last
-    checkpoint. Of several processes, another one is killed then, and torchrun starts them again.
+    checkpoint. With ``restarted``, one of several processes is killed in the last run, and torchrun
+    starts them again.
     """
     log = out / "log.txt"
 
@@ -105,7 +106,7 @@ def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
 
     for moment in (*moments, ""):
         before, seen, num = last_iteration(out), num_evaluations(), num_saved()
-        process = start(synthetic, out, *args, processes=processes, **kwargs)
+        process = start(synthetic, out, *args, **kwargs)
         conditions = {
             # Or a later one: a short write may be missed.
             "checkpoint": lambda n=num: any(out.glob("model_*.pth?*")) or num_saved() > n + 1,
@@ -115,8 +116,8 @@ def kill_and_resume(synthetic, out, moments, *args, processes=1, **kwargs):
         if moment:
             wait_for(conditions[moment], process)
             time.sleep(random.choice([0, 0.3]) * random.random())
-            assert kill_all(out) >= processes + (processes > 1)
-        elif moments and processes > 1:
+            assert kill_all(out) > 0
+        elif restarted:
             wait_for(conditions["step"], process)
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(random.choice(workers)), signal.SIGKILL)
@@ -141,18 +142,22 @@ def assert_same(out, whole):
 @pytest.mark.parametrize(
     ("system", "num_processes", "num_workers", "moments"),
     [
-        ("retinanet", 1, 0, ["evaluation", "step"]),
-        ("faster_rcnn", 2, 2, ["checkpoint"]),
+        ("retinanet", 1, 0, ["evaluation", "checkpoint"]),
+        ("faster_rcnn", 2, 2, []),
     ],
 )
 def test_killed(synthetic, tmp_path, system, num_processes, num_workers, moments):
-    """A training killed twice equals the uninterrupted one; this file, as a script, kills more."""
+    """
+    A training that is killed twice, or restarted by torchrun, equals the uninterrupted one; this
+    file, as a script, kills more.
+    """
     config = ROOT / f"configs/Demo/libra_{system}_R_18_FPN.yaml"
     kwargs = {"processes": num_processes, "config": config}
-    args = ["SOLVER.MAX_ITER", 17, "TEST.EVAL_PERIOD", 6, "SOLVER.CHECKPOINT_PERIOD", 4]
+    args = ["SOLVER.MAX_ITER", 11, "TEST.EVAL_PERIOD", 5, "SOLVER.CHECKPOINT_PERIOD", 3]
     args += ["SEED", 5, "DATALOADER.NUM_WORKERS", num_workers]
-    for name, chosen in (("whole", []), ("out", moments)):
-        kill_and_resume(synthetic, tmp_path / name, chosen, *args, **kwargs)
+    kill_and_resume(synthetic, tmp_path / "whole", [], *args, **kwargs)
+    kwargs["restarted"] = num_processes > 1
+    kill_and_resume(synthetic, tmp_path / "out", moments, *args, **kwargs)
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
