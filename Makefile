@@ -73,12 +73,12 @@ BENCHMARK = PYTHONPATH=tests/reference $(PY) tools/benchmark.py --device $(DEVIC
 
 gpu-report: $(VENV)/.installed-test
 	mkdir -p $(REPORT)
-	$(PY) -m pytest tests/test_devices.py | tee $(REPORT)/tests.txt
+	$(PY) -m pytest --gpu tests/test_devices.py | tee $(REPORT)/tests.txt
 	$(BENCHMARK) --only attention | tee $(REPORT)/attention.txt
 	$(BENCHMARK) --only non-local pyramid sampling loss | tee $(REPORT)/parts.txt
 	$(BENCHMARK) --only models --precision float32 float16 bfloat16 \
-	  --profile $(REPORT)/profile.txt | tee $(REPORT)/models.txt
-	$(BENCHMARK) --only levers | tee $(REPORT)/levers.txt
+	  --num-images 4 --profile $(REPORT)/profile.txt | tee $(REPORT)/models.txt
+	$(BENCHMARK) --only levers --num-images 4 | tee $(REPORT)/levers.txt
 	$(BENCHMARK) --only growth --plot $(REPORT)/growth.png | tee $(REPORT)/growth.txt
 	@echo "On BCCD: docs/results/bccd.md has the command; configs/BCCD/libra_faster_rcnn_R_50_FPN.yaml"
 

@@ -3,6 +3,7 @@
 
 import logging
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--slow", action="store_true", help="compare other, deep models with mmdetection's"
     )
+    parser.addoption("--gpu", action="store_true", help="let the tests see the GPUs")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):  # what is tested on one machine is tested on any other
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
