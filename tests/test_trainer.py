@@ -147,6 +147,15 @@ def make(out, *opts, trainer=ToyTrainer, seed=3):
     return trainer
 
 
+@pytest.mark.parametrize(("names", "folder"), [(["toy"], ""), (["toy", "one"], "/toy")])
+def test_folder_of_results(names, folder, toy_data, tmp_path):
+    """Detections of one dataset do not replace those of another."""
+    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path))
+    cfg.DATASETS.TEST = names
+    cfg.MODEL.LIBRA.NUM_PICTURES = 0
+    assert Trainer.build_evaluator(cfg, "toy")._output_dir == f"{tmp_path}/inference{folder}"
+
+
 def run(out, *opts, until=None, action=fail, **kwargs):
     """Train or resume; ``action`` is called before iteration ``until``."""
     trainer = make(out, *opts, **kwargs)

@@ -68,6 +68,12 @@ def pictures_dir(recipe: Recipe, dataset_name: str) -> str:
     return os.path.join(recipe.output_dir, "pictures", dataset_name)
 
 
+def _results_dir(recipe: Recipe, name: str, dataset_name: str) -> str:
+    """Directory of the detections, whose files have the same names for all datasets."""
+    is_one_of_several = len(recipe.test_datasets) > 1
+    return os.path.join(recipe.output_dir, name, *[dataset_name] * is_one_of_several)
+
+
 class _Printer(CommonMetricPrinter):
     def _get_eta(self, storage: EventStorage) -> Optional[str]:
         """The parent's, which divides by zero if the same iteration is printed twice."""
@@ -472,7 +478,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
         """See :meth:`Recipe.build_evaluator`; adds pictures if the config asks for them."""
         recipe = make_recipe(cfg)
-        folder = os.path.join(recipe.output_dir, "inference")
+        folder = _results_dir(recipe, "inference", dataset_name)
         evaluator = recipe.build_evaluator(dataset_name, folder)
         if recipe.num_pictures == 0:
             return evaluator
@@ -506,7 +512,11 @@ class Trainer(DefaultTrainer):
         """Evaluate with test-time augmentation: as :meth:`test`, with "_TTA" after each name."""
         logger.info("Evaluating with test-time augmentation")
         recipe = make_recipe(cfg)
-        folder, limit = os.path.join(recipe.output_dir, "inference_TTA"), recipe.max_detections
-        evaluators = [build_evaluator(name, folder, limit) for name in recipe.test_datasets]
+        evaluators = [
+            build_evaluator(
+                name, _results_dir(recipe, "inference_TTA", name), recipe.max_detections
+            )
+            for name in recipe.test_datasets
+        ]
         results = cls.test(cfg, recipe.add_test_time_augmentation(model), evaluators)
         return OrderedDict((f"{name}_TTA", result) for name, result in results.items())
