@@ -21,13 +21,14 @@ CASCADE = "Misc/libra_cascade_rcnn_R_50_FPN_1x"
 
 
 def build(path):
-    """A published model that samples everything, with small activations."""
+    """A published model, on a ResNet-18, that samples everything, with small activations."""
     cfg = load_cfg(ROOT / f"configs/{path}.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS = -1
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 10**6
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 50
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
     model = build_model(cfg)
     for value in model.state_dict().values():
         if value.is_floating_point() and value.dim() == 4:

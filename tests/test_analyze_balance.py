@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import html
+import itertools
 import json
 import pickle
 import re
@@ -120,9 +121,11 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         assert ("less than 0.04 IoU" in text) == (name == "samples")
 
 
-def test_two_models(synthetic, tmp_path, capsys):
+def test_two_models(synthetic, tmp_path, capsys, monkeypatch):
     """Each with its own config and weights, on the same images; what one lacks is said."""
-    paths = {}
+    paths, number = {}, itertools.count()
+    draw = lambda figure, file, **kwargs: file.write(b"%d" % next(number))  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", draw)
     for system in ("faster_rcnn", "retinanet"):
         cfg = load_cfg(arguments(system, synthetic, tmp_path)[1])
         cfg.merge_from_list([*SETTINGS, "MODEL.RETINANET.NUM_CLASSES", 4])

@@ -51,11 +51,16 @@ def theirs(request, mmdet):
     register_all_modules()
     torch.manual_seed(1)
     system, _ = CASES[request.param]
-    model = MODELS.build(reference_model(mmdet, system).model)
+    config = reference_model(mmdet, system).model
+    heads = config.get("roi_head", {}).get("bbox_head", [])
+    for head in heads if isinstance(heads, list) else [heads]:
+        head.fc_out_channels = 64
+    model = MODELS.build(config)
     for value in model.state_dict().values():
         value.normal_() if value.is_floating_point() else value.fill_(7)
     cfg = load_cfg(ROOT / "configs" / system.config)
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *system.options])
+    options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+    cfg.merge_from_list([*options, *system.options])
     return request.param, model, build_model(cfg)
 
 
