@@ -83,15 +83,18 @@ def our_losses(pair, inputs, normalize_over):
     return losses, to_mmdetection({**pair.ours.state_dict(), **gradients})
 
 
-def compare(rank, folder, seed):
-    """One of two processes, with one of two images, which differ in their numbers of objects."""
+def compare(rank, num_processes, folder, seed):
+    """One of the processes, with one image of as many; these differ in their numbers of objects."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/a", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/a", rank=rank, world_size=num_processes
+    )
     few = {"num_proposals": 30, "num_tested_proposals": 50, "num_detections": 10, "small": True}
+    sizes = [(64, 90), (96, 64), (64, 64), (90, 72)][:num_processes]
     mmdet = import_mmdet()
     for name in ("libra_cascade_mask_rcnn_R_50", "libra_retinanet_R_50"):
         with double_precision():
-            pair = Pair(mmdet, name, seed, [(64, 90), (96, 64)], **few)
+            pair = Pair(mmdet, name, seed, sizes, **few)
             compare_losses(pair, pair.inputs[rank : rank + 1])
     torch.distributed.destroy_process_group()
 
@@ -115,11 +118,12 @@ def compare_losses(pair, inputs):
         assert error <= 1e-9 * scale, (key, error, scale)
 
 
-def test_two_processes(tmp_path, pytestconfig):
+def test_processes(tmp_path, pytestconfig):
     """
-    With NORMALIZE_OVER "process", two processes have mmdetection's losses and gradients; by default
-    they do not.
+    With NORMALIZE_OVER "process", two processes, or four with --slow, have mmdetection's losses and
+    gradients; by default they do not.
     """
     seed = 3 + pytestconfig.getoption("seed")
-    arguments = {"args": (str(tmp_path), seed), "nprocs": 2, "start_method": "forkserver"}
-    torch.multiprocessing.start_processes(compare, **arguments)
+    num_processes = 4 if pytestconfig.getoption("slow") else 2
+    arguments = {"args": (num_processes, str(tmp_path), seed), "nprocs": num_processes}
+    torch.multiprocessing.start_processes(compare, start_method="forkserver", **arguments)

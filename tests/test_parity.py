@@ -14,6 +14,7 @@ import torch
 from oracle import (
     FLOAT32,
     SLOW,
+    SPREADS,
     SYSTEMS,
     Pair,
     double_precision,
@@ -37,6 +38,8 @@ _SOME = {"num_proposals": 100, "num_tested_proposals": 300}
 _FEWER = {
     "sizes": [(90, 75), (60, 96)],  # padded to (96, 96) together
     **{"num_proposals": 60, "num_tested_proposals": 100, "num_detections": 25},
+    # mmdetection sorts proposals by probability: for logits above 36, all are 1.
+    "spreads": {**SPREADS, "objectness_logits": 0.3},
 }
 # Systems that have nothing of their own in these tests, by a pattern.
 _AS_OTHERS = {"test_float32": "fast_rcnn|mask", "test_detections_from_a_file": "101"}
@@ -74,7 +77,7 @@ def assert_same_detections(result, sample):
     for values in (boxes, ours.scores, theirs.bboxes, theirs.scores):
         assert values.dtype == torch.float64
     assert len(ours) == len(theirs) > 20
-    assert len(ours.pred_classes.unique()) > 5
+    assert len(ours.pred_classes.unique()) > 3
     box_error = (boxes[:, None] - theirs.bboxes).abs().amax(dim=2)
     score_error = (ours.scores[:, None] - theirs.scores).abs()
     same = ours.pred_classes[:, None] == theirs.labels

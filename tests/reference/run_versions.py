@@ -48,6 +48,7 @@ TESTS = (
     *("tests/test_balanced_feature_pyramid.py", "tests/test_fast_rcnn.py", "tests/test_rpn.py"),
     *("tests/test_retinanet.py", "tests/test_focal_loss.py", "tests/test_folded_conv.py"),
     *("tests/test_roi_align.py", "tests/test_acceleration.py", "tests/test_resize.py"),
+    *("tests/test_backbone.py", "tests/test_compile.py"),
     *("tests/test_train_net.py::test_training", "tests/test_train_net.py::test_resume"),
     "tests/test_lazy_programs.py::test_training",
     "tests/test_parity.py::test_losses_and_gradients[libra_faster_rcnn_R_50-list]",
