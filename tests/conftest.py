@@ -4,6 +4,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -90,6 +91,29 @@ def build_model(cfg):
     return make_recipe(cfg).build_model()
 
 
+def example(page, text):
+    """The block of code with that text on a page of docs/."""
+    blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    (found,) = (block for block in blocks if text in block)
+    return found
+
+
+def evaluate(evaluator, found, *img_ids):
+    """The results for what was found in each image, by its id: detections, or proposals."""
+    evaluator.reset()
+    for image_id, instances in found.items():
+        kind = "proposals" if instances.has("proposal_boxes") else "instances"
+        evaluator.process([{"image_id": image_id}], [{kind: instances}])
+    return evaluator.evaluate(*img_ids)
+
+
+def masks_of(boxes, size):
+    """(n, h, w) bool: the pixels inside of each box."""
+    ys, xs = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+    return (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+
+
 def random_inputs(*num_boxes, size=(96, 128)):
     """One input of a Detectron2 model for each number of boxes given."""
     height, width = size
@@ -139,6 +163,18 @@ def assert_same_detections(found, expected):
     assert len(index.unique()) == len(index)
     for a, b in zip(theirs, ours):
         torch.testing.assert_close(a, b[index], rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Call a program, which must end with status 2; returns what it prints on stderr."""
+
+    def call(program, *args, **kwargs):
+        with pytest.raises(SystemExit, match="^2$"):
+            program(*args, **kwargs)
+        return capsys.readouterr().err
+
+    return call
 
 
 @pytest.fixture(scope="session")

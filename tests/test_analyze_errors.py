@@ -106,10 +106,10 @@ def test_page(files, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "other/index.html").exists()
 
 
-def test_negative_number_of_images(files, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(files, tmp_path / "out", "--max-images", "-1")
-    assert "--max-images -1: use 0 or more" in capsys.readouterr().err
+def test_negative_number_of_images(files, tmp_path, refused):
+    assert "--max-images -1: use 0 or more" in refused(
+        run, files, tmp_path / "out", "--max-images", "-1"
+    )
 
 
 def test_no_detections(files, tmp_path):
@@ -126,19 +126,15 @@ def test_no_detections(files, tmp_path):
         ("--val-json", "[]", "val.json: not in COCO format"),
     ],
 )
-def test_broken_input(files, tmp_path, capsys, option, content, message):
+def test_broken_input(files, tmp_path, refused, option, content, message):
     with open(files[option], "w") as f:
         f.write(content)
-    with pytest.raises(SystemExit, match="2"):
-        run(files, tmp_path / "out")
-    error = capsys.readouterr().err
+    error = refused(run, files, tmp_path / "out")
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_no_input_is_written_over(files, tmp_path, capsys):
+def test_no_input_is_written_over(files, tmp_path, refused):
     (tmp_path / "a.json").rename(tmp_path / "errors.json")
     files["--results"] = str(tmp_path / "errors.json")
-    with pytest.raises(SystemExit, match="2"):
-        run(files, tmp_path)
-    assert "are the same file" in capsys.readouterr().err
+    assert "are the same file" in refused(run, files, tmp_path)

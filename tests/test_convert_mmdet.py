@@ -121,14 +121,12 @@ ONE = torch.ones(1)
         ({"model": {"a.weight": ONE.cfloat()}}, "'a.weight' in it is of complex numbers"),
     ],
 )
-def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
+def test_bad_source(tmp_path, monkeypatch, refused, content, message):
     """One line is printed, and no file is written."""
     monkeypatch.chdir(tmp_path)
     if content is not None:
         save(tmp_path / "source.pth", content)
-    with pytest.raises(SystemExit, match="2"):
-        main(["source.pth", "target.pth"])
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = refused(main, ["source.pth", "target.pth"]).strip().splitlines()
     assert re.match(f"error: source.pth: {message}", line), line
     assert {p.name for p in tmp_path.iterdir()} <= {"source.pth"}
 
@@ -140,13 +138,11 @@ def test_bad_source(tmp_path, monkeypatch, capsys, content, message):
         ("link.pth", "link.pth and source, a.pth, are the same file, which would be overwritten"),
     ],
 )
-def test_bad_target(target, message, tmp_path, monkeypatch, capsys):
+def test_bad_target(target, message, tmp_path, monkeypatch, refused):
     """It is refused before the source is read, which stays as it is."""
     monkeypatch.chdir(tmp_path)
     content = save(tmp_path / "a.pth", STATE).read_bytes()
     (tmp_path / "none.txt").touch()
     (tmp_path / "link.pth").symlink_to("a.pth")
-    with pytest.raises(SystemExit, match="2"):
-        main(["a.pth", target])
-    assert f"error: target: {message}" in capsys.readouterr().err
+    assert f"error: target: {message}" in refused(main, ["a.pth", target])
     assert (tmp_path / "a.pth").read_bytes() == content

@@ -190,22 +190,21 @@ def test_names_of_pictures(files, pictures, small, tmp_path, monkeypatch):
     assert {Image.open(x).size for x in out.rglob("*.*")} == {(640, 480)}
 
 
-def test_pictures_of_one_name(small, capsys):
+def test_pictures_of_one_name(small, refused):
     """Nothing is drawn rather than one picture over the other."""
     image = small / "images/1.png"
     Image.open(image).save(small / "a.gif")
     shutil.copy(image, small / "a.gif.png")
-    with pytest.raises(SystemExit, match="2"):
-        run(small, "--input", small / "a.gif", small / "a.gif.png", "--output", small / "out")
+    images = (small / "a.gif", small / "a.gif.png")
     message = "{0} and --output, {0}, are the same file".format(small / "out/a.gif.png")
-    assert message in capsys.readouterr().err
+    assert message in refused(run, small, "--input", *images, "--output", small / "out")
     assert not list((small / "out").iterdir())
 
 
 @pytest.mark.parametrize(
     "place", ["photo.png", "images", "linked", "link.png", "../data/photo.png"]
 )
-def test_inputs_stay(place, small, monkeypatch, capsys):
+def test_inputs_stay(place, small, monkeypatch, refused):
     """Nothing is written over what was given, be it a folder or through links."""
     monkeypatch.chdir(small)
     shutil.copy("images/1.png", "photo.png")
@@ -213,21 +212,18 @@ def test_inputs_stay(place, small, monkeypatch, capsys):
     (small / "link.png").symlink_to("photo.png")
     before = {x: x.read_bytes() for x in small.rglob("*") if x.is_file()}
     source = "photo.png" if place.endswith("png") else "images"
-    with pytest.raises(SystemExit, match="2"):
-        run(small, "--input", source, "--output", place)
-    message = capsys.readouterr().err
+    message = refused(run, small, "--input", source, "--output", place)
     assert re.search(f"--output: {place}.* and --input, {source}.*, are the same file", message)
     assert {x: x.read_bytes() for x in small.rglob("*") if x.is_file()} == before
 
 
-def test_video_stays(small, tmp_path, monkeypatch, capsys):
+def test_video_stays(small, tmp_path, monkeypatch, refused):
     """Also if the output is the video's folder; nor is another input written over."""
     monkeypatch.chdir(tmp_path)
     content = video_of(tmp_path / "in.mp4").read_bytes()
     for output in ("in.mp4", ".", "data/1.pth"):
-        with pytest.raises(SystemExit, match="2"):
-            run(small, "--video-input", "in.mp4", "--output", output)
-        assert ", are the same file, which would be overwritten" in capsys.readouterr().err
+        error = refused(run, small, "--video-input", "in.mp4", "--output", output)
+        assert ", are the same file, which would be overwritten" in error
     assert (tmp_path / "in.mp4").read_bytes() == content
 
 
@@ -246,16 +242,14 @@ def test_half_a_picture(small, tmp_path, monkeypatch):
     assert [x.read_text() for x in (tmp_path / "out").iterdir()] == ["before"]
 
 
-def test_unusable_files(small, tmp_path, capsys):
+def test_unusable_files(small, tmp_path, refused):
     """The readable images are drawn, and the first unreadable one is named."""
     images, out = small / "images", tmp_path / "out"
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:60])
     (images / "notes.txt").write_text("not an image")
     unreadable = f"1 of 2 images cannot be read: {images}/1.png"
     for output, message in ((out, unreadable), (small / "1.pth", f"File exists: {small}/1.pth")):
-        with pytest.raises(SystemExit, match="2"):
-            run(small, "--input", images, "--output", output)
-        assert message in capsys.readouterr().err
+        assert message in refused(run, small, "--input", images, "--output", output)
     assert [x.name for x in out.iterdir()] == ["2.png"]
 
 
@@ -273,17 +267,14 @@ def test_unusable_files(small, tmp_path, capsys):
         ([*DOCS, "--opts", "MODEL.LOAD_PROPOSALS", "True"], "a model without RPN needs proposals"),
     ],
 )
-def test_errors(args, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["--config-file", str(DEMO_CONFIG), *args])
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+def test_errors(args, message, refused):
+    lines = refused(main, ["--config-file", str(DEMO_CONFIG), *args]).splitlines()
+    (line,) = [x for x in lines if x.startswith("error:")]
     assert message in line
 
 
-def test_no_window(small, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(small, "--input", small / "images/1.png")
-    assert "use --output" in capsys.readouterr().err
+def test_no_window(small, refused):
+    assert "use --output" in refused(run, small, "--input", small / "images/1.png")
 
 
 @pytest.mark.parametrize("suffix", ["", ".yaml"])

@@ -76,13 +76,12 @@ def test_fast_rcnn(dumped, synthetic, tmp_path):
     assert any(x.startswith("bbox: AP") for x in printed)
 
 
-def test_no_rpn(synthetic, tmp_path, capsys):
+def test_no_rpn(synthetic, tmp_path, refused):
     for config in ("libra_retinanet", "libra_fast_rcnn"):
         path = str(DEMO / f"{config}_R_18_FPN.yaml")
         data = map(str, own_data(synthetic, "val"))
-        with pytest.raises(SystemExit, match="2"):
-            main(["--config-file", path, *data, "OUTPUT_DIR", str(tmp_path)])
-        assert f"{path}: this model has no RPN, which makes" in capsys.readouterr().err
+        error = refused(main, ["--config-file", path, *data, "OUTPUT_DIR", str(tmp_path)])
+        assert f"{path}: this model has no RPN, which makes" in error
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,6 @@ def test_no_rpn(synthetic, tmp_path, capsys):
         (["--dataset", "none", "MODEL.WEIGHTS", "x"], "'none' is not a registered dataset"),
     ],
 )
-def test_bad_arguments(args, message, tmp_path, synthetic, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        dump(*own_data(synthetic, "train"), *args, "OUTPUT_DIR", tmp_path)
-    assert re.match(f"error: .*{message}", capsys.readouterr().err.splitlines()[-1])
+def test_bad_arguments(args, message, tmp_path, synthetic, refused):
+    error = refused(dump, *own_data(synthetic, "train"), *args, "OUTPUT_DIR", tmp_path)
+    assert re.match(f"error: .*{message}", error.splitlines()[-1])

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import evaluate, masks_of
 from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -69,18 +70,8 @@ def detections(record, rng=None, num=1, masks=False):
         instances.scores = torch.rand(len(boxes), generator=rng)
     instances.pred_boxes, instances.pred_classes = Boxes(boxes), classes
     if masks:
-        ys, xs = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
-        x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
-        instances.pred_masks = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+        instances.pred_masks = masks_of(boxes, (96, 96))
     return instances
-
-
-def evaluate(evaluator, found, *img_ids):
-    """Results for the detections in each image, by its id."""
-    evaluator.reset()
-    for image_id, instances in found.items():
-        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
-    return evaluator.evaluate(*img_ids)
 
 
 def assert_equal_results(results, expected):
@@ -194,12 +185,9 @@ def test_reported_metrics(registered, tmp_path):
     results = flatten_results_dict(evaluate(evaluator, found))
     assert {"segm/AP50", "bbox/AP-circle"} <= set(results)
     assert set(results) == set(reported_metrics(name, ("bbox", "segm")))
-    evaluator.reset()
-    for record in records:
-        proposals = Instances((96, 96), proposal_boxes=Boxes(torch.rand(3, 4)))
-        proposals.objectness_logits = torch.rand(3)
-        evaluator.process([{"image_id": record["image_id"]}], [{"proposals": proposals}])
-    results = flatten_results_dict(evaluator.evaluate())
+    boxes, logits = Boxes(torch.rand(3, 4)), torch.rand(3)
+    proposals = Instances((96, 96), proposal_boxes=boxes, objectness_logits=logits)
+    results = flatten_results_dict(evaluate(evaluator, dict.fromkeys(found, proposals)))
     assert set(results) == set(reported_metrics(name, ("box_proposals",)))
     MetadataCatalog.get("test_one_class").set(thing_classes=["a"], evaluator_type="coco")
     names = [f"keypoints/{x}" for x in ("AP", "AP50", "AP75", "APm", "APl")]
@@ -243,13 +231,11 @@ def test_lvis(synthetic, tmp_path, expected, monkeypatch, caplog):
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert set(flatten_results_dict(results)) == set(reported_metrics(name, ("bbox",)))
     assert list((tmp_path / "out").glob("*_instances_results.json"))
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        boxes = detections(record)
-        proposals = Instances((96, 96), proposal_boxes=boxes.pred_boxes)
-        proposals.objectness_logits = boxes.scores
-        evaluator.process([{"image_id": record["image_id"]}], [{"proposals": proposals}])
-    results = evaluator.evaluate()
+    found = {
+        i: Instances((96, 96), proposal_boxes=x.pred_boxes, objectness_logits=x.scores)
+        for i, x in found.items()
+    }
+    results = evaluate(evaluator, found)
     assert results["box_proposals"]["AR@100"] == pytest.approx(100)
     assert set(flatten_results_dict(results)) == set(reported_metrics(name, ("box_proposals",)))
 

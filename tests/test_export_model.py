@@ -271,10 +271,10 @@ def test_parts_that_cannot_be_exported(options, name):
         ("none.jpg", ["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "only models that detect obj"),
     ],
 )
-def test_errors(image, extra, message, synthetic, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        export("faster_rcnn", synthetic, tmp_path / "model.ts", *extra, image=image)
-    assert message in capsys.readouterr().err
+def test_errors(image, extra, message, synthetic, tmp_path, refused):
+    assert message in refused(
+        export, "faster_rcnn", synthetic, tmp_path / "model.ts", *extra, image=image
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -287,7 +287,7 @@ def test_errors(image, extra, message, synthetic, tmp_path, capsys):
         ("dir.onnx", "dir.onnx is not a file"),
     ],
 )
-def test_inputs_stay(output, message, synthetic, tmp_path, monkeypatch, capsys):
+def test_inputs_stay(output, message, synthetic, tmp_path, monkeypatch, refused):
     """The file beside the output included; nothing is computed, and nothing else is written."""
     shutil.copy(synthetic / "images/000001.jpg", tmp_path)
     shutil.copy(synthetic / "instances.json", tmp_path / "a.json")
@@ -297,8 +297,8 @@ def test_inputs_stay(output, message, synthetic, tmp_path, monkeypatch, capsys):
     before = {x: x.is_dir() or x.read_bytes() for x in tmp_path.iterdir()}
     extra = ["--categories", tmp_path / "a.json", "MODEL.WEIGHTS", tmp_path / "weights.pth"]
     args = ["--config-file", config_of("retinanet"), "--sample-image", tmp_path / "000001.jpg"]
-    with pytest.raises(SystemExit, match="2"):
-        main([str(x) for x in [*args, "--output", tmp_path / output, *extra]])
     expected = f"--output: {tmp_path}/{message.format(tmp_path)}"
-    assert expected in capsys.readouterr().err
+    assert expected in refused(
+        main, [str(x) for x in [*args, "--output", tmp_path / output, *extra]]
+    )
     assert {x: x.is_dir() or x.read_bytes() for x in tmp_path.iterdir()} == before

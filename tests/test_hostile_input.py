@@ -57,7 +57,6 @@ CHECKPOINTS = {
     "old format.pth": (Exploit(), "must not hold anything but arrays"),
     "compressed.pth": (write_compressed, "would take .* bytes of memory: not written by PyTorch"),
     "expanded.pth": (torch.zeros(1).expand(10**6, 10**6), "quantized, expanded or empty"),
-    "code.pkl": (pickle.dumps({"model": Exploit()}), "refers to .*mkdir, which may run code"),
     "size.pkl": (array_with_wrong_size(), "not a checkpoint, or cut short"),
     "references.pkl": (many_references(), "declares more references than it has"),
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, example
 from test_train_net import own_data
 from torch.distributed import TCPStore
 from torch.multiprocessing import ProcessExitedException
@@ -138,10 +138,7 @@ def test_as_one_process(one, synthetic, tmp_path, num_processes, num_parts):
 
 def test_submitit(synthetic, tmp_path):
     """The example of docs/clusters.md, on this machine: it is preempted, and continues."""
-    (script,) = re.findall(
-        r"```python\n(import os.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL
-    )
-    (tmp_path / "submit.py").write_text(script)
+    (tmp_path / "submit.py").write_text(example("clusters.md", "import submitit"))
     command = [sys.executable, "submit.py", "local", 2]
     command += ["--config-file", ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"]
     command += [*own_data(synthetic, "train"), "OUTPUT_DIR", tmp_path / "out", *EXHAUSTIVE]

@@ -7,6 +7,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from conftest import evaluate, masks_of
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
@@ -55,19 +56,8 @@ def detections(found, masks=False):
     instances.pred_classes = torch.tensor([x[0] for x in found])
     instances.scores = torch.tensor([x[2] for x in found]).float()
     if masks:
-        ys, xs = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-        x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
-        instances.pred_masks = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+        instances.pred_masks = masks_of(boxes, (SIZE, SIZE))
     return instances
-
-
-def evaluate(name, found):
-    """Metrics of the detections in each image."""
-    evaluator = LibraLVISEvaluator(name, distributed=False)
-    evaluator.reset()
-    for image_id, instances in found.items():
-        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
-    return evaluator.evaluate()
 
 
 BOX, ELSEWHERE, THIN = [10, 10, 30, 30], [100, 100, 30, 30], [10, 10, 0, 30]
@@ -100,12 +90,13 @@ def test_metrics(tmp_path, more, fields, expected, monkeypatch):
     objects = [(5, A, BOX, polygon), (3, B, BOX, polygon)]
     name = register(tmp_path, images, objects, {B: "f", A: "r", C: "c"})
     found = {3: detections([(1, BOX, 0.8)]), 5: detections([*more, (0, BOX, 0.5)])}
-    results = evaluate(name, found)["bbox"]
+    evaluator = LibraLVISEvaluator(name, distributed=False)
+    results = evaluate(evaluator, found)["bbox"]
     assert list(results) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"]
     assert (results["APr"], results["APf"]) == pytest.approx(expected)
     assert results["AP"] == pytest.approx(sum(expected) / 2)
     assert np.isnan([results["APc"], results["APl"]]).all()
-    nothing = evaluate(name, {3: detections([])})["bbox"]
+    nothing = evaluate(evaluator, {3: detections([])})["bbox"]
     assert list(nothing) == list(results)
     assert np.isnan(list(nothing.values())).all()
 
@@ -154,7 +145,8 @@ def random_case(folder, seed=0):
 def test_package(tmp_path, at_once, monkeypatch):
     """All numbers are those of the package lvis, of boxes and of masks, in groups of classes."""
     monkeypatch.setattr(coco_evaluator, "_GROUP", at_once)
-    results = evaluate(*random_case(tmp_path))
+    name, found = random_case(tmp_path)
+    results = evaluate(LibraLVISEvaluator(name, distributed=False), found)
     assert results.keys() == {"bbox", "segm"}
     for task, numbers in OF_LVIS.items():
         assert list(results[task].values()) == pytest.approx(numbers, abs=1e-6)

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, example
 from PIL import Image
 
 from libra_d2.demo.onnx_demo import main
@@ -210,18 +210,9 @@ def test_stands_alone(folder):
     assert is_red(folder / "ö.png").any()
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deployment.md").read_text(), re.DOTALL)
-
-
-def block(text):
-    """The example of docs/deployment.md that contains a text."""
-    (found,) = (x for x in BLOCKS if text in x)
-    return found
-
-
 def test_example_of_onnx(folder, capsys):
     """What the page runs on a black image: a score of 0, and the object that is not sure."""
-    exec(block("onnxruntime.InferenceSession"), {})
+    exec(example("deployment.md", "onnxruntime.InferenceSession"), {})
     about, high, low = capsys.readouterr().out.splitlines()
     assert about == str(INPUT)
     assert high == "猫 0.0 [ 1.  1. 39. 29.]"
@@ -242,7 +233,7 @@ def test_example_of_torchscript(folder, capsys):
 
     torch.jit.script(Model()).save("model.ts")
     (folder / "model.ts.json").write_text(json.dumps({"classes": ["dog", "cat"]}))
-    exec(block("torch.jit.load"), {})
+    exec(example("deployment.md", "torch.jit.load"), {})
     assert capsys.readouterr().out == "cat 0.5 [0.0, 0.0, 8.0, 9.0]\n"
 
 
@@ -256,7 +247,7 @@ def test_example_of_masks(box):
     from detectron2.structures import Boxes
 
     namespace = {}
-    exec(block("def paste_mask"), namespace)
+    exec(example("deployment.md", "def paste_mask"), namespace)
     y, x = np.mgrid[:28, :28]
     mask = np.exp(-((x - 12.0) ** 2 / 80 + (y - 15.0) ** 2 / 40)).astype(np.float32)
     found = namespace["paste_mask"](mask, box, 70, 80)

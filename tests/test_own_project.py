@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO_CONFIG, ROOT, build_model, demo_cfg, random_inputs
+from conftest import DEMO_CONFIG, ROOT, build_model, demo_cfg, example, random_inputs
 from test_train_net import QUICK, own_data
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,12 +22,6 @@ from libra_d2.engine.main import main
 
 TEXT = (ROOT / "docs/own_project.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-
-
-def block(text):
-    """The example that contains a text."""
-    (found,) = (x for x in BLOCKS if text in x)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def test_own_script(synthetic, tmp_path, monkeypatch):
                 csv.writer(f).writerow([files[box["image_id"]], label, x, y, x + width, y + height])
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "my_train"}
-    exec(block("# my_train.py"), namespace)
+    exec(example("own_project.md", "# my_train.py"), namespace)
     try:
         first = DatasetCatalog.get("my_val")[0]
         assert os.path.samefile(first["file_name"], synthetic / "images" / first["image_id"])
@@ -101,7 +95,7 @@ def test_own_writer(synthetic, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: run))
     namespace = {"__name__": "train_with_wandb"}
-    exec(block("import wandb"), namespace)
+    exec(example("own_project.md", "import wandb"), namespace)
     options = [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", tmp_path, *QUICK]
     options += ["TEST.EVAL_PERIOD", 2]
     args = ["--config-file", DEMO_CONFIG, *options]
@@ -116,9 +110,7 @@ def test_own_writer(synthetic, tmp_path, monkeypatch):
 )
 def test_batch_script(status, requeued, tmp_path):
     """With stand-ins for SLURM: it requeues after SIGUSR1 only, and passes the status on."""
-    text = (ROOT / "docs/clusters.md").read_text()
-    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", text, re.DOTALL)
-    (tmp_path / "job.sh").write_text(script)
+    (tmp_path / "job.sh").write_text(example("clusters.md", "#!/bin/bash\n"))
     programs = {
         "srun": f'echo "$MASTER_ADDR $SRUN_CPUS_PER_TASK $*" > srun.txt; exit {status}',
         "scontrol": 'echo "$*" >> scontrol.txt; printf "first\\nsecond\\n"',

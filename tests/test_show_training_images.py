@@ -51,8 +51,6 @@ def test_program(tmp_path, synthetic, capsys):
         (["DATASETS.TRAIN", "()"], "no images: use --train-json"),
     ],
 )
-def test_bad_arguments(args, message, tmp_path, capsys, monkeypatch):
+def test_bad_arguments(args, message, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        main(["--config-file", str(DEMO_CONFIG), "--num-images", "1", *args])
-    assert message in capsys.readouterr().err
+    assert message in refused(main, ["--config-file", str(DEMO_CONFIG), "--num-images", "1", *args])

@@ -129,7 +129,7 @@ NOT_A_DATASET = "holds files that this program has not written, which would be d
         (None, NOT_A_DATASET),
     ],
 )
-def test_nothing_is_lost(files, message, tmp_path, capsys):
+def test_nothing_is_lost(files, message, tmp_path, refused):
     """A file, or a directory with anything else in it, is left alone."""
     target = tmp_path / "a"
     if files is None:
@@ -140,9 +140,7 @@ def test_nothing_is_lost(files, message, tmp_path, capsys):
         ours = {"info": info, "images": [{"file_name": "1.jpg"}]}
         (target / name).write_text(text.replace("OURS", json.dumps(ours)))
     before = content(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        main([str(target), "--num-images", "1", "--size", "48"])
-    assert message in capsys.readouterr().err
+    assert message in refused(main, [str(target), "--num-images", "1", "--size", "48"])
     assert content(tmp_path) == before
 
 
@@ -154,11 +152,9 @@ def test_nothing_is_lost(files, message, tmp_path, capsys):
         (["file/deep/a"], "error: output_dir: "),
     ],
 )
-def test_errors(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors(arguments, message, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = refused(main, arguments).splitlines()
     assert line.startswith(message)
     assert [x.name for x in tmp_path.iterdir()] == ["file"]

@@ -75,11 +75,9 @@ def test_convert(yolo, names, capsys):
         ("data.yaml", "[", "data.yaml: 'names' must be"),
     ],
 )
-def test_broken_files(yolo, file, text, message, capsys):
+def test_broken_files(yolo, file, text, message, refused):
     (yolo / file).write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        run(yolo, "--data", yolo / "data.yaml")
-    assert message in capsys.readouterr().err
+    assert message in refused(run, yolo, "--data", yolo / "data.yaml")
     assert not (yolo / "out.json").exists()
 
 
@@ -92,9 +90,7 @@ def test_broken_files(yolo, file, text, message, capsys):
         (["--output", "labels/a.txt"], "--output: "),
     ],
 )
-def test_bad_arguments(yolo, args, message, capsys):
+def test_bad_arguments(yolo, args, message, refused):
     before = (yolo / "data.yaml").read_text()
-    with pytest.raises(SystemExit, match="2"):
-        run(yolo, "--data", yolo / "data.yaml", args[0], yolo / args[1])
-    assert message in capsys.readouterr().err
+    assert message in refused(run, yolo, "--data", yolo / "data.yaml", args[0], yolo / args[1])
     assert (yolo / "data.yaml").read_text() == before
