@@ -112,6 +112,17 @@ def test_negative_number_of_images(files, tmp_path, refused):
     )
 
 
+@pytest.mark.parametrize("option", ["--results", "--results-b"])
+def test_same_run_twice(files, tmp_path, capsys, option):
+    """It would look like two trainings that agree."""
+    other = {"--results": "--results-b", "--results-b": "--results"}[option]
+    args = ["--val-json", files["--val-json"], "--output", str(tmp_path / "out")]
+    twice = [option, files[option], files[option]]
+    with pytest.raises(SystemExit, match="2"):
+        main([*args, *twice, other, files[other], files["--val-json"]])
+    assert f"error: {option} names the same file twice" in capsys.readouterr().err
+
+
 def test_no_detections(files, tmp_path):
     (tmp_path / "a.json").write_text("[]")
     run(files, tmp_path / "out")

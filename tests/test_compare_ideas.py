@@ -17,7 +17,12 @@ from test_train_net import TINY, own_data
 
 from libra_d2.config import VARIANTS, make_recipe
 from libra_d2.data import register_coco_json
-from libra_d2.evaluation.significance import detectable_difference, power
+from libra_d2.evaluation.significance import (
+    detectable_difference,
+    deviation_limit,
+    pairs_needed,
+    power,
+)
 from libra_d2.tools import compare_ideas
 from libra_d2.tools.compare_ideas import main
 from libra_d2.tools.comparison_summary import (
@@ -256,11 +261,18 @@ def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
         assert f"a standard deviation of {deviation} AP ({source}" in printed
         if deviation == "1.10":
             assert ["0.9", "14"] in cells(printed)
+            assert "an estimate" not in printed
+        else:  # with 2 degrees of freedom, chi-squared is above 0.446 with a probability of 80%
+            assert ["AP", "seeds", "seeds if it is 6.47"] in cells(printed)
+            assert ["6.1", "5", str(pairs_needed(6.1, 6.467))] in cells(printed)
     assert len(trainings) == 6
     for option in ("--find", "--deviation"):
         with pytest.raises(SystemExit, match="2"):
             compare(synthetic, tmp_path, "--find", 1, option, 0)
         assert f"{option} is 0: use a difference" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # a new seed each time, so that there are no pairs
+        compare(synthetic, tmp_path, "--seeds", 1, -1)
+    assert "--seeds -1: use 0 or more" in capsys.readouterr().err
     assert ["2", "more than 1000"] in cells(plan(2, 100, "", 1))
 
 
@@ -415,6 +427,9 @@ def test_differences():
     found.update(sampling=found["all"], balanced_l1=found["all"])
     assert cells(differences(found))[2] == [*alone, "0.058", chance]
     assert differences({"all": runs(1.0, 2.0)}) == ""
+    # Pairs that differ by the same have no spread to be compared with.
+    found = {"baseline": runs(1.0, 2.0), "all": runs(3.0, 4.0)}
+    assert cells(differences(found))[2] == ["all", "2", "+2.00", "0.00", "", "0.500", chance]
 
 
 def test_found_differences():
@@ -425,6 +440,9 @@ def test_found_differences():
     smallest = detectable_difference((2.5 / 3) ** 0.5, 2, 2)
     assert f"difference of {smallest:.1f} AP is found with a probability of 80%" in text
     assert f"1 AP with {power(1, (2.5 / 3) ** 0.5, 2, 2):.0%}" in text
+    limit = deviation_limit((2.5 / 3) ** 0.5, 3)
+    assert f"as large as {limit:.2f} (" in text
+    assert f"only a difference of {detectable_difference(limit, 2, 2):.1f} AP" in text
     assert found_differences({"a": runs(1.0), "b": runs(2.0)}, "a") == ""
     assert found_differences({"a": runs(1.0, 2.0), "b": runs(2.0, 3.0)}, "a") == ""
 

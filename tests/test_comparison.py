@@ -68,7 +68,7 @@ def test_metrics():
     assert (found["a"], found["b"]) == (pytest.approx(200 / 3), pytest.approx(200 / 3))
     assert (located["a"], located["b"]) == (pytest.approx(60), pytest.approx(90))
     # One image has an object that both find, whatever is drawn; it says nothing.
-    assert (located["low"], located["high"]) == (pytest.approx(30), pytest.approx(30))
+    assert (located["difference"], located["low"]) == (pytest.approx(30), None)
     assert (located["p_value"], located["says"]) == (1, CHANCE)
 
 

@@ -299,6 +299,18 @@ def test_opens(open_page, name, width):
         assert page.locator("#photo").evaluate("x => x.decode().then(() => x.naturalWidth)") == 480
 
 
+def test_no_interval(open_page, files):
+    """Of one image there is none, in the table as in the chart, and so there is no verdict."""
+    dataset, results = by_hand([(0, "a", OBJECT)], [(0, "a", OBJECT, 0.9)], 1)
+    write(files / "few.html", dataset, results, [])
+    page = open_page("few.html")
+    assert column(page, "metrics-table", 4)[0] == "−100.0"
+    assert column(page, "metrics-table", 5)[0] == "–"
+    bars = "document.getElementById('differences-chart').data[0].error_x"
+    assert set(page.evaluate(f"[...{bars}.array, ...{bars}.arrayminus]")) == {0}
+    assert "No difference in the table is clear" in page.locator("#summary").inner_text()
+
+
 def test_sorting(open_page):
     """Largest first, then smallest; texts the other way round; by keyboard as by mouse."""
     page = open_page("two.html")

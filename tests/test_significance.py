@@ -7,6 +7,7 @@ from scipy import stats
 
 from libra_d2.evaluation.significance import (
     detectable_difference,
+    deviation_limit,
     holm_correction,
     paired_t_test,
     pairs_needed,
@@ -65,9 +66,39 @@ def test_paired_t_test():
         [1, 0.1 / 3**0.5, 1 - half, 1 + half], rel=1e-4
     )
     assert test.p_value[:2] == pytest.approx(stats.ttest_1samp(columns[:, :2], 0).pvalue)
-    assert test.p_value[2:].tolist() == [0, 1, pytest.approx(nan, nan_ok=True)]
+    assert test.p_value[2:].tolist() == [0.25, 1, pytest.approx(nan, nan_ok=True)]
     narrow = paired_t_test(columns[:, 0], level=0.9)
     assert narrow.high == pytest.approx(1 + 2.920 * 0.1 / 3**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([2.0, 2.0, 2.0], (math.nan, 0.25)),  # half of the half that the second and third agree
+        ([0.1, 0.1 + 1e-15], (math.nan, 0.5)),
+        ([-2.0] * 6, (-2, 0.03125)),
+        ([0.0, 0.0], (0, 1)),
+    ],
+)
+def test_no_spread(differences, expected):
+    """Pairs that all differ by the same say no more than that they agree."""
+    test = paired_t_test(np.array(differences))
+    for value in (test.low, test.high):
+        assert (float(value), float(test.p_value)) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5])
+def test_few_objects_by_simulation(pairs):
+    """Where nothing differs in 28 rows about 4 objects, few tables say otherwise."""
+    draws = np.random.default_rng(0).binomial(4, 0.5, (2, pairs, 300, 28))
+    p_values = paired_t_test((draws[0] - draws[1]) / 4).p_value
+    assert np.mean([min(holm_correction(row)) <= 0.05 for row in p_values.tolist()]) < 0.05
+
+
+def test_deviation_limit():
+    """In 80% of draws, what is estimated with 3 degrees of freedom is not below the true 1.1."""
+    draws = np.random.default_rng(0).normal(0, 1.1, (4, 20000)).std(axis=0, ddof=1)
+    assert np.mean(draws * deviation_limit(1, 3) > 1.1) == pytest.approx(0.8, abs=0.012)
 
 
 @pytest.mark.parametrize(("difference", "pairs", "tests"), [(0.9, 14, 1), (2.0, 5, 6), (0, 3, 1)])

@@ -132,6 +132,9 @@ def run(args: argparse.Namespace) -> None:
             f"--results-b names {len(args.results_b)} files, but --results {len(args.results)}: "
             "name as many runs of both models"
         )
+    for option, side in zip(("--results", "--results-b"), sides):
+        if len(set(map(os.path.realpath, side))) < len(side):
+            raise InputError(f"{option} names the same file twice: name each run once")
     inputs = {f"--results[{i}]": x for i, x in enumerate(args.results)}
     inputs.update({f"--results-b[{i}]": x for i, x in enumerate(args.results_b)})
     output_path("--output", args.output, {}, is_folder=True)

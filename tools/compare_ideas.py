@@ -316,14 +316,16 @@ def say_how_many_seeds(args: argparse.Namespace, variants: List[Variant]) -> Non
             raise InputError(f"--{option} is {value:g}: use a difference in AP above 0")
     found = sorted(int(x.name[5:]) for x in Path(args.output).glob("*/seed_*") if is_finished(x))
     args.seeds = list(dict.fromkeys(found))
-    own = pair_deviation(finished_runs(args, variants), reference_of(variants))
+    own, freedom = pair_deviation(finished_runs(args, variants), reference_of(variants))
     deviation, source = args.deviation, "--deviation"
     if deviation is None and own:
         deviation, source = own, f"of the runs in {args.output}"
-    elif deviation is None:
-        source = "of a small detector on BCCD: yours may differ; train two seeds and ask again"
+    else:
+        freedom = 0
+    if deviation is None:
+        source = "of a small detector on BCCD: yours may differ; train a few seeds and ask again"
         deviation = DEVIATION
-    print(plan(args.find, deviation, source, max(len(variants) - 1, 1)))
+    print(plan(args.find, deviation, source, max(len(variants) - 1, 1), freedom))
 
 
 def warn_of_initial_weights(recipe: Recipe) -> None:
@@ -385,6 +387,8 @@ def run(args: argparse.Namespace) -> None:
     """Train all variants that are not finished, and summarize."""
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}: use 1 or more")
+    if min(args.seeds) < 0:
+        raise InputError(f"--seeds {min(args.seeds)}: use 0 or more; others are not repeatable")
     recipe = read_config(args.config_file, args.opts)
     args.seeds = list(dict.fromkeys(args.seeds))
     variants = choose_variants(args, recipe)

@@ -18,6 +18,7 @@ from libra_d2.evaluation.matching import match_detections, read_results
 from libra_d2.evaluation.runs import compare_models
 from libra_d2.evaluation.significance import (
     detectable_difference,
+    deviation_limit,
     holm_correction,
     paired_t_test,
     pairs_needed,
@@ -114,7 +115,8 @@ def differences(runs: Runs, reference: str = "baseline", level: float = 0.95) ->
     rows = [
         (
             *(variant, len(values), f"{test.mean:+.2f}", f"{test.standard_error:.2f}"),
-            *(f"{test.low:+.2f} to {test.high:+.2f}", f"{p:.3f}"),
+            "" if np.isnan(test.low) else f"{test.low:+.2f} to {test.high:+.2f}",
+            f"{p:.3f}",
             verdict(float(test.low), float(test.high), p, level),
         )
         for (variant, values), test, p in zip(pairs.items(), tests, p_values)
@@ -124,27 +126,30 @@ def differences(runs: Runs, reference: str = "baseline", level: float = 0.95) ->
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
-def pair_deviation(runs: Runs, reference: str) -> float:
-    """The standard deviation of differences of pairs, pooled over the variants; 0 if unknown."""
-    return pooled_deviation(list(difference_of_pairs(runs, reference).values()))[0]
+def pair_deviation(runs: Runs, reference: str) -> Tuple[float, int]:
+    """The :func:`pooled_deviation` of differences of pairs."""
+    return pooled_deviation(list(difference_of_pairs(runs, reference).values()))
 
 
 def found_differences(runs: Runs, reference: str) -> str:
     """How large a difference such a table of AP can find; "" if that is unknown."""
-    deviation, pairs = pair_deviation(runs, reference), difference_of_pairs(runs, reference)
+    pairs = difference_of_pairs(runs, reference)
+    deviation, freedom = pair_deviation(runs, reference)
     if not deviation:
         return ""
-    num = min(map(len, pairs.values()))
-    smallest = detectable_difference(deviation, num, len(pairs))
+    num, limit = min(map(len, pairs.values())), deviation_limit(deviation, freedom)
+    smallest, larger = (detectable_difference(x, num, len(pairs)) for x in (deviation, limit))
     return (
         f"Differences of pairs have a standard deviation of {deviation:.2f}. With {num} pairs of "
         f"each, a true difference of {smallest:.1f} AP is found with a probability of 80%, one of "
-        f"1 AP with {power(1.0, deviation, num, len(pairs)):.0%}. A difference that cannot be told "
-        "from chance may still be there."
+        f"1 AP with {power(1.0, deviation, num, len(pairs)):.0%}. This standard deviation is an "
+        f"estimate: it may well be as large as {limit:.2f} (the upper end of a one-sided 80% "
+        f"confidence interval), and then only a difference of {larger:.1f} AP is found. A "
+        "difference that cannot be told from chance may still be there."
     )
 
 
-def plan(wanted: float, deviation: float, source: str, num_tests: int) -> str:
+def plan(wanted: float, deviation: float, source: str, num_tests: int, freedom: int = 0) -> str:
     """
     How many seeds a comparison needs.
 
@@ -153,6 +158,7 @@ def plan(wanted: float, deviation: float, source: str, num_tests: int) -> str:
         deviation: see :func:`pair_deviation`, above 0.
         source: where it comes from.
         num_tests: how many variants are compared with the first.
+        freedom: degrees of freedom of the deviation, or 0 if it was not estimated.
     """
     each = f" in each of {num_tests} comparisons" if num_tests > 1 else ""
     lines = [
@@ -160,9 +166,20 @@ def plan(wanted: float, deviation: float, source: str, num_tests: int) -> str:
         f"So many seeds find a true difference{each} with a probability of 80%:"
     ]
     sizes = sorted({wanted, *(round(deviation * x, 1) for x in (0.5, 1, 2))} - {0.0})
-    numbers = [(f"{size:g}", pairs_needed(size, deviation, num_tests)) for size in sizes]
-    rows = [(size, number or "more than 1000") for size, number in numbers]
-    lines.append(tabulate(rows, ["AP", "seeds"], "github", disable_numparse=True))
+    columns = {"seeds": deviation}
+    if freedom:
+        limit = deviation_limit(deviation, freedom)
+        columns[f"seeds if it is {limit:.2f}"] = limit
+    rows = [
+        (f"{x:g}", *(pairs_needed(x, y, num_tests) or "more than 1000" for y in columns.values()))
+        for x in sizes
+    ]
+    lines.append(tabulate(rows, ["AP", *columns], "github", disable_numparse=True))
+    if freedom:
+        lines.append(
+            f"The standard deviation is an estimate: it may well be as large as {limit:.2f} (the "
+            "upper end of a one-sided 80% confidence interval). Plan with the last column."
+        )
     return "\n\n".join(lines)
 
 

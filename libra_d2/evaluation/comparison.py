@@ -9,7 +9,7 @@ from scipy import stats
 
 from ..errors import ArgumentError
 from .detection_metrics import ERROR_METRICS, METRICS, DetectionMetrics, plain_values
-from .significance import PairedTest, holm_correction, paired_t_test, verdict
+from .significance import PairedTest, holm_correction, paired_t_test, sign_test, verdict
 
 __all__ = ["compare_images", "compare_metrics", "compare_objects", "compare_runs"]
 
@@ -130,8 +130,9 @@ def _test_on_images(
         half = error * stats.t.ppf((1 + level) / 2, num_images - 1)
     # Of few images, the samples vary too little; NaN is ignored.
     low, high = np.fmin(low, difference - half), np.fmax(high, difference + half)
-    p_values = np.where(difference == 0, 1, np.maximum(p_values, 0.5 ** (num_images - 1)))
-    return own, PairedTest(difference, error, low, high, p_values)
+    p_values = np.maximum(p_values, 0.5 ** (num_images - 1))
+    test = PairedTest(difference, error, low, high, p_values)
+    return own, sign_test(test, num_images, level)
 
 
 def _judge(tests: Sequence[Tuple[np.ndarray, PairedTest]], level: float) -> List[List[Dict]]:

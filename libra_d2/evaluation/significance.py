@@ -7,8 +7,8 @@ from typing import List, NamedTuple, Optional, Sequence
 import numpy as np
 from scipy import optimize, stats
 
-__all__ = ["PairedTest", "detectable_difference", "holm_correction", "pairs_needed", "verdict"]
-__all__ += ["paired_t_test", "power"]
+__all__ = ["PairedTest", "detectable_difference", "deviation_limit", "holm_correction"]
+__all__ += ["paired_t_test", "pairs_needed", "power", "sign_test", "verdict"]
 
 
 class PairedTest(NamedTuple):
@@ -30,8 +30,9 @@ def paired_t_test(differences: np.ndarray, level: float = 0.95) -> PairedTest:
         level: of the confidence intervals, from ``low`` to ``high``.
 
     Returns:
-        arrays (...), NaN where a difference is. Pairs that all differ by the same have a standard
-        error of 0, and a p-value of 0 unless they do not differ.
+        arrays (...), NaN where a difference is. Where all pairs differ by the same, there is no
+        spread for a t-test: the p-value is that of :func:`sign_test`, and the interval is NaN
+        unless there are enough pairs for it.
     """
     differences = np.asarray(differences, dtype=float)
     num_pairs = len(differences)
@@ -40,8 +41,35 @@ def paired_t_test(differences: np.ndarray, level: float = 0.95) -> PairedTest:
     half = error * stats.t.ppf((1 + level) / 2, num_pairs - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         p_value = 2 * stats.t.sf(np.abs(mean) / error, num_pairs - 1)
-    p_value = np.where(mean == 0, 1.0, p_value)
-    return PairedTest(mean, error, mean - half, mean + half, p_value)
+    return sign_test(PairedTest(mean, error, mean - half, mean + half, p_value), num_pairs, level)
+
+
+def sign_test(test: PairedTest, num: np.ndarray, level: float = 0.95) -> PairedTest:
+    """
+    Correct a test where all that was tested differs by the same, as few objects in few images often
+    do by chance: ``num`` differences have the same sign with a probability of 0.5 ** (num - 1).
+
+    Args:
+        test: to be corrected.
+        num: how many differences it is about, one number or one for each.
+        level: the interval is NaN where the p-value does not reach it.
+    """
+    agree = 0.5 ** (np.asarray(num, dtype=float) - 1)
+    error, mean = test.standard_error, np.abs(test.mean)
+    is_same = ~((error > 1e-9 * mean) & (error < np.inf)) & ~np.isnan(mean)
+    p_value = np.where(is_same, agree, test.p_value)
+    p_value = np.where(test.mean == 0, 1.0, p_value)
+    is_unknown = is_same & (agree > 1 - level) & (test.mean != 0)
+    low, high = (np.where(is_unknown, np.nan, x) for x in (test.low, test.high))
+    return test._replace(low=low, high=high, p_value=p_value)
+
+
+def deviation_limit(deviation: float, freedom: int, level: float = 0.8) -> float:
+    """
+    What a standard deviation is at most, with a probability of ``level``, if it was estimated with
+    so many degrees of freedom.
+    """
+    return float(deviation * math.sqrt(freedom / stats.chi2.ppf(1 - level, freedom)))
 
 
 def holm_correction(p_values: Sequence[float]) -> List[float]:

@@ -111,7 +111,8 @@ function drawCharts() {
   draw("differences-chart", [{
     x: rows.map((x) => x.difference), y: rows.map((_, i) => i), mode: "markers",
     error_x: { type: "data", symmetric: false, color: color("--quiet"),
-      array: rows.map((x) => x.high - x.difference), arrayminus: rows.map((x) => x.difference - x.low) },
+      array: rows.map((x) => x.high === null ? 0 : x.high - x.difference),
+      arrayminus: rows.map((x) => x.low === null ? 0 : x.difference - x.low) },
     marker: { color: color("--text"), size: 9, symbol: rows.map((x) =>
       ({ helps: "triangle-up", harms: "triangle-down" })[x.says] ?? "circle-open") },
     text: rows.map((x) => `${x.metric}: ${change(x.difference)} (${change(x.low)} to `
