@@ -91,6 +91,28 @@ def build_model(cfg):
     return make_recipe(cfg).build_model()
 
 
+def _process(function, args, environment, log):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    function(*args)
+
+
+def run_processes(function, args, environments, log):
+    """Call a function in a process for each environment; returns what they print."""
+    context, processes = multiprocessing.get_context("forkserver"), []
+    logs = [Path(f"{log}.{i}") for i in range(len(environments))]
+    for environment, path in zip(environments, logs):
+        process = context.Process(target=_process, args=(function, args, environment, path))
+        process.start()
+        processes.append(process)
+    for process, path in zip(processes, logs):
+        process.join()
+        assert process.exitcode == 0, path.read_text()
+    return "".join(path.read_text() for path in logs)
+
+
 def example(page, text):
     """The block of code with that text on a page of docs/."""
     blocks = re.findall(r"```\w+\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)

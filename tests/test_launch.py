@@ -2,11 +2,11 @@
 """Several processes, started by torchrun or with SLURM's variables, on CPUs with gloo."""
 
 import errno
+import functools
 import io
 import json
 import locale
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, example
+from conftest import ROOT, example, run_processes
 from test_train_net import own_data
 from torch.distributed import TCPStore
 from torch.multiprocessing import ProcessExitedException
@@ -57,16 +57,7 @@ EXHAUSTIVE = [
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "20"),
 ]
 NOT_WRITABLE = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST")
-NOT_WRITABLE += ("EFBIG",)
-
-
-def program(args, environment, log):
-    """train_net.py in a process of its own."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    with open(log, "w") as f:
-        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
-    main(args)
+NOT_WRITABLE += ("EFBIG", "ENAMETOOLONG")
 
 
 def train(synthetic, system, num_processes, folder, *extra):
@@ -76,40 +67,32 @@ def train(synthetic, system, num_processes, folder, *extra):
     args = [str(x) for x in [*args, *EXHAUSTIVE, *extra]]
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    context, started = multiprocessing.get_context("forkserver"), {}
-    for rank in range(num_processes):
-        ranks = torchrun(rank, num_processes, rank, num_processes) if num_processes > 1 else {}
-        log = f"{folder}.{rank}"
-        started[log] = context.Process(target=program, args=(args, {**address, **ranks}, log))
-        started[log].start()
-    for log, process in started.items():
-        process.join()
-        assert process.exitcode == 0, Path(log).read_text()
+    ranks = [torchrun(rank, num_processes, rank, num_processes) for rank in range(num_processes)]
+    environments = [{**address, **x} for x in ranks] if num_processes > 1 else [{}]
+    run_processes(main, [args], environments, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(request, synthetic, tmp_path_factory):
-    """A system, and the output directory of a single process."""
-    folder = tmp_path_factory.mktemp("launch") / "one"
-    return request.param, train(synthetic, request.param, 1, folder)
+def one(synthetic, tmp_path_factory):
+    """The output directory of a single process, by its system."""
+    folder = tmp_path_factory.mktemp("launch")
+    return functools.lru_cache(lambda system: train(synthetic, system, 1, folder / system))
 
 
 @pytest.mark.parametrize(
-    ("one", "num_processes", "num_parts"),
+    ("system", "num_processes", "num_parts"),
     [("faster_rcnn", 4, 1), ("faster_rcnn", 2, 2), ("retinanet", 2, 1)],
-    indirect=["one"],
 )
-def test_as_one_process(one, synthetic, tmp_path, num_processes, num_parts):
+def test_as_one_process(one, synthetic, tmp_path, system, num_processes, num_parts):
     """
     The same losses, the same weights after a step and the same detections, also with gradient
     accumulation in each process. The order of float32 sums makes a difference of a ten-thousandth
     of the step, whose size is 1e-3.
     """
-    system, folder = one
     in_parts = ["MODEL.LIBRA.TRAINER.ACCUMULATION_STEPS", num_parts]
     several = train(synthetic, system, num_processes, tmp_path / "several", *in_parts)
-    folders = [folder, several]
+    folders = [one(system), several]
     one, several = (torch.load(folder / "model_final.pth")["model"] for folder in folders)
     for key, weight in one.items():
         assert torch.allclose(several[key], weight, rtol=0, atol=2e-6), key

@@ -12,14 +12,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
+from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, demo_cfg
+from conftest import demo_cfg, run_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -33,7 +32,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 
 from libra_d2.config import Recipe, make_recipe
 from libra_d2.data import register_coco_json
-from libra_d2.engine import LibraPredictor, Trainer
+from libra_d2.engine import LibraPredictor, Trainer, launch
 from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from libra_d2.errors import InputError
 from libra_d2.utils.random_state import set_random_state
@@ -534,26 +533,9 @@ def test_precision_of_evaluation(toy_data, tmp_path, amp):
     assert seen == [(dtype, True)] * 12 + [(dtype, False)]
 
 
-SEVERAL = """
-import os, sys
-from argparse import Namespace
-from pathlib import Path
-sys.path[:0] = ["tests", "."]
-import torch
-import test_trainer as toy
-from libra_d2.engine import launch
-for rank in range(2):
-    if os.fork() == 0:
-        os.environ["SLURM_PROCID"] = str(rank)
-        args = Namespace(num_gpus=1, num_machines=1, paths=[Path(x) for x in sys.argv[1:]])
-        try:
-            launch(toy.in_two_processes, args)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(torch.distributed.is_initialized())
-sys.exit(max(os.wait()[1] for _ in range(2)))
-"""
+def one_of_two(*paths):
+    launch(in_two_processes, Namespace(num_gpus=1, num_machines=1, paths=paths))
+    assert not torch.distributed.is_initialized()
 
 
 def in_two_processes(args):
@@ -618,12 +600,10 @@ def test_two_processes(synthetic, toy_data, tmp_path):
     order of images, with normalizers of the whole batch. A step adds two calls of communication to
     those of the model.
     """
-    command = [sys.executable, "-W", "ignore", "-c", SEVERAL, synthetic, tmp_path]
-    environment = {**os.environ, "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
-    environment.update(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="1(x2)")
-    environment.update(SLURM_LOCALID="0", MASTER_ADDR="127.0.0.1")
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    environment = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2"}
+    environment.update(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_LOCALID="0")
+    ranks = [{"SLURM_PROCID": str(i), "MASTER_ADDR": "127.0.0.1", **environment} for i in range(2)]
+    printed = run_processes(one_of_two, [synthetic, tmp_path], ranks, tmp_path / "log")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["whole"][0] == second["whole"][0]  # one weight
     assert all(a != b for a, b in zip(first["whole"][1:3], second["whole"][1:3]))
@@ -637,7 +617,7 @@ def test_two_processes(synthetic, toy_data, tmp_path):
     assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")
     saved = {p.name for p in (tmp_path / "stopped").glob("model_0*")}
     assert saved - {p.name for p in (tmp_path / "whole").glob("*")} == {"model_0000004.pth"}
-    assert result.stderr.count("SIGTERM: stopped after iteration 4; --resume continues") == 1
+    assert printed.count("SIGTERM: stopped after iteration 4; --resume continues") == 1
     assert torch.load(tmp_path / "early/model_final.pth")["iteration"] == 5
     assert "in another process, not for these images; loss_out" in first["error"]
     assert "iteration 3 (loss_out" in second["error"]
