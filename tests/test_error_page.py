@@ -369,7 +369,10 @@ def test_compared_models(open_page, tmp_path):
         assert f"{letter} less A" in page.locator("#differences-chart").text_content()
         assert f"{letter}: {name}" in page.locator("#switches").inner_text()
         assert f"{letter} less A" in " ".join(page.locator("#images-table th").all_inner_texts())
-        assert f"of {letter}, on average" in page.locator("#image-name").inner_text()
+        assert re.search(
+            f"AP A .* %, {letter} .* %, on average", page.locator("#image-name").inner_text()
+        )
+        assert f"%, {letter} has {metrics[0]['b']:.1f} % (" in page.locator("#summary").inner_text()
         assert "means of 2 pairs of runs" in page.locator("#summary").inner_text()
         (picture, *_) = read(tmp_path / "a.html")[1]
         boxes = page.locator("#overlay .model-1").count()

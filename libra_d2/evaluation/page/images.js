@@ -54,7 +54,7 @@ function showImage() {
   const runs = pair().map((k) => models[k].runs);
   byId("image-name").textContent = `${image.file_name}: AP `
     + (isAlone ? `${percent(image.ap[0])} %, ${whole(image.errors)} errors`
-      : `${percent(image.ap[0])} % of A, ${percent(image.ap[other])} % of ${letters[other]}`)
+      : `A ${percent(image.ap[0])} %, ${letters[other]} ${percent(image.ap[other])} %`)
     + (Math.max(...runs) > 1 ? ", on average of the runs; the boxes are those of the first" : "");
   const [width, height] = image.size;
   byId("picture").style.cssText =

@@ -122,7 +122,7 @@ function showPair() {
   const sentences = ["helps", "harms"].filter((word) => said(word).length)
     .map((word) => `${letter} ${word}: ${said(word).join(", ")}. `);
   byId("summary").textContent =
-    `AP: ${percent(ap.a)} % of A, ${percent(ap.b)} % of ${letter} (${change(ap.difference)}; 95% `
+    `AP: A has ${percent(ap.a)} %, ${letter} has ${percent(ap.b)} % (${change(ap.difference)}; 95% `
     + `interval ${interval(ap.low, ap)}). `
     + (sentences.join("") || "No difference in the table is clear. ")
     + `A alone finds ${object(only[0])} objects, ${letter} alone ${object(only[1])}. `
