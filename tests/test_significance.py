@@ -76,6 +76,7 @@ def test_paired_t_test():
     [
         ([2.0, 2.0, 2.0], (math.nan, 0.25)),  # half of the half that the second and third agree
         ([0.1, 0.1 + 1e-15], (math.nan, 0.5)),
+        ([2.0, 2.01], (math.nan, 0.5)),  # a standard error of 0.25% of the mean
         ([-2.0] * 6, (-2, 0.03125)),
         ([0.0, 0.0], (0, 1)),
     ],
