@@ -47,7 +47,8 @@ def paired_t_test(differences: np.ndarray, level: float = 0.95) -> PairedTest:
 def sign_test(test: PairedTest, num: np.ndarray, level: float = 0.95) -> PairedTest:
     """
     Correct a test where all that was tested differs by the same (the standard error is at most 0.3%
-    of the mean), as few objects in few images often do by chance: ``num`` differences have the same sign with a probability of 0.5 ** (num - 1).
+    of the mean), as few objects in few images often do by chance: ``num`` differences have the same
+    sign with a probability of 0.5 ** (num - 1).
 
     Args:
         test: to be corrected.
