@@ -100,6 +100,8 @@ def test_balance(name):
     if name != C4:
         shapes = list(model.backbone.output_shape().values())
         assert shapes[model.backbone.bfp.refine_level].stride == 16
+        if name != "retinanet":
+            model.roi_heads.batch_size_per_image = 64
         with EventStorage():
             total = sum(model(inputs_for(name)).values())
         total.backward()

@@ -48,6 +48,8 @@ def test_config(name):
     backbone = model.backbone
     assert isinstance(backbone.bfp, BalancedFeaturePyramid)
     assert list(backbone.output_shape().values())[backbone.bfp.refine_level].stride == 16
+    heads = model.roi_heads
+    heads.batch_size_per_image, heads.box_predictor.test_topk_per_image = 64, 10
     optimizer, inputs = recipe.build_optimizer(model), random_inputs(3, 2)
     with EventStorage() as storage:
         losses = [sum(model(inputs).values())]
@@ -56,9 +58,10 @@ def test_config(name):
         losses.append(sum(model(inputs).values()))
         assert "roi_head/num_bg_iou_bin_2" in storage.latest()
     assert all(0 < loss < 20 for loss in losses)
-    model.roi_heads.box_predictor.test_score_thresh = 0.0
+    heads.box_predictor.test_score_thresh = 0.0
     with torch.no_grad():
         found = model.eval()(inputs)[0]["instances"]
+    assert len(found) == 10
     assert found.has("pred_masks") == ("InstanceSegmentation" in name)
 
 
