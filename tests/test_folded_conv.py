@@ -101,13 +101,14 @@ def test_folded_once(monkeypatch):
     fold_norms(conv)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     calls = []
+
+    def record(name, function):
+        monkeypatch.setattr(
+            FoldedConv2d, name, lambda *args: (calls.append(name), function(*args))[1]
+        )
+
     for name in ("_fold", "_fold_norm", "_fold_statistics"):
-
-        def recorded(*args, name=name, function=getattr(FoldedConv2d, name)):
-            calls.append(name)
-            return function(*args)
-
-        monkeypatch.setattr(FoldedConv2d, name, recorded)
+        record(name, getattr(FoldedConv2d, name))
     with torch.inference_mode():
         conv(x), conv(x)
     assert calls == ["_fold", "_fold_norm", "_fold_statistics"]

@@ -211,7 +211,11 @@ ctypes.pythonapi.Py_IncRef(ctypes.py_object(batches))  # never freed
 def test_ends_with_the_program():
     """Workers do not keep a program whose iterator is still referred to."""
     program = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ENDS], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", ENDS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (program.returncode, program.stderr) == (0, "")
 
