@@ -13,6 +13,7 @@ from libra_d2.engine import Trainer
 
 # Float64 on both sides, with the rounding of ten steps.
 RELATIVE = 1e-9
+TEN_STEPS = ("libra_faster_rcnn_R_50", "libra_retinanet_R_50")
 DEEP = ("libra_faster_rcnn_R_101", "libra_faster_rcnn_X_101_64x4d")
 
 
@@ -64,17 +65,18 @@ def test_learning_rate(mmdet, name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_training(mmdet, name, pytestconfig):
     """
-    Three steps of the warm-up (ten with --slow) have the same losses and lead to the same weights,
-    which includes momentum, decay of norms and biases, and frozen layers. Without --slow, all but
-    Faster R-CNN are small, and other backbones are left to the comparison of gradients.
+    Ten steps of the warm-up have the same losses and lead to the same weights, which includes
+    momentum, decay of norms and biases, and frozen layers. Without --slow, systems that differ from
+    those in their heads alone are small and take three steps, and other backbones are left to the
+    comparison of gradients.
     """
     from mmengine.optim import build_optim_wrapper
 
     is_slow, sizes = pytestconfig.getoption("slow"), [(48, 64), (64, 40), (56, 64), (40, 48)]
     if name in DEEP and not is_slow:
         pytest.skip("with --slow")
-    num_steps = 10 if is_slow else 3
-    small = name != "libra_faster_rcnn_R_50" and not is_slow
+    num_steps = 10 if is_slow or name in TEN_STEPS else 3
+    small = name not in TEN_STEPS and not is_slow
     # Small features and outputs as at the beginning of a training; larger ones diverge.
     spreads = {**{layer: 0.02 * spread for layer, spread in SPREADS.items()}, "others": 0.1}
     few = {"num_tested_proposals": 50, "num_detections": 10}
