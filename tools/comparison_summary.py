@@ -134,7 +134,7 @@ def pair_deviation(runs: Runs, reference: str) -> Tuple[float, int]:
 def found_differences(runs: Runs, reference: str) -> str:
     """How large a difference such a table of AP can find; "" if that is unknown."""
     pairs = difference_of_pairs(runs, reference)
-    deviation, freedom = pair_deviation(runs, reference)
+    deviation, freedom = pooled_deviation(list(pairs.values()))
     if not deviation:
         return ""
     num, limit = min(map(len, pairs.values())), deviation_limit(deviation, freedom)
