@@ -14,8 +14,14 @@ from libra_d2.config import BASELINE
 from libra_d2.modeling.acceleration import CHANNELS_LAST, accelerate, choose_channels_last
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.roi_align import ParallelROIAlign
+from libra_d2.modeling.winograd_conv import WinogradConv2d
 
-NONE = {"channels_last": "never", "fold_norm": False, "parallel_roi_align": False}
+NONE = {
+    "channels_last": "never",
+    "fold_norm": False,
+    "parallel_roi_align": False,
+    "winograd": False,
+}
 
 
 @pytest.fixture
@@ -27,7 +33,8 @@ def float64():
 def make_model(name):
     """In float64, with frozen batch norms that do something."""
     file = "libra_faster_rcnn" if name == "plain" else name
-    cfg = demo_cfg(ROOT / f"configs/Demo/{file}_R_18_FPN.yaml", MODEL__RESNETS__NORM="FrozenBN")
+    options = {"MODEL__RESNETS__NORM": "FrozenBN", "MODEL__FPN__OUT_CHANNELS": 128}
+    cfg = demo_cfg(ROOT / f"configs/Demo/{file}_R_18_FPN.yaml", **options)
     if name == "plain":
         cfg.merge_from_list(BASELINE)
         cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.PROPOSAL_GENERATOR.NAME = "StandardROIHeads", "RPN"
@@ -83,6 +90,7 @@ def test_levers(lever):
     assert has_channels_last(model) == (lever == "channels_last")
     assert (FoldedConv2d in types) == (lever == "fold_norm")
     assert (ParallelROIAlign in types) == (lever == "parallel_roi_align")
+    assert (WinogradConv2d in types) == (lever == "winograd")
 
 
 @pytest.mark.parametrize("when", CHANNELS_LAST)

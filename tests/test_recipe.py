@@ -62,6 +62,7 @@ validation_loss       MODEL.LIBRA.TRAINER.VALIDATION_LOSS    train.validation_lo
 channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
 fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false
 parallel_roi_align MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN train.speed.parallel_roi_align false
+winograd MODEL.LIBRA.SPEED.WINOGRAD train.speed.winograd false
 amp_dtype MODEL.LIBRA.SPEED.AMP_DTYPE train.speed.amp_dtype bfloat16
 compile_backbone MODEL.LIBRA.SPEED.COMPILE_BACKBONE train.speed.compile_backbone true
 """

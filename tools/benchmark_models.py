@@ -29,6 +29,7 @@ NO_LEVER = {
     "channels_last": "never",
     "fold_norm": False,
     "parallel_roi_align": False,
+    "winograd": False,
     "compile_backbone": False,
 }
 LEVERS = tuple(NO_LEVER)

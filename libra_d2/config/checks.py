@@ -115,7 +115,7 @@ _RULES: Tuple[Rule, ...] = (
     ),
     _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
-    *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align")),
+    *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align", "winograd")),
     *(_choice(name, (True, False)) for name in ("compile_backbone", "amp", "validation_loss")),
     *(_choice(name, (True, False)) for name in ("tta", "tta_flip")),
     *(

@@ -206,6 +206,7 @@ class Recipe(ABC):
     channels_last = _speed("channels_last", "auto")
     fold_norm = _speed("fold_norm", True)
     parallel_roi_align = _speed("parallel_roi_align", True)
+    winograd = _speed("winograd", True)
     amp_dtype = _speed("amp_dtype", "auto")
     compile_backbone = _speed("compile_backbone", False)
 
@@ -393,6 +394,7 @@ class Recipe(ABC):
             channels_last=self._channels_last,
             fold_norm=self.fold_norm,
             parallel_roi_align=self.parallel_roi_align,
+            winograd=self.winograd,
             compile_backbone=self.compile_backbone,
         )
         return model

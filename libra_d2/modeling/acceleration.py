@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import check_choice, one_line
 from .folded_conv import fold_norms
 from .roi_align import parallelize_roi_align
+from .winograd_conv import use_winograd
 
 __all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
 
@@ -56,6 +57,7 @@ def accelerate(
     channels_last: str = "always",
     fold_norm: bool = True,
     parallel_roi_align: bool = True,
+    winograd: bool = True,
     compile_backbone: bool = False,
     backend: str = "inductor",
 ) -> None:
@@ -71,6 +73,7 @@ def accelerate(
             backbone gets; weights keep theirs.
         fold_norm: see :class:`FoldedConv2d`.
         parallel_roi_align: see :class:`ParallelROIAlign`.
+        winograd: see :class:`WinogradConv2d`.
         compile_backbone: whether the backbone is compiled by ``torch.compile``, during the first
             iterations, for images of any size. Where nothing can be compiled, that is logged.
         backend: that of ``torch.compile``.
@@ -83,6 +86,8 @@ def accelerate(
         fold_norms(model)
     if parallel_roi_align:
         parallelize_roi_align(model)
+    if winograd:
+        use_winograd(model)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         return

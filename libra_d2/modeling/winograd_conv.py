@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+3x3 convolutions by Winograd's algorithm (arXiv 1509.09308) on CPUs.
+
+For each pixel and each pair of an input and an output channel, a 3x3 convolution takes nine
+multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than two. PyTorch contains
+an implementation, NNPACK, but calls it only where oneDNN cannot convolve. NNPACK uses AVX2, oneDNN
+AVX-512, too.
+"""
+
+import copy
+from functools import cache
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from detectron2.layers import Conv2d
+
+__all__ = ["WinogradConv2d", "use_winograd"]
+
+# With fewer channels or pixels, transforming weights and features takes longer than it saves.
+_MIN_CHANNELS = 128
+_MIN_PIXELS = 2048
+# NNPACK keeps a buffer that grows with the pixels of a batch. RoIs come in large batches.
+_MAX_PIXELS = 65536
+
+
+@cache
+def _is_available() -> bool:
+    # Asking initializes NNPACK.
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch._nnpack_available()
+
+
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    batches = x.split(max(_MAX_PIXELS // x[0, 0].numel(), 1))
+    results = [torch._nnpack_spatial_convolution(b, weight, bias, (1, 1)) for b in batches]
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class _WinogradFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, *needs_parameters = ctx.needs_input_grad
+        grad_x = _convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, [len(weight)]),
+            *((1, 1), (1, 1), (1, 1), False, (0, 0), 1),  # stride, padding, dilation, transposed...
+            (False, *needs_parameters),
+        )
+        return grad_x, grad_weight, grad_bias
+
+
+class WinogradConv2d(Conv2d):
+    """
+    3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm, also for the gradient of its
+    input, where that is faster: in float32, on CPUs with AVX2 but not AVX-512, with at least 128
+    channels and 2048 pixels. The numbers are the same but for rounding errors, which are up to
+    1e-5 of the largest number instead of 1e-6. The channels of the result are not last in memory.
+
+    Elsewhere, and in traces, scripts and compiled graphs, it is the parent.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
+        if not self._is_faster(x):
+            return super().forward(x)
+        x = _WinogradFunction.apply(x, self.weight, self.bias)
+        return x if self.activation is None else self.activation(x)
+
+    def _is_faster(self, x: torch.Tensor) -> bool:
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        is_float32 = x.dtype == self.weight.dtype == torch.float32
+        return is_float32 and x.numel() >= _MIN_PIXELS * self.in_channels and _is_available()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        plain = copy.copy(self)
+        plain.__class__ = Conv2d
+        return plain
+
+
+def use_winograd(module: nn.Module) -> None:
+    """Make every convolution in ``module`` that may gain a :class:`WinogradConv2d`, in place."""
+    for child in module.modules():
+        if type(child) in (nn.Conv2d, Conv2d) and _can_gain(child):
+            child.norm, child.activation = None, getattr(child, "activation", None)
+            child.__class__ = WinogradConv2d
+
+
+def _can_gain(conv: nn.Conv2d) -> bool:
+    # Convolutions with norms are those of bottlenecks. Between 1x1 convolutions, which are fast if
+    # channels are last in memory, the change of the memory format takes longer than it saves.
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return (
+        shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS
+        and getattr(conv, "norm", None) is None
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+
+from libra_d2.modeling import winograd_conv
+from libra_d2.modeling.winograd_conv import WinogradConv2d, use_winograd
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of what NNPACK convolves, on CPUs with AVX-512, too."""
+    if not torch._nnpack_available():
+        pytest.skip("PyTorch has no NNPACK for this machine")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    winograd_conv._is_available.cache_clear()
+    shapes, convolve = [], torch._nnpack_spatial_convolution
+
+    def convolve_and_note(x, *args):
+        shapes.append(tuple(x.shape))
+        return convolve(x, *args)
+
+    monkeypatch.setattr(torch, "_nnpack_spatial_convolution", convolve_and_note)
+    yield shapes
+    winograd_conv._is_available.cache_clear()
+
+
+def make_conv(in_channels=128, out_channels=144, kind=Conv2d, **kwargs):
+    torch.manual_seed(0)
+    conv = kind(in_channels, out_channels, 3, **{"padding": 1, **kwargs})
+    use_winograd(conv)
+    return conv
+
+
+def outputs(conv, x):
+    """The result and all gradients."""
+    x = x.clone().requires_grad_()
+    y = conv(x)
+    gradient = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)
+    y.backward(gradient)
+    return [y.detach(), x.grad, *(p.grad for p in conv.parameters())]
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 50, 45), (3, 128, 31, 27)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "kwargs"), [(nn.Conv2d, {}), (Conv2d, {"bias": False, "activation": nn.ReLU()})]
+)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients(shape, kind, kwargs, format, calls):
+    """Those of the convolution in float64."""
+    conv = make_conv(kind=kind, **kwargs)
+    x = torch.randn(shape).contiguous(memory_format=format)
+    results = outputs(conv, x)
+    assert calls == [shape, (shape[0], 144, *shape[2:])]
+    expected = outputs(make_conv(kind=kind, **kwargs).double(), x.double())
+    assert len(calls) == 2
+    for found, value in zip(results, expected):
+        # NNPACK's errors are up to 1e-5 of the largest value.
+        torch.testing.assert_close(found.double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
+
+
+def test_many_images(calls):
+    """Large batches are split, to bound NNPACK's buffer; images are larger than that as well."""
+    conv = make_conv(128, 128).requires_grad_(False)
+    x = torch.randn(6, 128, 140, 160)
+    y = conv(x)
+    assert calls == [(2, *x.shape[1:])] * 3
+    assert torch.equal(y[4:], conv(x[4:]))
+    conv(torch.randn(1, 128, 300, 300))
+    assert calls[-1] == (1, 128, 300, 300)
+
+
+def test_frozen(calls):
+    """Nothing is computed that needs no gradient."""
+    conv = make_conv().requires_grad_(False)
+    x = torch.randn(1, 128, 50, 45, requires_grad=True)
+    conv(x).sum().backward()
+    assert x.grad is not None and conv.weight.grad is None
+    conv.requires_grad_()
+    conv(x.detach()).sum().backward()
+    assert len(calls) == 3 and conv.weight.grad is not None and conv.bias.grad is not None
+
+
+SMALL, LARGE = torch.randn(1, 128, 40, 51), torch.randn(1, 128, 40, 52)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"in_channels": 127},
+        {"out_channels": 127},
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+        {"norm": FrozenBatchNorm2d(144)},
+    ],
+    ids=str,
+)
+def test_other_convolutions(other):
+    assert type(make_conv(**other)) is Conv2d
+    assert type(make_conv()) is type(make_conv(kind=nn.Conv2d)) is WinogradConv2d
+    conv = nn.Conv2d(128, 128, 1)
+    use_winograd(conv)
+    assert type(conv) is nn.Conv2d
+
+
+def test_other_inputs(calls, monkeypatch):
+    """Few pixels, none, another type, mixed precision, exports: the parent's numbers."""
+    conv = make_conv()
+    plain = copy.deepcopy(conv)
+    plain.__class__ = Conv2d
+    for x in (SMALL, LARGE[:0], LARGE.double()):
+        assert torch.equal(conv.to(x.dtype)(x), plain.to(x.dtype)(x))
+    conv.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(LARGE).dtype == torch.bfloat16
+    traced = torch.jit.trace(conv, LARGE, check_trace=False)
+    assert "nnpack" not in str(traced.inlined_graph)
+    scripted = torch.jit.script(conv)
+    assert torch.equal(scripted(LARGE), traced(LARGE))
+    torch._dynamo.reset()
+    torch.compile(conv, backend="eager", fullgraph=True)(LARGE)
+    assert not calls
+    conv(LARGE)
+    assert len(calls) == 1
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    winograd_conv._is_available.cache_clear()
+    assert torch.equal(conv(LARGE), plain.float()(LARGE)) and len(calls) == 1
+
+
+def test_checkpoints_and_copies(calls):
+    """Keys are those of the parent, and copies work."""
+    conv = make_conv(kind=nn.Conv2d)
+    assert list(conv.state_dict()) == ["weight", "bias"]
+    assert torch.equal(copy.deepcopy(conv)(LARGE), conv(LARGE))
+    assert len(calls) == 2
