@@ -114,6 +114,25 @@ assert (get_cfg().dump(), DatasetCatalog.list()) == before
     assert result.returncode == 0, result.stderr
 
 
+def test_mutation_testing_knows_all_tests():
+    """tools/mutants.py finds tests for each module, and all that pyproject.toml lists exist."""
+    tomllib = pytest.importorskip("tomllib")
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["libra_mutants"]
+    tests = {path.stem[len("test_") :] for path in (ROOT / "tests").glob("test_*.py")}
+    assert set().union(*table.values()) <= tests
+    package = ROOT / "libra_d2"
+    known = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*")}
+    assert table.keys() - {"programs"} <= known
+    modules = [x.relative_to(package).with_suffix("") for x in package.rglob("*.py")]
+    untested = [
+        module.as_posix()
+        for module in modules
+        if module.name != "__init__" and module.parts[0] not in ("tools", "configs")
+        if module.name not in tests and not {module.as_posix(), module.parts[0]} & table.keys()
+    ]
+    assert not untested
+
+
 def test_training_where_installed(restricted, synthetic, tmp_path):
     """One iteration and an evaluation without OpenCV and faster_coco_eval."""
     data = own_data(synthetic, "train", "val")

@@ -60,7 +60,8 @@ def test_values_and_gradients(shape, kind, kwargs, format, calls):
     assert len(calls) == 2
     for found, value in zip(results, expected):
         # NNPACK's errors are up to 1e-5 of the largest value.
-        torch.testing.assert_close(found.double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
+        bound = 1e-4 * value.abs().max().item()
+        torch.testing.assert_close(found.double(), value, rtol=0, atol=bound)
 
 
 def test_many_images(calls):
@@ -79,10 +80,13 @@ def test_frozen(calls):
     conv = make_conv().requires_grad_(False)
     x = torch.randn(1, 128, 50, 45, requires_grad=True)
     conv(x).sum().backward()
-    assert x.grad is not None and conv.weight.grad is None
+    assert x.grad is not None
+    assert conv.weight.grad is None
     conv.requires_grad_()
     conv(x.detach()).sum().backward()
-    assert len(calls) == 3 and conv.weight.grad is not None and conv.bias.grad is not None
+    assert len(calls) == 3
+    assert conv.weight.grad is not None
+    assert conv.bias.grad is not None
 
 
 SMALL, LARGE = torch.randn(1, 128, 40, 51), torch.randn(1, 128, 40, 52)
@@ -131,7 +135,8 @@ def test_other_inputs(calls, monkeypatch):
     assert len(calls) == 1
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     winograd_conv._is_available.cache_clear()
-    assert torch.equal(conv(LARGE), plain.float()(LARGE)) and len(calls) == 1
+    assert torch.equal(conv(LARGE), plain.float()(LARGE))
+    assert len(calls) == 1
 
 
 def test_checkpoints_and_copies(calls):
