@@ -188,7 +188,7 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
     # Whether RoIAlign uses all cores of a CPU instead of one.
     cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True
-    # Whether 3x3 convolutions use Winograd's algorithm, in float32 on CPUs with AVX2 but not AVX-512.
+    # Whether 3x3 convolutions use Winograd's algorithm (float32, CPUs with AVX2 but not AVX-512).
     cfg.MODEL.LIBRA.SPEED.WINOGRAD = True
     # Type that SOLVER.AMP computes in, in training and evaluation: "float16" (GPUs only),
     # "bfloat16" (needs no loss scaling), or "auto" (float16 on GPUs, as in Detectron2, and bfloat16
