@@ -230,6 +230,7 @@ def test_figure_of_heat_maps():
         assert np.array(cells[place].get_array()) == approx(np.array([[5, 2], [3, 4]]) * factor)
         assert cells[place].get_clim() == pytest.approx((0, 5 * 4))
     assert bar.get_ylabel() == "root mean square of the features"
+    assert not any(len(axis.get_xticks()) + len(axis.get_yticks()) for axis in axes)
 
 
 def test_figure_of_plain_heat_maps():

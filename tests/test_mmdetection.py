@@ -104,6 +104,7 @@ def test_deformable(mmdet):
     state = from_mmdetection(state)
     ours = DeformBottleneckBlock(16, 16, bottleneck_channels=4, norm="FrozenBN").double().eval()
     prefix = "backbone.bottom_up.res3.0."
+    assert all(name.startswith(prefix) for name in state)
     ours.load_state_dict({name[len(prefix) :]: x for name, x in state.items()})
     x = torch.rand(1, 16, 9, 7, dtype=torch.float64)
     with torch.no_grad():

@@ -55,6 +55,10 @@ def test_unknown_names():
         model_zoo.get_config("COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml", trained=True)
     with pytest.raises(RuntimeError, match="'x.yaml' is neither a file nor a config of"):
         model_zoo.get_config_file("x.yaml")
+    with pytest.raises(InputError, match="'x.yaml' is neither .* zoo, nor one of Detectron2's"):
+        model_zoo.find_config("x.yaml")
+    theirs = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    assert Path(model_zoo.find_config(theirs)).read_text().startswith("_BASE_: ")
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match="libra://x: the weights cannot be read: There are no pub"):
         LibraCheckpointer(model).load("libra://x")

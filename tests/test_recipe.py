@@ -12,15 +12,18 @@ from test_lazy import FPN_MODELS, balanced
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
+from detectron2.config import get_cfg
 from detectron2.modeling import ProposalNetwork
 
-from libra_d2.config import Recipe, SettingMissing, make_recipe
+import libra_d2.config.recipe
+from libra_d2.config import Recipe, SettingMissing, add_libra_config, make_recipe
 from libra_d2.config.recipe import Setting
 from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
 from libra_d2.evaluation import TASKS
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.roi_align import ParallelROIAlign
+from libra_d2.modeling.winograd_conv import WinogradConv2d
 
 LANGUAGES = pytest.mark.parametrize("language", ["yaml", "lazy"])
 # Settings, their names in YAML configs and in LazyConfigs, and a value.
@@ -63,6 +66,7 @@ channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
 fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false
 parallel_roi_align MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN train.speed.parallel_roi_align false
 winograd MODEL.LIBRA.SPEED.WINOGRAD train.speed.winograd false
+keep_freed_memory MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY train.speed.keep_freed_memory false
 amp_dtype MODEL.LIBRA.SPEED.AMP_DTYPE train.speed.amp_dtype bfloat16
 compile_backbone MODEL.LIBRA.SPEED.COMPILE_BACKBONE train.speed.compile_backbone true
 """
@@ -156,6 +160,17 @@ def test_all_settings_are_here():
     assert settings == named | by_class
 
 
+def test_defaults():
+    """What a LazyConfig does not say is as YAML configs have it."""
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    lazy = [x for x in vars(Recipe).values() if isinstance(x, Setting) and x.has_default]
+    values = {x: section(cfg, x.yaml[0]) for x in lazy if x.yaml}
+    values = {x: tuple(v) if isinstance(v, list) else v for x, v in values.items()}
+    unlike = {x.yaml[0]: x.default for x, value in values.items() if x.default != value}
+    assert unlike == {"DATALOADER.NUM_WORKERS": 0}
+
+
 def test_model_of_another_kind():
     """A model that is none of Detectron2's needs no proposals."""
     recipe = make("lazy")
@@ -193,16 +208,21 @@ def test_speed(language, device, amp, dtype, channels_last, expected, monkeypatc
 
 
 @LANGUAGES
-def test_levers(language):
+def test_levers(language, monkeypatch):
     """A built model has those that are on."""
+    kept = []
+    monkeypatch.setattr(libra_d2.config.recipe, "keep_freed_memory", lambda: kept.append(1))
     recipe = make(language, "mask_rcnn_fpn")
     recipe.device = "cpu"
     for on in (True, False):
         recipe.fold_norm = recipe.parallel_roi_align = on
+        recipe.winograd = recipe.keep_freed_memory = on
         recipe.channels_last = "auto" if on else "never"
         model = recipe.build_model().eval()
         types = {type(x) for x in model.modules()}
         assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
+        assert (WinogradConv2d in types) == on or language == "yaml"  # of 64 channels
+        assert len(kept) == 1
         feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
         assert feature.is_contiguous(memory_format=torch.channels_last) == on
 
@@ -242,9 +262,11 @@ def test_class_counts():
     recipe = make("lazy", "cascade_rcnn")
     heads = recipe.config.model.roi_heads
     mask_head, predictors = heads.mask_head, heads.box_predictors
+    heads.num_classes = heads.pop("num_classes")  # the last in the config, the first to be named
     parts = ["", *(f".box_predictors.{i}" for i in range(3)), ".mask_head"]
     *places, of_masks = [f"model.roi_heads{part}.num_classes" for part in parts]
     assert recipe.class_counts == dict.fromkeys([*places, of_masks], 80)
+    assert next(iter(recipe.class_counts)) == places[0]
     mask_head.num_classes, predictors[1].num_classes = 1, "${...num_classes}"
     recipe.num_classes = 3
     assert recipe.class_counts == dict.fromkeys(places, 3)

@@ -37,6 +37,23 @@ def test_values_and_gradients(sampling_ratio, aligned, memory_format):
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rows(memory_format, monkeypatch):
+    """Sums of rows that are contiguous in memory, of a single image, too; others are slow."""
+    x, rois = make_input(memory_format=memory_format)
+    weights, embedding_bag = [], torch.nn.functional.embedding_bag
+
+    def noting(index, weight, *args, **kwargs):
+        weights.append(weight)
+        return embedding_bag(index, weight, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", noting)
+    one = rois[rois[:, 0] == 0]
+    ParallelROIAlign((7, 7), 1 / 8, 0)(x[:1], one).sum().backward()
+    assert [len(weight) for weight in weights] == [20 * 25, 7 * 7 * len(one)]
+    assert all(weight.is_contiguous() for weight in weights)
+
+
 def test_no_rois():
     x, rois = make_input()
     pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois[:0])

@@ -52,7 +52,7 @@ CHOSEN = re.compile(
 )
 LEFT_OUT = (".git", ".venv", "output", "datasets", "build", "__pycache__", ".*_cache")
 # Statements and arguments that need no tests.
-IGNORED = re.compile(r"(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
+IGNORED = re.compile(r"@abstractmethod|(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
 LOOKS = ("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar")
 PAIRS = {"min": "max", "mean": "sum", "any": "all", "floor": "ceil", "height": "width"}
 PAIRS.update({new: old for old, new in PAIRS.items()})

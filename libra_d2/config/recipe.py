@@ -35,6 +35,7 @@ from ..data import load_dataset
 from ..errors import InputError
 from ..evaluation import TASKS, build_evaluator
 from ..modeling.acceleration import accelerate, choose_channels_last
+from ..utils.freed_memory import keep_freed_memory
 from .identity import check_classes, learned_classes
 from .model_checks import check_box_losses
 
@@ -207,6 +208,7 @@ class Recipe(ABC):
     fold_norm = _speed("fold_norm", True)
     parallel_roi_align = _speed("parallel_roi_align", True)
     winograd = _speed("winograd", True)
+    keep_freed_memory = _speed("keep_freed_memory", True)
     amp_dtype = _speed("amp_dtype", "auto")
     compile_backbone = _speed("compile_backbone", False)
 
@@ -381,12 +383,15 @@ class Recipe(ABC):
 
     def build_model(self) -> nn.Module:
         """
-        Build the model, in training mode, on its device, and :func:`accelerate` it.
+        Build the model, in training mode, on its device, and :func:`accelerate` it. On a CPU, also
+        let the process :func:`keep_freed_memory`.
 
         Raises:
             InputError: if a name is not registered, a value is out of its range, or parts of the
                 model do not fit together.
         """
+        if self.keep_freed_memory and self.device_type == "cpu":
+            keep_freed_memory()
         model = self._build_model()
         check_box_losses(model)
         accelerate(

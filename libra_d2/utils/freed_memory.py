@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+import ctypes
+import platform
+
+__all__ = ["keep_freed_memory"]
+
+# Parameters of mallopt(3), as in malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """
+    Let this process keep memory that was freed, and use it again. glibc returns each block of more
+    than 32 MB, such as the features of a large image, to the system, which has to clear as many
+    pages for the next one.
+
+    Returns:
+        whether the C library can do so, which is glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1))

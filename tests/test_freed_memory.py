@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from libra_d2.utils.freed_memory import keep_freed_memory
+
+NUM_BYTES = 1 << 26
+
+
+def count_new_pages():
+    """Pages that a tensor needs from the system if one of the same size was freed before."""
+    torch.zeros(NUM_BYTES, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(NUM_BYTES, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_pages():
+    """In a process of its own, as it cannot be undone."""
+    code = "import test_freed_memory as test; print(test.count_new_pages()); "
+    code += "print(test.keep_freed_memory(), test.count_new_pages(), test.count_new_pages())"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    before, is_kept, _, after = result.stdout.split()
+    assert is_kept == "True"
+    # Pages have 4 KiB, or more on some machines.
+    assert int(before) >= NUM_BYTES // resource.getpagesize() // 2
+    assert int(after) < int(before) // 10
+
+
+def test_other_libraries(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
