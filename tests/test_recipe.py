@@ -66,7 +66,7 @@ channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
 fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false
 parallel_roi_align MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN train.speed.parallel_roi_align false
 winograd MODEL.LIBRA.SPEED.WINOGRAD train.speed.winograd false
-keep_freed_memory MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY train.speed.keep_freed_memory false
+keep_freed_memory MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY train.speed.keep_freed_memory true
 amp_dtype MODEL.LIBRA.SPEED.AMP_DTYPE train.speed.amp_dtype bfloat16
 compile_backbone MODEL.LIBRA.SPEED.COMPILE_BACKBONE train.speed.compile_backbone true
 """
@@ -214,6 +214,8 @@ def test_levers(language, monkeypatch):
     monkeypatch.setattr(libra_d2.config.recipe, "keep_freed_memory", lambda: kept.append(1))
     recipe = make(language, "mask_rcnn_fpn")
     recipe.device = "cpu"
+    if language == "yaml":
+        recipe.config.MODEL.FPN.OUT_CHANNELS = 128
     for on in (True, False):
         recipe.fold_norm = recipe.parallel_roi_align = on
         recipe.winograd = recipe.keep_freed_memory = on
@@ -221,7 +223,7 @@ def test_levers(language, monkeypatch):
         model = recipe.build_model().eval()
         types = {type(x) for x in model.modules()}
         assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
-        assert (WinogradConv2d in types) == on or language == "yaml"  # of 64 channels
+        assert (WinogradConv2d in types) == on
         assert len(kept) == 1
         feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
         assert feature.is_contiguous(memory_format=torch.channels_last) == on

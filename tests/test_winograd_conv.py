@@ -4,6 +4,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
@@ -55,24 +57,27 @@ def test_values_and_gradients(shape, kind, kwargs, format, calls):
     conv = make_conv(kind=kind, **kwargs)
     x = torch.randn(shape).contiguous(memory_format=format)
     results = outputs(conv, x)
-    assert calls == [shape, (shape[0], 144, *shape[2:])]
+    assert calls == [shape, (shape[0], 144, *shape[2:])]  # the second is a gradient
     expected = outputs(make_conv(kind=kind, **kwargs).double(), x.double())
     assert len(calls) == 2
     for found, value in zip(results, expected):
-        # NNPACK's errors are up to 1e-5 of the largest value.
+        # NNPACK's errors are about 1e-5 of the largest value.
         bound = 1e-4 * value.abs().max().item()
         torch.testing.assert_close(found.double(), value, rtol=0, atol=bound)
 
 
-def test_many_images(calls):
-    """Large batches are split, to bound NNPACK's buffer; images are larger than that as well."""
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((2, 45, 46), [1, 1]), ((2, 45, 45), [2]), ((75, 30, 30), [72, 3]), ((1, 300, 300), [1])],
+)
+def test_batches(size, expected, calls):
+    """Large images are convolved one by one, RoIs in batches that are not too large."""
     conv = make_conv(128, 128).requires_grad_(False)
-    x = torch.randn(6, 128, 140, 160)
+    x = torch.randn(size[0], 128, *size[1:])
     y = conv(x)
-    assert calls == [(2, *x.shape[1:])] * 3
-    assert torch.equal(y[4:], conv(x[4:]))
-    conv(torch.randn(1, 128, 300, 300))
-    assert calls[-1] == (1, 128, 300, 300)
+    assert calls == [(number, *x.shape[1:]) for number in expected]
+    value = conv.double()(x[-1:].double())
+    torch.testing.assert_close(y[-1:].double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
 
 
 def test_frozen(calls):
@@ -89,7 +94,7 @@ def test_frozen(calls):
     assert conv.bias.grad is not None
 
 
-SMALL, LARGE = torch.randn(1, 128, 40, 51), torch.randn(1, 128, 40, 52)
+SMALL, LARGE = (torch.linspace(-1, 1, 128 * n).sin().view(1, 128, 40, -1) for n in (2040, 2080))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,34 @@ def test_other_inputs(calls, monkeypatch):
     winograd_conv._is_available.cache_clear()
     assert torch.equal(conv(LARGE), plain.float()(LARGE))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": (2, 2)}, {"padding": (0, 0)}, {"norm": FrozenBatchNorm2d(144)}], ids=str
+)
+def test_changed_convolution(change, calls):
+    """What is changed later counts, whatever the size of the image."""
+    conv = make_conv()
+    plain = copy.deepcopy(conv)
+    plain.__class__ = Conv2d
+    for name, value in change.items():
+        setattr(conv, name, value)
+        setattr(plain, name, value)
+    assert torch.equal(conv(LARGE), plain(LARGE))
+    assert not calls
+
+
+def test_transforms(calls):
+    """Those of functorch, dispatch modes and fake tensors see an ordinary convolution."""
+    conv = make_conv().requires_grad_(False)
+    torch.func.grad(lambda x: conv(x).sum())(LARGE)
+    with FlopCounterMode(display=False) as counter:
+        conv(LARGE)
+    assert counter.get_total_flops() == 2 * 9 * 128 * 144 * 2080
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert conv(mode.from_tensor(LARGE)).shape == (1, 144, 40, 52)
+    assert conv(LARGE[0]).shape == (144, 40, 52)
+    assert not calls
 
 
 def test_checkpoints_and_copies(calls):

@@ -191,8 +191,8 @@ def add_libra_config(cfg: CN) -> None:
     # Whether 3x3 convolutions use Winograd's algorithm (float32, CPUs with AVX2 but not AVX-512).
     cfg.MODEL.LIBRA.SPEED.WINOGRAD = True
     # Whether the process of a model on a CPU keeps memory that was freed, and uses it again (Linux
-    # with glibc).
-    cfg.MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY = True
+    # with glibc). Memory grows if a script keeps the tensors of each image.
+    cfg.MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY = False
     # Type that SOLVER.AMP computes in, in training and evaluation: "float16" (GPUs only),
     # "bfloat16" (needs no loss scaling), or "auto" (float16 on GPUs, as in Detectron2, and bfloat16
     # on CPUs).

@@ -208,7 +208,7 @@ class Recipe(ABC):
     fold_norm = _speed("fold_norm", True)
     parallel_roi_align = _speed("parallel_roi_align", True)
     winograd = _speed("winograd", True)
-    keep_freed_memory = _speed("keep_freed_memory", True)
+    keep_freed_memory = _speed("keep_freed_memory", False)
     amp_dtype = _speed("amp_dtype", "auto")
     compile_backbone = _speed("compile_backbone", False)
 

@@ -4,8 +4,7 @@
 
 For each pixel and each pair of an input and an output channel, a 3x3 convolution takes nine
 multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than two. PyTorch contains
-an implementation, NNPACK, but calls it only where oneDNN cannot convolve. NNPACK uses AVX2, oneDNN
-AVX-512, too.
+NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too.
 """
 
 import copy
@@ -15,6 +14,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detectron2.layers import Conv2d
 
@@ -23,8 +23,9 @@ __all__ = ["WinogradConv2d", "use_winograd"]
 # With fewer channels or pixels, transforming weights and features takes longer than it saves.
 _MIN_CHANNELS = 128
 _MIN_PIXELS = 2048
-# NNPACK keeps a buffer that grows with the pixels of a batch. RoIs come in large batches.
-_MAX_PIXELS = 65536
+# For batches, NNPACK chooses Fourier transforms, which are slower for large images, and faster for
+# RoIs than one call for each. Its buffer grows with the pixels of a batch.
+_MAX_PIXELS_OF_BATCH = 65536
 
 
 @cache
@@ -36,7 +37,8 @@ def _is_available() -> bool:
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
-    batches = x.split(max(_MAX_PIXELS // x[0, 0].numel(), 1))
+    pixels = x[0, 0].numel()
+    batches = x.split(1 if pixels >= _MIN_PIXELS else _MAX_PIXELS_OF_BATCH // pixels)
     results = [torch._nnpack_spatial_convolution(b, weight, bias, (1, 1)) for b in batches]
     return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -67,10 +69,12 @@ class WinogradConv2d(Conv2d):
     """
     3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm, also for the gradient of its
     input, where that is faster: in float32, on CPUs with AVX2 but not AVX-512, with at least 128
-    channels and 2048 pixels. The numbers are the same but for rounding errors, which are up to
-    1e-5 of the largest number instead of 1e-6. The channels of the result are not last in memory.
+    channels and 2048 pixels. The numbers are the same but for rounding errors, which are about
+    1e-5 of the largest number instead of 1e-6. The channels of the result are not last in memory,
+    and it cannot be differentiated twice. NNPACK keeps a buffer in each thread that calls it.
 
-    Elsewhere, and in traces, scripts and compiled graphs, it is the parent.
+    Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
+    it is the parent.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,12 +85,15 @@ class WinogradConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def _is_faster(self, x: torch.Tensor) -> bool:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+            return False
+        if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
             return False
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         is_float32 = x.dtype == self.weight.dtype == torch.float32
-        return is_float32 and x.numel() >= _MIN_PIXELS * self.in_channels and _is_available()
+        is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
+        return is_float32 and is_large and _can_gain(self) and _is_available()
 
     def __prepare_scriptable__(self) -> nn.Module:
         plain = copy.copy(self)

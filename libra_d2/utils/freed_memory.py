@@ -10,14 +10,17 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 def keep_freed_memory() -> bool:
     """
-    Let this process keep memory that was freed, and use it again. glibc returns each block of more
-    than 32 MB, such as the features of a large image, to the system, which has to clear as many
-    pages for the next one.
+    Let the main thread of this process keep memory that was freed, and use it again. When a block
+    of more than 32 MB, such as the features of a large image, is freed, glibc returns it to the
+    system, which has to clear as many pages for the next one.
+
+    A small tensor that is kept can prevent that the memory beside it is used again. If a script
+    keeps the tensors of each image, memory grows with every image.
 
     Returns:
-        whether the C library can do so, which is glibc.
+        whether the C library is glibc, and has accepted it.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, -1))
