@@ -20,6 +20,7 @@ from detectron2.layers import Conv2d
 
 __all__ = ["WinogradConv2d", "use_winograd"]
 
+_DTYPE = torch.float32  # NNPACK has no other
 # With fewer channels or pixels, transforming weights and features takes longer than it saves.
 _MIN_CHANNELS = 128
 _MIN_PIXELS = 2048
@@ -91,9 +92,9 @@ class WinogradConv2d(Conv2d):
             return False
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        is_float32 = x.dtype == self.weight.dtype == torch.float32
+        has_type = x.dtype == self.weight.dtype == _DTYPE
         is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
-        return is_float32 and is_large and _can_gain(self) and _is_available()
+        return has_type and is_large and _can_gain(self) and _is_available()
 
     def __prepare_scriptable__(self) -> nn.Module:
         plain = copy.copy(self)
