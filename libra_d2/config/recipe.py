@@ -383,8 +383,8 @@ class Recipe(ABC):
 
     def build_model(self) -> nn.Module:
         """
-        Build the model, in training mode, on its device, and :func:`accelerate` it. On a CPU, also
-        let the process :func:`keep_freed_memory`.
+        Build the model, in training mode, on its device, and :func:`accelerate` it. If the setting
+        is on, a process of the CPU also keeps freed memory; see :func:`keep_freed_memory`.
 
         Raises:
             InputError: if a name is not registered, a value is out of its range, or parts of the
