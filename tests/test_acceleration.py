@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from libra_d2.config import BASELINE
 from libra_d2.modeling.acceleration import CHANNELS_LAST, accelerate, choose_channels_last
 from libra_d2.modeling.folded_conv import FoldedConv2d
+from libra_d2.modeling.lean_fpn import LeanFPN
 from libra_d2.modeling.roi_align import ParallelROIAlign
 from libra_d2.modeling.winograd_conv import WinogradConv2d
 
@@ -21,6 +22,7 @@ NONE = {
     "fold_norm": False,
     "parallel_roi_align": False,
     "winograd": False,
+    "lean_fpn": False,
 }
 
 
@@ -91,6 +93,7 @@ def test_levers(lever):
     assert (FoldedConv2d in types) == (lever == "fold_norm")
     assert (ParallelROIAlign in types) == (lever == "parallel_roi_align")
     assert (WinogradConv2d in types) == (lever == "winograd")
+    assert (LeanFPN in types) == (lever == "lean_fpn")
 
 
 @pytest.mark.parametrize("when", CHANNELS_LAST)

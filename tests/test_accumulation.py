@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_model, load_cfg, random_inputs
+from oracle import double_precision
 from torch import nn
 
 from detectron2.structures import Boxes, Instances
@@ -18,6 +19,12 @@ from libra_d2.modeling.normalizer import mean_over_batch
 
 SYSTEMS = ("faster_rcnn_R_50", "fast_rcnn_R_50", "retinanet_R_50")
 CASCADE = "Misc/libra_cascade_rcnn_R_50_FPN_1x"
+
+
+@pytest.fixture
+def float64():
+    with double_precision():
+        yield
 
 
 def build(path):
@@ -61,8 +68,9 @@ def step(model, batch, accumulation_steps):
 
 
 @pytest.mark.parametrize("path", [*(f"COCO-Detection/libra_{x}_FPN_1x" for x in SYSTEMS), CASCADE])
+@pytest.mark.usefixtures("float64")
 def test_gradients(path):
-    """Gradients with 1, 2 and 4 micro-batches, whose normalizers differ."""
+    """Gradients with 1, 2 and 4 micro-batches, whose normalizers differ, in float64."""
     model, cfg = build(path)
     batch = make_batch(cfg)
     expected, scalars = step(model, batch, 1)
@@ -73,16 +81,16 @@ def test_gradients(path):
         sum(model(copy.deepcopy(batch)).values()).backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(expected[name], p.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(expected[name], p.grad, rtol=1e-9, atol=1e-12)
     for accumulation_steps in (2, 4):
         found, found_scalars = step(model, batch, accumulation_steps)
         assert found.keys() == expected.keys()
         total = torch.sqrt(sum(x.square().sum() for x in expected.values()))
         difference = torch.sqrt(sum((found[n] - expected[n]).square().sum() for n in expected))
-        # Rounding of float32 sums; with the normalizer of each micro-batch it is off by tenths.
-        assert difference < 1e-4 * total
+        # Rounding of sums; with the normalizer of each micro-batch it is off by tenths.
+        assert difference < 1e-11 * total
         for name in ("total_loss", *(n for n in scalars if n.startswith("loss"))):
-            assert found_scalars[name] == pytest.approx(scalars[name], rel=1e-4)
+            assert found_scalars[name] == pytest.approx(scalars[name], rel=1e-11)
 
 
 def draw(number):

@@ -22,6 +22,7 @@ from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
 from libra_d2.evaluation import TASKS
 from libra_d2.modeling.folded_conv import FoldedConv2d
+from libra_d2.modeling.lean_fpn import LeanFPN
 from libra_d2.modeling.roi_align import ParallelROIAlign
 from libra_d2.modeling.winograd_conv import WinogradConv2d
 
@@ -66,6 +67,7 @@ channels_last MODEL.LIBRA.SPEED.CHANNELS_LAST train.speed.channels_last never
 fold_norm MODEL.LIBRA.SPEED.FOLD_NORM train.speed.fold_norm false
 parallel_roi_align MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN train.speed.parallel_roi_align false
 winograd MODEL.LIBRA.SPEED.WINOGRAD train.speed.winograd false
+lean_fpn MODEL.LIBRA.SPEED.LEAN_FPN train.speed.lean_fpn false
 keep_freed_memory MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY train.speed.keep_freed_memory true
 amp_dtype MODEL.LIBRA.SPEED.AMP_DTYPE train.speed.amp_dtype bfloat16
 compile_backbone MODEL.LIBRA.SPEED.COMPILE_BACKBONE train.speed.compile_backbone true
@@ -218,12 +220,12 @@ def test_levers(language, monkeypatch):
         recipe.config.MODEL.FPN.OUT_CHANNELS = 128
     for on in (True, False):
         recipe.fold_norm = recipe.parallel_roi_align = on
-        recipe.winograd = recipe.keep_freed_memory = on
+        recipe.winograd = recipe.lean_fpn = recipe.keep_freed_memory = on
         recipe.channels_last = "auto" if on else "never"
         model = recipe.build_model().eval()
         types = {type(x) for x in model.modules()}
         assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
-        assert (WinogradConv2d in types) == on
+        assert (WinogradConv2d in types, LeanFPN in types) == (on, on)
         assert len(kept) == 1
         feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
         assert feature.is_contiguous(memory_format=torch.channels_last) == on

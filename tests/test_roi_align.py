@@ -6,6 +6,7 @@ from torchvision.ops import roi_align
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
+import libra_d2.modeling.roi_align as module
 from libra_d2.modeling.roi_align import ParallelROIAlign, parallelize_roi_align
 
 # At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
@@ -76,6 +77,25 @@ def test_half_precision(dtype):
     with torch.autocast("cpu", dtype=dtype):
         pooled = pooler(x, rois)
     torch.testing.assert_close(pooled, pooler(x.float(), rois).to(dtype), rtol=0, atol=0)
+
+
+def test_parts(monkeypatch):
+    """Without gradients, RoIs are pooled in parts, to the same bits."""
+    x, rois = make_input(torch.float32)
+    pooler, lengths = ParallelROIAlign((7, 7), 1 / 8, 0), []
+    expected = pooler(x, rois)
+    make_taps = module._make_taps
+    monkeypatch.setattr(
+        module, "_make_taps", lambda r, *args: lengths.append(len(r)) or make_taps(r, *args)
+    )
+    monkeypatch.setattr(module, "_MAX_ROIS", 4)
+    with torch.no_grad():
+        assert torch.equal(pooler(x, rois), expected)
+    assert sum(lengths) == len(rois)
+    assert max(lengths) == 4
+    lengths.clear()
+    assert torch.equal(pooler(x, rois), expected)
+    assert lengths == [len(rois)]
 
 
 def test_number_of_threads():

@@ -30,6 +30,7 @@ NO_LEVER = {
     "fold_norm": False,
     "parallel_roi_align": False,
     "winograd": False,
+    "lean_fpn": False,
     "compile_backbone": False,
 }
 LEVERS = tuple(NO_LEVER)

@@ -116,7 +116,8 @@ _RULES: Tuple[Rule, ...] = (
     _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
     *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align", "winograd")),
-    *(_choice(name, (True, False)) for name in ("keep_freed_memory", "compile_backbone", "amp")),
+    *(_choice(name, (True, False)) for name in ("lean_fpn", "keep_freed_memory")),
+    *(_choice(name, (True, False)) for name in ("compile_backbone", "amp")),
     *(_choice(name, (True, False)) for name in ("validation_loss", "tta", "tta_flip")),
     *(
         Rule(name, lambda v: v <= 1, "use a value in [0, 1]")

@@ -190,6 +190,9 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True
     # Whether 3x3 convolutions use Winograd's algorithm (float32, CPUs with AVX2 but not AVX-512).
     cfg.MODEL.LIBRA.SPEED.WINOGRAD = True
+    # Whether Detectron2's FPN frees each feature map after its last use, which saves memory in
+    # inference.
+    cfg.MODEL.LIBRA.SPEED.LEAN_FPN = True
     # Whether the process of a model on a CPU keeps memory that was freed, and uses it again (Linux
     # with glibc). Memory grows if a script keeps the tensors of each image.
     cfg.MODEL.LIBRA.SPEED.KEEP_FREED_MEMORY = False

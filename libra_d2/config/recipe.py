@@ -208,6 +208,7 @@ class Recipe(ABC):
     fold_norm = _speed("fold_norm", True)
     parallel_roi_align = _speed("parallel_roi_align", True)
     winograd = _speed("winograd", True)
+    lean_fpn = _speed("lean_fpn", True)
     keep_freed_memory = _speed("keep_freed_memory", False)
     amp_dtype = _speed("amp_dtype", "auto")
     compile_backbone = _speed("compile_backbone", False)
@@ -400,6 +401,7 @@ class Recipe(ABC):
             fold_norm=self.fold_norm,
             parallel_roi_align=self.parallel_roi_align,
             winograd=self.winograd,
+            lean_fpn=self.lean_fpn,
             compile_backbone=self.compile_backbone,
         )
         return model

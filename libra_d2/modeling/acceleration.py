@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import check_choice, one_line
 from .folded_conv import fold_norms
+from .lean_fpn import use_lean_fpn
 from .roi_align import parallelize_roi_align
 from .winograd_conv import use_winograd
 
@@ -58,6 +59,7 @@ def accelerate(
     fold_norm: bool = True,
     parallel_roi_align: bool = True,
     winograd: bool = True,
+    lean_fpn: bool = True,
     compile_backbone: bool = False,
     backend: str = "inductor",
 ) -> None:
@@ -74,6 +76,7 @@ def accelerate(
         fold_norm: see :class:`FoldedConv2d`.
         parallel_roi_align: see :class:`ParallelROIAlign`.
         winograd: see :class:`WinogradConv2d`.
+        lean_fpn: see :class:`LeanFPN`, which saves memory, not time.
         compile_backbone: whether the backbone is compiled by ``torch.compile``, during the first
             iterations, for images of any size. Where nothing can be compiled, that is logged.
         backend: that of ``torch.compile``.
@@ -88,6 +91,8 @@ def accelerate(
         parallelize_roi_align(model)
     if winograd:
         use_winograd(model)
+    if lean_fpn:
+        use_lean_fpn(model)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         return

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions that compute the batch norm behind them with their own weights."""
 
-import copy
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 
 from .batch_norm import AffineBatchNorm2d
+from .capture import as_parent, is_captured
 
 __all__ = ["FoldedConv2d", "fold_norms"]
 
@@ -68,7 +68,7 @@ class FoldedConv2d(Conv2d):
     ) -> Any:
         """``function(*tensors)``, which is computed again if a tensor has changed."""
         used = [x for x in tensors if x is not None]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_captured():
             return function(*tensors)
         has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in used)
         if has_gradient or any(x.is_inference() for x in used):
@@ -92,10 +92,7 @@ class FoldedConv2d(Conv2d):
     def __getstate__(self) -> Dict[str, Any]:
         return {name: x for name, x in super().__getstate__().items() if name != "_kept"}
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        plain = copy.copy(self)
-        plain.__class__ = Conv2d
-        return plain
+    __prepare_scriptable__ = as_parent
 
 
 # Those of classes derived from them may do something else.

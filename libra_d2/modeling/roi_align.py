@@ -27,7 +27,13 @@ from torch.nn.modules.utils import _pair
 
 from detectron2.layers import ROIAlign
 
+from .capture import as_parent, is_captured
+
 __all__ = ["ParallelROIAlign", "parallelize_roi_align"]
+
+
+# The taps of a RoI take up to 1 MB. Gradients need those of all RoIs together.
+_MAX_ROIS = 128
 
 
 class _Taps(NamedTuple):
@@ -174,17 +180,18 @@ class ParallelROIAlign(ROIAlign):
         Returns:
             (R, C, *output_size), of the type of ``input``.
         """
-        is_exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if input.device.type != "cpu" or is_exported or len(rois) == 0:
+        if input.device.type != "cpu" or is_captured() or len(rois) == 0:
             return super().forward(input, rois)
         with torch.autocast("cpu", enabled=False):
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            x = input.to(dtype)
-            return _ROIAlignFunction.apply(x, rois.to(dtype), self).to(input.dtype)
+            x, rois = input.to(dtype), rois.to(dtype)
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _ROIAlignFunction.apply(x, rois, self).to(input.dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            parts = [_ROIAlignFunction.apply(x, part, self) for part in rois.split(_MAX_ROIS)]
+            return torch.cat(parts).to(input.dtype)
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        pooler = ROIAlign(self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
-        return pooler.train(self.training)
+    __prepare_scriptable__ = as_parent
 
 
 def parallelize_roi_align(module: nn.Module) -> None:

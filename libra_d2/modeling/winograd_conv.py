@@ -7,7 +7,6 @@ multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than t
 NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too.
 """
 
-import copy
 from functools import cache
 from typing import Any, Optional, Tuple
 
@@ -17,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detectron2.layers import Conv2d
+
+from .capture import as_parent, is_captured
 
 __all__ = ["WinogradConv2d", "use_winograd"]
 
@@ -86,7 +87,7 @@ class WinogradConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def _is_faster(self, x: torch.Tensor) -> bool:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        if is_captured() or type(x) is not torch.Tensor:
             return False
         if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
             return False
@@ -96,10 +97,7 @@ class WinogradConv2d(Conv2d):
         is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
         return has_type and is_large and _can_gain(self) and _is_available()
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        plain = copy.copy(self)
-        plain.__class__ = Conv2d
-        return plain
+    __prepare_scriptable__ = as_parent
 
 
 def use_winograd(module: nn.Module) -> None:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A feature pyramid network that keeps no feature map longer than it needs it."""
+
+from typing import Dict, List, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detectron2.modeling import FPN
+
+from .capture import as_parent
+
+__all__ = ["LeanFPN", "use_lean_fpn"]
+
+
+class LeanFPN(FPN):
+    """
+    :class:`FPN` that lets go of each feature map after its last use: the same operations in the
+    same order, with less memory where no gradients are computed.
+
+    The variables of the parent's ``forward`` hold all feature maps of the backbone and two
+    intermediate results of the largest level until it returns. No hook can reach them, so this
+    class has a ``forward`` of its own.
+    """
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Args: x: (N, 3, H, W). Returns: see :class:`FPN`."""
+        features = dict(self.bottom_up(x))
+        top_block = self.top_block
+        of_top_block = None if top_block is None else features.get(top_block.in_feature)
+        levels: List[torch.Tensor] = []
+        merged = None
+        for name, lateral_conv, output_conv in zip(
+            reversed(self.in_features), self.lateral_convs, self.output_convs
+        ):
+            merged = self._merge(lateral_conv(features.pop(name)), merged)
+            levels.insert(0, output_conv(merged))
+        if top_block is not None:
+            if of_top_block is None:
+                of_top_block = levels[self._out_features.index(top_block.in_feature)]
+            levels.extend(top_block(of_top_block))
+        return dict(zip(self._out_features, levels))
+
+    def _merge(self, lateral: torch.Tensor, coarser: Optional[torch.Tensor]) -> torch.Tensor:
+        """Args: lateral: (N, C, H, W). coarser: (N, C, H / 2, W / 2), None at the last."""
+        if coarser is None:
+            return lateral
+        merged = lateral + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
+        return merged / 2 if self._fuse_type == "avg" else merged
+
+    __prepare_scriptable__ = as_parent
+
+
+def use_lean_fpn(module: nn.Module) -> None:
+    """Make every :class:`FPN` in ``module`` a :class:`LeanFPN`, in place."""
+    for child in module.modules():
+        if type(child) is FPN:
+            child.__class__ = LeanFPN

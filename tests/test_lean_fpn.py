@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import detectron2.export  # noqa: F401 (makes FPN scriptable)
+from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+from libra_d2.modeling.lean_fpn import LeanFPN, use_lean_fpn
+
+
+class BottomUp(Backbone):
+    """One convolution for each level. The pyramid does not use the first."""
+
+    def __init__(self):
+        super().__init__()
+        self._out_features = ["res2", "res3", "res4", "res5"]
+        self._out_feature_strides = dict(zip(self._out_features, (4, 8, 16, 32)))
+        self._out_feature_channels = dict(zip(self._out_features, (4, 5, 6, 7)))
+        self.res2 = nn.Conv2d(3, 4, 4, stride=4)
+        self.res3 = nn.Conv2d(4, 5, 2, stride=2)
+        self.res4 = nn.Conv2d(5, 6, 2, stride=2)
+        self.res5 = nn.Conv2d(6, 7, 2, stride=2)
+
+    def forward(self, x):
+        res2 = self.res2(x)
+        res3 = self.res3(res2)
+        res4 = self.res4(res3)
+        return {"res2": res2, "res3": res3, "res4": res4, "res5": self.res5(res4)}
+
+
+TOP_BLOCKS = {
+    "none": lambda: None,
+    "pooling": LastLevelMaxPool,
+    "of the backbone": lambda: LastLevelP6P7(7, 32, in_feature="res5"),
+    "of the pyramid": lambda: LastLevelP6P7(32, 32, in_feature="p5"),
+    "of a level that is not used": lambda: LastLevelP6P7(4, 32, in_feature="res2"),
+}
+
+
+def build(top_block="pooling", fuse_type="sum"):
+    torch.manual_seed(0)
+    levels, top_block = ["res3", "res4", "res5"], TOP_BLOCKS[top_block]()
+    fpn = FPN(BottomUp(), levels, 32, norm="GN", top_block=top_block, fuse_type=fuse_type)
+    lean = copy.deepcopy(fpn)
+    use_lean_fpn(lean)
+    assert type(lean) is LeanFPN
+    return fpn, lean, torch.randn(2, 3, 64, 96)
+
+
+@pytest.mark.parametrize("top_block", TOP_BLOCKS)
+@pytest.mark.parametrize("fuse_type", ["sum", "avg"])
+def test_same_bits(top_block, fuse_type):
+    """Features and gradients, as the operations are the same."""
+    results = []
+    *pyramids, image = build(top_block, fuse_type)
+    for fpn in pyramids:
+        features = fpn(image)
+        sum(torch.sin(x).sum() for x in features.values()).backward()
+        gradients = {n: p.grad for n, p in fpn.named_parameters() if p.grad is not None}
+        results.append([*features.items(), *gradients.items()])
+    assert len(results[0]) > 20
+    for (name, expected), (found_name, found) in zip(*results):
+        assert name == found_name
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("top_block", "kept"), [("of the pyramid", ["res2"]), ("of the backbone", ["res2", "res5"])]
+)
+def test_what_is_kept(top_block, kept):
+    """The parent keeps all until it returns; here, what is not used any more is free by then."""
+    alive = []
+    *pyramids, image = build(top_block)
+    for fpn in pyramids:
+        maps = {}
+
+        def note(module, args, output, maps=maps):
+            outputs = output if isinstance(output, dict) else {f"lateral {len(maps)}": output}
+            maps.update({name: weakref.ref(x) for name, x in outputs.items()})
+
+        for module in (fpn.bottom_up, fpn.fpn_lateral5, fpn.fpn_lateral4, fpn.fpn_lateral3):
+            module.register_forward_hook(note)
+        fpn.fpn_output3.register_forward_hook(
+            lambda *args, maps=maps: alive.append([n for n, x in maps.items() if x() is not None])
+        )
+        with torch.no_grad():
+            fpn(image)
+    assert set(alive[0]) >= {"res2", "res3", "res4", "res5", "lateral 6"}
+    assert alive[1] == kept
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit announces its end
+def test_torchscript():
+    """Scripts are those of the parent, and traces have its operations."""
+    fpn, lean, image = build()
+    expected = fpn(image)
+    for captured in (torch.jit.trace(lean, image, strict=False), torch.jit.script(lean)):
+        found = captured(image)
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_other_classes():
+    """What is derived from FPN may do something else."""
+
+    class Other(FPN):
+        pass
+
+    fpn, _, _ = build()
+    fpn.__class__ = Other
+    use_lean_fpn(fpn)
+    assert type(fpn) is Other
