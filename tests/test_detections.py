@@ -3,6 +3,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
+from libra_d2.errors import InputError
 from libra_d2.evaluation import LibraCOCOEvaluator, detections
 from libra_d2.evaluation.detections import Detections, write_predictions, write_results_json
 
@@ -140,6 +142,7 @@ def evaluate_part(rank, parts, name, folder):
     evaluator = LibraCOCOEvaluator(name, output_dir=str(folder / "out"))
     process(evaluator, parts[rank])
     (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
+    assert hasattr(evaluator, "_coco_api") == (rank == 0)  # others do not read the dataset
 
 
 @pytest.mark.parametrize("parts", [[IMAGE_IDS[:3], IMAGE_IDS[3:5], IMAGE_IDS[5:]], [[], IMAGE_IDS]])
@@ -163,3 +166,20 @@ def test_processes(dataset, tmp_path, monkeypatch, parts):
     assert [x["image_id"] for x in found[0]] == IMAGE_IDS
     assert files[0] == files[1]
     assert list(files[0]) == ["coco_instances_results.json"]
+
+
+def note_error(rank, name, folder):
+    """One of two processes, neither of which can build the evaluator."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    with pytest.raises((FileNotFoundError, InputError)) as error:
+        LibraCOCOEvaluator(name, output_dir=str(folder))
+    (folder / f"{rank}.txt").write_text(str(error.value))
+
+
+def test_error_in_the_main_process(dataset, tmp_path):
+    """It is one of all processes; none waits for another."""
+    name = dataset()
+    file = Path(MetadataCatalog.get(name).json_file)
+    file.unlink()
+    multiprocessing.start_processes(note_error, (name, tmp_path), 2, start_method="fork")
+    assert all(str(file) in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))

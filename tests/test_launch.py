@@ -32,7 +32,6 @@ from detectron2.utils import comm
 from libra_d2.engine.launch import (
     Process,
     _meet,
-    in_main_process,
     join_processes,
     launch,
     read_environment,
@@ -334,21 +333,6 @@ def test_errors_in_one_line(error, message, processes, capsys, monkeypatch):
         report_errors(raise_it)
     assert exit.value.code == (130 if "interrupted" in message else 2)
     assert capsys.readouterr().err == f"[process 1] {message}\n"[0 if processes > 1 else 12 :]
-
-
-def test_in_main_process(monkeypatch):
-    """All processes get its value, or its error; others do not call the function."""
-    assert in_main_process(divmod, 7, 4) == (1, 3)
-    with pytest.raises(InputError, match="^MODEL.DEVICE: broken$"):
-        in_main_process(fail, 1)
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    for received in ((5, ""), (None, "broken")):
-        monkeypatch.setattr(comm, "all_gather", lambda mine, r=received: [r, mine])
-        if received[1]:
-            with pytest.raises(InputError, match="broken"):
-                in_main_process(fail)
-        else:
-            assert in_main_process(fail) == 5
 
 
 def test_file_names(monkeypatch):

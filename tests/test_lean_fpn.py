@@ -95,11 +95,16 @@ def test_what_is_kept(top_block, kept):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit announces its end
-def test_torchscript():
-    """Scripts are those of the parent, and traces have its operations."""
+def test_captured():
+    """Scripts, traces and compiled graphs are those of the parent."""
     fpn, lean, image = build()
     expected = fpn(image)
-    for captured in (torch.jit.trace(lean, image, strict=False), torch.jit.script(lean)):
+    torch._dynamo.reset()
+    for captured in (
+        torch.jit.trace(lean, image, strict=False),
+        torch.jit.script(lean),
+        torch.compile(lean, backend="eager", fullgraph=True),
+    ):
         found = captured(image)
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -66,9 +66,34 @@ def test_values_and_gradients(shape, kind, kwargs, format, calls):
         torch.testing.assert_close(found.double(), value, rtol=0, atol=bound)
 
 
+LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("format", "max_pixels", "rows"),
+    [
+        *((LAST, 2160, [49, 3]), (LAST, 540, [13, 14, 14, 14, 3]), (LAST, 2250, [50])),
+        (torch.contiguous_format, 540, [50]),
+    ],
+)
+def test_strips(format, max_pixels, rows, calls, monkeypatch):
+    """Large images in strips of multiples of 6 rows, and one more at each seam: the same values."""
+    conv = make_conv()
+    x = torch.randn(2, 128, 50, 45).contiguous(memory_format=format)
+    expected = outputs(make_conv().double(), x.double())
+    monkeypatch.setattr(winograd_conv, "_MAX_PIXELS_OF_STRIP", max_pixels)
+    results = outputs(conv, x)
+    assert calls[: 2 * len(rows)] == 2 * [(1, 128, n, 45) for n in rows]
+    assert calls[2 * len(rows) :] == 2 * [(1, 144, 50, 45)]  # the gradient has channels first
+    assert results[0].is_contiguous(memory_format=LAST) == (len(rows) > 1)
+    for found, value in zip(results, expected):
+        bound = 1e-4 * value.abs().max().item()
+        torch.testing.assert_close(found.double(), value, rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((2, 32, 64), [1, 1]), ((2, 45, 45), [2]), ((75, 30, 30), [72, 3]), ((1, 300, 300), [1])],
+    [((2, 32, 64), [1, 1]), ((2, 45, 45), [2]), ((75, 30, 30), [72, 3]), ((1, 100, 200), [1])],
 )
 def test_batches(size, expected, calls):
     """Large images are convolved one by one, RoIs in batches that are not too large."""

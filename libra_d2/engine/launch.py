@@ -25,7 +25,6 @@ from ..errors import InputError, Interrupted, one_line
 __all__ = [
     "Aborted",
     "Process",
-    "in_main_process",
     "join_processes",
     "launch",
     "read_environment",
@@ -160,23 +159,6 @@ def _set_local_group(process: Process) -> None:
         group = distributed.new_group(ranks)
         if process.rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def in_main_process(function: Callable, *args: Any) -> Any:
-    """
-    Call ``function(*args)`` in the main process only. All processes must call this; all of them
-    return its value, or raise its error, others than the main process as InputError.
-    """
-    value, error, message = None, None, ""
-    if comm.is_main_process():
-        try:
-            value = function(*args)
-        except Exception as e:
-            error, message = e, one_line(e) or type(e).__name__
-    value, message = comm.all_gather((value, message))[0]
-    if message:
-        raise error or InputError(message)
-    return value
 
 
 # Permissions, read-only or full disks, and files in place of folders.

@@ -20,7 +20,7 @@ from ..checkpoint import find_checkpoint
 from ..config import Recipe
 from ..errors import InputError, one_line
 from ..utils.atomic_write import UNFINISHED, atomic_write
-from .launch import in_main_process
+from ..utils.main_process import in_main_process
 
 __all__ = ["config_kept", "prepare_output_dir", "set_earlier_run_aside"]
 

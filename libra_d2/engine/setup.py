@@ -20,7 +20,7 @@ from ..data import (
 )
 from ..errors import InputError, one_line
 from ..model_zoo import find_config
-from .launch import in_main_process
+from ..utils.main_process import in_main_process
 from .output_dir import config_kept, prepare_output_dir, set_earlier_run_aside
 
 __all__ = [

@@ -41,6 +41,7 @@ from ..data import ResumableLoader
 from ..errors import InputError, one_line
 from ..evaluation import PredictionPictures, build_evaluator, finite_predictions
 from ..evaluation.validation_loss import validation_losses
+from ..utils.main_process import in_main_process
 from ..utils.random_state import keep_random_state
 from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from .hooks import (
@@ -52,7 +53,6 @@ from .hooks import (
     Throughput,
     TrainingEnded,
 )
-from .launch import in_main_process
 from .resuming import ExactResume
 from .watched_loader import WatchedLoader
 

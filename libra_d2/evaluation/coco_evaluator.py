@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -20,6 +21,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
 
+from ..utils.main_process import in_main_process
 from .detections import (
     Detections,
     gather_predictions,
@@ -77,6 +79,8 @@ class LibraCOCOEvaluator(COCOEvaluator):
 
     Implementations take an annotation with id 0 for unmatched, or store ids in 32 or 53 bits.
     Therefore all ids are renumbered from 1 on internally; files have the ids of the dataset.
+
+    Processes other than the main one hand their predictions to it, and do not read the dataset.
     """
 
     def __init__(
@@ -96,20 +100,34 @@ class LibraCOCOEvaluator(COCOEvaluator):
                 scores. COCO's AP and AR are those with 100.
             coco_eval: the implementation. Default: :func:`choose_coco_eval`.
         """
-        has_json = MetadataCatalog.get(dataset_name).get("json_file") is not None
-        if not has_json and output_dir:
-            # The parent would take a dataset that it has converted before, of other data perhaps.
-            if comm.is_main_process():
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(output_dir, f"{dataset_name}_coco_format.json"))
-            comm.synchronize()
-        super().__init__(
-            dataset_name, tasks, distributed, output_dir, max_dets_per_image=max_dets_per_image
-        )
-        if not has_json:
-            del self._metadata.json_file
+        # What the parent has without a dataset.
+        self._logger, self._metadata = logger, MetadataCatalog.get(dataset_name)
+        self._tasks, self._distributed, self._output_dir = tasks, distributed, output_dir
+        self._cpu_device = torch.device("cpu")
         self._coco_eval = coco_eval or choose_coco_eval()
-        dataset = self._coco_api.dataset
+        arguments = (dataset_name, tasks, distributed, output_dir, max_dets_per_image)
+        if distributed:
+            in_main_process(self._read, *arguments)
+        else:
+            self._read(*arguments)
+
+    def _read(self, dataset_name: str, *args: Any) -> None:
+        """Read the ground truth; ``args`` are the parent's."""
+        has_json = self._metadata.get("json_file") is not None
+        if not has_json and self._output_dir:
+            # The parent would take a dataset that it has converted before, of other data perhaps.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self._output_dir, f"{dataset_name}_coco_format.json"))
+        *args, max_dets_per_image = args
+        super().__init__(dataset_name, *args, max_dets_per_image=max_dets_per_image)
+        try:
+            self._read_dataset(self._coco_api.dataset)
+        finally:
+            if not has_json:
+                del self._metadata.json_file
+
+    def _read_dataset(self, dataset: Dict[str, Any]) -> None:
+        """Prepare the ground truth, the content of a COCO JSON, for evaluations."""
         self._images = _numbers([image["id"] for image in dataset["images"]])
         self._categories = _numbers([category["id"] for category in dataset["categories"]])
         self._class_ids = sorted(self._categories)

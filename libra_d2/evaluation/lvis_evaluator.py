@@ -63,7 +63,10 @@ class LibraLVISEvaluator(LibraCOCOEvaluator):
         """
         options = {"max_dets_per_image": LVIS_MAX_DETS, "coco_eval": _lvis_eval}
         super().__init__(dataset_name, tasks, distributed, output_dir, **options)
-        dataset = self._coco_api.dataset
+
+    def _read_dataset(self, dataset: Dict[str, Any]) -> None:
+        """See the parent."""
+        super()._read_dataset(dataset)
         for kind, keys in _REQUIRED.items():
             for entry, key in ((x, key) for x in dataset[kind] for key in keys):
                 if key not in entry:

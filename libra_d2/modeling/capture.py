@@ -5,6 +5,7 @@ compiled graphs and scripts, which are to contain the operations of the parent.
 """
 
 import copy
+from typing import Type
 
 import torch
 from torch import nn
@@ -17,13 +18,13 @@ def is_captured() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def as_parent(module: nn.Module) -> nn.Module:
+def as_parent(module: nn.Module, parent_class: Type[nn.Module]) -> nn.Module:
     """
-    A shallow copy of ``module`` of the class that its own is derived from: as method
-    ``__prepare_scriptable__``, what ``torch.jit.script`` compiles in place of ``module``. If that
-    class has such a method, its result.
+    A shallow copy of ``module`` of the class that its own is derived from: by ``partialmethod`` as
+    ``__prepare_scriptable__``, what ``torch.jit.script`` compiles in place of ``module``. If the
+    parent has such a method, its result.
     """
     parent = copy.copy(module)
-    parent.__class__ = type(module).__base__
+    parent.__class__ = parent_class
     prepare = getattr(parent, "__prepare_scriptable__", None)
     return parent if prepare is None else prepare()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions that compute the batch norm behind them with their own weights."""
 
+from functools import partialmethod
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -92,7 +93,7 @@ class FoldedConv2d(Conv2d):
     def __getstate__(self) -> Dict[str, Any]:
         return {name: x for name, x in super().__getstate__().items() if name != "_kept"}
 
-    __prepare_scriptable__ = as_parent
+    __prepare_scriptable__ = partialmethod(as_parent, Conv2d)
 
 
 # Those of classes derived from them may do something else.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A feature pyramid network that keeps no feature map longer than it needs it."""
 
+from functools import partialmethod
 from typing import Dict, List, Optional
 
 import torch
@@ -9,23 +10,25 @@ from torch.nn import functional as F
 
 from detectron2.modeling import FPN
 
-from .capture import as_parent
+from .capture import as_parent, is_captured
 
 __all__ = ["LeanFPN", "use_lean_fpn"]
 
 
 class LeanFPN(FPN):
     """
-    :class:`FPN` that lets go of each feature map after its last use: the same operations in the
-    same order, with less memory where no gradients are computed.
+    :class:`FPN` that lets go of each feature map after its last use: the same operations, with less
+    memory where no gradients are computed.
 
     The variables of the parent's ``forward`` hold all feature maps of the backbone and two
     intermediate results of the largest level until it returns. No hook can reach them, so this
-    class has a ``forward`` of its own.
+    class has a ``forward`` of its own. In traces, scripts and compiled graphs, it is the parent.
     """
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Args: x: (N, 3, H, W). Returns: see :class:`FPN`."""
+        if is_captured():
+            return super().forward(x)
         features = dict(self.bottom_up(x))
         top_block = self.top_block
         of_top_block = None if top_block is None else features.get(top_block.in_feature)
@@ -40,6 +43,7 @@ class LeanFPN(FPN):
             if of_top_block is None:
                 of_top_block = levels[self._out_features.index(top_block.in_feature)]
             levels.extend(top_block(of_top_block))
+        assert len(levels) == len(self._out_features)
         return dict(zip(self._out_features, levels))
 
     def _merge(self, lateral: torch.Tensor, coarser: Optional[torch.Tensor]) -> torch.Tensor:
@@ -49,7 +53,7 @@ class LeanFPN(FPN):
         merged = lateral + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
         return merged / 2 if self._fuse_type == "avg" else merged
 
-    __prepare_scriptable__ = as_parent
+    __prepare_scriptable__ = partialmethod(as_parent, FPN)
 
 
 def use_lean_fpn(module: nn.Module) -> None:

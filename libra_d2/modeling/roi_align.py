@@ -17,6 +17,7 @@ Shape shorthand in this module:
     T: number of pairs of a bin and a pixel that counts in it
 """
 
+from functools import partialmethod
 from typing import Any, NamedTuple, Tuple
 
 import torch
@@ -189,9 +190,10 @@ class ParallelROIAlign(ROIAlign):
                 return _ROIAlignFunction.apply(x, rois, self).to(input.dtype)
             x = x.contiguous(memory_format=torch.channels_last)
             parts = [_ROIAlignFunction.apply(x, part, self) for part in rois.split(_MAX_ROIS)]
-            return torch.cat(parts).to(input.dtype)
+            pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return pooled.to(input.dtype)
 
-    __prepare_scriptable__ = as_parent
+    __prepare_scriptable__ = partialmethod(as_parent, ROIAlign)
 
 
 def parallelize_roi_align(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than t
 NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too.
 """
 
-from functools import cache
+from functools import cache, partialmethod
 from typing import Any, Optional, Tuple
 
 import torch
@@ -28,6 +28,10 @@ _MIN_PIXELS = 2048
 # For batches, NNPACK chooses Fourier transforms, which are slower for large images, and faster for
 # RoIs than one call for each. Its buffer grows with the pixels of a batch.
 _MAX_PIXELS_OF_BATCH = 65536
+# The buffer takes 256 bytes for each channel of the input and of the output in each tile of 6 x 6
+# pixels. NNPACK wants channels first; where they are last, they are copied anyway, in strips.
+_MAX_PIXELS_OF_STRIP = 20000
+_TILE = 6
 
 
 @cache
@@ -40,9 +44,31 @@ def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
     pixels = x[0, 0].numel()
+    if pixels > _MAX_PIXELS_OF_STRIP and x.is_contiguous(memory_format=torch.channels_last):
+        return _convolve_in_strips(x, weight, bias)
     batches = x.split(1 if pixels >= _MIN_PIXELS else _MAX_PIXELS_OF_BATCH // pixels)
     results = [torch._nnpack_spatial_convolution(b, weight, bias, (1, 1)) for b in batches]
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _convolve_in_strips(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """
+    Convolve strips of rows, each with a row of its neighbors on either side in place of the
+    padding. The channels of ``x`` and of the result are last in memory.
+    """
+    height, width = x.shape[2:]
+    num_rows = max(_MAX_PIXELS_OF_STRIP // width // _TILE, 1) * _TILE
+    shape = (len(x), len(weight), height, width)
+    result = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    for image, convolved in zip(x.split(1), result.split(1)):
+        for top in range(0, height, num_rows):
+            start, end = max(top - 1, 0), min(top + num_rows + 1, height)
+            strip = torch._nnpack_spatial_convolution(image[:, :, start:end], weight, bias, (1, 1))
+            rows = convolved[:, :, top : top + num_rows]
+            rows.copy_(strip[:, :, top - start :][:, :, : rows.shape[2]])
+    return result
 
 
 class _WinogradFunction(torch.autograd.Function):
@@ -72,8 +98,9 @@ class WinogradConv2d(Conv2d):
     3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm, also for the gradient of its
     input, where that is faster: in float32, on CPUs with AVX2 but not AVX-512, with at least 128
     channels and 2048 pixels. The numbers are the same but for rounding errors, which are about
-    1e-5 of the largest number instead of 1e-6. The channels of the result are not last in memory,
-    and it cannot be differentiated twice. NNPACK keeps a buffer in each thread that calls it.
+    1e-5 of the largest number instead of 1e-6. The channels of the result are last in memory only
+    for large images whose channels are, and it cannot be differentiated twice. NNPACK keeps a
+    buffer in each thread that calls it.
 
     Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
     it is the parent.
@@ -97,7 +124,7 @@ class WinogradConv2d(Conv2d):
         is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
         return has_type and is_large and _can_gain(self) and _is_available()
 
-    __prepare_scriptable__ = as_parent
+    __prepare_scriptable__ = partialmethod(as_parent, Conv2d)
 
 
 def use_winograd(module: nn.Module) -> None:
