@@ -149,3 +149,22 @@ def test_no_compiler(caplog):
     accelerate(model, compile_backbone=True, backend="no such backend")
     assert "The backbone runs without torch.compile" in caplog.text
     model.backbone(torch.randn(1, 3, 64, 96, dtype=torch.float64))
+
+
+def test_compiler_that_fails(caplog):
+    """On the backbone, but not on something small: it is said, and the model works as it is."""
+
+    @torch._dynamo.register_backend(name="only_small")
+    def compile_small(graph, inputs):
+        if len(inputs) > 1:
+            raise NotImplementedError("too large")
+        return graph.forward
+
+    model, image = make_model("libra_retinanet").eval(), torch.randn(1, 3, 64, 96).double()
+    expected = model.backbone(image)
+    torch._dynamo.reset()
+    accelerate(model, **NONE, compile_backbone=True, backend="only_small")
+    assert "without torch.compile" not in caplog.text
+    for name, feature in model.backbone(image).items():
+        torch.testing.assert_close(feature, expected[name], rtol=1e-12, atol=1e-12)
+    assert "The backbone runs without torch.compile: too large" in caplog.text

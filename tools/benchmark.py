@@ -187,14 +187,16 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--levers", nargs="+", choices=LEVERS, help="optimizations to measure; default: all"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write each result, as JSON, when it is there"
+    )
     parser.add_argument("--profile", metavar="FILE", help="write a profile of a training step")
     parser.add_argument("--plot", metavar="FILE", help="write a figure of how time and memory grow")
     return parser
 
 
 def has_mmdetection() -> bool:
-    """Import mmdetection, or say that it cannot be."""
+    """Import mmdetection, or say on stderr why it cannot be."""
     try:
         try:
             from uncompiled_mmcv import import_mmdet
@@ -203,7 +205,8 @@ def has_mmdetection() -> bool:
             import mmdet  # noqa: F401
         else:
             import_mmdet()
-    except ImportError:
+    except ImportError as e:
+        print(f"Nothing is compared with mmdetection: {e}", file=sys.stderr)
         return False
     return True
 
@@ -223,8 +226,6 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print and write."""
     check_outputs(args)
     reference = has_mmdetection()
-    if not reference:
-        print("mmdetection is not installed: nothing is compared with it.", file=sys.stderr)
     torch.manual_seed(0)
     meter = Meter(args.device, args.seconds)
     height, width = args.p4_size
@@ -246,6 +247,9 @@ def run(args: argparse.Namespace) -> None:
         for name in args.only:
             for result in parts[name]:
                 results.append(result)
+                if args.output:
+                    with atomic_write(args.output, "w") as f:
+                        json.dump([asdict(r) for r in results], f, indent=1)
                 progress.update()
                 progress.set_description(result.what)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
@@ -255,9 +259,6 @@ def run(args: argparse.Namespace) -> None:
     if args.profile:
         with atomic_write(args.profile, "w") as f:
             f.write(profile(args.device, image_size))
-    if args.output:
-        with atomic_write(args.output, "w") as f:
-            json.dump([asdict(r) for r in results], f, indent=1)
     if args.plot:
         plot(results, args.plot)
 

@@ -3,7 +3,7 @@
 
 import logging
 import sys
-from typing import Tuple
+from typing import Callable, List, Tuple
 
 import torch
 from torch import nn
@@ -104,6 +104,20 @@ def accelerate(
         _compile(backbone, backend)
 
 
+def _or_eager(backend: str) -> Callable:
+    """A backend of ``torch.compile`` that runs a graph as it is if ``backend`` fails."""
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def compile_or_run(graph: torch.fx.GraphModule, inputs: List[torch.Tensor]) -> Callable:
+        try:
+            return compile_graph(graph, inputs)
+        except Exception as e:  # one of many kinds
+            logger.warning(f"The backbone runs without torch.compile: {one_line(e)}")
+            return graph.forward
+
+    return compile_or_run
+
+
 def _compile(module: nn.Module, backend: str) -> None:
     probe = torch.zeros(2, device=next(module.parameters()).device)
     try:
@@ -111,5 +125,5 @@ def _compile(module: nn.Module, backend: str) -> None:
     except Exception as e:  # there is no compiler, or one of many kinds of failure
         logger.warning(f"The backbone runs without torch.compile: {one_line(e)}")
         return
-    module.compile(dynamic=True, backend=backend)
+    module.compile(dynamic=True, backend=_or_eager(backend))
     logger.info(f"The backbone is compiled by torch.compile ({backend}) when it is first used")
