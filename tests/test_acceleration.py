@@ -11,6 +11,7 @@ from detectron2 import modeling
 from detectron2.utils.events import EventStorage
 
 from libra_d2.config import BASELINE
+from libra_d2.modeling import acceleration
 from libra_d2.modeling.acceleration import CHANNELS_LAST, accelerate, choose_channels_last
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.lean_fpn import LeanFPN
@@ -168,3 +169,10 @@ def test_compiler_that_fails(caplog):
     for name, feature in model.backbone(image).items():
         torch.testing.assert_close(feature, expected[name], rtol=1e-12, atol=1e-12)
     assert "The backbone runs without torch.compile: too large" in caplog.text
+
+    @torch._dynamo.register_backend(name="starts_again")
+    def start_again(graph, inputs):
+        raise torch._dynamo.exc.RestartAnalysis
+
+    with pytest.raises(torch._dynamo.exc.RestartAnalysis):
+        acceleration._or_eager("starts_again")(None, [])

@@ -257,7 +257,7 @@ def _check_override(lazy: DictConfig, override: str) -> None:
     if OmegaConf.select(lazy, key, default=missing, throw_on_missing=False) is not missing:
         return
     parent, _, name = key.rpartition(".")
-    node: Any = OmegaConf.select(lazy, parent, default=None) if parent else lazy
+    node: Any = OmegaConf.select(lazy, parent) if parent else lazy
     # Arguments of classes and options of the training may be missing in a config, and so may
     # sections that Detectron2 does not have, such as train.speed.
     is_open = isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train."))

@@ -111,6 +111,8 @@ def _or_eager(backend: str) -> Callable:
     def compile_or_run(graph: torch.fx.GraphModule, inputs: List[torch.Tensor]) -> Callable:
         try:
             return compile_graph(graph, inputs)
+        except torch._dynamo.exc.RestartAnalysis:  # no failure: the graph is traced once more
+            raise
         except Exception as e:  # one of many kinds
             logger.warning(f"The backbone runs without torch.compile: {one_line(e)}")
             return graph.forward
