@@ -164,3 +164,12 @@ def test_max_in_windows(height):
             weight = torch.randn_like(expected)
             a, b = (torch.autograd.grad(y, x, weight, retain_graph=True) for y in (found, expected))
             torch.testing.assert_close(a, b)
+
+
+def test_max_in_windows_on_gpus():
+    """Height and width of the result, of windows that divide the input and of others."""
+    with FakeTensorMode():
+        for size in ((7, 11), (14, 22)):
+            x = torch.empty(2, 3, *size, device="cuda")
+            assert max_in_windows(x, 7, 11, 2).shape == (2, 3, 7, 11)
+            assert max_in_windows(x, 5, 9, 2).shape == (2, 3, 5, 9)

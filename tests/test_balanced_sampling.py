@@ -8,6 +8,7 @@ from libra_d2.errors import ArgumentError
 from libra_d2.modeling.balanced_sampling import (
     MODES,
     BalancedSampler,
+    _draw_counts,
     build_proposal_sampler,
     iou_bins,
     iou_histogram,
@@ -236,3 +237,12 @@ def test_many_instances(mode, num_instances):
     positive, _ = draw(args, 4 * num_instances, mode=mode)
     assert args[2][positive].bincount().max() == 2
     assert len(positive) == num_instances
+
+
+def test_draw_counts():
+    """Each member of the groups has the same chance. The bound is five standard deviations."""
+    torch.manual_seed(0)
+    drawn = sum(_draw_counts(np.array([1, 0, 3, 2]), 1) for _ in range(600))
+    assert drawn.sum() == 600
+    assert np.abs(drawn - [100, 0, 300, 200]).max() <= 61
+    assert drawn[1] == 0

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from libra_d2.errors import ArgumentError
-from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, SamplingResult
+from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, LibraROIHeads, SamplingResult
 
 
 def build(config="faster", **overrides):
@@ -179,6 +181,24 @@ def test_mask_head_per_stage(resample):
     )
     expected = torch.arange(3.0).sigmoid().mean()
     torch.testing.assert_close(found.pred_masks, expected.expand(2, 1, 28, 28))
+
+
+def test_average_of_stages():
+    """The mean of the probabilities of all stages, for each image, if logits are not averaged."""
+    heads = build("cascade").roi_heads
+    heads.average = "probabilities"
+
+    class Predictor:
+        def predict_probs(self, predictions, proposals):
+            return [predictions + i for i in proposals]
+
+    outputs = [(Predictor(), torch.tensor([float(k)]), (10, 20)) for k in (0, 1, 5)]
+    assert [x.item() for x in heads._average_scores(outputs)] == pytest.approx([12, 22])
+
+
+def test_padding_is_off_without_a_config():
+    default = inspect.signature(LibraROIHeads.__init__).parameters["pad_masks"].default
+    assert default is False
 
 
 @pytest.mark.parametrize("config", ["faster", "cascade"])

@@ -197,6 +197,15 @@ def test_transforms(calls):
     assert not calls
 
 
+def test_second_derivative(calls):
+    """It is refused, rather than wrong."""
+    conv, x = make_conv(), LARGE.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(conv(x).square().sum(), x, create_graph=True)
+    assert calls
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_checkpoints_and_copies(calls):
     """Keys are those of the parent, and copies work."""
     conv = make_conv(kind=nn.Conv2d)
