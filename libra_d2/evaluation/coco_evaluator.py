@@ -105,21 +105,23 @@ class LibraCOCOEvaluator(COCOEvaluator):
         self._tasks, self._distributed, self._output_dir = tasks, distributed, output_dir
         self._cpu_device = torch.device("cpu")
         self._coco_eval = coco_eval or choose_coco_eval()
-        arguments = (dataset_name, tasks, distributed, output_dir, max_dets_per_image)
         if distributed:
-            in_main_process(self._read, *arguments)
+            in_main_process(self._read_ground_truth, dataset_name, max_dets_per_image)
         else:
-            self._read(*arguments)
+            self._read_ground_truth(dataset_name, max_dets_per_image)
 
-    def _read(self, dataset_name: str, *args: Any) -> None:
-        """Read the ground truth; ``args`` are the parent's."""
+    def _read_ground_truth(self, dataset_name: str, max_dets_per_image: int) -> None:
+        """Initialize the parent, which reads it."""
         has_json = self._metadata.get("json_file") is not None
         if not has_json and self._output_dir:
             # The parent would take a dataset that it has converted before, of other data perhaps.
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self._output_dir, f"{dataset_name}_coco_format.json"))
-        *args, max_dets_per_image = args
-        super().__init__(dataset_name, *args, max_dets_per_image=max_dets_per_image)
+            if comm.is_main_process():
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self._output_dir, f"{dataset_name}_coco_format.json"))
+            if not self._distributed:
+                comm.synchronize()
+        arguments = (dataset_name, self._tasks, self._distributed, self._output_dir)
+        super().__init__(*arguments, max_dets_per_image=max_dets_per_image)
         try:
             self._read_dataset(self._coco_api.dataset)
         finally:
