@@ -188,6 +188,15 @@ def assert_same_detections(found, expected):
 
 
 @pytest.fixture
+def float64():
+    """All of a test is computed in float64, see :func:`oracle.double_precision`."""
+    from oracle import double_precision  # imports mmdetection, which few tests need
+
+    with double_precision():
+        yield
+
+
+@pytest.fixture
 def refused(capsys):
     """Call a program, which must end with status 2; returns what it prints on stderr."""
 

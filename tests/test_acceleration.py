@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, calibrate_norms, demo_cfg, random_inputs
-from oracle import double_precision
 
 from detectron2 import modeling
 from detectron2.utils.events import EventStorage
@@ -25,12 +24,6 @@ NONE = {
     "winograd": False,
     "lean_fpn": False,
 }
-
-
-@pytest.fixture
-def float64():
-    with double_precision():
-        yield
 
 
 def make_model(name):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_model, load_cfg, random_inputs
-from oracle import double_precision
 from torch import nn
 
 from detectron2.structures import Boxes, Instances
@@ -19,12 +18,6 @@ from libra_d2.modeling.normalizer import mean_over_batch
 
 SYSTEMS = ("faster_rcnn_R_50", "fast_rcnn_R_50", "retinanet_R_50")
 CASCADE = "Misc/libra_cascade_rcnn_R_50_FPN_1x"
-
-
-@pytest.fixture
-def float64():
-    with double_precision():
-        yield
 
 
 def build(path):

@@ -64,12 +64,6 @@ def pair(request, mmdet, pytestconfig):
         return Pair(mmdet, name, seed, small=small, **limits)
 
 
-@pytest.fixture
-def float64():
-    with double_precision():
-        yield
-
-
 def assert_same_detections(result, sample):
     """Each detection has a counterpart; equal scores leave the order open."""
     ours, theirs = result["instances"], sample.pred_instances
