@@ -99,7 +99,7 @@ def test_folded_once(monkeypatch):
     conv = make_conv(FrozenBatchNorm2d(6))
     conv.bias.requires_grad_(False)  # it is part of the norm's shift
     fold_norms(conv)
-    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    x = torch.randn(1, 4, 10, 10, dtype=torch.float64)
     calls = []
 
     def record(name, function):
@@ -126,10 +126,34 @@ def test_hooks():
     conv, seen = make_conv(FrozenBatchNorm2d(6)), []
     fold_norms(conv)
     handle = conv.norm.register_forward_hook(lambda *args: seen.append(1))
-    conv(torch.randn(1, 4, 8, 8, dtype=torch.float64))
+    conv(torch.randn(1, 4, 10, 10, dtype=torch.float64))
     handle.remove()
-    conv(torch.randn(1, 4, 8, 8, dtype=torch.float64))
+    conv(torch.randn(1, 4, 10, 10, dtype=torch.float64))
     assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("size", "folds"), [((1, 8, 8), False), ((1, 10, 8), True), ((2, 8, 6), True)]
+)
+def test_few_features(size, folds, monkeypatch):
+    """
+    Of 18 weights for each channel, with 16, 20 and 24 pixels of the result: they are not folded
+    where they are learned and more than the pixels.
+    """
+    num, height, width = size
+    conv, calls = make_conv(FrozenBatchNorm2d(6)), []
+    fold_norms(conv)
+    fold = FoldedConv2d._fold
+    monkeypatch.setattr(FoldedConv2d, "_fold", lambda *args: (calls.append(1), fold(*args))[1])
+    x = torch.randn(num, 4, height, width, dtype=torch.float64)
+    learned = conv(x)
+    assert len(calls) == folds
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), learned, rtol=1e-12, atol=1e-12)
+    assert len(calls) == folds + 1
+    conv.weight.requires_grad_(False)
+    conv(x)
+    assert len(calls) == folds + 2
 
 
 def test_script():

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Measure time and memory: of whole models, compared with those of Detectron2 and, if it is installed,
-mmdetection; of each optimization; of growing images and numbers of proposals; of the parts of Libra
-R-CNN; and of loading images.
+mmdetection; of each optimization; of exported files; of growing images and numbers of proposals; of
+the parts of Libra R-CNN; and of loading images.
 
     python tools/benchmark.py --only models --output benchmark.json --plot benchmark.png
 
@@ -35,6 +35,7 @@ from libra_d2.tools.benchmark_models import (
     OURS,
     PLAIN,
     REFERENCE,
+    exported_files,
     growth,
     levers,
     profile,
@@ -53,8 +54,8 @@ from libra_d2.utils.meter import Meter, Result
 from libra_d2.utils.output_path import output_path
 
 PARTS = (
-    *("models", "levers", "growth", "attention", "non-local", "pyramid", "sampling", "loss"),
-    "loading",
+    *("models", "levers", "files", "growth"),
+    *("attention", "non-local", "pyramid", "sampling", "loss", "loading"),
 )
 GROWTH = ("pixels", "proposals")
 
@@ -234,6 +235,7 @@ def run(args: argparse.Namespace) -> None:
     parts: Dict[str, Iterator[Result]] = {
         "models": whole_models(meter, image_size, reference, args.precision, args.num_images),
         "levers": levers(meter, image_size, args.levers, args.num_images),
+        "files": exported_files(meter, image_size, reference),
         "growth": growth(meter, image_size),
         "attention": attention(meter, sizes),
         "non-local": non_local(meter, reference, sizes),

@@ -2,6 +2,8 @@
 """Measurements of whole R-50 models, their optimizations and their growth; see benchmark.py."""
 
 import copy
+import os
+import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from libra_d2 import model_zoo
 from libra_d2.checkpoint.mmdetection import to_mmdetection
 from libra_d2.config import BASELINE
 from libra_d2.modeling.acceleration import accelerate, choose_channels_last
+from libra_d2.tools.export_checks import detect, make_input
+from libra_d2.tools.export_model import export_onnx, save_trace, trace
 from libra_d2.utils.meter import Meter, Result
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
@@ -214,6 +218,30 @@ def levers(
             steps = {name: partial(step, model, inputs) for name, model in models.items()}
             title = f"levers, {system} R-50, {described(size, num_images, what)}"
             yield from measure(meter, title, steps)
+
+
+def exported_files(meter: Meter, size: Size, reference: bool) -> Iterator[Result]:
+    """Inference of the models of `whole_models`, and of the files that ours are exported to."""
+    inputs = random_inputs(size)
+    image = inputs[0]["image"].float()
+    for system in SYSTEMS:
+        models = make_models(system, meter.device, reference)
+        steps = {name: partial(infer, model, inputs) for name, model in models.items()}
+        model, sample = (
+            models[OURS].eval(),
+            make_input(image.to(meter.device), with_proposals=False),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.ts")
+            save_trace(trace(model, sample, detect), path)
+            loaded = torch.jit.load(path)
+            steps[f"{OURS}, TorchScript"] = partial(loaded, *sample.values())
+            if meter.device == "cpu":
+                run = export_onnx(model, sample, detect, os.path.join(folder, "model.onnx"))
+                steps[f"{OURS}, ONNX"] = partial(run, *sample.values())
+            # Not the memory, as onnxruntime keeps what it has once allocated.
+            title = f"exported files, {system} R-50, {described(size, 1, 'inference')}"
+            yield meter.times(title, steps)
 
 
 def growth(meter: Meter, size: Size) -> Iterator[Result]:

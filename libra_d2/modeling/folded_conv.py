@@ -21,7 +21,8 @@ class FoldedConv2d(Conv2d):
     :class:`Conv2d` whose ``norm`` is folded into weight and bias where its statistics are fixed:
     frozen batch norms always, others in evaluation mode. A batch norm of fixed statistics
     multiplies each channel by a scale and adds a shift, so that it is cheaper to multiply the
-    weights than the much larger features, in training, too.
+    weights than the much larger features. In training, where weights that are learned have to be
+    multiplied in each call, that is done where they are fewer than the features.
 
     Parameters, gradients and checkpoint keys are those of the parent. What needs no gradient is
     folded once, and again when a tensor it was made of has changed or ``train``, ``eval`` or ``to``
@@ -32,13 +33,19 @@ class FoldedConv2d(Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
         norm = self.norm
-        if norm is None or not _can_be_folded(norm):
+        if norm is None or not _can_be_folded(norm) or not self._gains(x):
             return super().forward(x)
         statistics = (norm.running_mean, norm.running_var, self.bias)
         tensors = (self.weight, norm.weight, norm.bias, *statistics)
         weight, shift = self._keep("folded", tensors, self._fold)
         x = self._conv_forward(x, weight, shift)
         return x if self.activation is None else self.activation(x)
+
+    def _gains(self, x: torch.Tensor) -> bool:
+        if is_captured() or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return True  # folded once
+        num_pixels = len(x) * x.shape[2:].numel() // (self.stride[0] * self.stride[1])
+        return num_pixels * self.out_channels > self.weight.numel()
 
     # In training, each of these is kept as far as what it is made of needs no gradient.
 
