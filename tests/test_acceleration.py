@@ -61,6 +61,9 @@ def test_same_numbers(name):
     plain = make_model(name)
     fast = copy.deepcopy(plain)
     accelerate(fast)
+    types = {type(module) for module in fast.modules()}
+    assert types > {FoldedConv2d, WinogradConv2d, LeanFPN}
+    assert (ParallelROIAlign in types) == (name != "libra_retinanet")
     assert list(fast.state_dict()) == list(plain.state_dict())
     inputs = random_inputs(3, 2)
     found, expected = outputs(fast, inputs), outputs(plain, inputs)
@@ -69,6 +72,7 @@ def test_same_numbers(name):
         # Gradients are sums over all pixels, of terms that cancel.
         bound = 1e-9 * max(value.abs().max().item(), 1) if value.numel() else 0
         torch.testing.assert_close(found[key], value, rtol=0, atol=bound)
+    assert has_channels_last(fast)
 
 
 def has_channels_last(model):
@@ -107,6 +111,7 @@ def test_channels_last(when):
         ("linux", "cpu", False, "AVX512", "always"),
         ("linux", "cpu", True, "AVX2", "inference"),
         ("win32", "cpu", False, "AVX512", "never"),
+        ("win32", "cuda", True, "AVX512", "never"),
         ("linux", "cuda", False, "AVX512", "never"),
         ("linux", "cuda", True, "AVX2", "always"),
         ("darwin", "mps", False, "DEFAULT", "never"),
@@ -116,6 +121,16 @@ def test_choose_channels_last(platform, device, mixed, capability, expected, mon
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert choose_channels_last(device, mixed) == expected
+
+
+def test_compiled_for_any_size():
+    torch._dynamo.reset()
+    module = torch.nn.Conv2d(1, 1, 1)
+    acceleration._compile(module, "eager")
+    torch._dynamo.utils.counters.clear()
+    for size in (8, 10, 12):
+        module(torch.zeros(1, 1, size, size + 2))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_compiled_backbone():

@@ -167,6 +167,46 @@ def test_scale_of_another_precision():
     trainer = AMPAccumulationTrainer(*args, grad_scaler=scaler)
     trainer.load_state_dict(AccumulationTrainer(*args).state_dict())
     assert scaler.get_scale() == 8
+    state = trainer.state_dict()
+    state["grad_scaler"]["scale"] = 2.0
+    trainer.load_state_dict(state)
+    assert scaler.get_scale() == 2
+
+
+class Plain(nn.Module):
+    """Its loss is not in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.sizes = nn.Parameter(torch.ones(())), []
+
+    def forward(self, part):
+        self.sizes.append(len(part))
+        return self.weight * sum(part)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "loss"),
+    [([6.0], [1], 6), ([1.0, 2], [1] * 4, 1.5), ([1.0, 2, 4, 5, 8], [1] * 10, 4)],
+)
+def test_one_loss(batch, sizes, loss):
+    """Three micro-batches have at least an image each."""
+    model = Plain()
+    gradients, scalars = step(model, batch, 3)
+    assert (model.sizes, scalars.keys()) == (sizes, {"total_loss", "data_time"})
+    assert gradients["weight"].item() == pytest.approx(loss)
+    assert scalars["total_loss"] == pytest.approx(loss)
+
+
+def test_numbers_of_processes(monkeypatch):
+    """Means of losses, and the longest time of loading."""
+    rows = [[0.5, 1.0, 4.0], [2.0, 3.0, 5.0]]
+    monkeypatch.setattr("libra_d2.engine.accumulation._gather", lambda numbers: rows)
+    losses = {"a": torch.tensor(9.0), "b": torch.tensor(9.0)}
+    with EventStorage() as storage:
+        AccumulationTrainer._put_metrics(None, losses, 9.0)
+    found = {name: value for name, (value, _) in storage.latest().items()}
+    assert found == {"data_time": 2, "a": 2, "b": 4.5, "total_loss": 6.5}
 
 
 def test_infinite_gradients():

@@ -109,8 +109,12 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
     about = f"{config}, {weights},\n4 images of {data}"
     assert f"<p>{about}</p>" in page
     assert titles == {name: "" if name == "losses" else about for name in percentages}
+    marks = {"speaks for it": "▲ ", "speaks against it": "▼ ", "says little": ""}
     for row in judgments:
-        assert f'<a href="#{row["figure"]}">{row["measured"]}</a>' in page
+        link = f'<a href="#{row["figure"]}">{row["measured"]}</a>'
+        says = marks[row["says"]] + row["says"]
+        assert f"<tr><td>{row['idea']}</td><td>{link}</td><td>{says}</td></tr>" in page
+    assert "<main>" in page
     parts = re.findall('<h2 id="(.*?)">(.*?)</h2>.*?<p>(.*?)</p><img .*base64,(.*)">', page)
     assert [x[0] for x in parts] == list(percentages)
     for (name, title, text, data), shares in zip(parts, percentages.values()):
@@ -150,18 +154,30 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     assert files == [(folder / f"{name}.png").read_bytes() for name in names]
     assert page.count("This model has none.") == 1
     assert page.count("<h3>B</h3>") == 6
+    assert "<main class=two>" in page
     command = [str(x) for x in [*b[2:], *first, *opts]]
     assert "--config-file-b goes with --weights-b" in refused(analyze_balance.main, command)
 
 
-def test_before_training(synthetic, tmp_path):
+def test_second_weights(synthetic, tmp_path):
+    """Without another config both have the first one; there are 11 images with objects."""
+    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("retinanet", synthetic, tmp_path)[1])
+    cfg.merge_from_list([*SETTINGS, "MODEL.RETINANET.NUM_CLASSES", 4])
+    torch.save({"model": build_model(cfg).state_dict()}, path)
+    extra = ["--weights-b", path, "--num-images", 99, "MODEL.WEIGHTS", path, *SETTINGS]
+    analyze_balance.main(arguments("retinanet", synthetic, tmp_path, *extra))
+    numbers = json.loads((tmp_path / "balance/balance.json").read_text())
+    assert numbers.pop("b") == numbers
+    assert numbers["num_images"] == 11
+
+
+def test_before_training(synthetic, tmp_path, refused):
     """Weights of a model with other classes are analyzed but for what depends on the classes."""
     path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
     cfg.merge_from_list([*SETTINGS, "MODEL.ROI_HEADS.NUM_CLASSES", 7])
     torch.save({"model": build_model(cfg).state_dict()}, path)
     command = arguments("faster_rcnn", synthetic, tmp_path, "MODEL.WEIGHTS", path, *SETTINGS)
-    with pytest.raises(SystemExit, match="2"):
-        analyze_balance.main(command)
+    assert "weights of another model" in refused(analyze_balance.main, command)
     analyze_balance.main(["--before-training", *command])
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
     assert sorted(numbers) == ["features", "judgments", "num_images", "samples"]
@@ -185,7 +201,10 @@ def test_errors(system, extra, message, synthetic, tmp_path, refused):
 
 @pytest.mark.parametrize(
     ("option", "name"),
-    [("--val-images", ""), ("--val-json", "balance.json"), ("MODEL.WEIGHTS", "levels.png")],
+    [
+        *(("--val-images", ""), ("--val-json", "balance.json"), ("MODEL.WEIGHTS", "levels.png")),
+        *(("--weights-b", "losses_b.png"), ("--val-proposals", "index.html")),
+    ],
 )
 def test_inputs_stay(option, name, synthetic, tmp_path, refused):
     """No file of the report is an input."""

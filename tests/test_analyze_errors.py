@@ -7,7 +7,7 @@ from test_error_page import read as read_page
 from test_matching import random_dataset
 
 from libra_d2.evaluation.detection_metrics import METRICS
-from libra_d2.tools.analyze_errors import main
+from libra_d2.tools.analyze_errors import describe_comparison, main
 
 
 @pytest.fixture
@@ -60,6 +60,44 @@ def test_one_model(files, tmp_path, capsys, iou_type):
     assert ["small", *counts, f"{small['AP']:.1f}", f"{small['AR']:.1f}"] in lines
     cells = ["red/cell", str(own["objects"]), f"{own['AP']:.1f}", f"{own['AP50']:.1f}"]
     assert cells in lines
+    seen = model["calibration"]
+    first = seen["bins"][0]
+    cells = [str(first["detections"]), *(f"{first[k]:.1f}" for k in ("score", "precision"))]
+    assert cells in lines
+    error = f"{seen['expected calibration error']:.1f} % (expected calibration error)."
+    assert [f"Scores and precision differ by {error}"] in lines
+
+
+def test_repaired_annotations(files, tmp_path, caplog):
+    dataset = json.loads((tmp_path / "val.json").read_text())
+    dataset["annotations"][0]["iscrowd"] = None
+    (tmp_path / "val.json").write_text(json.dumps(dataset))
+    run(files, tmp_path / "out")
+    assert "filled in: annotation iscrowd of 1" in caplog.text
+
+
+def test_several_runs(files, tmp_path, refused):
+    """As many of both models; a less b, and b less a, is 0 on average."""
+    a, b = files["--results"], files["--results-b"]
+    args = ["--val-json", files["--val-json"], "--output", str(tmp_path / "out")]
+    args += ["--results", a, b, "--results-b"]
+    assert "--results-b names 1 files, but --results 2" in refused(main, [*args, b])
+    main([*args, b, a])
+    (comparison,) = read(tmp_path / "out")["comparisons"]
+    assert (comparison["pairs"], comparison["metrics"][0]["difference"]) == (2, 0)
+
+
+def test_images_that_differ_most():
+    """Ten at each end; those without objects are left out."""
+    names = ("image_id", "a", "b", "difference", "only_a", "only_b")
+    rows = [dict(zip(names, (i, 0.0, 1.0, i - 11.0, 1, 0))) for i in range(21)]
+    rows.append(dict(zip(names, (99, None, None, None, 0, 0))))
+    for pairs, chance in ((1, "Chance is that of the images"), (2, "means of 2 pairs of runs")):
+        found = describe_comparison({"pairs": pairs, "metrics": [], "images": rows})
+        assert chance in found[1]
+        assert found[2] == "A alone finds 21 objects, B alone 0."
+        ids = [x.split("|")[1].strip() for x in found[3].splitlines()[2:]]
+        assert ids == [str(i) for i in (*range(10), *range(11, 21))]
 
 
 def test_two_models(files, tmp_path):

@@ -34,6 +34,12 @@ def test_values_of_the_paper():
     assert grad.tolist() == pytest.approx([0, ln2, -ln2, ln3, ln3, ln3], rel=1e-12)
 
 
+def test_gradient_at_beta():
+    """That of an outlier, in the form whose gradient is not continuous there."""
+    _, grad = loss_and_grad([0.25, -0.25], beta=0.25, form="reference")
+    assert grad.tolist() == [1.5, -1.5]
+
+
 @pytest.mark.parametrize("beta", [0.11, 2.0])
 def test_scaled_form_is_the_paper_scaled(beta):
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
@@ -101,11 +107,14 @@ def test_reduction(reduction, shape):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         balanced_l1_loss(torch.zeros(2), torch.zeros(2), **kwargs)
-    with pytest.raises(ValueError, match="same shape"):
-        balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
     if "reduction" not in kwargs:  # the module checks the others when it is made
         with pytest.raises(ValueError, match=message):
             BalancedL1Loss(**kwargs)
+
+
+def test_shapes():
+    with pytest.raises(ValueError, match="same shape"):
+        balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
 
 
 def test_fixed_parameters():

@@ -4,7 +4,7 @@ import torch
 from conftest import ROOT, calibrate_norms, load_cfg
 from torch import nn
 
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from detectron2.solver import build_optimizer
 
@@ -66,3 +66,7 @@ def test_nothing_to_train():
     _, backbone = build()
     with pytest.raises(ArgumentError, match="it has no FrozenBatchNorm2d"):
         train_norm_affine(backbone)  # a second time
+    with pytest.raises(ArgumentError, match="it has no FrozenBatchNorm2d"):
+        train_norm_affine(nn.Sequential(FrozenBatchNorm2d(2)))  # of no convolution
+    conv = Conv2d(2, 2, 1, norm=FrozenBatchNorm2d(2))
+    assert train_norm_affine(conv) is conv

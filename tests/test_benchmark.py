@@ -4,6 +4,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from libra_d2.tools import benchmark, benchmark_models
@@ -81,6 +82,18 @@ def test_times(monkeypatch):
     assert (result.what, result.unit, calls) == ("what", "ms", {"a": 7, "b": 7})
     assert result.values == pytest.approx({"a": 30, "b": 7})
     assert result.spreads == pytest.approx({"a": 70 - 15, "b": 0})
+    calls.update(a=0, b=0)
+    Meter("cpu", 12.5).times("what", steps)
+    assert calls == {"a": 2 + 6, "b": 2 + 6}  # both take 2 s in all when they are called once
+
+
+def test_memory():
+    """What a step adds for a while, in MB; what stays allocated was there before."""
+    kept, steps = [], {"a while": lambda: np.ones(10**8, np.uint8)}
+    steps["kept"] = lambda: kept or kept.append(np.ones(10**8, np.uint8))
+    result = Meter("cpu", 0).memory("what", steps)
+    assert (result.what, result.unit) == ("what", "MB")
+    assert result.values == pytest.approx({"a while": 100, "kept": 0}, abs=10)
 
 
 def test_table():

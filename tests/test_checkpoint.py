@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import demo_cfg
 
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
-from libra_d2.checkpoint import LibraCheckpointer
+from libra_d2.checkpoint import LibraCheckpointer, find_checkpoint
 from libra_d2.config import BASELINE, make_recipe
 from libra_d2.errors import BrokenFileError, InputError
 
@@ -63,7 +62,7 @@ NONE = ": none of its names or shapes is one of this model's (the model has, e.g
         ({**SMALL, "a.more": (1,)}, "resume", f"{BUT.format(1)}'a.more' (not in the model)"),
     ],
 )
-def test_required_weights(shapes, use, message, tmp_path):
+def test_required_weights(shapes, use, message, tmp_path, caplog):
     """
     Resuming needs all weights and no others, evaluation all, fine-tuning at least one.
     """
@@ -80,6 +79,7 @@ def test_required_weights(shapes, use, message, tmp_path):
         checkpointer.resume_or_load(path, resume=use == "resume")
     assert str(error.value).startswith(f"{path}: these are weights of another model{message}")
     assert type(error.value) is InputError  # no BrokenFileError
+    assert ("not loaded from" in caplog.text) == message.startswith(" than")
 
 
 def test_without_pyramid(tmp_path, caplog):
@@ -222,6 +222,18 @@ def test_resume(tmp_path):
     (tmp_path / "last_checkpoint").unlink()
     checkpointer.resume_or_load(str(tmp_path / "c.pth"), resume=True)
     assert (model.weight[0, 0], optimizer.param_groups[0]["lr"]) == (1, 2)
+    part = save(tmp_path / "part.pth", {"model": {"weight": torch.full((2, 3), 9.0)}})
+    checkpointer.resume_or_load(str(part), resume=False)
+    assert model.weight[0, 0] == 9
+
+
+@pytest.mark.parametrize("other", ["model_0000003", "model_final"])
+def test_newest(tmp_path, other):
+    """The last iteration, however old; the final weights if they are newer."""
+    checkpoints(tmp_path, "model_0000009", other)
+    (tmp_path / "last_checkpoint").unlink()
+    name = "model_final.pth" if other == "model_final" else "model_0000009.pth"
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / name)
 
 
 def test_weights_only(tmp_path, caplog):
@@ -244,7 +256,7 @@ def test_weights_only(tmp_path, caplog):
         *((tag, "model_0000009.pth") for tag in (None, b"", b"\xff\x00", b"../x.pth", b"a\nb")),
     ],
 )
-def test_last_checkpoint(tmp_path, tag, found, caplog):
+def test_last_checkpoint(tmp_path, tag, found, caplog, monkeypatch):
     """The one that ``last_checkpoint`` names or, if that is missing or broken, the newest."""
     names = ("model_0000003", "model_final", "model_0000009", "model_best", "model_final_ema")
     checkpointer = checkpoints(tmp_path, *names, "other")[0]
@@ -258,6 +270,7 @@ def test_last_checkpoint(tmp_path, tag, found, caplog):
         number = {"model_0000003.pth": 10, "model_0000009.pth": 30}[found]
         assert checkpointer.resume_or_load("")["iteration"] == number
     assert ("is taken for the last one" in caplog.text) == (found == "model_0000009.pth")
+    monkeypatch.chdir(tmp_path)
     for name in ("", str(tmp_path / "none")):
         assert not LibraCheckpointer(torch.nn.Linear(1, 1), name).has_checkpoint()
 
@@ -344,7 +357,7 @@ def test_non_finite_weights(tmp_path, value, names):
 def test_trained_model(tmp_path):
     """
     A plain detector is the one without the three ideas. A folder's last checkpoint takes precedence
-    over the weights in the config; the classes of the data are those that it has learned.
+    over the weights in the config.
     """
     plain = demo_cfg()
     plain.merge_from_list([*BASELINE, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"])
@@ -359,14 +372,7 @@ def test_trained_model(tmp_path):
     assert not model.training
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     torch.nn.init.constant_(model.roi_heads.box_predictor.bbox_pred.bias, 5)
-    run = {"training data 'a' classes": ["x"]}
-    LibraCheckpointer(model, str(tmp_path)).save("model_5", run=run)
+    LibraCheckpointer(model, str(tmp_path)).save("model_5")
     for recipe.weights, folder, bias in (("", str(tmp_path), 5), (path, "", 0)):
         found = recipe.build_trained_model(folder)
         assert (found.roi_heads.box_predictor.bbox_pred.bias == bias).all()
-    MetadataCatalog.get("test_trained_model").thing_classes = ["y"]
-    with pytest.raises(InputError, match="trained on the classes .'x'., but dataset 'test_trained"):
-        recipe.build_trained_model(str(tmp_path), ["test_trained_model"])
-    recipe.weights = ""
-    with pytest.raises(InputError, match="MODEL.WEIGHTS: name the weights of a trained model"):
-        recipe.build_trained_model()

@@ -40,7 +40,10 @@ RULES = [
     ("SOLVER.WARMUP_FACTOR", [0.0, 1.0], [-3.0, 1.5], "use a value in [0, 1]"),
     ("SOLVER.GAMMA", [0.1, 1.0], [0.0, "1e999"], "use a positive number, such as 0.1"),
     ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", [0.1], [0.0, -1.0], "use a positive number"),
-    (f"{TRAINER}.EPOCHS", [0.0, 0.5, 12.0], [-1.0, 1e300], "use a number of passes over the im"),
+    ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", [0.5], [0.0], "use a positive number"),
+    ("TEST.AUG.MAX_SIZE", [1], [0], LEAST.format(1)),
+    ("MODEL.LIBRA.INPUT.CHECK_IMAGES", [-1, 0], [-2], "use a number of images, 0 for none or -1"),
+    (f"{TRAINER}.EPOCHS", [0.0, 0.5, 1e4], [-1.0, 10000.5], "use a number of passes over the im"),
     ("SOLVER.MOMENTUM", [0.0, 0.999], [-0.1, 1.0], "use a value in [0, 1)"),
     ("SOLVER.WEIGHT_DECAY", [0.0, 10.0], [-1e-9, "1e999"], LEAST.format(0)),
     ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["value", "norm"], ["all"], CHOICE),
@@ -113,6 +116,7 @@ def test_combinations(opts, message):
     evaluated = [f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.BEST_METRIC", "x", "TEST.EVAL_PERIOD", 1]
     sizes = [SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
     read(*sizes, *evaluated, "SOLVER.STEPS", "(400, 600)")
+    read(f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.EPOCHS", 12.0)
 
 
 NO_NAME = "which cannot be instantiated: Error loading 'no.thing'"
@@ -166,6 +170,15 @@ PREDICTOR = f"{HEADS}.box_predictor"
                 *("dataloader.test", "dataloader.test.mapper", "dataloader.evaluator"),
             )
         ),
+        *(
+            (f"train.{name}=x", f"train.{name} is 'x': use one of (True, False)")
+            for name in (
+                *("speed.fold_norm", "speed.parallel_roi_align", "speed.winograd"),
+                *("speed.lean_fpn", "speed.keep_freed_memory", "speed.compile_backbone"),
+                *("amp.enabled", "validation_loss"),
+                *("test_time_augmentation.enabled", "test_time_augmentation.flip"),
+            )
+        ),
         (f"{MAPPER}.augmentations.0._target_=no.thing", f"{MAPPER}.augmentations[0]._target_ is"),
         ("model._target_=torch.optim", "is 'torch.optim', which cannot be instantiated: it is not"),
         (
@@ -182,6 +195,9 @@ def test_values_of_lazy_configs(opts, message, datasets):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         check(*opts.split(), config=LAZY, test_datasets=("test_1",))
     assert "\n" not in str(error.value)
+
+
+def test_lazy_config(datasets):
     check(config=LAZY, test_datasets=("test_1",))
 
 
@@ -466,6 +482,10 @@ def test_batch_size(opts, config, message, datasets, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     with pytest.raises(InputError, match=f"^{message}"):
         check(*opts, config=config)
+
+
+def test_batch_size_that_fits(datasets, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     check(IMAGES, 8, MADE_FOR, 4, PARTS, 2)
     check(f"{LAZY_IMAGES}=4", "train.accumulation_steps=2", config=LAZY)
 

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from libra_d2.data import image_checks, register_coco_json
-from libra_d2.data.coco_json import read_categories, read_coco_json
+from libra_d2.data.coco_json import COCOEntries, read_categories, read_coco_json
 from libra_d2.errors import InputError
 
 DATASET = {
@@ -69,6 +69,12 @@ def with_box(box, **fields):
     return dataset
 
 
+def test_read_twice(folder):
+    """What was changed is counted anew."""
+    entries = COCOEntries(write(folder, with_box([5, 5, 0, 9])))
+    assert [list(entries) and +entries.changes for _ in range(2)] == [{"dropped": 1}] * 2
+
+
 def with_image(name, size):
     """DATASET whose first image has that name and that size."""
     fields = {"file_name": name, "width": size[0], "height": size[1]}
@@ -82,12 +88,6 @@ def test_register(folder):
     register_coco_json("test_good", write(folder, other), str(folder), cache)
     path = write(folder, DATASET)
     assert register_coco_json("test_good", path, str(folder), cache) == ["dog", "cat"]  # by id
-    records = DatasetCatalog.get("test_good")
-    assert [record["file_name"] for record in records] == [f"{folder}/a.png", f"{folder}/b.png"]
-    for i, (record, expected) in enumerate(zip(records, DATASET["annotations"])):
-        (annotation,) = record["annotations"]
-        assert (record["image_id"], annotation["bbox"]) == (expected["image_id"], expected["bbox"])
-        assert (annotation["category_id"], annotation["iscrowd"]) == (1 - i, i)
     metadata = MetadataCatalog.get("test_good").as_dict()
     assert metadata.pop("thing_dataset_id_to_contiguous_id") == {3: 0, 20: 1}
     assert metadata.pop("fingerprint").keys() == {"annotations", "images"}
@@ -197,6 +197,7 @@ def test_missing_files(folder):
         ("not a readable image", lambda path: path.write_bytes(b"no image")),
         ("not a readable image .not a TIFF", lambda path: wrong.save(path, exif=b"no Exif")),
         ("no such image; x.json names it", Path.unlink),
+        ("no such image; x.json names it", Path.mkdir),
     ):
         change(folder / "b.png")
         with pytest.raises(InputError, match=f"b.png: {message}"):
@@ -248,9 +249,6 @@ def test_unused_masks(folder, segmentation, is_loadable, mask_format):
     masks = [annotation["segmentation"] for annotation in dataset["annotations"]]
     assert masks == [POLYGON, segmentation if is_loadable else []]
     assert changes == ({} if is_loadable else {"annotation segmentation": 1})
-    register_coco_json("test_masks", path, str(folder), str(folder), mask_format)
-    (registered,) = DatasetCatalog.get("test_masks")[0]["annotations"]
-    assert registered.get("segmentation") == (POLYGON if mask_format else None)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -474,3 +474,23 @@ def test_plot(tmp_path, monkeypatch):
         *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
     ]
     assert [t.get_text() for t in right.get_yticklabels()] == list(points)
+
+
+def test_seeds_for_two_comparisons(synthetic, tmp_path, capsys):
+    compare(synthetic, tmp_path, "--variants", "baseline", "sampling", "all", "--find", 0.9)
+    text = "a true difference in each of 2 comparisons with a probability of 80%"
+    assert text in capsys.readouterr().out
+
+
+def test_weights_of_the_model_zoo(capsys):
+    recipe = make_recipe(load_cfg(DEMO_CONFIG))
+    for recipe.weights, is_unfair in (("libra://a", True), ("torchvision://a", False)):
+        compare_ideas.warn_of_initial_weights(recipe)
+        assert ("is a detector with" in capsys.readouterr().err) == is_unfair
+
+
+def test_nothing_finished(trainings, synthetic, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_ideas, "is_finished", lambda folder: False)
+    with pytest.raises(SystemExit, match="^2$"):
+        compare(synthetic, tmp_path, "--variants", "all", "--seeds", 1)
+    assert "no training has ended with an evaluation in AP" in capsys.readouterr().err

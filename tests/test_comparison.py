@@ -90,6 +90,17 @@ def test_interval():
     assert min(p_values) == 1  # 0.18 of one row, times 28
 
 
+def test_few_images():
+    """b finds 39 of 40 objects, a none: that four images agree has a p-value of 1/8, times 28."""
+    objects = [(i, "a", [20 * k, 0, 10, 10]) for i in range(4) for k in range(10)]
+    found = [[(*x, 0.5) for x in objects[:n]] for n in (0, 39, 40)]
+    a, b, c = models(objects, *found, num_images=4)
+    found = rows_of(a, b, resamples=200)["objects found"]
+    assert (found["difference"], found["p_value"], found["says"]) == (97.5, 1, CHANCE)
+    assert rows_of(a, c, resamples=20)["objects found"]["low"] is None
+    assert rows_of(a, c, resamples=20, level=0.5)["objects found"]["low"] == 100
+
+
 def test_verdicts():
     """
     With another false detection in each of 30 images, of medium size and with a higher score than

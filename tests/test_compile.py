@@ -14,6 +14,7 @@ def test_training_step():
     """Losses and gradients of an eager step in float64; the sampler is excluded from the graphs."""
     results = []
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with double_precision():
         model = build_model(demo_cfg())
         inputs = random_inputs(3, 2)
@@ -23,9 +24,12 @@ def test_training_step():
             with EventStorage():
                 losses = run(copy.deepcopy(inputs))
             sum(losses.values()).backward()
-            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            named = model.named_parameters()
+            gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
             results.append((losses, gradients))
     for name, loss in results[0][0].items():
         torch.testing.assert_close(results[1][0][name], loss, rtol=1e-9, atol=0)
-    for a, b in zip(results[0][1], results[1][1]):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-12)

@@ -10,22 +10,15 @@ from conftest import (
     reference_config,
 )
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
 import libra_d2
 from libra_d2 import add_libra_config
 from libra_d2.engine import read_config
+from libra_d2.utils.leaves import leaves
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MODELS = [path for path in CONFIGS if not path.name.startswith("Base-")]
-
-
-def leaves(node, prefix=""):
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
@@ -40,7 +33,7 @@ def test_configs_load(path):
 def test_adds_nothing_but_libra():
     plain, cfg = get_cfg(), get_cfg()
     add_libra_config(cfg)
-    added = set(leaves(cfg)) - set(leaves(plain))
+    added = set(dict(leaves(cfg))) - set(dict(leaves(plain)))
     assert added
     assert all(key.startswith("MODEL.LIBRA.") for key in added)
     del cfg.MODEL["LIBRA"]
@@ -51,7 +44,7 @@ def test_adds_nothing_but_libra():
 def test_every_key_is_explained():
     source = (Path(libra_d2.__file__).parent / "config/defaults.py").read_text().splitlines()
     cfg = demo_cfg()
-    for key in leaves(cfg.MODEL.LIBRA, "MODEL.LIBRA."):
+    for key, _ in leaves(cfg.MODEL.LIBRA, "MODEL.LIBRA."):
         (position,) = [i for i, line in enumerate(source) if f"cfg.{key} = " in line]
         assert source[position - 1].strip().startswith("# "), key
 

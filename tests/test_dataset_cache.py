@@ -27,7 +27,7 @@ from libra_d2.data import (
     register_coco_json,
     use_cached,
 )
-from libra_d2.data.mapped_records import MappedRecords
+from libra_d2.data.mapped_records import MappedRecords, RecordWriter
 from libra_d2.errors import InputError
 
 setup = importlib.import_module("libra_d2.engine.setup")  # not the function of this name
@@ -101,9 +101,8 @@ def test_records(folder, order, mask_format):  # noqa: F811
 def test_ids_of_text(folder):  # noqa: F811
     """Of images, categories and annotations."""
     content = json.loads(json.dumps(dataset()))
-    for key, fields in (("images", ["id"]), ("categories", ["id"])):
-        for entry in content[key]:
-            entry.update({field: str(entry[field]) for field in fields})
+    for entry in (*content["images"], *content["categories"]):
+        entry["id"] = str(entry["id"])
     for entry in content["annotations"]:
         entry.update({key: str(entry[key]) for key in ("id", "image_id", "category_id")})
     records = register(folder, content)
@@ -174,6 +173,31 @@ def test_read_once(folder, counts):  # noqa: F811
     (folder / "a.png").unlink()
     with pytest.raises(InputError, match="a.png: no such image"):
         register(folder)
+
+
+def test_what_a_file_depends_on(folder, counts):  # noqa: F811
+    """Whether masks are kept; the images that are checked, and what they are resized to."""
+    content = dataset()
+    content["annotations"][0]["segmentation"] = POLYGONS[:1]
+    del content["annotations"][4]
+    assert "segmentation" not in register(folder, content, amount=1)[1]["annotations"][0]
+    assert counts["opened"] == ["a.png"]
+    assert "segmentation" in register(folder, content, mask_format="bitmask")[1]["annotations"][0]
+    with pytest.raises(InputError, match="with A and B .9999, 100000."):
+        register(folder, content, limits={"A and B": ((9999,), 10**5)})
+
+
+def test_names_that_begin_alike(folder):  # noqa: F811
+    """Files of earlier content are those of the same dataset."""
+    path, cache = write(folder, dataset()), folder / "cache"
+    register_coco_json(f"{NAME}-2", path, str(folder), str(cache))
+    before = {*cache.iterdir()}
+    register(folder)
+    assert before <= {*cache.iterdir()}
+    content = dataset()
+    del content["annotations"][0]
+    register_coco_json(f"{NAME}-2", write(folder, content), str(folder), str(cache))
+    assert len(before & {*cache.iterdir()}) == 0
 
 
 def test_amount(tmp_path, counts):
@@ -252,6 +276,22 @@ def test_registered(folder, monkeypatch):  # noqa: F811
         MetadataCatalog.remove(other)
 
 
+def test_registered_again(folder):  # noqa: F811
+    """Once more in this process; with moved images; with an image that lacks its width."""
+    name, cache, content = "test_cache/again", folder / "cache", dataset()
+    for root in ("a", "b"):
+        register_coco_instances(name, {}, write(folder, content), root)
+        for _ in range(2):
+            use_cached(name, cache_registered(name, str(cache)))
+        assert load_records(name)[0]["file_name"] == f"{root}/a.png"
+        assert len([*cache.iterdir()]) == 1
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+    content["images"] = [{k: v for k, v in x.items() if k != "width"} for x in content["images"]]
+    register_coco_instances(name, {}, write(folder, content), "a")
+    assert cache_registered(name, str(cache)) is None
+    DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+
+
 @pytest.mark.parametrize(
     ("rank", "local_rank", "called", "message"),
     [(0, 0, 1, None), (1, 1, 0, None), (2, 0, 1, None), (2, 0, 1, "x"), (3, 1, 0, "from rank 2")],
@@ -278,3 +318,10 @@ def test_once_per_machine(monkeypatch, rank, local_rank, called, message):
     else:
         assert setup._once_per_machine(function, 7) == 7
     assert calls == [7] * called
+
+
+def test_image_id_twice():
+    writer, fields = RecordWriter(), {"image_id": 1, "height": 2, "width": 3}
+    writer.add_image("a", fields)
+    with pytest.raises(ValueError, match="image id 1 occurs more than once"):
+        writer.add_image("b", fields)

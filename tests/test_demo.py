@@ -106,7 +106,9 @@ def test_video(small, tmp_path):
     video = cv2.VideoCapture(str(tmp_path / "out/in.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert video.get(cv2.CAP_PROP_FPS) == 10
-    assert not is_drawn(video.read()[1][:, :, ::-1])  # the box is elsewhere
+    off = np.abs(video.read()[1][:, :, ::-1].astype(int) - COLOR).max(axis=2)
+    assert off[:40, :50].max() > 40  # the box, from (8, 8) to (40, 32)
+    assert off[100:].max() < 20
 
 
 class Found:
@@ -237,7 +239,7 @@ def test_half_a_picture(small, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^2$"):
         run(small, "--input", small / "images/1.png", "--output", tmp_path / "out")
     assert [x.read_text() for x in (tmp_path / "out").iterdir()] == ["before"]
 

@@ -207,7 +207,7 @@ def test_same_as_tidecv(seed, iou_type):
 
 def test_calibration():
     """
-    Two of three detections with a mean score of 0.85 are right, none of those with 0.2 and 1.0.
+    Two of three detections with a mean score of 0.85 are right, none of those with 0.0 and 1.0.
     """
     objects = [("a", OBJECT), ("a", ELSEWHERE), ("crowd a", [80, 80, 20, 20])]
     detections = [
@@ -215,15 +215,15 @@ def test_calibration():
         ("a", ELSEWHERE, 0.85),
         (*FALSE[:1], [30, 0, 9, 9], 0.9 - 1e-9),
     ]
-    detections += [("a", [30, 0, 9, 9], 0.2), ("b", OBJECT, 1.0), ("a", [85, 85, 9, 9], 0.1)]
+    detections += [("a", [30, 0, 9, 9], 0.0), ("b", OBJECT, 1.0), ("a", [85, 85, 9, 9], 0.1)]
     found = calibration(match_detections(*by_hand(objects, detections)))
     names = ("detections", "score", "precision")
     assert [tuple(x[k] for k in names) for x in found["bins"]] == [
-        (1, pytest.approx(20), 0),
+        (1, 0, 0),
         (3, pytest.approx(85), pytest.approx(200 / 3)),
         (1, pytest.approx(100), 0),
     ]
-    expected = (20 + 3 * (85 - 200 / 3) + 100) / 5
+    expected = (0 + 3 * (85 - 200 / 3) + 100) / 5
     assert found["expected calibration error"] == pytest.approx(expected)
 
 

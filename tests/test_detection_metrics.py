@@ -49,9 +49,10 @@ def describe(objects, detections, num_images=3):
 def test_describe():
     """
     Class a is found, in image 0; the two objects of class b are not, one in image 0 and one in
-    image 1. In image 2 there is nothing.
+    image 1. In image 2 there is only a crowd region.
     """
     objects = [(0, "a", OBJECT), (0, "b", ELSEWHERE), (1, "b", ELSEWHERE)]
+    objects.append((2, "crowd b", ELSEWHERE))
     detections = [(0, "a", OBJECT, 0.9), (2, "b", OBJECT, 0.5), (1, "b", [50, 50, 40, 16], 0.7)]
     metrics, found = describe(objects, detections)
     no_errors = dict.fromkeys(ERROR_TYPES, 0)

@@ -202,13 +202,22 @@ def test_pictures(tmp_path):
         assert image["size"] == [300, 300]
 
 
+def test_many_boxes(tmp_path):
+    """Of all classes together, the 100 with the highest scores."""
+    detections = [("ab"[i % 2], OBJECT, 1 - i / 1000) for i in range(120)]
+    write(tmp_path / "index.html", *by_hand([("a", OBJECT)], detections))
+    (own,) = read(tmp_path / "index.html")[1][0]["detections"]
+    assert [x[5] for x in own] == [round(1 - i / 1000, 3) for i in range(100)]
+
+
 def test_refusals(tmp_path, monkeypatch):
     dataset, results = random_dataset(2, num_images=2)
     path = tmp_path / "index.html"
     with pytest.raises(InputError, match=re.escape("0.jpg")):
         write(path, dataset, results, image_root=str(tmp_path))
-    with pytest.raises(ArgumentError, match="models is .*use 1 to 23"):
-        write(path, dataset, *[[]] * 24)
+    for number in (0, 24):
+        with pytest.raises(ArgumentError, match="models is .*use 1 to 23"):
+            write(path, dataset, *[[]] * number)
     with pytest.raises(ArgumentError, match="max_images is -1: use 0 or more"):
         write(path, dataset, results, max_images=-1)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)

@@ -278,5 +278,9 @@ def test_types(registered, tmp_path):
     MetadataCatalog.get("test_unknown").set(evaluator_type="cityscapes")
     with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
         build_evaluator("test_unknown", "")
-    with pytest.raises(InputError, match="'test_unknown': no evaluator for its type 'cityscapes'"):
-        reported_metrics("test_unknown")
+
+
+def test_no_predictions(registered, caplog):
+    evaluator = LibraCOCOEvaluator(registered("test_no_predictions"), distributed=False)
+    assert evaluate(evaluator, {}) == {}
+    assert "did not receive any predictions" in caplog.text

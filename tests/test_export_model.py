@@ -121,7 +121,8 @@ def test_onnx(system, synthetic, tmp_path, capsys):
             sample = make_input(image, with_proposals=system == "fast_rcnn")
             arrays = {name: value.numpy() for name, value in sample.items()}
             found = [torch.as_tensor(x) for x in session.run(None, arrays)]
-            check_detections(model, lambda *_, found=found: found, sample, 1e-5)
+            same, _ = check_detections(model, lambda *_, found=found: found, sample, 1e-5)
+            assert same > 0 or image.min() == 114
     if system == "retinanet":
         onnx_demo.main([path, str(synthetic / "images/000001.jpg"), str(tmp_path / "out.jpg")])
         assert capsys.readouterr().out.endswith(f"0 objects: {tmp_path}/out.jpg\n")
@@ -150,15 +151,6 @@ def test_wrong_export(tmp_path):
         predictor.cls_score.weight[2] *= 1.02
     with pytest.raises(InputError, match="computed before thresholds differs by 0.0.* of the larg"):
         check(model, samples, exported, lambda sample: raw)
-
-
-def test_without_detections(synthetic, tmp_path, capsys):
-    """It is said that there are none, and what comes before thresholds is compared."""
-    weights_of("retinanet", tmp_path)
-    export("retinanet", synthetic, tmp_path / "a.ts", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.99")
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert lines[0].startswith("before thresholds: the same to ")
-    assert lines[1:] == ["detections: none were compared", str(tmp_path / "a.ts")]
 
 
 LAZY = """

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import demo_cfg
 from test_normalizer import another_process
 
 from detectron2.layers import ShapeSpec
@@ -11,6 +12,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from libra_d2.errors import ArgumentError
 from libra_d2.modeling import BalancedL1Loss, LibraFastRCNNOutputLayers
 
 
@@ -68,6 +70,16 @@ def test_other_losses_are_the_parents(loss_type):
         for cls in (LibraFastRCNNOutputLayers, FastRCNNOutputLayers)
     ]
     assert torch.equal(libra, plain)
+
+
+def test_config():
+    """The loss, and what it is divided by, are those of the config."""
+    cfg = demo_cfg(MODEL__LIBRA__NORMALIZE_OVER="process", MODEL__LIBRA__BALANCED_L1__ALPHA=0.4)
+    predictor = LibraFastRCNNOutputLayers(cfg, ShapeSpec(channels=8))
+    assert (predictor.normalize_over, build().normalize_over) == ("process", "batch")
+    assert predictor.balanced_l1.arguments["alpha"] == 0.4
+    with pytest.raises(ArgumentError, match="^normalize_over is 'image': use one of"):
+        build(normalize_over="image")
 
 
 def proposals(num, num_foreground=0):

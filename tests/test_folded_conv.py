@@ -9,7 +9,7 @@ from torch import nn
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
 from libra_d2.modeling import AffineBatchNorm2d
-from libra_d2.modeling.folded_conv import FoldedConv2d, fold_norms
+from libra_d2.modeling.folded_conv import FoldedConv2d
 
 
 def make_conv(norm, **kwargs):
@@ -27,7 +27,7 @@ def test_values_and_gradients(norm, kwargs):
     """Those of convolution and norm, without calling the norm."""
     plain = make_conv(norm(6), **kwargs).eval()
     folded = copy.deepcopy(plain)
-    fold_norms(folded)
+    FoldedConv2d.replace_in(folded)
     assert list(folded.state_dict()) == list(plain.state_dict())
     results = []
     inputs = torch.randn(2, 4, 9, 8, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_norms_that_are_called(norm):
         norm.register_full_backward_hook(lambda *args: None)
     plain = make_conv(norm)
     folded = copy.deepcopy(plain)
-    fold_norms(folded)
+    FoldedConv2d.replace_in(folded)
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     assert torch.equal(folded(x), plain(x))
     for name, value in plain.state_dict().items():
@@ -82,7 +82,7 @@ def test_weights_may_change(change):
     """What is kept from one inference for the next follows any change."""
     plain = make_conv(FrozenBatchNorm2d(6)).eval()
     folded = copy.deepcopy(plain)
-    fold_norms(folded)
+    FoldedConv2d.replace_in(folded)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         before = folded(x)
@@ -98,7 +98,7 @@ def test_folded_once(monkeypatch):
     """Without gradients; with frozen weights in training, too. Copies and pickles leave it out."""
     conv = make_conv(FrozenBatchNorm2d(6))
     conv.bias.requires_grad_(False)  # it is part of the norm's shift
-    fold_norms(conv)
+    FoldedConv2d.replace_in(conv)
     x = torch.randn(1, 4, 10, 10, dtype=torch.float64)
     calls = []
 
@@ -124,7 +124,7 @@ def test_folded_once(monkeypatch):
 def test_hooks():
     """A norm that is listened to is called."""
     conv, seen = make_conv(FrozenBatchNorm2d(6)), []
-    fold_norms(conv)
+    FoldedConv2d.replace_in(conv)
     handle = conv.norm.register_forward_hook(lambda *args: seen.append(1))
     conv(torch.randn(1, 4, 10, 10, dtype=torch.float64))
     handle.remove()
@@ -142,7 +142,7 @@ def test_few_features(size, folds, monkeypatch):
     """
     num, height, width = size
     conv, calls = make_conv(FrozenBatchNorm2d(6)), []
-    fold_norms(conv)
+    FoldedConv2d.replace_in(conv)
     fold = FoldedConv2d._fold
     monkeypatch.setattr(FoldedConv2d, "_fold", lambda *args: (calls.append(1), fold(*args))[1])
     x = torch.randn(num, 4, height, width, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_few_features(size, folds, monkeypatch):
 def test_script():
     """Scripts have the parts of the parent."""
     conv = make_conv(FrozenBatchNorm2d(6))
-    fold_norms(conv)
+    FoldedConv2d.replace_in(conv)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     scripted = torch.jit.script(conv)
     torch.testing.assert_close(scripted(x), conv(x), rtol=1e-12, atol=1e-12)
@@ -171,7 +171,7 @@ def test_script():
 def test_trace(has_run):
     """With the check of traces; weights can be exchanged afterwards, or the norm removed."""
     conv, other = (make_conv(FrozenBatchNorm2d(6)).eval() for _ in range(2))
-    fold_norms(conv)
+    FoldedConv2d.replace_in(conv)
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         if has_run:
@@ -193,5 +193,5 @@ def test_what_is_folded():
     module = nn.ModuleList([Conv2d(1, 1, 1, norm=nn.BatchNorm2d(1)), Conv2d(1, 1, 1)])
     module.append(Other(1, 1, 1, norm=nn.BatchNorm2d(1)))
     module.append(nn.Conv2d(1, 1, 1))
-    fold_norms(module)
+    FoldedConv2d.replace_in(module)
     assert [type(x) for x in module] == [FoldedConv2d, Conv2d, Other, nn.Conv2d]

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trainer import SECTION, ToyTrainer, lines, run, weights
+from test_trainer import SECTION, Failing, Failure, ToyTrainer, lines, make, run, weights
 from test_trainer import toy_data as toy_data
 from test_trainer import whole as whole
 
 from detectron2.utils.events import EventStorage
 
-from libra_d2.engine.hooks import EarlyStopping, Throughput
+from libra_d2.engine.hooks import Aborted, EarlyStopping, StopOnSignal, Throughput
 from libra_d2.errors import InputError
 
 
@@ -134,6 +134,26 @@ def test_number_of_checkpoints(toy_data, tmp_path):
     assert {p.name for p in tmp_path.glob("*.pth*")} == kept | others
 
 
+def test_checkpoint_that_is_written_again(toy_data, tmp_path):
+    """When an evaluation is made up for, its checkpoint counts once."""
+    Failing.left = 3  # of the weights at iteration 5
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 3, f"{SECTION}MAX_CHECKPOINTS", 2]
+    with pytest.raises(Failure):
+        make(tmp_path, *opts, trainer=Failing).train()
+    run(tmp_path, *opts)
+    kept = {"model_0000005.pth", "model_0000008.pth"}
+    assert {p.name for p in tmp_path.glob("model_0*")} == kept
+
+
+def test_patience_at_the_end():
+    """The last iteration has no evaluation of its own; the one before does not count twice."""
+    hook, storage = EarlyStopping(2, "bbox/AP", 1, {}), EventStorage(5)
+    hook.best, hook.trainer = 5.0, SimpleNamespace(iter=5, max_iter=6, storage=storage)
+    storage.put_scalar("bbox/AP", 4.0)
+    hook.after_step()
+    assert hook.num_bad == 0
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -172,6 +192,7 @@ class Signaled(ToyTrainer):
     [
         (4, 0, 4, signal.SIGTERM),
         (5, 0, 5, signal.SIGINT),
+        (10, 0, 10, signal.SIGTERM),
         (None, 1, 2, signal.SIGUSR1),
         (None, 4, 5, signal.SIGTERM),
         (None, 7, 10, signal.SIGINT),
@@ -187,12 +208,15 @@ def test_signals(whole, tmp_path, capsys, until, evaluation, saved, number):
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
     with pytest.raises(SystemExit, match=str(128 + number)):
         run(tmp_path, *opts, until=until, action=send(number), trainer=Signaled)
-    if saved == 10:  # the evaluation after the last iteration is one of the last things to be done
+    if evaluation == 7:  # the one after the last iteration is one of the last things to be done
         for x, handler in zip(SIGNALS, handlers):
             signal.signal(x, handler)
-    assert [signal.getsignal(x) for x in SIGNALS] == handlers
+    else:
+        assert [signal.getsignal(x) for x in SIGNALS] == handlers
     message = f"{number.name}: stopped after iteration {saved}; --resume continues\n"
-    assert capsys.readouterr().err.endswith(message)
+    printed = capsys.readouterr().err
+    assert printed.endswith(message)
+    assert printed.count("stopped after") == 1
     saved_files = {p.name for p in tmp_path.glob("*.pth")} - {"model_best.pth"}
     last = {f"model_{saved:07d}.pth"} if saved < 10 else {"model_final.pth", "model_final_ema.pth"}
     assert saved_files == last
@@ -202,6 +226,30 @@ def test_signals(whole, tmp_path, capsys, until, evaluation, saved, number):
     for name in ("model_best", "model_final_ema"):
         assert weights(tmp_path, name) == weights(whole, name)
     assert lines(tmp_path) == lines(whole)
+
+
+def test_signals_in_an_evaluation():
+    """A second one saves nothing more; an error after one is another process'."""
+    hook, saved = StopOnSignal(), []
+
+    def save():
+        saved.append(1)
+        if len(saved) == 1:
+            hook._receive(signal.SIGTERM, None)
+
+    hook.trainer = SimpleNamespace(iter=3, max_iter=9, save_state=save)
+    with pytest.raises(Aborted, match="143"), hook:
+        hook._receive(signal.SIGTERM, None)
+    assert len(saved) == 1
+    hook.received = None
+
+    def fail():
+        hook.received = signal.SIGTERM
+        raise RuntimeError
+
+    with pytest.raises(Aborted, match="143"), hook:
+        fail()
+    assert len(saved) == 2
 
 
 def test_second_interrupt(toy_data, tmp_path):

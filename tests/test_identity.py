@@ -81,7 +81,9 @@ def test_fingerprint_of_other_datasets(data):
     (data / "instances.json").unlink()
     assert fingerprint(name)["annotations"] == "absent"
     records = [{"file_name": "/a/1.png", "image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}]
-    records[0].update({"boxes": np.ones(2), "made_by": object(), 7: 8, "sem_seg_file_name": "/a/b"})
+    records[0].update(
+        {"boxes": np.ones(2), "made_by": object(), (7,): 8, "sem_seg_file_name": "/a/b"}
+    )
     DatasetCatalog.register("identity_function", lambda: records)
     before = fingerprint("identity_function")
     records[0].update(file_name="/b/1.png", made_by=object(), sem_seg_file_name="/c/b")
@@ -121,6 +123,7 @@ def test_identity(data, lazy, tmp_path):
     assert json.loads(json.dumps(values)) == values
     assert changed_values(values, identify(recipe)) == {}
     recipe.output_dir, recipe.weights, recipe.num_workers = "elsewhere", "other.pth", 7
+    recipe.check_images = 9
     assert changed_values(values, identify(recipe)) == {}
     recipe.seed = 5
     name, old = ("train.seed", -1) if lazy else ("SEED", 1)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from libra_d2.data import read_image
-from libra_d2.data.image_reading import is_whole
+from libra_d2.data.image_reading import displayed_size, is_whole
 from libra_d2.errors import InputError
 
 # As Exif defines them, by the visual position of the first stored row and column.
@@ -26,6 +26,8 @@ def test_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     stored, seen = np.array(SEEN[1], np.uint8), np.array(SEEN[orientation])
     Image.fromarray(np.stack([stored, 10 * stored, 40 * stored], axis=2)).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert displayed_size(image) == seen.shape[::-1]
     assert read_image(path).tolist() == np.stack([40 * seen, 10 * seen, seen], axis=2).tolist()
     for image in (stored, stored.astype(np.uint16) * 257):
         Image.fromarray(image).save(path, exif=exif)

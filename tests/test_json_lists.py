@@ -59,3 +59,12 @@ def test_invalid(tmp_path, monkeypatch, chunk):
         path.write_text(content)
         lists = JSONLists(str(path), ("a",))
         assert (list(lists), lists.found, lists.rest) == ([], [], rest)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_encoding(tmp_path, monkeypatch, chunk):
+    """The place of what is no UTF-8, after a character of several bytes."""
+    monkeypatch.setattr(json_lists, "_CHUNK", chunk)
+    (tmp_path / "a.json").write_bytes('{"a": ["\u65e5'.encode() + b'\xe4"]}')
+    with pytest.raises(InputError, match="byte 11 is 0xe4"):
+        list(JSONLists(str(tmp_path / "a.json"), ("a",)))

@@ -16,8 +16,10 @@ import sys
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from detectron2.utils import comm
 
+from libra_d2.engine.hooks import Aborted
 from libra_d2.engine.launch import (
     Process,
     _meet,
@@ -292,9 +295,43 @@ def test_launch(monkeypatch):
         monkeypatch.setattr(torch.multiprocessing, name, spawn)
     launch(called.append, arguments(2, 3))
     assert called[2:] == [arguments(2, 3)]
-    with pytest.raises(SystemExit, match="3"):
+    with pytest.raises(SystemExit, match="^3$"):
         launch(fail, arguments(2, 3))
     assert spawned == [(2, 6, 2, 2, "tcp://x:1")] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        *((None, ["wait", "destroy"]), (SystemExit(143), ["wait", "destroy"])),
+        *((Aborted(143), ["destroy"]), (ZeroDivisionError(), [])),
+    ],
+)
+def test_leaving(monkeypatch, error, expected):
+    """A process that aborts does not wait for the others."""
+    calls, module = [], sys.modules["libra_d2.engine.launch"]
+    monkeypatch.setattr(module, "join_processes", lambda process: None)
+    monkeypatch.setattr(comm, "synchronize", lambda: calls.append("wait"))
+    leave = lambda: calls.append("destroy")  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", leave)
+    for name, value in torchrun(1, 2, 1, 2).items():
+        monkeypatch.setenv(name, value)
+
+    def main(args):
+        if error:
+            raise error
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        launch(main, arguments(1))
+    assert calls == expected
+
+
+def test_log_on_a_full_disk(capsys, monkeypatch):
+    """No traceback for each line."""
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    report_errors(lambda: None)
+    logging.StreamHandler(SimpleNamespace(write=fail)).handle(logging.makeLogRecord({}))
+    assert capsys.readouterr().err == ""
 
 
 def fail(*args):
@@ -345,10 +382,11 @@ def test_file_names(monkeypatch):
 
 
 DEFECTS = [KeyError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")]
+DEFECTS.append(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"))
 
 
 @pytest.mark.parametrize("error", DEFECTS)
-def test_defects_keep_their_traceback(error, caplog):
+def test_defects_keep_their_traceback(error, caplog, monkeypatch):
     """Also in the log, where an InputError has no traceback."""
 
     def main():
@@ -357,7 +395,9 @@ def test_defects_keep_their_traceback(error, caplog):
         logging.getLogger("detectron2.engine.train_loop").error("z")
         raise error
 
-    with pytest.raises(type(error)):
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "UTF-8")
+    with pytest.raises(type(error)) as raised:
         report_errors(main)
+    assert raised.value is error
     assert [record.message for record in caplog.records] == ["y", "z"]
     assert caplog.records[0].exc_info[1] is error

@@ -59,6 +59,9 @@ def test_lazy_config():
     ("settings", "num_images", "warning"),
     [
         ({}, 12, ""),
+        ({}, 360, ""),  # one epoch
+        ({"SOLVER__MAX_ITER": 100}, 2, ""),  # 200
+        ({"SOLVER__STEPS": (60, 90), "SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}, 12, ""),
         ({"DATASETS__TEST": (), "TEST__EVAL_PERIOD": 0}, 12, ""),
         ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
         ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),

@@ -233,12 +233,28 @@ def test_broken_masks(mask, message):
         match_detections(dataset, [], "keypoints")
 
 
-@pytest.mark.parametrize("content", [None, "", "[1, ", "\xff"])
+@pytest.mark.parametrize(
+    "content", [None, "", "[1, ", "\xff", pytest.param("[" * 10**5, id="deep")]
+)
 def test_unreadable_file(tmp_path, content):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=f"{path}: no readable JSON file of detections: "):
         read_results(str(path))
-    path.write_text(json.dumps([BOX]))
+    path.write_text(json.dumps([BOX]), encoding="utf-8-sig")
     assert read_results(str(path)) == [BOX]
+
+
+def test_empty_box():
+    """It is no broken one."""
+    dataset, _ = by_hand([("a", [0, 0, 5, 5])], [])
+    found = match_detections(dataset, [{**BOX, "bbox": [0, 0, 0, 5]}])
+    assert found.nearest_iou.tolist() == [[0], [0]]
+
+
+def test_ends_of_ranges():
+    """32 x 32 pixels are small and of medium size; equal objects are crowded."""
+    found = match_detections(*by_hand([("a", [0, 0, 32, 32])] * 2, []))
+    counts = zip(RANGES, found.object_counts[:, 0])
+    assert [name for name, x in counts if x] == ["all", "small", "medium", "crowded"]

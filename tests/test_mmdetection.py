@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottlenec
 
 from libra_d2.checkpoint import LibraCheckpointer
 from libra_d2.checkpoint.mmdetection import (
+    check_weights,
     from_mmdetection,
     is_mmdetection,
     to_detectron2_checkpoint,
@@ -31,6 +32,10 @@ RCNN = {
     "neck.lateral_convs.0.conv": "backbone.fpn_lateral2",
     "rpn_head.rpn_cls": f"{RPN}.objectness_logits",
     "roi_head.bbox_head.shared_fcs.1": "roi_heads.box_head.fc2",
+    "neck.fpn_convs.1.conv": "backbone.fpn_output3",
+    "roi_head.bbox_head.shared_convs.0.gn": "roi_heads.box_head.conv1.norm",
+    "roi_head.bbox_head.2.shared_fcs.0": "roi_heads.box_head.2.fc1",
+    "roi_head.mask_head.1.convs.3.conv": "roi_heads.mask_head.1.mask_fcn4",
 }
 RETINANET = {
     "backbone.layer4.2.bn3": f"{BOTTOM_UP}.res5.2.conv3.norm",
@@ -38,6 +43,7 @@ RETINANET = {
     "neck.0.fpn_convs.4.conv": "backbone.top_block.p7",
     "neck.1.refine.conv": "backbone.bfp.refine",
     "bbox_head.cls_convs.3.conv": "head.cls_subnet.6",
+    "bbox_head.reg_convs.1.conv": "head.bbox_subnet.2",
     "bbox_head.retina_cls": "head.cls_score",
 }
 
@@ -208,6 +214,7 @@ ONE = torch.ones(1)
         ({"a": ONE, "b": "text"}, "not a checkpoint: 'b' in it is a str"),
         ({"a": ONE, "b": torch.eye(3).to_sparse()}, NOT_PLAIN),
         ({"a": ONE, "b": ONE.to("meta")}, NOT_PLAIN),
+        ({"a": ONE, "b": ONE.expand(10**9)}, NOT_PLAIN),
         ({"a": ONE, "b": torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8)}, NOT_PLAIN),
     ],
 )
@@ -218,6 +225,14 @@ def test_refused(content, message, tmp_path):
     path = save(tmp_path / "a.pth", {"model": content})
     with pytest.raises(InputError, match=f"a.pth: ({message}|.*cut short)"):
         LibraCheckpointer(net(OURS)).load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"), [(np.array(["x"]), "<U1"), (np.array([1j]), "complex128")]
+)
+def test_arrays(array, kind):
+    with pytest.raises(InputError, match=f"^'a' in it is an array of {kind}$"):
+        check_weights({"a": array})
 
 
 def test_imagenet(tmp_path, caplog):

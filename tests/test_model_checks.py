@@ -227,16 +227,26 @@ def test_own_configs_are_read(path, caplog):
     """The configs of this project cause no warning, with the ideas on or off."""
     if "101" in path.stem:
         pytest.skip("built elsewhere, and large")
+    detectron2_logger._LOG_COUNTER.clear()
     for enabled in (True, False):
         build_model(demo_cfg(path, MODEL__LIBRA__BFP__ENABLED=enabled))
     assert "reads" not in caplog.text
 
 
-def test_changed_default(caplog):
-    """A key outside of sections."""
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (f"{PLAIN} LIBRA.TRAIN_NORM_AFFINE=True", "TRAIN_NORM_AFFINE"),
+        (f"{PLAIN} LIBRA.NORMALIZE_OVER=process", "NORMALIZE_OVER"),
+        (f"{PLAIN} LIBRA.ROI_HEADS.PAD_MASKS=True", "ROI_HEADS.PAD_MASKS"),
+        ("LIBRA.CASCADE.RESAMPLE=True", "CASCADE.RESAMPLE"),
+    ],
+)
+def test_changed_default(options, key, caplog):
+    """A key outside of sections, and keys of parts that are not there."""
     detectron2_logger._LOG_COUNTER.clear()
-    build_model(config("faster_rcnn", f"{PLAIN} LIBRA.TRAIN_NORM_AFFINE=True"))
-    assert caplog.messages[-1] == "No part of this model reads MODEL.LIBRA.TRAIN_NORM_AFFINE"
+    build_model(config("faster_rcnn", options))
+    assert caplog.messages[-1] == f"No part of this model reads MODEL.LIBRA.{key}"
 
 
 def test_c4():

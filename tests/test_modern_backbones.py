@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LazyConfigs of backbones other than ResNet."""
 
+import sys
+
 import pytest
 import torch
 from conftest import ROOT, random_inputs
@@ -63,6 +65,12 @@ def test_config(name):
         found = model.eval()(inputs)[0]["instances"]
     assert len(found) == 10
     assert found.has("pred_masks") == ("InstanceSegmentation" in name)
+
+
+def test_no_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ArgumentError, match="^name is 'convnext_atto': the package timm is miss"):
+        TimmBackbone("convnext_atto")
 
 
 def test_timm_backbone(tmp_path):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of a run: one program at a time, and no files of earlier runs."""
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 
@@ -58,11 +60,24 @@ def test_one_program(tmp_path):
     assert f"process {os.getpid()} on " in lock.read_text()  # which ends the lock
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_not_writable(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match=f"^OUTPUT_DIR: {tmp_path}/a: .*Permission denied"):
-        prepare_output_dir(recipe_for(tmp_path / "a"))
+def test_no_locks(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError(errno.ENOLCK, "No locks")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    prepare_output_dir(recipe_for(tmp_path))
+    assert f"{tmp_path}: this file system has no locks (" in caplog.text
+
+
+def test_full_disk(tmp_path):
+    """For which a limit on the size of files stands."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=f"^OUTPUT_DIR: {tmp_path}: .*File too large"):
+            prepare_output_dir(recipe_for(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_no_directory(tmp_path):
@@ -96,19 +111,17 @@ def test_earlier_run(tmp_path, caplog):
         (tmp_path / name).unlink()
     (tmp_path / "earlier_runs/1").rmdir()
     expected = set(OTHERS)
-    for number in (1, 2):
-        for name in FILES + OTHERS:
+    for number, files in ((1, FILES), (2, FILES[:3]), (3, FILES)):
+        for name in files + OTHERS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(name)
         with caplog.at_level("WARNING"):
             given = {"MODEL.WEIGHTS": str(tmp_path / "other.pth")}
             set_earlier_run_aside(recipe_for(tmp_path), given, False)
         aside = f"earlier_runs/{number}"
-        assert (
-            caplog.messages[-1]
-            == f"{tmp_path} held an earlier run, which is in " + str(tmp_path / aside) + " now"
-        )
-        expected |= {f"{aside}/{name}" for name in FILES}
+        message = f"{tmp_path} held an earlier run, which is in {tmp_path / aside} now"
+        assert caplog.messages[-1] == message
+        expected |= {f"{aside}/{name}" for name in files}
         assert names(tmp_path) == expected
     assert (tmp_path / "earlier_runs/1/inference/a.json").read_text() == "inference/a.json"
 
@@ -137,11 +150,12 @@ def test_nothing_to_resume(tmp_path, caplog):
     """The earlier run that could be meant is named."""
     for _ in range(2):
         set_earlier_run_aside(recipe_for(tmp_path), {}, True)
-        (tmp_path / "earlier_runs/3").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "earlier_runs/3/model_final.pth").touch()
-        (tmp_path / "earlier_runs/12").mkdir(exist_ok=True)
+        for number in (3, 12, 20):
+            (tmp_path / f"earlier_runs/{number}").mkdir(parents=True, exist_ok=True)
+        for number in (3, 12):
+            (tmp_path / f"earlier_runs/{number}/model_final.pth").touch()
     assert caplog.messages[0] == f"There is no checkpoint to resume from in {tmp_path}"
-    hint = f". The last run that has one is in {tmp_path}/earlier_runs/3, and is resumed with that"
+    hint = f". The last run that has one is in {tmp_path}/earlier_runs/12, and is resumed with that"
     assert caplog.messages[1] == f"{caplog.messages[0]}{hint} as OUTPUT_DIR"
 
 

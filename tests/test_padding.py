@@ -4,7 +4,9 @@ import torch
 from conftest import ROOT, demo_cfg, load_cfg
 
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from libra_d2.modeling.reference_recipe.padding import pad_masks
 
 SIZES = [(96, 130), (160, 64), (150, 129)]  # padded to (160, 160) together
 ALONE = [(96, 160), (160, 64), (160, 160)]
@@ -57,3 +59,16 @@ def test_as_if_alone_in_the_batch(build, lowest_level):
             assert inside.all()
         else:  # Detectron2 labels padding as background, unless it overlaps an object
             assert (plain_labels[i][~inside] >= 0).double().mean() > 0.9
+
+
+def test_pad_masks():
+    """To 64 x 96, the size of the batch, at the bottom and on the right; what has none stays."""
+    masks = BitMasks(torch.ones(2, 40, 70, dtype=torch.bool))
+    images = [Instances((40, 70), gt_masks=masks, gt_classes=torch.tensor([1, 2]))]
+    images.append(Instances((50, 20), gt_classes=torch.tensor([3])))
+    first, second = pad_masks(images)
+    expected = torch.zeros(2, 64, 96, dtype=torch.bool)
+    expected[:, :40, :70] = True
+    assert torch.equal(first.gt_masks.tensor, expected)
+    assert (first.image_size, first.gt_classes.tolist()) == ((40, 70), [1, 2])
+    assert second is images[1]

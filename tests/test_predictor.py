@@ -44,6 +44,18 @@ def test_batch(cfg):
     assert not torch.equal(*(x["instances"].scores[:10] for x in outputs))
 
 
+@pytest.mark.parametrize("amp", [True, False])
+def test_precision(cfg, amp):
+    """Mixed if the config says so."""
+    cfg.SOLVER.AMP.ENABLED = amp
+    save(cfg)
+    predictor, seen = LibraPredictor(cfg), []
+    note = lambda *args: seen.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
+    predictor.model.register_forward_pre_hook(note)
+    predictor(np.zeros((48, 64, 3), np.uint8))
+    assert seen == [amp]
+
+
 @pytest.mark.parametrize(
     ("run", "names"),
     [({LEARNED: ["cat", "dog"]}, ["cat", "dog"]), ({}, ["x", "y"]), (None, ["x", "y"])],

@@ -77,6 +77,11 @@ def test_from_mmdetection(ids, tmp_path):
         lambda c: c.update(ids=list(map(str, c["ids"]))),
         lambda c: c.update(bbox_mode=int(BoxMode.XYWH_ABS)),
         lambda c: c.pop("bbox_mode"),
+        # At the borders, and partly outside.
+        lambda c: c["boxes"].__setitem__(
+            slice(1, 4),
+            [np.full((11, 4), 96.0), np.zeros((10, 4)), np.tile([-3.0, 0, 2, 1], (9, 1))],
+        ),
     ],
 )
 def test_from_detectron2(ids, tmp_path, change):
@@ -117,6 +122,12 @@ def put(key, position, value):
             "id 11 has a box, .96.5, .*outside of its 96 x 96",
         ),
         (lambda c: c["boxes"][1].__iadd__(-2), "id 11 has a box, .-1.* outside of its"),
+        (
+            lambda c: (
+                c.update(bbox_mode=1) or put("boxes", 1, np.tile([-3.0, 0, 2, 1], (10, 1)))(c)
+            ),
+            "id 11 has a box, .-3.0, 0.0, 2.0, 1.0., that is outside",
+        ),
         (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
         (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
         *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),

@@ -110,15 +110,21 @@ def test_key(interpolation, tmp_path):
     assert test.short_edge_length == (cfg.INPUT.MIN_SIZE_TEST,) * 2
 
 
-@pytest.mark.parametrize(("sampling", "drawn"), [("choice", ()), ("range", [(121, 97)])])
-def test_sampling(sampling, drawn):
+@pytest.mark.parametrize(
+    ("sampling", "limit", "expected"),
+    [
+        ("choice", 123, {(120, 96), (123, 98)}),  # 99 x 123.75 would be too large
+        ("range", 200, {(120, 96), (121, 97), (123, 98), (124, 99)}),
+    ],
+)
+def test_sampling(sampling, limit, expected):
     """Lengths are drawn as in the config; a length of 0 keeps the size."""
-    detectron2s = T.ResizeShortestEdge((96, 99), 123, sampling)
+    detectron2s = T.ResizeShortestEdge((96, 99), limit, sampling)
     (resize,) = with_interpolation([detectron2s], "opencv")
     np.random.seed(0)
     image = np.zeros((50, 40, 3), np.uint8)
     sizes = {(t.new_h, t.new_w) for t in (resize.get_transform(image) for _ in range(60))}
-    assert sizes == {(120, 96), (123, 98), *drawn}  # 99 x 123.75 would be too large
+    assert sizes == expected
     assert isinstance(OpenCVResizeShortestEdge(0).get_transform(image), T.NoOpTransform)
 
 

@@ -62,23 +62,6 @@ def test_resume(num_workers, grouped, position):
     batches.close()
 
 
-def test_resumed_twice():
-    """With a sampler of Detectron2's, which draws its seed when it is built."""
-
-    def arguments():
-        sampler = RepeatFactorTrainingSampler(torch.linspace(0.5, 2, len(IMAGES)))
-        return {"dataset": IMAGES, "mapper": augment, "total_batch_size": 2, "sampler": sampler}
-
-    first, found = ResumableLoader(arguments, seed=1), []
-    state = first.state_dict()
-    for number in (2, 3, 7):
-        resumed = ResumableLoader(arguments, seed=99)  # the seed is part of the state
-        resumed.load_state_dicts([state])
-        found += take(iter(resumed), number)
-        state = resumed.state_dict()
-    assert found == take(iter(first), 12)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_keeps_the_random_state(num_workers):
     """Random numbers of the training do not depend on the loader."""
@@ -128,7 +111,7 @@ def test_processes(grouped, repeated, monkeypatch):
             own.load_state_dicts(states)
             assert own.state_dict() == state
         places = sorted(map(sequence.index, seen))
-        assert len(set(places)) == len(seen) == len(places)
+        assert len(set(places)) == len(places)
         waiting = places[-1] + 1 - len(places)
         assert waiting < 2 * 12 * 2 if grouped else waiting == 0
 

@@ -52,16 +52,22 @@ ALL_OFF = {
 }
 
 
-def losses_of(model, inputs):
-    """Losses of fixed predictions for two images, and their numbers of foreground anchors."""
+def arguments_of_losses(model, inputs):
+    """Anchors and fixed predictions for two images."""
     torch.manual_seed(4)
     sizes = [(12 // 2**i + 1, 16 // 2**i + 1) for i in range(5)]
     anchors = model.anchor_generator([torch.zeros(1, 1, *size) for size in sizes])
-    gt_labels, gt_boxes = model.label_anchors(anchors, [x["instances"] for x in inputs])
+    labels, boxes = model.label_anchors(anchors, [x["instances"] for x in inputs])
     logits, deltas = ([torch.randn(2, len(a), 4) for a in anchors] for _ in range(2))
+    return anchors, logits, labels, deltas, boxes
+
+
+def losses_of(model, inputs):
+    """Losses of fixed predictions for two images, and their numbers of foreground anchors."""
+    arguments = arguments_of_losses(model, inputs)
     with EventStorage() as storage:
-        result = model.losses(anchors, logits, gt_labels, deltas, gt_boxes)
-    labels = torch.stack(gt_labels)
+        result = model.losses(*arguments)
+    labels = torch.stack(arguments[2])
     count = ((labels >= 0) & (labels < 4)).sum(dim=1)
     assert storage.latest()["num_pos_anchors"][0] == count.sum() / 2
     return result, count
@@ -81,6 +87,30 @@ def test_normalizer(monkeypatch):
         for name in ("loss_cls", "loss_box_reg"):
             torch.testing.assert_close(losses[name], plain[name] * moving_average / divisor)
         another_process(monkeypatch, another)
+
+
+def test_balanced_l1():
+    """The sum over the foreground of both images, of the deltas to its matches."""
+    model, inputs = build(LIBRA__BALANCED_L1__BETA=0.3), random_inputs(3, 2)
+    anchors, _, labels, deltas, boxes = arguments_of_losses(model, inputs)
+    losses, count = losses_of(model, inputs)
+    expected = 0
+    for label, matched, predicted in zip(labels, boxes, torch.cat(deltas, dim=1)):
+        chosen = (label >= 0) & (label < 4)
+        own = Boxes.cat(anchors).tensor[chosen]
+        targets = model.box2box_transform.get_deltas(own, matched[chosen])
+        expected += BalancedL1Loss(beta=0.3, form="reference")(predicted[chosen], targets, "sum")
+    assert count.min() > 1
+    torch.testing.assert_close(losses["loss_box_reg"], expected / count.sum())
+
+
+def test_top_block():
+    """P7 is made of P6, by default without a ReLU in between."""
+    for relu in (False, True):
+        block = build(LIBRA__RETINANET__P7_RELU=relu).backbone.top_block
+        p6, p7 = block(torch.randn(1, block.p6.in_channels, 7, 9))
+        assert p6.min() < 0
+        assert torch.equal(p7, block.p7(p6.relu() if relu else p6))
 
 
 def test_moving_average():
@@ -151,3 +181,6 @@ def test_arguments():
     assert model.anchor_matcher.min_iou == 0.1
     with pytest.raises(ArgumentError, match="^normalizer is 'images': use one of"):
         build(LIBRA__RETINANET__NORMALIZER="images")
+    assert build(LIBRA__NORMALIZE_OVER="process").normalize_over == "process"
+    with pytest.raises(ArgumentError, match="^normalize_over is 'image': use one of"):
+        build(LIBRA__NORMALIZE_OVER="image")

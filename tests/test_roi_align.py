@@ -7,7 +7,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 import libra_d2.modeling.roi_align as module
-from libra_d2.modeling.roi_align import ParallelROIAlign, parallelize_roi_align
+from libra_d2.modeling.roi_align import ParallelROIAlign
 
 # At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
 # long and flat, on the last pixels, empty, inverted; the last two count for nothing.
@@ -131,7 +131,7 @@ def test_pooler():
     features = [torch.randn(1, 6, 40, 50), torch.randn(1, 6, 20, 25)]
     boxes = [Boxes(torch.tensor(ROIS)[:8, 1:])]
     expected = pooler(features, boxes)
-    parallelize_roi_align(pooler)
+    ParallelROIAlign.replace_in(pooler)
     assert {type(x) for x in pooler.level_poolers} == {ParallelROIAlign}
     torch.testing.assert_close(pooler(features, boxes), expected, rtol=0, atol=1e-5)
     x, rois = make_input()

@@ -5,13 +5,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, demo_cfg, random_inputs
-from torch.nn import functional as F
 
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from libra_d2.errors import ArgumentError
 from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, LibraROIHeads, SamplingResult
 
 
@@ -49,41 +47,17 @@ def test_label_and_sample_proposals(config, negatives):
     assert scalars["roi_head/num_fg_samples"] == 10
 
 
-def test_resampling():
-    """
-    The second stage is given what the first has made of 309 proposals, but not of the object: 100
-    with an IoU of 0.01, 0.3 and 0.55, and 9 with 0.7. Its 23 negatives are from all bins of
-    [0, 0.6).
-    """
-    heads = build("cascade", LIBRA__CASCADE__RESAMPLE=True).roi_heads
-    matcher, sampler = heads.proposal_matcher, heads.proposal_sampler
-    right = torch.tensor([1.0] * 100 + [30.0] * 100 + [55.0] * 100 + [70.0] * 9)
-    boxes = F.pad(right[:, None], (2, 1)) + torch.tensor([0.0, 0, 0, 10])
-    proposals = Instances((128, 128), proposal_boxes=Boxes(boxes))
-    proposals.objectness_logits = right
+def test_low_quality_matches():
+    """An object is matched with its best proposal, at an IoU of 0.25; it does not count itself."""
+    heads = build(LIBRA__ROI_HEADS__LOW_QUALITY_IOU=0.2).roi_heads
+    boxes = Boxes(torch.tensor([[0.0, 0, 25, 10], [0, 0, 10, 10]]))
+    proposals = Instances((128, 128), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
     targets = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
     targets.gt_classes = torch.tensor([2])
-    with EventStorage() as storage:
-        heads.batch_size_per_image, heads.positive_fraction = 1000, 1.0
-        (sampled,) = heads.label_and_sample_proposals([proposals], [targets])
-        assert len(sampled) == 310
-        predicted = sampled.proposal_boxes.tensor.clone()
-        predicted[predicted[:, 2] == 100, 2] = 140  # outside of the image
-        heads.batch_size_per_image, heads.positive_fraction = 30, 0.25
-        (found,) = heads._refine([predicted], [sampled], 1, [targets])
-        scalars = {name: value for name, (value, _) in storage.latest().items()}
-    assert torch.equal(heads._objectness[0].sort().values, right)
-    edges = found.proposal_boxes.tensor[:, 2]
-    assert set(edges[:7].tolist()) <= {70, 100}
-    assert found.gt_classes.tolist() == [2] * 7 + [4] * 23
-    in_bins = [(edges == x).sum().item() for x in (1, 30, 55)]
-    assert sum(in_bins) == 23
-    assert min(in_bins) >= 7
-    assert [scalars[f"stage1/roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == in_bins
-    assert (heads.proposal_matcher, heads.proposal_sampler) == (matcher, sampler)
-    assert sampler.negative_iou_thresh == 0.5
-    with pytest.raises(ArgumentError, match="use one number for each of the 3 stages, or none"):
-        build("cascade", LIBRA__CASCADE__STAGE_LOSS_WEIGHTS=(1.0, 0.5))
+    with EventStorage():
+        (found,) = heads.label_and_sample_proposals([proposals], [targets])
+    edges = found.proposal_boxes.tensor[:, 2].tolist()
+    assert dict(zip(edges, found.gt_classes.tolist())) == {25: 2, 10: 4, 100: 2}
 
 
 class OwnSampler(torch.nn.Module):
@@ -162,40 +136,6 @@ def test_train_step(config, num_boxes):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("resample", [False, True])
-def test_mask_head_per_stage(resample):
-    """Each of three mask heads is trained; the masks are the mean of what they predict."""
-    keys = {"MASK_HEAD_PER_STAGE": True, "RESAMPLE": resample}
-    keys = {f"LIBRA__CASCADE__{name}": value for name, value in keys.items()}
-    model = build("cascade", MASK_ON=True, LIBRA__ROI_HEADS__PAD_MASKS=True, **keys)
-    with EventStorage():
-        losses = model(random_inputs(3, 0, size=(90, 120)))
-    sum(losses.values()).backward()
-    assert {f"loss_mask_stage{k}" for k in range(3)} < losses.keys()
-    assert all(p.grad.abs().sum() > 0 for p in model.roi_heads.mask_head.parameters())
-    for k, head in enumerate(model.roi_heads.mask_head):
-        torch.nn.init.zeros_(head.predictor.weight)
-        torch.nn.init.constant_(head.predictor.bias, float(k))
-    (found,) = model.roi_heads.mask_head.eval()(
-        torch.rand(2, 16, 14, 14), [Instances((9, 9), pred_classes=torch.tensor([0, 3]))]
-    )
-    expected = torch.arange(3.0).sigmoid().mean()
-    torch.testing.assert_close(found.pred_masks, expected.expand(2, 1, 28, 28))
-
-
-def test_average_of_stages():
-    """The mean of the probabilities of all stages, for each image, if logits are not averaged."""
-    heads = build("cascade").roi_heads
-    heads.average = "probabilities"
-
-    class Predictor:
-        def predict_probs(self, predictions, proposals):
-            return [predictions + i for i in proposals]
-
-    outputs = [(Predictor(), torch.tensor([float(k)]), (10, 20)) for k in (0, 1, 5)]
-    assert [x.item() for x in heads._average_scores(outputs)] == pytest.approx([12, 22])
-
-
 def test_padding_is_off_without_a_config():
     default = inspect.signature(LibraROIHeads.__init__).parameters["pad_masks"].default
     assert default is False
@@ -218,13 +158,3 @@ def test_initial_weights(config):
     assert libra.keys() == results[1].keys()
     for name, value in libra.items():
         assert torch.equal(value, results[1][name]), name
-
-
-def test_balanced_l1_in_each_stage():
-    """Each of the cascade's predictors has its own deltas and the loss of the config."""
-    heads = build("cascade", LIBRA__BALANCED_L1__ALPHA=0.4).roi_heads
-    weights = [predictor.box2box_transform.weights for predictor in heads.box_predictor]
-    assert weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
-    for predictor in heads.box_predictor:
-        assert predictor.box_reg_loss_type == "balanced_l1"
-        assert predictor.balanced_l1.arguments["alpha"] == 0.4

@@ -115,3 +115,6 @@ def test_arguments():
     assert rpn.anchor_matcher.min_iou == 0.1
     with pytest.raises(ArgumentError, match="^normalizer is 'images': use one of"):
         build(LIBRA__RPN__NORMALIZER="images")
+    assert build(LIBRA__NORMALIZE_OVER="process").normalize_over == "process"
+    with pytest.raises(ArgumentError, match="^normalize_over is 'image': use one of"):
+        build(LIBRA__NORMALIZE_OVER="image")

@@ -119,6 +119,10 @@ def test_evaluation(synthetic, tmp_path):
     """Reported as "bbox_TTA" besides "bbox"; without any augmentation the numbers are the same."""
     opts = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(96,)", "TEST.AUG.FLIP", False]
     opts += [*TINY, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path]
+    opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
     lines = run(*own_data(synthetic, "train", "val"), *opts, config=RETINANET)
     plain, augmented = [x for x in lines if x.startswith("bbox")]
     assert augmented.replace("bbox_TTA", "bbox") == plain
+    opts += ["MODEL.WEIGHTS", tmp_path / "model_final.pth"]
+    lines = run("--eval-only", *own_data(synthetic, "val"), *opts, config=RETINANET)
+    assert [x for x in lines if x.startswith("bbox")] == [plain, augmented]

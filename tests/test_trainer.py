@@ -30,10 +30,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
-from libra_d2.config import Recipe, make_recipe
+from libra_d2.config import Recipe
 from libra_d2.data import register_coco_json
-from libra_d2.engine import LibraPredictor, Trainer, launch
+from libra_d2.engine import Trainer, launch
 from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
+from libra_d2.engine.resuming import _cut_metrics
+from libra_d2.engine.trainer import _Printer
 from libra_d2.errors import InputError
 from libra_d2.utils.random_state import set_random_state
 
@@ -82,8 +84,12 @@ class At(HookBase):
             self.action(self.trainer)
 
 
+class Failure(Exception):
+    """Of a test."""
+
+
 def fail(*args):
-    raise ZeroDivisionError
+    raise Failure
 
 
 def spoil(trainer):
@@ -159,7 +165,7 @@ def run(out, *opts, until=None, action=fail, **kwargs):
     """Train or resume; ``action`` is called before iteration ``until``."""
     trainer = make(out, *opts, **kwargs)
     trainer.register_hooks([At(until, action)])
-    with pytest.raises(ZeroDivisionError) if action is fail and until else nullcontext():
+    with pytest.raises(Failure) if action is fail and until else nullcontext():
         trainer.train()
     return trainer
 
@@ -275,7 +281,7 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     Failing.left = number
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
     trainer = make(tmp_path, *opts, trainer=Failing)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Failure):
         trainer.train()
     name = "model_final.pth" if iteration == 10 else "model_0000005.pth"
     assert {p.name for p in tmp_path.glob("*.pth")} == {
@@ -296,6 +302,8 @@ def test_end_early(whole, tmp_path, caplog):
     caplog.set_level("INFO")
     trainer = run(tmp_path, until=8, action=lambda trainer: trainer.end_early("enough"))
     assert "The training ends early: enough" in caplog.text
+    assert "images per second (median)" in caplog.text
+    assert trainer.storage.smoothing_hints()["validation/total_loss"] is False
     assert (tmp_path / "model_final_ema.pth").exists()
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 8
     *before, last, evaluated = lines(tmp_path)
@@ -409,13 +417,54 @@ def test_without_state(whole, tmp_path, caplog):
     state["trainer"] = {k: state["trainer"][k] for k in ("iteration", "hooks")}
     del state["trainer"]["hooks"]["ExactResume"]
     torch.save(state, tmp_path / "model_0000005.pth")
+    shutil.copy(whole / "metrics.json", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
     trainer = run(tmp_path)
     assert trainer.start_iter == 6
     assert "The checkpoint lacks the optimizer's state: its momentum starts at 0" in caplog.text
     assert "does not have the state of its training: the data order" in caplog.text
-    rates = [x["lr"] for x in lines(whole) if x["iteration"] in (8, 10)]
+    rates = [x["lr"] for x in lines(whole) if "lr" in x]
     assert [x["lr"] for x in lines(tmp_path) if "lr" in x] == rates
+    assert [x["iteration"] for x in lines(tmp_path)] == [2, 5, 8, 10, 11]
+
+
+def test_length_is_unknown(tmp_path):
+    """Lines of later iterations, and broken ones, are cut from metrics.json."""
+    path, kept = tmp_path / "metrics.json", b'{"iteration": 3}\n{"iteration": 5}\n'
+    path.write_bytes(kept + b'{"iteration": 6}\n[]\n{"x": 1}\n{"iteration": 4, "lo')
+    assert (_cut_metrics(str(path), 6, -1), path.read_bytes()) == (5, kept)
+    assert (_cut_metrics(str(path), 6, 17), path.read_bytes()) == (3, kept[:17])
+    assert (_cut_metrics(str(path), 3, -1), path.read_bytes()) == (-1, b"")
+
+
+class Drawing(HookBase):
+    """Draws random numbers."""
+
+    def before_train(self):
+        torch.rand(1), np.random.rand(), random.random()
+
+
+def test_own_hook(whole, tmp_path):
+    """Random numbers are restored after what hooks of one's own draw."""
+    run(tmp_path, until=5)
+    trainer = make(tmp_path, seed=99)
+    trainer.register_hooks([Drawing()])
+    trainer.train()
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_expected_results(toy_data, tmp_path):
+    """Others end a training with exit status 1."""
+    opts = ["SOLVER.MAX_ITER", 1, "TEST.EXPECTED_RESULTS", [["bbox", "AP", 99.0, 1.0]]]
+    with pytest.raises(SystemExit, match="^1$"):
+        run(tmp_path, *opts)
+
+
+def test_printed_twice():
+    """The same iteration, whose duration is 0."""
+    printer = _Printer(9)
+    with EventStorage(4):
+        printer.write(), printer.write()
 
 
 def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
@@ -513,7 +562,7 @@ def test_float16(toy_data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("amp", [True, False])
 def test_precision_of_evaluation(toy_data, tmp_path, amp):
-    """Mixed if the config says so, in inference mode; the same for a predictor."""
+    """Mixed if the config says so, in inference mode."""
     seen = []
 
     def detect(inputs):
@@ -524,13 +573,7 @@ def test_precision_of_evaluation(toy_data, tmp_path, amp):
     model = Toy()
     model.forward = detect
     Trainer.test(cfg, model)
-    predictor = LibraPredictor.__new__(LibraPredictor)
-    recipe = make_recipe(cfg)
-    predictor.cfg, predictor.model, predictor.input_format = cfg, model, "BGR"
-    predictor.aug, predictor._autocast = recipe.build_augmentations(False)[0], recipe.autocast
-    predictor(np.zeros((96, 96, 3), np.uint8))
-    dtype = torch.bfloat16 if amp else torch.float32
-    assert seen == [(dtype, True)] * 12 + [(dtype, False)]
+    assert seen == [(torch.bfloat16 if amp else torch.float32, True)] * 12
 
 
 def one_of_two(*paths):
@@ -582,7 +625,7 @@ def in_two_processes(args):
     found["exit"] = exit.value.code
     state(run(out / "stopped", *opts, seed=99 + rank))
     Failing.left = 4
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Failure):
         run(out / "failed", *opts, "SOLVER.CHECKPOINT_PERIOD", 99, trainer=Failing, seed=rank)
     state(run(out / "failed", *opts, seed=99 + rank))
     run(out / "early", *opts, f"{SECTION}PATIENCE", 1, f"{SECTION}BEST_METRIC", "", seed=rank)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
 from libra_d2.modeling import winograd_conv
-from libra_d2.modeling.winograd_conv import WinogradConv2d, use_winograd
+from libra_d2.modeling.winograd_conv import WinogradConv2d
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def calls(monkeypatch):
 def make_conv(in_channels=128, out_channels=144, kind=Conv2d, **kwargs):
     torch.manual_seed(0)
     conv = kind(in_channels, out_channels, 3, **{"padding": 1, **kwargs})
-    use_winograd(conv)
+    WinogradConv2d.replace_in(conv)
     return conv
 
 
@@ -140,7 +140,7 @@ def test_other_convolutions(other):
     assert type(make_conv(**other)) is Conv2d
     assert type(make_conv()) is type(make_conv(kind=nn.Conv2d)) is WinogradConv2d
     conv = nn.Conv2d(128, 128, 1)
-    use_winograd(conv)
+    WinogradConv2d.replace_in(conv)
     assert type(conv) is nn.Conv2d
 
 

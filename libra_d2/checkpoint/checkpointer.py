@@ -46,10 +46,12 @@ def find_checkpoint(folder: str) -> str:
     such file or it is broken, the newer one of ``model_final.pth`` and that of the last iteration;
     "" if there is none.
     """
+    if not folder:
+        return ""
     name = _tagged(folder)
     if name:
         return os.path.join(folder, name)
-    files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth")) if folder else []
+    files = glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
     numbered = [file for file in files if re.search(r"model_\d{7}\.pth$", file)]
     finals = [file for file in files if os.path.basename(file) == "model_final.pth"]
     return max([*finals, *sorted(numbered)[-1:]], key=os.path.getmtime, default="")

@@ -184,7 +184,7 @@ def add_libra_config(cfg: CN) -> None:
     # AVX-512 (both measured), and on GPUs in mixed precision (known); never on Windows.
     cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
     # Whether to fold batch norms with fixed statistics into the convolutions before them, in
-    # training, too. Checkpoints do not change.
+    # training in layers with fewer weights than features. Checkpoints do not change.
     cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
     # Whether RoIAlign uses all cores of a CPU instead of one.
     cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True

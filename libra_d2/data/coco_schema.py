@@ -70,7 +70,7 @@ def _zero(value: Any, entry: Dict[str, Any]) -> Any:
 def _box_area(value: Any, entry: Dict[str, Any]) -> Any:
     """The area of the box, which is checked before."""
     _, _, width, height = entry["bbox"]
-    return max(width, 0) * max(height, 0) if value in (MISSING, None) else None
+    return width * height if value in (MISSING, None) else None
 
 
 def _text(value: Any, entry: Dict[str, Any]) -> Any:

@@ -7,10 +7,10 @@ of :class:`MappedRecords` whose name depends on all that it is made from. The ot
 later runs, map that file.
 """
 
-import glob
 import json
 import logging
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
@@ -83,13 +83,15 @@ def _find(path: str) -> Optional[MappedRecords]:
         return None
 
 
-def _remove_others(path: str, name: str) -> None:
-    """Remove the files of earlier content of a dataset."""
-    folder, kept = os.path.split(path)
-    for other in glob.glob(os.path.join(glob.escape(folder), f"{glob.escape(name)}-*")):
-        if not os.path.basename(other).startswith(os.path.splitext(kept)[0]):
+def _remove_others(path: str) -> None:
+    """Remove the files of earlier content of a dataset, whose names have another digest."""
+    folder, file = os.path.split(path)
+    name, own = re.fullmatch(r"(.*)-(\w+)\.records", file).groups()
+    for other in os.listdir(folder):
+        found = re.fullmatch(rf"{re.escape(name)}-(\w{{{len(own)}}})[-.].*", other)
+        if found and found[1] != own:
             with suppress(OSError):
-                os.remove(other)
+                os.remove(os.path.join(folder, other))
 
 
 def _as_detectron2(annotation: Dict[str, Any], with_masks: bool) -> Optional[Dict[str, Any]]:
@@ -209,7 +211,7 @@ def cache_coco_json(
         os.makedirs(cache_dir, exist_ok=True)
         _write_records(path, entries)
         records = MappedRecords(path)
-        _remove_others(path, name)
+        _remove_others(path)
     changes = Counter(records.info["changes"])
     images = _check_images(records, image_root, json_file, limits or {}, amount)
     log_changes(json_file, changes)
@@ -286,7 +288,7 @@ def cache_registered(name: str, cache_dir: str) -> Optional[CachedDataset]:
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         info = {"classes": metadata.get("thing_classes"), "ids": ids and list(ids.items())}
         writer.save(path, info)
-        _remove_others(path, name)
+        _remove_others(path)
     info = MappedRecords(path).info
     found = {
         "thing_classes": info["classes"],

@@ -109,13 +109,12 @@ class AccumulationTrainer(SimpleTrainer):
         """
         is_parallel = isinstance(self.model, DistributedDataParallel)
         model = self.model.module if is_parallel else self.model
-        states, before = [], get_random_state()
+        states: List[Dict[str, Any]] = []
         with normalizers.active(), EventStorage(), _frozen_statistics(model), self.autocast():
             for micro_batch in micro_batches:
                 states.append(get_random_state())
                 model(micro_batch)
         normalizers.finish()
-        set_random_state(before)
         return states
 
     def _synchronized(self, is_last: bool) -> ContextManager:

@@ -207,7 +207,7 @@ class BestModel(BestCheckpointer):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """See :meth:`HookBase.load_state_dict`; the best by another measure does not count."""
-        before = state.get("measure", self.measure)
+        before = state["measure"]
         if before == self.measure:
             self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
         elif state["best_metric"] is not None:
@@ -243,7 +243,7 @@ class EarlyStopping(HookBase):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """See :meth:`HookBase.load_state_dict`; the best by another measure does not count."""
-        if state.get("measure", self.measure) == self.measure:
+        if state["measure"] == self.measure:
             self.best, self.num_bad = state["best"], state["num_bad"]
 
     @property

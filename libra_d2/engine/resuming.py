@@ -202,7 +202,7 @@ def _set_histories(storage: EventStorage, state: Dict[str, Any], written: int) -
                 storage.put_scalar(name, value)
             else:
                 storage.histories()[name].update(value, storage.iter)
-    for name, (value, storage.iter) in state.get("latest", {}).items():
+    for name, (value, storage.iter) in state["latest"].items():
         if storage.iter > written:
             storage.put_scalar(name, value, smoothing_hint=False)
     storage.iter = now

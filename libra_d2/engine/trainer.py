@@ -246,9 +246,14 @@ class Trainer(DefaultTrainer):
         """Metrics of the last evaluation, see :meth:`test`; empty if there was none."""
         return getattr(self, "_last_eval_results", {})  # the parent's name
 
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether a signal stops the training in its last iteration, which is evaluated later."""
+        return self._stop.received is not None and self.iter == self.max_iter - 1
+
     def _evaluate(self) -> Mapping[str, Any]:
         """Evaluate; if that fails, save the training first, from where it is evaluated again."""
-        if self._evaluated == self.iter or (self._stop.received and self.iter >= self.max_iter):
+        if self._evaluated == self.iter or self._is_stopping:
             return {}  # nothing new
         with self._resume.held():
             try:
@@ -278,6 +283,8 @@ class Trainer(DefaultTrainer):
         return results
 
     def _evaluate_with_tta(self) -> Mapping[str, Any]:
+        if self._is_stopping:
+            return {}
         with keep_random_state():
             results = self.test_with_TTA(self.cfg, self.model)
         self._last_eval_results = {**self.results, **results}
@@ -353,7 +360,7 @@ class Trainer(DefaultTrainer):
         Write a checkpoint of this iteration to resume from, unless the last one is done, which has
         one. All processes must call this.
         """
-        if self.iter < self.max_iter:
+        if self.iter < self.max_iter - 1:
             with self._resume.held():
                 self.checkpointer.save(f"model_{self.iter:07d}", iteration=self.iter)
 
@@ -373,7 +380,6 @@ class Trainer(DefaultTrainer):
             hook.after_step()
         if self._end_reason:
             raise TrainingEnded(self._end_reason)
-        self.iter = self.storage.iter = start
 
     def state_dict(self) -> Dict[str, Any]:
         """See :meth:`DefaultTrainer.state_dict`, which in Detectron2 0.6 forgets the optimizer."""

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import check_choice, one_line
-from .folded_conv import fold_norms
-from .lean_fpn import use_lean_fpn
-from .roi_align import parallelize_roi_align
-from .winograd_conv import use_winograd
+from .folded_conv import FoldedConv2d
+from .lean_fpn import LeanFPN
+from .roi_align import ParallelROIAlign
+from .winograd_conv import WinogradConv2d
 
 __all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
 
@@ -85,14 +85,15 @@ def accelerate(
         ArgumentError: a ValueError, if ``channels_last`` is something else.
     """
     check_choice("channels_last", channels_last, CHANNELS_LAST)
-    if fold_norm:
-        fold_norms(model)
-    if parallel_roi_align:
-        parallelize_roi_align(model)
-    if winograd:
-        use_winograd(model)
-    if lean_fpn:
-        use_lean_fpn(model)
+    replacements = {
+        FoldedConv2d: fold_norm,
+        ParallelROIAlign: parallel_roi_align,
+        WinogradConv2d: winograd,
+        LeanFPN: lean_fpn,
+    }
+    for replacement, is_used in replacements.items():
+        if is_used:
+            replacement.replace_in(model)
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         return

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions that compute the batch norm behind them with their own weights."""
 
-from functools import partialmethod
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -11,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 
 from .batch_norm import AffineBatchNorm2d
-from .capture import as_parent, is_captured
+from .replacement import Replacement, is_captured
 
-__all__ = ["FoldedConv2d", "fold_norms"]
+__all__ = ["FoldedConv2d"]
 
 
-class FoldedConv2d(Conv2d):
+class FoldedConv2d(Replacement, Conv2d):
     """
     :class:`Conv2d` whose ``norm`` is folded into weight and bias where its statistics are fixed:
     frozen batch norms always, others in evaluation mode. A batch norm of fixed statistics
@@ -100,7 +99,10 @@ class FoldedConv2d(Conv2d):
     def __getstate__(self) -> Dict[str, Any]:
         return {name: x for name, x in super().__getstate__().items() if name != "_kept"}
 
-    __prepare_scriptable__ = partialmethod(as_parent, Conv2d)
+    @classmethod
+    def can_replace(cls, module: nn.Module) -> bool:
+        """Convolutions with a norm."""
+        return super().can_replace(module) and module.norm is not None
 
 
 # Those of classes derived from them may do something else.
@@ -125,10 +127,3 @@ def _can_be_folded(norm: nn.Module) -> bool:
     if isinstance(norm, FrozenBatchNorm2d):
         return True
     return norm.affine and norm.track_running_stats and not norm.training
-
-
-def fold_norms(module: nn.Module) -> None:
-    """Make every :class:`Conv2d` with a norm in ``module`` a :class:`FoldedConv2d`, in place."""
-    for child in module.modules():
-        if type(child) is Conv2d and child.norm is not None:
-            child.__class__ = FoldedConv2d

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A feature pyramid network that keeps no feature map longer than it needs it."""
 
-from functools import partialmethod
 from typing import Dict, List, Optional
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from detectron2.modeling import FPN
 
-from .capture import as_parent, is_captured
+from .replacement import Replacement, is_captured
 
-__all__ = ["LeanFPN", "use_lean_fpn"]
+__all__ = ["LeanFPN"]
 
 
-class LeanFPN(FPN):
+class LeanFPN(Replacement, FPN):
     """
     :class:`FPN` that lets go of each feature map after its last use: the same operations, with less
     memory where no gradients are computed.
@@ -52,12 +50,3 @@ class LeanFPN(FPN):
             return lateral
         merged = lateral + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
         return merged / 2 if self._fuse_type == "avg" else merged
-
-    __prepare_scriptable__ = partialmethod(as_parent, FPN)
-
-
-def use_lean_fpn(module: nn.Module) -> None:
-    """Make every :class:`FPN` in ``module`` a :class:`LeanFPN`, in place."""
-    for child in module.modules():
-        if type(child) is FPN:
-            child.__class__ = LeanFPN

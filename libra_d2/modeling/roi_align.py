@@ -17,20 +17,18 @@ Shape shorthand in this module:
     T: number of pairs of a bin and a pixel that counts in it
 """
 
-from functools import partialmethod
 from typing import Any, NamedTuple, Tuple
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from detectron2.layers import ROIAlign
 
-from .capture import as_parent, is_captured
+from .replacement import Replacement, is_captured
 
-__all__ = ["ParallelROIAlign", "parallelize_roi_align"]
+__all__ = ["ParallelROIAlign"]
 
 
 # The taps of a RoI take up to 1 MB. Gradients need those of all RoIs together.
@@ -165,7 +163,7 @@ def _pixels(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
 
 
-class ParallelROIAlign(ROIAlign):
+class ParallelROIAlign(Replacement, ROIAlign):
     """
     :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
     channels last as they are. The numbers are the same but for the order of sums. On other devices,
@@ -192,12 +190,3 @@ class ParallelROIAlign(ROIAlign):
             parts = [_ROIAlignFunction.apply(x, part, self) for part in rois.split(_MAX_ROIS)]
             pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
             return pooled.to(input.dtype)
-
-    __prepare_scriptable__ = partialmethod(as_parent, ROIAlign)
-
-
-def parallelize_roi_align(module: nn.Module) -> None:
-    """Make every :class:`ROIAlign` in ``module`` a :class:`ParallelROIAlign`, in place."""
-    for child in module.modules():
-        if type(child) is ROIAlign:
-            child.__class__ = ParallelROIAlign

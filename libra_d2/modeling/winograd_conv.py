@@ -7,7 +7,7 @@ multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than t
 NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too.
 """
 
-from functools import cache, partialmethod
+from functools import cache
 from typing import Any, Optional, Tuple
 
 import torch
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detectron2.layers import Conv2d
 
-from .capture import as_parent, is_captured
+from .replacement import Replacement, is_captured
 
-__all__ = ["WinogradConv2d", "use_winograd"]
+__all__ = ["WinogradConv2d"]
 
 _DTYPE = torch.float32  # NNPACK has no other
 # With fewer channels or pixels, transforming weights and features takes longer than it saves.
@@ -93,7 +93,7 @@ class _WinogradFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-class WinogradConv2d(Conv2d):
+class WinogradConv2d(Replacement, Conv2d):
     """
     3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm, also for the gradient of its
     input, where that is faster: in float32, on CPUs with AVX2 but not AVX-512, with at least 128
@@ -124,15 +124,17 @@ class WinogradConv2d(Conv2d):
         is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
         return has_type and is_large and _can_gain(self) and _is_available()
 
-    __prepare_scriptable__ = partialmethod(as_parent, Conv2d)
+    @classmethod
+    def can_replace(cls, module: nn.Module) -> bool:
+        """Convolutions, PyTorch's own too, that may gain."""
+        return type(module) in (nn.Conv2d, Conv2d) and _can_gain(module)
 
-
-def use_winograd(module: nn.Module) -> None:
-    """Make every convolution in ``module`` that may gain a :class:`WinogradConv2d`, in place."""
-    for child in module.modules():
-        if type(child) in (nn.Conv2d, Conv2d) and _can_gain(child):
-            child.norm, child.activation = None, getattr(child, "activation", None)
-            child.__class__ = WinogradConv2d
+    @classmethod
+    def replace(cls, module: nn.Module) -> None:
+        """Make ``module`` one of this class."""
+        # PyTorch's own lack these.
+        module.norm, module.activation = None, getattr(module, "activation", None)
+        super().replace(module)
 
 
 def _can_gain(conv: nn.Conv2d) -> bool:

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that take the place of Detectron2's in a model that is already built."""
+
+import copy
+from typing import Type
+
+import torch
+from torch import nn
+
+__all__ = ["Replacement", "is_captured"]
+
+
+def is_captured() -> bool:
+    """Whether operations are being recorded, in a trace or a compiled graph."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+class Replacement:
+    """
+    The first base of a class whose second one is a module of Detectron2, its parent. It computes
+    the same numbers as the parent in another way, with the same attributes. What is recorded is to
+    consist of the parent's operations: scripts get a parent, and for traces and compiled graphs
+    ``forward`` has to ask :func:`is_captured`.
+    """
+
+    @classmethod
+    def replace_in(cls, model: nn.Module) -> None:
+        """Make every module in ``model`` that this class can replace one of it, in place."""
+        for module in model.modules():
+            if cls.can_replace(module):
+                cls.replace(module)
+
+    @classmethod
+    def can_replace(cls, module: nn.Module) -> bool:
+        """Those of the parent's class; others that are derived from it may do something else."""
+        return type(module) is cls._parent()
+
+    @classmethod
+    def replace(cls, module: nn.Module) -> None:
+        """Make ``module`` one of this class."""
+        module.__class__ = cls
+
+    @classmethod
+    def _parent(cls) -> Type[nn.Module]:
+        return cls.__mro__[cls.__mro__.index(Replacement) + 1]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead. Detectron2 gives some modules this method."""
+        parent = copy.copy(self)
+        parent.__class__ = self._parent()
+        prepare = getattr(parent, "__prepare_scriptable__", None)
+        return parent if prepare is None else prepare()
