@@ -3,6 +3,7 @@ import copy
 import gzip
 import json
 import logging
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -217,7 +218,11 @@ SMALL = {"size": [60, 60], "counts": [10, 20, 3570]}
         ("x", "polygon", "a polygon must be a list of 6 or more numbers, .*; found 'x'"),
         ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of 6 or more numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "bitmask", "a polygon must be"),
-        ([[1, 2, 3, 4, 5, "6"]], "bitmask", "a polygon must be"),
+        *(
+            ([[1.5, 2, 3, 4, 5, x]], "bitmask", "a polygon must be")
+            for x in ("6", None, True, math.nan, math.inf, -1.1e15, 10**400)
+        ),
+        ([[1.5, 2, 3, 4, 5, -9e14]], "bitmask", None),
         (RUN_LENGTHS, "polygon", "run-length mask; set INPUT.MASK_FORMAT to 'bitmask'"),
         (SMALL, "bitmask", "must have 'counts' and the size \\[80, 100"),
     ],

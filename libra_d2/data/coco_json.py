@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..errors import InputError
-from .coco_schema import EntryChecker, is_number, shorten
+from .coco_schema import EntryChecker, are_numbers, shorten
 from .json_lists import JSONLists
 from .run_lengths import check_run_lengths
 
@@ -33,8 +33,7 @@ def _check_mask(segmentation: Any, size: Tuple[int, int], mask_format: str, wher
             )
         return
     for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
-        is_list = isinstance(polygon, list) and all(map(is_number, polygon))
-        if not is_list or len(polygon) < 6 or len(polygon) % 2 != 0:
+        if not are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2 != 0:
             raise InputError(
                 f"{where}: a polygon must be a list of 6 or more numbers, [x, y, x, y, ...]; "
                 f"found {shorten(polygon)}"
