@@ -13,6 +13,7 @@ from test_lazy import FPN_MODELS, balanced
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg
+from detectron2.data import transforms as T
 from detectron2.modeling import ProposalNetwork
 
 import libra_d2.config.recipe
@@ -457,6 +458,15 @@ def test_what_the_model_is(language):
     recipe = make(language, "retinanet")
     assert (kinds_of(recipe), recipe.architecture) == (["is_retinanet"], "LibraRetinaNet")
     assert make("lazy", "panoptic_fpn").architecture == "PanopticFPN"
+
+
+@LANGUAGES
+@pytest.mark.parametrize("is_train", [True, False])
+def test_mapper(language, is_train):
+    """Evaluations neither flip images nor read annotations."""
+    mapper = make(language).build_mapper(is_train)
+    assert mapper.is_train == is_train
+    assert any(isinstance(x, T.RandomFlip) for x in mapper.augmentations.augs) == is_train
 
 
 @LANGUAGES

@@ -128,7 +128,7 @@ def fails(capsys, *args, config=DEMO_CONFIG):
     ("args", "message"),
     [
         ("--eval-only", "MODEL.WEIGHTS: name the weights to evaluate"),
-        ("--eval-only --resume OUTPUT_DIR /none", "MODEL.WEIGHTS: name the weights to evaluate"),
+        ("--eval-only --resume OUTPUT_DIR none", "MODEL.WEIGHTS: name the weights to evaluate"),
         ("MODEL.WEIGHTS none.pth", "MODEL.WEIGHTS: none.pth: no such file"),
         (f"DATASETS.TRAIN () MODEL.WEIGHTS {__file__}?x=1", "no dataset to train on: set DATASETS"),
         ("DATASETS.TRAIN () MODEL.WEIGHTS libra://x", "no dataset to train on: set DATASETS"),
