@@ -30,6 +30,15 @@ def test_values_and_gradients(alpha, gamma, monkeypatch):
     assert grad[labels == -1].abs().sum() == 0
 
 
+def test_second_derivative():
+    """An error, not 0."""
+    logits, weight = torch.randn(3, 2, requires_grad=True), torch.ones((), requires_grad=True)
+    loss = weight * focal_loss(logits, torch.tensor([0, 1, 2]), 0.25, 2.0)
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_large_logits():
     """Finite, where sigmoid has reached 0 or 1."""
     logits = torch.tensor([[-200.0, 200.0], [200.0, -200.0]], requires_grad=True)
