@@ -190,14 +190,15 @@ def test_what_a_file_depends_on(folder, counts):  # noqa: F811
 def test_names_that_begin_alike(folder):  # noqa: F811
     """Files of earlier content are those of the same dataset."""
     path, cache = write(folder, dataset()), folder / "cache"
-    register_coco_json(f"{NAME}-2", path, str(folder), str(cache))
+    for other in (f"{NAME}-2", f"{NAME}-photographs_2024"):
+        register_coco_json(other, path, str(folder), str(cache))
     before = {*cache.iterdir()}
     register(folder)
     assert before <= {*cache.iterdir()}
     content = dataset()
     del content["annotations"][0]
     register_coco_json(f"{NAME}-2", write(folder, content), str(folder), str(cache))
-    assert len(before & {*cache.iterdir()}) == 0
+    assert {x.name.split("-")[1] for x in before & {*cache.iterdir()}} == {"photographs_2024"}
 
 
 def test_amount(tmp_path, counts):

@@ -255,7 +255,8 @@ def run(args: argparse.Namespace) -> None:
                 progress.update()
                 progress.set_description(result.what)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    num_threads = torch.get_num_threads()
+    threads = f", {num_threads} thread{'s' * (num_threads > 1)}" if args.device == "cpu" else ""
     print(f"\n{machine or platform.machine()}{threads}, PyTorch {torch.__version__}\n")
     print(f"{table(results)}\n\n{exponents(results)}")
     if args.profile:

@@ -200,7 +200,8 @@ def add_libra_config(cfg: CN) -> None:
     # "bfloat16" (needs no loss scaling), or "auto" (float16 on GPUs, as in Detectron2, and bfloat16
     # on CPUs).
     cfg.MODEL.LIBRA.SPEED.AMP_DTYPE = "auto"
-    # Whether to compile the backbone with torch.compile. This takes some minutes at the start.
+    # Whether to compile the backbone with torch.compile. This takes minutes at the start, on CPUs
+    # many, in which signals wait.
     cfg.MODEL.LIBRA.SPEED.COMPILE_BACKBONE = False
 
     # Number of images whose detections are drawn next to the ground truth at each evaluation. The

@@ -86,9 +86,9 @@ def _find(path: str) -> Optional[MappedRecords]:
 def _remove_others(path: str) -> None:
     """Remove the files of earlier content of a dataset, whose names have another digest."""
     folder, file = os.path.split(path)
-    name, own = re.fullmatch(r"(.*)-(\w+)\.records", file).groups()
+    name, own = re.fullmatch(r"(.*)-([0-9a-f]+)\.records", file).groups()
     for other in os.listdir(folder):
-        found = re.fullmatch(rf"{re.escape(name)}-(\w{{{len(own)}}})[-.].*", other)
+        found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]{{{len(own)}}})[-.].*", other)
         if found and found[1] != own:
             with suppress(OSError):
                 os.remove(os.path.join(folder, other))
