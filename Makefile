@@ -61,8 +61,8 @@ test: lint
 # The tests of numbers once more, on other instructions, threads and seeds: nothing may pass by the
 # rounding of one machine.
 NUMERIC := acceleration analysis backbone balanced_feature_pyramid balanced_l1_loss balanced_sampling \
-  batch_norm cascade evaluation export_model fast_rcnn focal_loss folded_conv matcher padding properties \
-  resize retinanet roi_align roi_heads rpn test_time_augmentation
+  batch_norm cascade evaluation export_model fast_rcnn focal_loss folded_conv matcher padding \
+  properties resize retinanet roi_align roi_heads rpn test_time_augmentation
 
 # All that can be said about a GPU only, into output/gpu: each line takes less than ten minutes.
 # `make gpu-report DEVICE=cpu SIZES="--seconds 0.1 --p4-size 4 6 --image-size 64 96"` tries it.

@@ -150,6 +150,18 @@ def test_whole_models(mmdet, monkeypatch):
     assert "training step; host waits" in benchmark_models.profile("cpu", size)
 
 
+def test_exported_files(monkeypatch):
+    """The models, and files of ours; that ONNX files can be run is tested in test_export_model."""
+    monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
+    seen = []
+    export = lambda model, sample, what, path: lambda image: seen.append(image)  # noqa: E731
+    monkeypatch.setattr(benchmark_models, "export_onnx", export)
+    (result,) = benchmark_models.exported_files(Once("cpu", 0), (64, 96), False)
+    assert result.what == "exported files, RetinaNet R-50, 64 x 96, inference"
+    assert list(result.values) == [OURS, PLAIN, f"{OURS}, TorchScript", f"{OURS}, ONNX"]
+    assert [x.shape for x in seen] == [(3, 64, 96)]
+
+
 def test_levers(monkeypatch):
     monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
     results = list(benchmark_models.levers(Once("cpu", 0), (64, 64), ["fold_norm"]))

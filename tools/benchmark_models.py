@@ -22,7 +22,7 @@ from libra_d2 import model_zoo
 from libra_d2.checkpoint.mmdetection import to_mmdetection
 from libra_d2.config import BASELINE
 from libra_d2.modeling.acceleration import accelerate, choose_channels_last
-from libra_d2.tools.export_checks import detect, make_input
+from libra_d2.tools.export_checks import detect
 from libra_d2.tools.export_model import export_onnx, save_trace, trace
 from libra_d2.utils.meter import Meter, Result
 
@@ -223,22 +223,18 @@ def levers(
 def exported_files(meter: Meter, size: Size, reference: bool) -> Iterator[Result]:
     """Inference of the models of `whole_models`, and of the files that ours are exported to."""
     inputs = random_inputs(size)
-    image = inputs[0]["image"].float()
+    image = inputs[0]["image"].float().to(meter.device)
     for system in SYSTEMS:
         models = make_models(system, meter.device, reference)
         steps = {name: partial(infer, model, inputs) for name, model in models.items()}
-        model, sample = (
-            models[OURS].eval(),
-            make_input(image.to(meter.device), with_proposals=False),
-        )
+        model, sample = models[OURS].eval(), {"image": image}
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.ts")
             save_trace(trace(model, sample, detect), path)
-            loaded = torch.jit.load(path)
-            steps[f"{OURS}, TorchScript"] = partial(loaded, *sample.values())
+            steps[f"{OURS}, TorchScript"] = partial(torch.jit.load(path), image)
             if meter.device == "cpu":
                 run = export_onnx(model, sample, detect, os.path.join(folder, "model.onnx"))
-                steps[f"{OURS}, ONNX"] = partial(run, *sample.values())
+                steps[f"{OURS}, ONNX"] = partial(run, image)
             # Not the memory, as onnxruntime keeps what it has once allocated.
             title = f"exported files, {system} R-50, {described(size, 1, 'inference')}"
             yield meter.times(title, steps)
