@@ -12,6 +12,8 @@ from libra_d2.tools.benchmark_models import OURS, PLAIN, REFERENCE
 from libra_d2.utils import meter
 from libra_d2.utils.meter import Meter, Result
 
+RETINANET = ["retinanet"]
+
 
 def cells(table):
     """Of a table in Markdown, without the line below its head."""
@@ -136,35 +138,32 @@ class Once(Meter):
         return Result(what, "MB", dict.fromkeys(steps, 1.0))
 
 
-def test_whole_models(mmdet, monkeypatch):
+def test_whole_models(mmdet):
     """Inference and training steps beside Detectron2 and mmdetection."""
-    monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
-    once, size = Once("cpu", 0), (64, 64)
-    results = list(benchmark_models.whole_models(once, size, True, ["float32", "bfloat16"], 2))
+    once, args = Once("cpu", 0), (RETINANET, (64, 64))
+    results = list(benchmark_models.whole_models(once, *args, True, ["float32", "bfloat16"], 2))
     steps = ["inference", "training step of 2 images"]
     assert [x.what for x in results[::2]] == [f"RetinaNet R-50, 64 x 64, {x}" for x in steps]
     for result in results:
         assert set(result.values) == {OURS, f"{OURS}, bfloat16", PLAIN, REFERENCE}
         if result.unit == "ms":
             assert 1 < result.expected < 1.1  # the pyramid's refinement costs little
-    assert "training step; host waits" in benchmark_models.profile("cpu", size)
+    assert "training step; host waits" in benchmark_models.profile("cpu", *args)
 
 
 def test_exported_files(monkeypatch):
     """The models, and files of ours; that ONNX files can be run is tested in test_export_model."""
-    monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
     seen = []
     export = lambda model, sample, what, path: lambda image: seen.append(image)  # noqa: E731
     monkeypatch.setattr(benchmark_models, "export_onnx", export)
-    (result,) = benchmark_models.exported_files(Once("cpu", 0), (64, 96), False)
+    (result,) = benchmark_models.exported_files(Once("cpu", 0), RETINANET, (64, 96), False)
     assert result.what == "exported files, RetinaNet R-50, 64 x 96, inference"
     assert list(result.values) == [OURS, PLAIN, f"{OURS}, TorchScript", f"{OURS}, ONNX"]
     assert [x.shape for x in seen] == [(3, 64, 96)]
 
 
-def test_levers(monkeypatch):
-    monkeypatch.setattr(benchmark_models, "SYSTEMS", ("RetinaNet",))
-    results = list(benchmark_models.levers(Once("cpu", 0), (64, 64), ["fold_norm"]))
+def test_levers():
+    results = list(benchmark_models.levers(Once("cpu", 0), RETINANET, (64, 64), ["fold_norm"]))
     assert [list(result.values) for result in results] == [
         ["no lever", "fold_norm", "as by default"]
     ] * 4

@@ -223,7 +223,9 @@ def test_summary(small, tmp_path):
     printed = run(*flags, *QUICK, *out, *weights, config=config)
     assert printed[-4:-2] == ["bbox: AP 100.0, AP50 100.0, AP75 100.0", files[1]]
     assert printed[-2:] == [*results, f"pictures: {tmp_path}/pictures/own_val"]
-    assert (tmp_path / "evaluation.md").read_text().startswith("# a.b\n\n## bbox on own_val\n")
+    text = (tmp_path / "evaluation.md").read_text()
+    assert text.startswith("# a.b\n\n## bbox on own_val\n")
+    assert "| precision | float32 |" in " ".join(text.split())
     run(*flags, *QUICK, *out, *weights, config="")
     assert (tmp_path / "evaluation.md").read_text().startswith(f"# {tmp_path}\n")
 

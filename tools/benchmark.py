@@ -35,6 +35,7 @@ from libra_d2.tools.benchmark_models import (
     OURS,
     PLAIN,
     REFERENCE,
+    SYSTEMS,
     exported_files,
     growth,
     levers,
@@ -57,6 +58,7 @@ PARTS = (
     *("models", "levers", "files", "growth"),
     *("attention", "non-local", "pyramid", "sampling", "loss", "loading"),
 )
+WITHOUT_REFERENCE = {"levers", "growth", "attention"}
 GROWTH = ("pixels", "proposals")
 
 
@@ -154,6 +156,13 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all"
     )
     parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=list(SYSTEMS),
+        help="whole models to measure; default: all",
+    )
+    parser.add_argument(
         "--p4-size",
         type=int,
         nargs=2,
@@ -226,17 +235,17 @@ def check_outputs(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print and write."""
     check_outputs(args)
-    reference = has_mmdetection()
+    reference = not WITHOUT_REFERENCE.issuperset(args.only) and has_mmdetection()
     torch.manual_seed(0)
     meter = Meter(args.device, args.seconds)
     height, width = args.p4_size
     sizes = [(height // 2, width // 2), (height, width), (height * 2, width * 2)]
-    image_size = tuple(args.image_size)
+    models = (meter, args.systems, tuple(args.image_size))
     parts: Dict[str, Iterator[Result]] = {
-        "models": whole_models(meter, image_size, reference, args.precision, args.num_images),
-        "levers": levers(meter, image_size, args.levers, args.num_images),
-        "files": exported_files(meter, image_size, reference),
-        "growth": growth(meter, image_size),
+        "models": whole_models(*models, reference, args.precision, args.num_images),
+        "levers": levers(*models, args.levers, args.num_images),
+        "files": exported_files(*models, reference),
+        "growth": growth(*models),
         "attention": attention(meter, sizes),
         "non-local": non_local(meter, reference, sizes),
         "pyramid": pyramid(meter, reference, sizes[:2]),
@@ -247,6 +256,7 @@ def run(args: argparse.Namespace) -> None:
     results = []
     with tqdm(unit="result") as progress:
         for name in args.only:
+            progress.set_description(name)
             for result in parts[name]:
                 results.append(result)
                 if args.output:
@@ -261,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{table(results)}\n\n{exponents(results)}")
     if args.profile:
         with atomic_write(args.profile, "w") as f:
-            f.write(profile(args.device, image_size))
+            f.write(profile(args.device, *models[1:]))
     if args.plot:
         plot(results, args.plot)
 

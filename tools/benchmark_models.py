@@ -27,8 +27,7 @@ from libra_d2.tools.export_model import export_onnx, save_trace, trace
 from libra_d2.utils.meter import Meter, Result
 
 OURS, PLAIN, REFERENCE = "libra_d2", "Detectron2", "mmdetection"
-FILES = {"Faster R-CNN": "faster_rcnn", "RetinaNet": "retinanet"}
-SYSTEMS = tuple(FILES)
+SYSTEMS = {"faster_rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
 NO_LEVER = {
     "channels_last": "never",
     "fold_norm": False,
@@ -48,7 +47,7 @@ Step = Callable[[nn.Module], Any]
 
 def model_config(system: str, name: str, device: str) -> CfgNode:
     """The published config, or Detectron2's own parts in place of all that is balanced."""
-    cfg = model_zoo.get_config(f"COCO-Detection/libra_{FILES[system]}_R_50_FPN_1x.yaml")
+    cfg = model_zoo.get_config(f"COCO-Detection/libra_{system}_R_50_FPN_1x.yaml")
     cfg.MODEL.DEVICE = device
     if name == PLAIN:
         cfg.merge_from_list(BASELINE)
@@ -84,7 +83,7 @@ def reference_model(system: str, ours: nn.Module, device: str) -> nn.Module:
 
     register_all_modules()
     folder = Path(mmdet.__file__).parent / ".mim/configs/libra_rcnn"
-    name = FILES[system].replace("_", "-")
+    name = system.replace("_", "-")
     config = Config.fromfile(folder / f"libra-{name}_r50_fpn_1x_coco.py").model
     config.backbone.init_cfg = None
     model = MODELS.build(config)
@@ -177,6 +176,7 @@ def measure(meter: Meter, what: str, steps: Dict[str, Callable], expected=None) 
 
 def whole_models(
     meter: Meter,
+    systems: Sequence[str],
     size: Size,
     reference: bool,
     precisions: Sequence[str],
@@ -184,7 +184,7 @@ def whole_models(
 ) -> Iterator[Result]:
     """Ours in each precision, Detectron2's plain model and mmdetection's as they come."""
     inputs = random_inputs(size, num_images)
-    for system in SYSTEMS:
+    for system in systems:
         models = make_models(system, meter.device, reference)
         flops = {name: count_flops(models[name], inputs) for name in (OURS, PLAIN)}
         for what, step in STEPS.items():
@@ -194,20 +194,24 @@ def whole_models(
                 accelerate_by_default(model, meter.device, precision)
                 autocast = partial(torch.autocast, meter.device, getattr(torch, precision))
                 steps[f"{OURS}, {precision}"] = partial(step, model, inputs, autocast)
-            title = f"{system} R-50, {described(size, num_images, what)}"
+            title = f"{SYSTEMS[system]} R-50, {described(size, num_images, what)}"
             yield from measure(meter, title, steps, flops[OURS] / flops[PLAIN])
 
 
 def levers(
-    meter: Meter, size: Size, names: Optional[Sequence[str]] = None, num_images: int = 1
+    meter: Meter,
+    systems: Sequence[str],
+    size: Size,
+    names: Optional[Sequence[str]] = None,
+    num_images: int = 1,
 ) -> Iterator[Result]:
     """Our models with each lever of :func:`accelerate` alone, with none and with all."""
     inputs = random_inputs(size, num_images)
-    for system in SYSTEMS:
+    for system in systems:
         plain = build_model(model_config(system, OURS, meter.device))
         models = {"no lever": plain}
         for name in names or LEVERS:
-            if name == "parallel_roi_align" and system == "RetinaNet":
+            if name == "parallel_roi_align" and system == "retinanet":
                 continue
             models[name] = copy.deepcopy(plain)
             value = "always" if name == "channels_last" else True
@@ -216,15 +220,17 @@ def levers(
         accelerate_by_default(models["as by default"], meter.device)
         for what, step in STEPS.items():
             steps = {name: partial(step, model, inputs) for name, model in models.items()}
-            title = f"levers, {system} R-50, {described(size, num_images, what)}"
+            title = f"levers, {SYSTEMS[system]} R-50, {described(size, num_images, what)}"
             yield from measure(meter, title, steps)
 
 
-def exported_files(meter: Meter, size: Size, reference: bool) -> Iterator[Result]:
+def exported_files(
+    meter: Meter, systems: Sequence[str], size: Size, reference: bool
+) -> Iterator[Result]:
     """Inference of the models of `whole_models`, and of the files that ours are exported to."""
     inputs = random_inputs(size)
     image = inputs[0]["image"].float().to(meter.device)
-    for system in SYSTEMS:
+    for system in systems:
         models = make_models(system, meter.device, reference)
         steps = {name: partial(infer, model, inputs) for name, model in models.items()}
         model, sample = models[OURS].eval(), {"image": image}
@@ -236,20 +242,22 @@ def exported_files(meter: Meter, size: Size, reference: bool) -> Iterator[Result
                 run = export_onnx(model, sample, detect, os.path.join(folder, "model.onnx"))
                 steps[f"{OURS}, ONNX"] = partial(run, image)
             # Not the memory, as onnxruntime keeps what it has once allocated.
-            title = f"exported files, {system} R-50, {described(size, 1, 'inference')}"
+            title = f"exported files, {SYSTEMS[system]} R-50, {described(size, 1, 'inference')}"
             yield meter.times(title, steps)
 
 
-def growth(meter: Meter, size: Size) -> Iterator[Result]:
+def growth(meter: Meter, systems: Sequence[str], size: Size) -> Iterator[Result]:
     """Inference at several image sizes, and with several numbers of proposals."""
-    for system in SYSTEMS:
+    for system in systems:
         models = make_models(system, meter.device, False)
         for factor in (0.25, 0.5, 1):
             height, width = (max(round(side * factor / 32), 1) * 32 for side in size)
             inputs = random_inputs((height, width))
             steps = {name: partial(infer, model, inputs) for name, model in models.items()}
-            yield meter.times(f"pixels, {system}, {height * width}", steps)
-    models = make_models("Faster R-CNN", meter.device, False)
+            yield meter.times(f"pixels, {SYSTEMS[system]}, {height * width}", steps)
+    if "faster_rcnn" not in systems:
+        return
+    models = make_models("faster_rcnn", meter.device, False)
     inputs = random_inputs(size)
     for number in (250, 500, 1000, 2000):
         for model in models.values():
@@ -259,13 +267,13 @@ def growth(meter: Meter, size: Size) -> Iterator[Result]:
         yield meter.times(f"proposals, Faster R-CNN, {number}", steps)
 
 
-def profile(device: str, size: Size) -> str:
+def profile(device: str, systems: Sequence[str], size: Size) -> str:
     """Where the time of a training step goes, and how often the host waits for the device."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     inputs, text = random_inputs(size), []
-    for system in SYSTEMS:
+    for system in systems:
         for name, model in make_models(system, device, reference=False).items():
             train(model, inputs)
             with torch.profiler.profile(activities=activities) as profiler:
@@ -273,6 +281,6 @@ def profile(device: str, size: Size) -> str:
             averages = profiler.key_averages()
             waits = {x.key: x.count for x in averages if x.key in WAITING}
             order = f"self_{device}_time_total"
-            text += [f"{system} R-50, {name}, training step; host waits: {waits}"]
+            text += [f"{SYSTEMS[system]} R-50, {name}, training step; host waits: {waits}"]
             text += [averages.table(sort_by=order, row_limit=15, max_name_column_width=50)]
     return "\n".join(text)

@@ -130,7 +130,7 @@ def sampling(meter: Meter, reference: bool) -> Iterator[Result]:
 
     heads = {}
     for name in (OURS, PLAIN):
-        heads[name] = build_model(model_config("Faster R-CNN", name, meter.device)).roi_heads
+        heads[name] = build_model(model_config("faster_rcnn", name, meter.device)).roi_heads
     size = (1000, 1000)
     targets = [Instances(size, gt_boxes=Boxes(gt), gt_classes=torch.arange(12, device=gt.device))]
     proposals = Instances(size, proposal_boxes=Boxes(boxes[:-12]))

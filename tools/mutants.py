@@ -248,7 +248,9 @@ def try_mutants(
             free.put(copy)
         if stage == "own" or caught_by != "timeout":  # the time left was too short
             mutant.stage, mutant.caught_by = stage, caught_by
-            print(f"{mutant.path}, {stage} tests: {caught_by or 'survived'}", flush=True)
+            diff = [] if caught_by else mutant.diff()
+            result = f"{mutant.path}, {stage} tests: {caught_by or 'survived'}"
+            print(result, *diff, sep="\n", flush=True)
 
     with ThreadPoolExecutor(len(copies)) as pool:
         futures = [pool.submit(try_one, mutant) for mutant in mutants]

@@ -26,6 +26,20 @@ from .yaml_recipe import YamlRecipe
 
 __all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
 
+# What yacs says of a value whose type is not that of the default.
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(\w+)'> .* with values \(.* vs\. (.*)\) for config key: (\S+)",
+    re.DOTALL,
+)
+_TYPES = {
+    "bool": "True or False",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list, such as [a, b]",
+    "str": "text",
+    "tuple": "a list, such as (a, b)",
+}
+
 
 @contextmanager
 def _reading(source: str) -> Iterator[None]:
@@ -35,7 +49,11 @@ def _reading(source: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as e:  # it raises many kinds
-        raise InputError(f"{source}: {one_line(e)}") from e
+        message = one_line(e)
+        if found := _MISMATCH.fullmatch(message):
+            wanted, value, key = found.groups()
+            message = f"{key} is {value}: use {_TYPES.get(wanted, wanted)}"
+        raise InputError(f"{source}: {message}") from e
 
 
 @contextmanager
@@ -258,12 +276,18 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         return
     parent, _, name = key.rpartition(".")
     node: Any = OmegaConf.select(lazy, parent) if parent else lazy
-    # Arguments of classes and options of the training may be missing in a config, and so may
+    keys = list(map(str, node)) if isinstance(node, DictConfig) else []
+    places = {x for y in vars(Recipe).values() if isinstance(y, Setting) for x in y.lazy}
+    # Arguments of classes may be missing in a config, and so may options of the training and
     # sections that Detectron2 does not have, such as train.speed.
-    is_open = isinstance(node, DictConfig) and ("_target_" in node or key.startswith("train."))
-    settings = [x for x in vars(Recipe).values() if isinstance(x, Setting)]
-    if is_open or any(key in setting.lazy for setting in settings):
+    if "_target_" in keys or key in places:
         return
-    has_keys = isinstance(node, DictConfig) and len(node) > 0
-    known = f"; {parent or 'it'} has {', '.join(map(str, node))}" if has_keys else ""
-    raise InputError(f"command line: {key}: the LazyConfig has no such key{known}")
+    is_open = key.startswith("train.") and bool(keys)
+    known = sorted({*places, *dict(leaves(OmegaConf.to_container(lazy)))})
+    similar = get_close_matches(key, known, n=1, cutoff=0.9 if is_open else 0.8)
+    if is_open and not similar:
+        return
+    hint = f"; {parent or 'it'} has {', '.join(keys)}" if keys else ""
+    if similar:
+        hint = f"; did you mean {similar[0]}?"
+    raise InputError(f"command line: {key}: the LazyConfig has no such key{hint}")

@@ -93,7 +93,8 @@ def summarize(
     if by_dataset:
         files["results"] = "results.md" if trainer else "evaluation.md"
         path = os.path.join(recipe.output_dir, files["results"])
-        write_results(path, by_dataset, title, best, describe(recipe))
+        about = {"precision": str(recipe.precision).replace("torch.", ""), **describe(recipe)}
+        write_results(path, by_dataset, title, best, about)
     for what, name in files.items():
         print(f"{what}: {os.path.join(recipe.output_dir, name)}")
     if recipe.num_pictures and by_dataset:
