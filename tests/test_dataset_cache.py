@@ -135,9 +135,9 @@ def counts(monkeypatch):
         found["reads"] += 1
         return read(self)
 
-    def count_images(path, *args):
-        found["opened"].append(os.path.basename(path))
-        check(path, *args)
+    def count_images(paths, sizes, json_file, i):
+        found["opened"].append(os.path.basename(paths[i]))
+        check(paths, sizes, json_file, i)
 
     monkeypatch.setattr(dataset_cache.COCOEntries, "__iter__", count_reads)
     monkeypatch.setattr(image_checks, "_check_image", count_images)
@@ -201,8 +201,9 @@ def test_names_that_begin_alike(folder):  # noqa: F811
     assert {x.name.split("-")[1] for x in before & {*cache.iterdir()}} == {"photographs_2024"}
 
 
-def test_amount(tmp_path, counts):
+def test_amount(tmp_path, counts, monkeypatch):
     """In equal distances, and those that were checked are not opened again, also after an error."""
+    monkeypatch.setattr(image_checks, "_BATCH", 64)
     names = [f"{i}.png" for i in range(200)]
     for name in names[:-1]:
         image_checks.Image.new("L", (2, 3)).save(tmp_path / name)
@@ -220,6 +221,24 @@ def test_amount(tmp_path, counts):
             image_checks.check_images(*arguments, -1, states)
         assert {names[i] for i in expected} - {names[i] for i in (0, 25, 50)} <= {*counts["opened"]}
     assert len(counts["opened"]) <= 64
+
+
+def test_several_processes(tmp_path, monkeypatch):
+    """In the order of the images, whose errors come from the first one that has any."""
+    monkeypatch.setattr(image_checks, "_BATCH", 2)
+    monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4)
+    monkeypatch.setattr(image_checks.os, "cpu_count", lambda: 2)
+    names = [f"{i}.png" for i in range(9)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"no image")
+    for width, name in enumerate(names[:6], 1):
+        image_checks.Image.new("L", (width, 3)).save(tmp_path / name)
+    states, sizes = np.full((9, 2), -1), np.stack([np.arange(1, 10), np.full(9, 3)], axis=1)
+    with pytest.raises(InputError) as error:
+        image_checks.check_images(names, sizes, str(tmp_path), "x.json", -1, states)
+    assert str(error.value).startswith(f"{tmp_path}/6.png: not a readable image")
+    expected = [(os.stat(tmp_path / x).st_size, os.stat(tmp_path / x).st_mtime_ns) for x in names]
+    assert states.tolist() == [*map(list, expected[:6]), *[[-1, -1]] * 3]
 
 
 @pytest.mark.parametrize("options", [{}, {"filter_empty": False}, {"min_keypoints": 2}])

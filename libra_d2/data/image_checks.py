@@ -4,11 +4,13 @@
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
+from torch.utils import data as torchdata
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
@@ -22,8 +24,10 @@ ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
 
 UNKNOWN = -1  # in place of the state of a file
 _MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
-_THREADS = 16  # network file systems answer many requests at a time
-_BATCH = 64  # images that a thread takes at a time
+# Network file systems answer many requests at a time; more threads would wait for each other.
+_THREADS = 4
+_MIN_PER_PROCESS = 4000  # images; starting processes for fewer would not pay
+_BATCH = 256  # images that a process takes at a time
 
 
 def check_resized(
@@ -64,19 +68,20 @@ def _check_inside(name: str, image_root: str, json_file: str) -> None:
         )
 
 
-def _file_state(path: str, json_file: str) -> Tuple[int, int]:
+def _file_state(paths: Sequence[str], json_file: str, i: int) -> Tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds."""
     try:
-        status = os.stat(path)
+        status = os.stat(paths[i])
     except OSError:
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: no such image; {json_file} names it")
+        raise InputError(f"{paths[i]}: no such image; {json_file} names it")
     return status.st_size, status.st_mtime_ns
 
 
-def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
-    """Raise InputError unless a file is a readable image of a width and height."""
+def _check_image(paths: Sequence[str], sizes: np.ndarray, json_file: str, i: int) -> None:
+    """Raise InputError unless a file is a readable image of its width and height."""
+    path, expected = paths[i], tuple(sizes[i].tolist())
     try:
         with Image.open(path) as file:
             size = file.size
@@ -96,14 +101,31 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
         read_image(path)
 
 
-def _in_threads(function: Callable, items: np.ndarray) -> Iterator[List]:
-    """The values of ``function`` in order, in batches."""
-    batches = [items[i : i + _BATCH] for i in range(0, len(items), _BATCH)]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        try:
-            yield from threads.map(lambda batch: [function(x) for x in batch], batches)
-        finally:
-            threads.shutdown(wait=True, cancel_futures=True)
+class _Results(torchdata.Dataset):
+    """The values of a function, in batches, each by several threads."""
+
+    def __init__(self, function: Callable, items: np.ndarray):
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, indices: List[int]) -> List:
+        parts = np.array_split(self.items[indices], _THREADS)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(lambda part: [self.function(x) for x in part.tolist()], parts)
+            return list(chain.from_iterable(found))
+
+
+def _in_parallel(function: Callable, items: np.ndarray) -> Iterator[List]:
+    """The values of ``function`` in order, in batches; of many items, by several processes."""
+    num_workers = min(os.cpu_count() or 1, len(items) // _MIN_PER_PROCESS)
+    yield from torchdata.DataLoader(
+        _Results(function, items),
+        batch_size=_BATCH,
+        num_workers=num_workers if num_workers > 1 else 0,
+        collate_fn=list,
+    )
 
 
 def check_images(
@@ -137,7 +159,7 @@ def check_images(
     paths = [os.path.join(image_root, name) for name in names]
     states = np.full((len(names), 2), UNKNOWN) if states is None else states
     chosen = _spread(amount, len(names))
-    found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen)
+    found = _in_parallel(partial(_file_state, paths, json_file), chosen)
     found = np.array(list(chain.from_iterable(found)), np.int64).reshape(-1, 2)
     is_changed = (found != states[chosen]).any(axis=1)
     changed, found = chosen[is_changed], found[is_changed]
@@ -145,9 +167,7 @@ def check_images(
     with tqdm(
         total=len(changed), desc="checking images", unit="image", disable=not len(changed)
     ) as progress:
-        for batch in _in_threads(
-            lambda i: _check_image(paths[i], tuple(sizes[i].tolist()), json_file), changed
-        ):
+        for batch in _in_parallel(partial(_check_image, paths, sizes, json_file), changed):
             end = done + len(batch)
             states[changed[done:end]] = found[done:end]
             done = end

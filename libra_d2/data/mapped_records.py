@@ -3,14 +3,15 @@
 Files of datasets in Detectron2's format, which all processes of a machine share in memory.
 
 A file is a sequence of arrays in NumPy's format, as ``numpy.save`` writes them: numbers that all
-images are looked through for, and the rest of each image as JSON, which is parsed when the image is
-used. Nothing in it is executed.
+images are looked through for, the coordinates of polygons, and the rest of each image as JSON, in
+which polygons have their number of coordinates only. It is parsed when the image is used. Nothing
+in it is executed.
 """
 
 import json
 import os
 from array import array
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -24,8 +25,8 @@ __all__ = ["MappedRecords", "Outline", "RecordWriter", "all_objects"]
 
 # In this order; those of bytes are last, so that the others are aligned.
 _ARRAYS = (
-    *("text_ends", "name_ends", "first_objects", "sizes", "classes"),
-    *("num_keypoints", "is_crowd", "names", "text", "info"),
+    *("text_ends", "name_ends", "polygon_ends", "first_objects", "sizes", "classes"),
+    *("num_keypoints", "polygons", "is_crowd", "names", "text", "info"),
 )
 
 
@@ -43,9 +44,9 @@ def _bytes(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
 
 
-def _write_header(file, length: int) -> None:
-    """That of an array of bytes, which are written next."""
-    header = {"shape": (length,), "fortran_order": False, "descr": "|u1"}
+def _write_header(file, length: int, dtype: np.dtype) -> None:
+    """That of an array whose values are written next."""
+    header = {"shape": (length,), "fortran_order": False, "descr": np.dtype(dtype).str}
     np.lib.format.write_array_header_1_0(file, header)
 
 
@@ -58,8 +59,9 @@ class RecordWriter:
         self._names: List[bytes] = []
         self._heads: List[bytes] = []
         self._sizes = array("q")
-        # Of objects: their JSON, and numbers.
+        # Of objects: their JSON, the coordinates of their polygons, and numbers.
         self._text, self._ends, self._images = bytearray(), array("q", [0]), array("q")
+        self._polygons, self._polygon_ends = array("d"), array("q", [0])
         self._classes, self._crowds, self._keypoints = array("q"), array("b"), array("q")
         self._class_numbers: Dict[Any, int] = {}
 
@@ -90,6 +92,12 @@ class RecordWriter:
     def add_object(self, image_id: Any, annotation: Dict[str, Any]) -> None:
         """Add an object in Detectron2's format to an image."""
         self._images.append(self._numbers[image_id])
+        polygons = annotation.get("segmentation")
+        if isinstance(polygons, list):
+            for polygon in polygons:
+                self._polygons.extend(polygon)
+            annotation = {**annotation, "segmentation": [len(x) for x in polygons]}
+        self._polygon_ends.append(len(self._polygons))
         self._text += _encode(annotation).encode()
         self._ends.append(len(self._text))
         category = annotation["category_id"]
@@ -116,6 +124,7 @@ class RecordWriter:
         objects = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=num_images)
         first = np.concatenate([[0], np.cumsum(counts)])
+        coordinates = np.bincount(owners, np.diff(self._polygon_ends), num_images).astype(np.int64)
         lengths = np.bincount(owners, np.diff(self._ends), num_images).astype(np.int64)
         lengths += [len(self._heads[i]) for i in order]
         lengths += np.maximum(counts - 1, 0) + 2  # commas, and the end
@@ -125,6 +134,7 @@ class RecordWriter:
         arrays = {
             "text_ends": np.cumsum(lengths),
             "name_ends": np.cumsum([len(name) for name in names]),
+            "polygon_ends": np.cumsum(coordinates),
             "first_objects": first,
             "sizes": np.asarray(self._sizes).reshape(-1, 2)[order],
             "classes": class_of[np.asarray(self._classes)[objects]],
@@ -133,19 +143,29 @@ class RecordWriter:
             "names": _bytes(b"".join(names)),
             "info": _bytes(_encode({**info, "categories": categories}).encode()),
         }
+        objects = objects.tolist()
+        pieces = {  # of arrays that would take much memory a second time
+            "text": (np.uint8, lengths, self._lines(order, objects, first.tolist())),
+            "polygons": (np.float64, coordinates, self._coordinates(objects)),
+        }
         with atomic_write(path) as file:
             for name in _ARRAYS:
-                if name != "text":
+                if name not in pieces:
                     np.save(file, arrays[name])
                     continue
-                _write_header(file, int(lengths.sum()))
-                file.writelines(self._lines(order, objects.tolist(), first.tolist()))
+                dtype, sizes, parts = pieces[name]
+                _write_header(file, int(sizes.sum()), dtype)
+                file.writelines(parts)
 
     def _lines(self, order: List[int], objects: List[int], first: List[int]) -> Iterator[bytes]:
         text, ends = memoryview(self._text), self._ends
         for image, start, end in zip(order, first, first[1:]):
             parts = (text[ends[i] : ends[i + 1]] for i in objects[start:end])
             yield self._heads[image] + b",".join(parts) + b"]}"
+
+    def _coordinates(self, objects: List[int]) -> Iterator[memoryview]:
+        polygons, ends = memoryview(self._polygons), self._polygon_ends
+        return (polygons[ends[i] : ends[i + 1]] for i in objects)
 
 
 def _map(path: str) -> Dict[str, np.ndarray]:
@@ -207,20 +227,24 @@ class MappedRecords(torchdata.Dataset):
     def __getitem__(self, index: int) -> Dict[str, Any]:
         """An image in Detectron2's format, which is the caller's own."""
         i = int(self.indices[index])
-        record = json.loads(self._piece("text", i).decode())
+        record = json.loads(self._piece("text", i).tobytes())
+        coordinates = iter(self._piece("polygons", i).tolist())
         for annotation in record["annotations"]:
             annotation["bbox_mode"] = BoxMode(annotation["bbox_mode"])
+            polygons = annotation.get("segmentation")
+            if isinstance(polygons, list):
+                annotation["segmentation"] = [list(islice(coordinates, n)) for n in polygons]
             if self.class_of:
                 annotation["category_id"] = self.class_of[annotation["category_id"]]
         return {"file_name": os.path.join(self.image_root, self._name(i)), **record}
 
-    def _piece(self, name: str, index: int) -> bytes:
-        ends = self._arrays[f"{name}_ends"]
-        start = ends[index - 1] if index else 0
-        return self._arrays[f"{name}s" if name == "name" else name][start : ends[index]].tobytes()
+    def _piece(self, name: str, index: int) -> np.ndarray:
+        """The part of an array that belongs to an image."""
+        ends = self._arrays[f"{name.rstrip('s')}_ends"]
+        return self._arrays[name][ends[index - 1] if index else 0 : ends[index]]
 
     def _name(self, index: int) -> str:
-        return os.fsdecode(self._piece("name", index))
+        return os.fsdecode(self._piece("names", index).tobytes())
 
     @property
     def all_sizes(self) -> np.ndarray:
