@@ -364,6 +364,8 @@ def test_trained_model(tmp_path):
     plain.MODEL.ROI_HEADS.NAME, plain.MODEL.PROPOSAL_GENERATOR.NAME = "StandardROIHeads", "RPN"
     state = build_model(plain).state_dict()
     path = str(save(tmp_path / "plain.pth", {"model": state}))
+    with pytest.raises(InputError, match="^MODEL.WEIGHTS: name the weights of a trained model$"):
+        make_recipe(demo_cfg(MODEL__WEIGHTS="")).build_trained_model(str(tmp_path))
     recipe = make_recipe(demo_cfg(MODEL__WEIGHTS=path))
     with pytest.raises(InputError, match="as they are, add MODEL.LIBRA.BFP.ENABLED False$"):
         recipe.build_trained_model(str(tmp_path))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from conftest import (
     reference_config,
 )
 
+import detectron2.model_zoo
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 
 import libra_d2
 from libra_d2 import add_libra_config
 from libra_d2.engine import read_config
+from libra_d2.modeling import LibraCascadeROIHeads, LibraRetinaNet, LibraROIHeads
+from libra_d2.modeling.reference_recipe import LibraRPN
 from libra_d2.utils.leaves import leaves
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -47,6 +52,34 @@ def test_every_key_is_explained():
     for key, _ in leaves(cfg.MODEL.LIBRA, "MODEL.LIBRA."):
         (position,) = [i for i, line in enumerate(source) if f"cfg.{key} = " in line]
         assert source[position - 1].strip().startswith("# "), key
+
+
+@pytest.mark.parametrize(
+    ("kind", "system"),
+    [
+        (LibraRPN, "faster_rcnn"),
+        (LibraROIHeads, "faster_rcnn"),
+        (LibraCascadeROIHeads, "faster_rcnn"),
+        (LibraRetinaNet, "retinanet"),
+    ],
+)
+def test_defaults_of_arguments(kind, system):
+    """Parts that are built without a config are those that its defaults describe."""
+    cfg = detectron2.model_zoo.get_config(f"COCO-Detection/{system}_R_50_FPN_1x.yaml")
+    add_libra_config(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = "cpu", True
+    shapes = {f"p{i}": ShapeSpec(channels=8, stride=2**i) for i in range(2, 7)}
+    values = kind.from_config(cfg, *([] if kind is LibraRetinaNet else [shapes]))
+    own = {
+        name: x.default
+        for base in kind.__mro__
+        if base.__module__.startswith("libra_d2.") and "__init__" in vars(base)
+        for name, x in inspect.signature(base.__init__).parameters.items()
+        if x.default is not inspect.Parameter.empty and name in values
+    }
+    own.pop("balanced_l1", None)  # a module, or None for smooth L1
+    assert len(own) >= 2
+    assert {name: values[name] for name in own} == own
 
 
 def as_lists(x):

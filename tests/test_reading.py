@@ -32,6 +32,11 @@ LAZY = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
         ("_BASE_: [c.yaml, b.yaml]", "S: 1\nS: 1", "b.yaml: S is set twice"),
         ("_BASE_: a.yaml", "", "a.yaml: its _BASE_ leads back to itself"),
         ("_BASE_: [b.yaml]", "_BASE_: ./a.yaml", "a.yaml: its _BASE_ leads back to itself"),
+        (
+            "_BASE_: ['http://host/a.yaml', x.yaml]",
+            "",
+            "a.yaml: its _BASE_, x.yaml, is not a file$",
+        ),
         ("_BASE_: none.yaml", "", "a.yaml: its _BASE_, none.yaml, is not a file$"),
         ("_BASE_: {a: b}", "", "a.yaml: its _BASE_ must be the name of a file or a list of such$"),
         ("SOLVER: 5", "", "(a.yaml: |^)SOLVER is 5: it must be a section$"),

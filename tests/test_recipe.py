@@ -3,6 +3,8 @@
 
 import functools
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +15,7 @@ from test_lazy import FPN_MODELS, balanced
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import ProposalNetwork
 
@@ -467,6 +470,35 @@ def test_mapper(language, is_train):
     mapper = make(language).build_mapper(is_train)
     assert mapper.is_train == is_train
     assert any(isinstance(x, T.RandomFlip) for x in mapper.augmentations.augs) == is_train
+
+
+@LANGUAGES
+def test_loaders(language, tmp_path):
+    """Both get images from the recipe's mapper, here with OpenCV's resizing."""
+    pixels = np.random.default_rng(0).integers(256, size=(50, 60, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    box = {"bbox": [9, 9, 30, 30], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+    box["segmentation"] = [[9, 9, 39, 9, 39, 39]]
+    record = {"file_name": str(tmp_path / "a.png"), "height": 50, "width": 60, "image_id": 1}
+    name = f"recipe_loaders_{language}"
+    DatasetCatalog.register(name, lambda: [{**record, "annotations": [box]}])
+    recipe = make(language)
+    recipe.train_datasets = recipe.test_datasets = (name,)
+    recipe.batch_size, recipe.num_workers = 1, 0
+    if language == "yaml":
+        recipe.config.INPUT.update(MIN_SIZE_TRAIN=(35,), MIN_SIZE_TEST=35, RANDOM_FLIP="none")
+        recipe.interpolation = "opencv"
+    else:
+        loaders = recipe.config.dataloader
+        resize = L(OpenCVResizeShortestEdge)(short_edge_length=35, sample_style="choice")
+        loaders.train.mapper.augmentations = loaders.test.mapper.augmentations = [resize]
+        loaders.test.num_workers = 0
+    expected = cv2.resize(pixels, (42, 35), interpolation=cv2.INTER_LINEAR)
+    if recipe.image_format == "RGB":
+        expected = expected[:, :, ::-1]
+    for loader in (recipe.build_train_loader(0), recipe.build_test_loader(name)):
+        (found,) = next(iter(loader))
+        assert np.array_equal(found["image"].permute(1, 2, 0).numpy(), expected)
 
 
 @LANGUAGES

@@ -51,9 +51,12 @@ CHOSEN = re.compile(
     re.VERBOSE,
 )
 LEFT_OUT = (".git", ".venv", "output", "datasets", "build", "__pycache__", ".*_cache")
-# Statements and arguments that need no tests.
+# Statements and arguments that need no tests, or that ruff checks.
 IGNORED = re.compile(r"@abstractmethod|(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
-LOOKS = ("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar")
+IGNORED_ARGUMENTS = (
+    *("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar"),
+    "encoding",
+)
 PAIRS = {"min": "max", "mean": "sum", "any": "all", "floor": "ceil", "height": "width"}
 PAIRS.update({new: old for old, new in PAIRS.items()})
 
@@ -94,7 +97,7 @@ def no_statement(node: NodeOrLeaf) -> Optional[str]:
 def no_argument(node: NodeOrLeaf) -> Optional[str]:
     """Removes a keyword argument."""
     by_name = node.type == "argument" and node.children[1] == "="
-    return "**{}" if by_name and node.children[0].value not in LOOKS else None
+    return "**{}" if by_name and node.children[0].value not in IGNORED_ARGUMENTS else None
 
 
 def other_name(node: NodeOrLeaf) -> Optional[str]:

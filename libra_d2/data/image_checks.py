@@ -4,11 +4,11 @@
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain
-from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils import data as torchdata
 from tqdm import tqdm
@@ -68,20 +68,19 @@ def _check_inside(name: str, image_root: str, json_file: str) -> None:
         )
 
 
-def _file_state(paths: Sequence[str], json_file: str, i: int) -> Tuple[int, int]:
+def _file_state(path: str, json_file: str) -> Tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds."""
     try:
-        status = os.stat(paths[i])
+        status = os.stat(path)
     except OSError:
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{paths[i]}: no such image; {json_file} names it")
+        raise InputError(f"{path}: no such image; {json_file} names it")
     return status.st_size, status.st_mtime_ns
 
 
-def _check_image(paths: Sequence[str], sizes: np.ndarray, json_file: str, i: int) -> None:
-    """Raise InputError unless a file is a readable image of its width and height."""
-    path, expected = paths[i], tuple(sizes[i].tolist())
+def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
+    """Raise InputError unless a file is a readable image of a width and height."""
     try:
         with Image.open(path) as file:
             size = file.size
@@ -101,31 +100,24 @@ def _check_image(paths: Sequence[str], sizes: np.ndarray, json_file: str, i: int
         read_image(path)
 
 
-class _Results(torchdata.Dataset):
-    """The values of a function, in batches, each by several threads."""
+class _States(torchdata.Dataset):
+    """The state of each image file, which is checked unless it has not changed."""
 
-    def __init__(self, function: Callable, items: np.ndarray):
-        self.function, self.items = function, items
+    def __init__(self, paths: Sequence[str], sizes: np.ndarray, json_file: str, states: np.ndarray):
+        """Args: states: when they were checked, see :func:`check_images`."""
+        self.paths, self.sizes, self.json_file, self.states = paths, sizes, json_file, states
 
-    def __len__(self) -> int:
-        return len(self.items)
+    def __getitem__(self, i: int) -> Tuple[int, int]:
+        path, state = self.paths[i], _file_state(self.paths[i], self.json_file)
+        if state != tuple(self.states[i].tolist()):
+            _check_image(path, tuple(self.sizes[i].tolist()), self.json_file)
+        return state
 
-    def __getitems__(self, indices: List[int]) -> List:
-        parts = np.array_split(self.items[indices], _THREADS)
+    def __getitems__(self, indices: Sequence[int]) -> List[Tuple[int, int]]:
+        parts = np.array_split(indices, _THREADS)
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(lambda part: [self.function(x) for x in part.tolist()], parts)
+            found = threads.map(lambda part: [self[i] for i in part], parts)
             return list(chain.from_iterable(found))
-
-
-def _in_parallel(function: Callable, items: np.ndarray) -> Iterator[List]:
-    """The values of ``function`` in order, in batches; of many items, by several processes."""
-    num_workers = min(os.cpu_count() or 1, len(items) // _MIN_PER_PROCESS)
-    yield from torchdata.DataLoader(
-        _Results(function, items),
-        batch_size=_BATCH,
-        num_workers=num_workers if num_workers > 1 else 0,
-        collate_fn=list,
-    )
 
 
 def check_images(
@@ -158,19 +150,20 @@ def check_images(
         _check_inside(name, image_root, json_file)
     paths = [os.path.join(image_root, name) for name in names]
     states = np.full((len(names), 2), UNKNOWN) if states is None else states
-    chosen = _spread(amount, len(names))
-    found = _in_parallel(partial(_file_state, paths, json_file), chosen)
-    found = np.array(list(chain.from_iterable(found)), np.int64).reshape(-1, 2)
-    is_changed = (found != states[chosen]).any(axis=1)
-    changed, found = chosen[is_changed], found[is_changed]
-    done = 0
-    with tqdm(
-        total=len(changed), desc="checking images", unit="image", disable=not len(changed)
-    ) as progress:
-        for batch in _in_parallel(partial(_check_image, paths, sizes, json_file), changed):
-            end = done + len(batch)
-            states[changed[done:end]] = found[done:end]
-            done = end
+    chosen = _spread(amount, len(names)).tolist()
+    batches = [chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH)]
+    num_workers = min(os.cpu_count() or 1, len(chosen) // _MIN_PER_PROCESS)
+    loader = torchdata.DataLoader(
+        _States(paths, sizes, json_file, states.copy()),
+        batch_sampler=batches,
+        num_workers=num_workers if num_workers > 1 else 0,
+        collate_fn=np.array,
+        generator=torch.Generator(),  # the global one is left alone
+    )
+    # Nothing is shown if it takes less than a second.
+    with tqdm(total=len(chosen), desc="checking images", unit="image", delay=1) as progress:
+        for batch, found in zip(batches, loader):
+            states[batch] = found
             progress.update(len(batch))
 
 

@@ -87,7 +87,7 @@ class Meter:
             return torch.cuda.max_memory_allocated() - before
         # Give back to the system what was freed before, then reset its record of the peak.
         ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as f:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as f:
             f.write("5")
         before = _process_memory("VmRSS")
         step()
@@ -96,5 +96,5 @@ class Meter:
 
 def _process_memory(name: str) -> float:
     """A line of Linux' account of this process, in bytes."""
-    with open("/proc/self/status") as f:
+    with open("/proc/self/status", encoding="ascii") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
