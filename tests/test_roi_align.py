@@ -117,12 +117,18 @@ def test_number_of_threads():
 
 
 def test_trace():
-    """torchvision's operator, for any number of RoIs."""
-    x, rois = (value.detach() for value in make_input())
-    pooler = ParallelROIAlign((7, 7), 1 / 8, 2)
-    for exported in (torch.jit.trace(pooler, (x, rois)), torch.jit.script(pooler)):
-        assert "torchvision::roi_align" in str(exported.inlined_graph)
-        torch.testing.assert_close(exported(x, rois[3:7]), pooler(x, rois[3:7]), rtol=0, atol=1e-13)
+    """For features of any size and any number of RoIs; for gradients, torchvision's operator."""
+    x, rois = (value.detach() for value in make_input(torch.float32))
+    pooler = ParallelROIAlign((7, 5), 1 / 8, 2)
+    traced = torch.jit.trace(pooler, (x, rois))
+    for features in (x, x[:, :3, 4:, :11]):
+        for some in (rois, rois[3:7] / 2, rois[:0]):
+            assert torch.equal(traced(features, some), pooler(features, some))
+    scripted, differentiable = torch.jit.script(pooler), (x.clone().requires_grad_(), rois)
+    for other in (scripted, torch.jit.trace(pooler, differentiable, check_trace=False)):
+        assert "torchvision::roi_align" in str(other.inlined_graph)
+        torch.testing.assert_close(other(x, rois[3:7]), pooler(x, rois[3:7]), rtol=0, atol=1e-5)
+    assert "torchvision" not in str(traced.inlined_graph)
 
 
 def test_pooler():

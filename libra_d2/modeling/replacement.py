@@ -18,9 +18,9 @@ def is_captured() -> bool:
 class Replacement:
     """
     The first base of a class whose second one is a module of Detectron2, its parent. It computes
-    the same numbers as the parent in another way, with the same attributes. What is recorded is to
-    consist of the parent's operations: scripts get a parent, and for traces and compiled graphs
-    ``forward`` has to ask :func:`is_captured`.
+    the same numbers as the parent in another way, with the same attributes. What is recorded has to
+    run without this package: scripts get a parent, and in traces and compiled graphs ``forward``
+    does what the parent does, see :func:`is_captured`, unless PyTorch alone can run it as well.
     """
 
     @classmethod

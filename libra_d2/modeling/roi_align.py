@@ -17,7 +17,7 @@ Shape shorthand in this module:
     T: number of pairs of a bin and a pixel that counts in it
 """
 
-from typing import Any, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,7 +26,7 @@ from torch.nn.modules.utils import _pair
 
 from detectron2.layers import ROIAlign
 
-from .replacement import Replacement, is_captured
+from .replacement import Replacement
 
 __all__ = ["ParallelROIAlign"]
 
@@ -77,8 +77,9 @@ def _taps_along(
     share = valid / num_samples.clamp(min=1)
     fraction = position - low
     # One more than L: a sample on the last pixel gives nothing to the one behind it.
-    weights = start.new_zeros(*first.shape, max(int(num_pixels.amax()), 1) + 1)
-    index = (low - first[..., None]).clamp(0, weights.shape[2] - 2)
+    length_of_bin = max(int(num_pixels.amax()), 1)
+    weights = start.new_zeros((first.shape[0], num_bins, length_of_bin + 1))
+    index = (low - first[..., None]).clamp(0, length_of_bin - 1)
     weights.scatter_add_(2, index, share * (1 - fraction))
     weights.scatter_add_(2, index + 1, share * fraction)
     return first, num_pixels, weights
@@ -96,21 +97,28 @@ def _expand(counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return index, torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
 
 
-def _make_taps(rois: torch.Tensor, size: Tuple[int, int], pooler: ROIAlign) -> _Taps:
+def _make_taps(
+    rois: torch.Tensor,
+    size: Tuple[int, int],
+    output_size: Tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> _Taps:
     """
     Args:
         rois: (R, 5) index of the image and absolute XYXY box, R > 0.
         size: H, W.
-        pooler: see :class:`ROIAlign`.
+        output_size, spatial_scale, sampling_ratio, aligned: see :class:`ROIAlign`.
     """
     height, width = size
-    rows, columns = _pair(pooler.output_size)
-    x1, y1, x2, y2 = (rois[:, 1:] * pooler.spatial_scale - 0.5 * pooler.aligned).unbind(1)
-    w, h = x2 - x1, y2 - y1
-    if not pooler.aligned:
+    rows, columns = output_size
+    boxes = rois[:, 1:] * spatial_scale - 0.5 * int(aligned)
+    x1, y1, w, h = boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    if not aligned:
         w, h = w.clamp(min=1), h.clamp(min=1)
-    first_y, num_y, weight_y = _taps_along(y1, h, rows, pooler.sampling_ratio, height)
-    first_x, num_x, weight_x = _taps_along(x1, w, columns, pooler.sampling_ratio, width)
+    first_y, num_y, weight_y = _taps_along(y1, h, rows, sampling_ratio, height)
+    first_x, num_x, weight_x = _taps_along(x1, w, columns, sampling_ratio, width)
 
     shape = (len(rois), rows, columns)
     first_row = rois[:, 0].long()[:, None] * height + first_y
@@ -129,22 +137,58 @@ def _make_taps(rois: torch.Tensor, size: Tuple[int, int], pooler: ROIAlign) -> _
     return _Taps(pixel, weight, bin_, num.cumsum(0) - num)
 
 
+def _sum_taps(x: torch.Tensor, taps: _Taps, output_size: Tuple[int, int]) -> torch.Tensor:
+    """(N, C, H, W) -> (R, C, *output_size)."""
+    bins = F.embedding_bag(
+        taps.pixel, _pixels(x), taps.start, mode="sum", per_sample_weights=taps.weight
+    )
+    return bins.view(-1, output_size[0], output_size[1], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N * H * W, C), without a copy if the channels are last in memory."""
+    # Rows of a single image would otherwise be a view, whose sums take twenty times as long.
+    return x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
+
+
+@torch.jit.script_if_tracing
+def _pool(
+    x: torch.Tensor,
+    rois: torch.Tensor,
+    max_rois: int,
+    output_size: Tuple[int, int],
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+) -> torch.Tensor:
+    """
+    RoIAlign without gradients, of at most ``max_rois`` RoIs at a time. The other arguments are
+    those of :func:`_make_taps`.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    size, parts = (x.shape[2], x.shape[3]), torch.jit.annotate(List[torch.Tensor], [])
+    for part in rois.split(max_rois):
+        if len(part) > 0:
+            taps = _make_taps(part, size, output_size, spatial_scale, sampling_ratio, aligned)
+            parts.append(_sum_taps(x, taps, output_size))
+    if len(parts) == 0:
+        return x.new_zeros((0, x.shape[1], output_size[0], output_size[1]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class _ROIAlignFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rois: torch.Tensor, pooler: ROIAlign) -> torch.Tensor:
-        taps = _make_taps(rois, x.shape[2:], pooler)
-        ctx.shape = x.shape
+    def forward(
+        ctx: Any, x: torch.Tensor, rois: torch.Tensor, output_size: Tuple[int, int], *args: Any
+    ) -> torch.Tensor:
+        taps = _make_taps(rois, x.shape[2:], output_size, *args)
+        ctx.shape, ctx.num_args = x.shape, len(args)
         ctx.save_for_backward(taps.pixel, taps.weight, taps.bin)
-        bins = F.embedding_bag(
-            *(taps.pixel, _pixels(x.detach()), taps.start),
-            mode="sum",
-            per_sample_weights=taps.weight,
-        )
-        return bins.view(len(rois), *_pair(pooler.output_size), -1).permute(0, 3, 1, 2)
+        return _sum_taps(x.detach(), taps, output_size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
         pixel, weight, bin_ = ctx.saved_tensors
         num_images, channels, height, width = ctx.shape
         pixel, order = pixel.sort(stable=True)
@@ -154,20 +198,16 @@ class _ROIAlignFunction(torch.autograd.Function):
             mode="sum",
             per_sample_weights=weight[order],
         )
-        return pixels.view(num_images, height, width, channels).permute(0, 3, 1, 2), None, None
-
-
-def _pixels(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (N * H * W, C), without a copy if the channels are last in memory."""
-    # Rows of a single image would otherwise be a view, whose sums take twenty times as long.
-    return x.permute(0, 2, 3, 1).contiguous().view(-1, x.shape[1])
+        grad_x = pixels.view(num_images, height, width, channels).permute(0, 3, 1, 2)
+        return (grad_x, None, None, *(None,) * ctx.num_args)
 
 
 class ParallelROIAlign(Replacement, ROIAlign):
     """
     :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
-    channels last as they are. The numbers are the same but for the order of sums. On other devices,
-    and in traces, scripts and compiled graphs, it is the parent.
+    channels last as they are. The numbers are the same but for the order of sums. Traces for
+    inference on a CPU are as fast. On other devices, and in ONNX files, scripts, other traces and
+    compiled graphs, it is the parent.
     """
 
     def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
@@ -179,14 +219,17 @@ class ParallelROIAlign(Replacement, ROIAlign):
         Returns:
             (R, C, *output_size), of the type of ``input``.
         """
-        if input.device.type != "cpu" or is_captured() or len(rois) == 0:
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(input, rois)
+        if torch.onnx.is_in_onnx_export():  # it has its own operator
+            return super().forward(input, rois)
+        needs_grad = torch.is_grad_enabled() and input.requires_grad
+        if needs_grad and (len(rois) == 0 or torch.jit.is_tracing()):
+            return super().forward(input, rois)
+        geometry = (_pair(self.output_size), self.spatial_scale, self.sampling_ratio, self.aligned)
         with torch.autocast("cpu", enabled=False):
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
             x, rois = input.to(dtype), rois.to(dtype)
-            if torch.is_grad_enabled() and x.requires_grad:
-                return _ROIAlignFunction.apply(x, rois, self).to(input.dtype)
-            x = x.contiguous(memory_format=torch.channels_last)
-            parts = [_ROIAlignFunction.apply(x, part, self) for part in rois.split(_MAX_ROIS)]
-            pooled = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return pooled.to(input.dtype)
+            if needs_grad:
+                return _ROIAlignFunction.apply(x, rois, *geometry).to(input.dtype)
+            return _pool(x, rois, _MAX_ROIS, *geometry).to(input.dtype)
