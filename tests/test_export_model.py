@@ -88,7 +88,8 @@ def test_export(system, synthetic, tmp_path, capsys):
     torch.save(another, tmp_path / "image.pth")
     code = (
         "import sys, torch, torchvision; model = torch.jit.load('model.ts');"
-        "torch.save(model(torch.load('image.pth')), 'found.pth');"
+        "found = model(torch.load('image.pth')); torch.save(found, 'found.pth');"
+        "assert not any(x.requires_grad for x in (*found, *model.parameters()));"
         "assert not {'detectron2', 'libra_d2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)

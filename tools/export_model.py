@@ -229,7 +229,15 @@ def write_onnx(source: str, description: Dict, path: str) -> None:
 
 
 def save_trace(traced: torch.jit.ScriptModule, path: str) -> None:
-    """Write a TorchScript file. Raises: InputError: if a part of the model is not PyTorch's."""
+    """
+    Write a TorchScript file. The model cannot be trained any more.
+
+    Raises:
+        InputError: if a part of the model is not PyTorch's.
+    """
+    # Programs that do not disable gradients would keep all features for them.
+    for parameter in traced.parameters():
+        parameter.requires_grad_(False)
     try:
         with atomic_write(path) as f:
             torch.jit.save(traced, f)
