@@ -144,10 +144,17 @@ def test_page(files, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "other/index.html").exists()
 
 
-def test_negative_number_of_images(files, tmp_path, refused):
-    assert "--max-images -1: use 0 or more" in refused(
-        run, files, tmp_path / "out", "--max-images", "-1"
-    )
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-images", "-1", "--max-images -1: use 0 or more"),
+        ("--val-images", "none", "--val-images: none: no such directory"),
+    ],
+)
+def test_bad_options(files, tmp_path, refused, option, value, message):
+    """Before anything is written."""
+    assert message in refused(run, files, tmp_path / "out", option, value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option", ["--results", "--results-b"])

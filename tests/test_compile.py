@@ -17,7 +17,7 @@ def test_training_step():
     torch._dynamo.utils.counters.clear()
     with double_precision():
         model = build_model(demo_cfg())
-        inputs = random_inputs(3, 2)
+        inputs = random_inputs(3, 1)
         for run in (model, torch.compile(model, backend="eager")):
             model.zero_grad()
             torch.manual_seed(1)

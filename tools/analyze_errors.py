@@ -126,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
     """Read, analyze and write."""
     if args.max_images < 0:
         raise InputError(f"--max-images {args.max_images}: use 0 or more")
+    if args.val_images is not None and not os.path.isdir(args.val_images):
+        raise InputError(f"--val-images: {args.val_images}: no such directory")
     sides = [x for x in (args.results, args.results_b) if x]
     if len(set(map(len, sides))) > 1:
         raise InputError(
