@@ -191,6 +191,7 @@ def test_figure_of_levels():
     starts = np.array([-0.4, 0.6, -0.4, 0.6, -0.4, 0.6]) + np.repeat([0, 0.8 / 3, 1.6 / 3], 2)
     assert bars(left) == approx([starts, [0.8 / 3] * 6, [5, 1, 2, 6, 4, 3]])
     assert [x.get_label() for x in left.containers] == ["before", "added", "after"]
+    assert [x.get_text() for x in left.get_legend().get_texts()] == ["before", "added", "after"]
     assert [axis.get_xlabel().startswith("It rises by") for axis in matrices] == [False, True]
     assert not analysis.plot_levels({"before": statistics["before"]}, names).axes[1].get_xlabel()
     for axis, stage in zip(matrices, ("before", "after")):
@@ -277,6 +278,7 @@ def test_objective_statistics():
 def test_figure_of_losses():
     """Gradients above, values below; alpha is varied on the left, gamma on the right."""
     figure = analysis.plot_losses(**SETTINGS, smooth_l1_beta=0.25)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["gradient", "", "loss", ""]
     x = torch.arange(1, 401) / 400
     columns = zip(np.reshape(figure.axes, (2, 2)).T, ("alpha", "gamma"), ("gamma 1.2", "alpha 0.4"))
     for column, name, fixed in columns:

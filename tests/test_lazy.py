@@ -204,9 +204,10 @@ def test_recipe_without_ideas(name):
 
 def test_what_is_left_alone():
     """Everything if no idea is asked for, and settings made before."""
-    model = zoo_model("mask_rcnn_fpn")
-    before = copy.deepcopy(model)
-    assert balance(model, **dict.fromkeys(IDEAS, False)) == before
+    for name in ("mask_rcnn_fpn", "retinanet"):
+        model = zoo_model(name)
+        before = copy.deepcopy(model)
+        assert balance(model, **dict.fromkeys(IDEAS, False)) == before
     model = balanced("mask_rcnn_fpn")
     model.backbone.refine_type = "conv"
     model.roi_heads.proposal_sampler.num_bins = 5
@@ -224,6 +225,26 @@ class OwnLibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
 def own_pyramid(channels):
     cfg = demo_cfg(MODEL__LIBRA__BFP__ENABLED=False, MODEL__FPN__OUT_CHANNELS=channels)
     return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+def test_reference_cascade():
+    """Each stage has a mask head, and half the loss weight of the one before."""
+    heads = balanced("cascade_rcnn", reference=True).roi_heads
+    assert heads.mask_head.num_stages == 3
+    assert heads.stage_loss_weights == [1, 0.5, 0.25]
+    assert (heads.resample, heads.average, heads.pad_masks) == (True, "logits", True)
+    assert "low_quality_iou" not in heads
+    heads = balanced("mask_rcnn_fpn", reference=True).roi_heads
+    assert (heads.low_quality_iou, heads.pad_masks) == (0.5, True)
+
+
+def test_backbone_that_does_not_say():
+    """A backbone for a balanced feature pyramid gets one, unless it says that it has none."""
+    model = balanced("mask_rcnn_fpn")
+    model.backbone.pop("balanced")
+    assert balance(model).backbone.balanced is True
+    model.backbone.balanced = False
+    assert balance(model).backbone.balanced is False
 
 
 def test_own_classes():

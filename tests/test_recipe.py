@@ -419,6 +419,15 @@ def test_copy_freeze_and_dump(language, line, options):
     assert recipe.options({"output_dir": "a", "seed": 3}) == options.split()
 
 
+def test_nulls_of_yaml_configs():
+    """Errors where the default is a value; nulls of Detectron2's own defaults are legal."""
+    recipe = make("yaml")
+    recipe.check_nulls()
+    recipe.config.SOLVER.STEPS = None
+    with pytest.raises(InputError, match="^SOLVER.STEPS is null: leave it out for its default, "):
+        recipe.check_nulls()
+
+
 def test_nulls_of_lazy_configs():
     """Errors where there must be a value; Detectron2 accepts null for max_to_keep."""
     recipe = make("lazy", "cascade_rcnn")

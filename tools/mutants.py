@@ -54,8 +54,8 @@ LEFT_OUT = (".git", ".venv", "output", "datasets", "build", "__pycache__", ".*_c
 # Statements and arguments that need no tests, or that ruff checks.
 IGNORED = re.compile(r"@abstractmethod|(self\.)?logger\.|log_first_n\(|axis\.spines|color = ")
 IGNORED_ARGUMENTS = (
-    *("color", "figsize", "fontsize", "layout", "ha", "va", "help", "metavar"),
-    "encoding",
+    *("color", "figsize", "fontsize", "layout", "ha", "va", "linestyle", "linewidth", "pad"),
+    *("frameon", "loc", "markersize", "help", "metavar", "encoding"),
 )
 PAIRS = {"min": "max", "mean": "sum", "any": "all", "floor": "ceil", "height": "width"}
 PAIRS.update({new: old for old, new in PAIRS.items()})
