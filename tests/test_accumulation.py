@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_model, load_cfg, random_inputs
-from torch import nn
+from torch import distributed, nn
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -157,6 +157,33 @@ def test_step(amp):
     assert model.mean.running_mean.item() == pytest.approx((1.5 + 6 + 24) / 3)
     assert model.norm.num_batches_tracked == model.mean.num_batches_tracked == 3
     assert (model.norm.momentum, model.mean.momentum) == (0.1, None)
+
+
+def test_processes_average_once():
+    """A process sends its gradients with the last of three micro-batches."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module, sent = Sampling(), []
+        module.norm.requires_grad_(False), module.mean.requires_grad_(False)  # not in the losses
+        model = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+        def send(_, bucket):
+            sent.append((len(module.with_gradient), bucket.buffer().item()))
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model.register_comm_hook(None, send)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = AccumulationTrainer(model, [[1.0, 2, 4, 8, 16, 32]], optimizer)
+        trainer.accumulation_steps = 3
+        with EventStorage():
+            trainer.run_step()
+    finally:
+        distributed.destroy_process_group()
+    ((when, gradient),) = sent
+    assert when == 3 + 3  # the first pass counts
+    assert module.weight.item() == pytest.approx(1.5 - 0.1 * gradient)
 
 
 def test_scale_of_another_precision():

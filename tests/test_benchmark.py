@@ -6,6 +6,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
 from libra_d2.tools import benchmark, benchmark_models
 from libra_d2.tools.benchmark_models import OURS, PLAIN, REFERENCE
@@ -87,6 +88,29 @@ def test_times(monkeypatch):
     calls.update(a=0, b=0)
     Meter("cpu", 12.5).times("what", steps)
     assert calls == {"a": 2 + 6, "b": 2 + 6}  # both take 2 s in all when they are called once
+
+
+def test_times_on_a_gpu(monkeypatch):
+    """Between two events of the GPU, which has to have finished before they are read."""
+    log, names = [], ["start", "end"]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = names.pop(0)
+
+        def record(self):
+            log.append(f"record {self.name}")
+
+        def synchronize(self):
+            log.append(f"wait for {self.name}")
+
+        def elapsed_time(self, end):
+            log.append(f"from {self.name} to {end.name}")
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert Meter("cuda", 0)._time(lambda: log.append("step")) == 2.5
+    assert log == ["record start", "step", "record end", "wait for end", "from start to end"]
 
 
 def test_memory():
