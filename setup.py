@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "libra_d2/__init__.py").read_text()).group(1)
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "libra_d2/__init__.py").read_text(encoding="utf-8")
+).group(1)
 
 TOP_LEVEL = {f"libra_d2.{name}": name for name in ("configs", "demo", "tools")}
 PROGRAMS = {
@@ -29,7 +31,7 @@ setup(
     name="libra_d2",
     version=VERSION,
     description="Libra R-CNN (CVPR 2019) for Detectron2",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.9",

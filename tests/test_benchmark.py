@@ -186,6 +186,17 @@ def test_exported_files(monkeypatch):
     assert [x.shape for x in seen] == [(3, 64, 96)]
 
 
+def test_systems(monkeypatch, capsys):
+    """Those that are asked for; without mmdetection where nothing is compared with it."""
+    monkeypatch.setattr(benchmark, "Meter", Once)
+    monkeypatch.setattr(benchmark, "has_mmdetection", lambda: pytest.fail("asked for"))
+    command = ["--device", "cpu", "--only", "growth", "--systems", "retinanet"]
+    benchmark.main([*command, "--image-size", "64", "64"])
+    printed = "\n".join(x for x in capsys.readouterr().out.splitlines() if x.startswith("|"))
+    names = [row[0] for row in cells(printed)[1:] if row[0]]
+    assert names == [f"pixels, RetinaNet, {side * side}" for side in (32, 32, 64)]
+
+
 def test_levers():
     results = list(benchmark_models.levers(Once("cpu", 0), RETINANET, (64, 64), ["fold_norm"]))
     assert [list(result.values) for result in results] == [

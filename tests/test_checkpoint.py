@@ -354,6 +354,25 @@ def test_non_finite_weights(tmp_path, value, names):
     assert set(tmp_path.iterdir()) == files
 
 
+class MakesDirectory:
+    """Unpickling it creates a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_code_is_not_executed(tmp_path, suffix):
+    path, content = tmp_path / f"a{suffix}", {"model": {}, "x": MakesDirectory(str(tmp_path / "x"))}
+    path.write_bytes(pickle.dumps(content)) if suffix == ".pkl" else torch.save(content, path)
+    with pytest.raises(BrokenFileError, match=rf"a{suffix}: .*mkdir"):
+        LibraCheckpointer(net({"a": (2,)})).load(str(path))
+    assert not (tmp_path / "x").exists()
+
+
 def test_trained_model(tmp_path):
     """
     A plain detector is the one without the three ideas. A folder's last checkpoint takes precedence

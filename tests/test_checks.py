@@ -37,7 +37,7 @@ RULES = [
     ("SOLVER.WARMUP_ITERS", [0], [-1], LEAST.format(0)),
     ("SOLVER.BASE_LR", [1e-9, 1e9], [0.0, -0.1, "1e999"], "use a positive number, such as 0.02"),
     ("SOLVER.REFERENCE_WORLD_SIZE", [0, 2], [-1], LEAST.format(0)),
-    ("SOLVER.WARMUP_FACTOR", [0.0, 1.0], [-3.0, 1.5], "use a value in [0, 1]"),
+    ("SOLVER.WARMUP_FACTOR", [0.0, 1.0], [-0.1, 1.5], "use a value in [0, 1]"),
     ("SOLVER.GAMMA", [0.1, 1.0], [0.0, "1e999"], "use a positive number, such as 0.1"),
     ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", [0.1], [0.0, -1.0], "use a positive number"),
     ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", [0.5], [0.0], "use a positive number"),
@@ -76,7 +76,10 @@ RULES = [
     (
         "TEST.EXPECTED_RESULTS",
         [[], [["bbox", "AP", 38.5, 0.2]]],
-        [[["bbox", "AP", 38.5]], [["bbox", "AP", "high", 1]], [[["bbox"], "AP", 1, 1]], [3]],
+        [
+            *([["bbox", "AP", 38.5]], [["bbox", "AP", "high", 1]], [[["bbox"], "AP", 1, 1]], [3]),
+            *([["bbox", 5, 1, 1]], [["bbox", "AP", 1, "x"]]),
+        ],
         "use [[task, metric, value, tolerance], ...], such as [['bbox', 'AP', 38.5, 0.2]]",
     ),
     ("MODEL.LIBRA.INPUT.INTERPOLATION", ["pillow", "opencv"], ["cv2"], CHOICE),
@@ -116,7 +119,7 @@ def test_combinations(opts, message):
     evaluated = [f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.BEST_METRIC", "x", "TEST.EVAL_PERIOD", 1]
     sizes = [SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
     read(*sizes, *evaluated, "SOLVER.STEPS", "(400, 600)")
-    read(f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.EPOCHS", 12.0)
+    read(f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.EPOCHS", 0.5)
 
 
 NO_NAME = "which cannot be instantiated: Error loading 'no.thing'"
@@ -128,6 +131,12 @@ PREDICTOR = f"{HEADS}.box_predictor"
     ("opts", "message"),
     [
         ("train.max_iter=4.5", "train.max_iter is 4.5: use 1 or more"),
+        ("train.max_iter=true", "train.max_iter is True: use 1 or more"),
+        ("train.check_images=0.5", "train.check_images is 0.5: use a number of images"),
+        ("train.seed=1.5", "train.seed is 1.5: use a number below"),
+        ("train.epochs=true", "train.epochs is True: use a number of passes"),
+        ("train.device=[cpu]", "train.device is ('cpu',): "),
+        ("train.device=xpu", "train.device is 'xpu', which PyTorch cannot use"),
         ("train.max_iter=null", "train.max_iter is null: leave it out, or give it a value"),
         ("train.output_dir=null", "train.output_dir is null: leave it out"),
         ("train.output_dir=5", "train.output_dir is 5: use a path"),
@@ -142,6 +151,9 @@ PREDICTOR = f"{HEADS}.box_predictor"
         ("lr_multiplier.scheduler.start_value=x", "lr_multiplier: it cannot be built: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
         ("train.amp=true", "train.amp is True: it must be a section with train.amp.enabled"),
+        ("train.amp=0.5", "train.amp is 0.5: it must be a section with train.amp.enabled"),
+        ("train.checkpointer=x", "train.checkpointer is 'x': it must be a section with train.che"),
+        (f"{MAPPER}.augmentations=5", f"{MAPPER}.augmentations is 5: use a list"),
         (f"{PREDICTOR}=5", f"{PREDICTOR} is 5: it must be a section"),
         ("dataloader.test.mapper.augmentations=5", "mapper.augmentations is 5: use a list"),
         # A circle of interpolations, of one, of two, through a part.
@@ -195,6 +207,7 @@ def test_values_of_lazy_configs(opts, message, datasets):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         check(*opts.split(), config=LAZY, test_datasets=("test_1",))
     assert "\n" not in str(error.value)
+    assert "cannot be used" not in str(error.value)
 
 
 def test_lazy_config(datasets):
@@ -216,6 +229,8 @@ def test_parts_of_an_evaluation():
     recipe.check_parts(train=False)
     with pytest.raises(InputError, match="^optimizer: missing in the LazyConfig"):
         recipe.check_parts(train=True)
+    read("lr_multiplier=null", config=LAZY).check_parts(train=False)
+    read("dataloader.test=null", config=LAZY).check_parts(train=True)
     recipe = read("MODEL.ROI_HEADS.NAME", "Other", "DATASETS.TEST", ("test_none",))
     DatasetCatalog.register("test_none", list)
     with pytest.raises(InputError, match="MODEL.ROI_HEADS.NAME is 'Other': no component has this"):
@@ -309,6 +324,7 @@ def check(*opts, config="", **settings):
 
 
 def test_keypoints(datasets):
+    MetadataCatalog.get("test_3").set(json_file="own://a.json")
     check()
     with pytest.raises(InputError, match="'test_3' does not name its keypoints"):
         check("MODEL.KEYPOINT_ON", True)
@@ -331,6 +347,14 @@ def test_few_images(counts, warned, datasets, caplog):
     check(*opts, train_datasets=tuple(f"test_{n}" for n in counts))
     expected = [f"{what}, but there are only {n} images to train on" for what, n in warned.items()]
     assert [x for x in caplog.messages if "but there" in x] == expected
+
+
+def test_places(datasets):
+    """Weights are a file; validation data have to be there when a training starts."""
+    with pytest.raises(InputError, match="'nowhere' is not a registered dataset"):
+        check(test_datasets=("nowhere",))
+    with pytest.raises(InputError, match="no such file"):
+        check(weights=str(ROOT))
 
 
 @pytest.fixture
@@ -425,6 +449,34 @@ def test_metrics_in_messages(classes, datasets):
     check_run(recipe, train=False, resume=True)
 
 
+def test_averaged_weights_in_expected_results(classes):
+    """They are evaluated at the end of a training only."""
+    opts = [*TWO, *EMA, "TEST.EXPECTED_RESULTS", [["bbox_EMA", "AP", 1, 1]]]
+    check(*opts, train_datasets=("ab",), test_datasets=("ab",))
+    recipe = read(*opts)
+    recipe.test_datasets = ("ab",)
+    with pytest.raises(InputError, match="names 'bbox_EMA/AP', which no"):
+        check_run(recipe, train=False, resume=True)
+
+
+def test_what_an_evaluation_does_not_need(datasets, classes, monkeypatch, caplog):
+    """Names of keypoints, the classes of the training data, and a batch that can be shared."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    keypoints = [*KEYPOINTS, "SOLVER.IMS_PER_BATCH", 3]
+    for opts, train, test in ((keypoints, "test_3", "test_1"), (TWO, "abc", "ab")):
+        recipe = read(*opts)
+        recipe.train_datasets, recipe.test_datasets = (train,), (test,)
+        check_run(recipe, train=False, resume=True)
+    assert "but there are" not in caplog.text
+
+
+def test_own_evaluator_of_an_own_type(datasets):
+    MetadataCatalog.remove("test_1")
+    MetadataCatalog.get("test_1").set(evaluator_type="own")
+    own = "dataloader.evaluator._target_=detectron2.evaluation.LVISEvaluator"
+    check(own, config=LAZY, test_datasets=("test_1",))
+
+
 def test_evaluators_that_do_not_fit(classes, datasets):
     with pytest.raises(InputError, match="'voc' is of type 'pascal_voc', whose evaluator c"):
         check(*PROPOSALS, test_datasets=("voc",))
@@ -444,7 +496,12 @@ def test_evaluators_that_do_not_fit(classes, datasets):
         ([TWO_CLASSES], LAZY, "ab ab", ""),  # the others are interpolations
         ([f"{HEADS}.num_classes=3"], LAZY, "ab ab", f"{HEADS}.num_classes is 3, but dataset "),
         ([TWO_CLASSES, f"{PREDICTOR}.num_classes=3"], LAZY, "ab ab", f"2, but {PREDICTOR}.num_cla"),
+        ([TWO_CLASSES, f"{PREDICTOR}.num_classes=1"], LAZY, "ab ab", f"2, but {PREDICTOR}.num_cla"),
         ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=1"], LAZY, "ab ab", ""),
+        (
+            *(["model._target_=torch.nn.Identity", "model.roi_heads=null"], LAZY, "ab abc"),
+            "class 2 of dataset 'ab' is None, and of 'abc' it is 'c'",
+        ),
         ([TWO_CLASSES, f"{HEADS}.mask_head.num_classes=3"], LAZY, "ab ab", "mask_head.num_classes"),
         (["model.head.num_classes=3"], LAZY_RETINANET, "ab ab", "80, but model.head.num_classes"),
     ],
@@ -507,7 +564,9 @@ def test_mixed_precision_on_the_cpu(datasets, monkeypatch, caplog, has_instructi
 def test_mixed_precision_on_a_gpu(datasets, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     options = ["SOLVER.AMP.ENABLED", True, "MODEL.DEVICE", "cuda"]
     check(*options)
     with pytest.raises(InputError, match="'bfloat16', which this GPU cannot compute: use 'float"):

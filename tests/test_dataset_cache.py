@@ -5,8 +5,10 @@ import importlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import types
 
 import numpy as np
 import pycocotools.mask as mask_utils
@@ -97,6 +99,42 @@ def test_records(folder, order, mask_format):  # noqa: F811
     records[0]["annotations"].clear()
     assert len(records[0]["annotations"]) == 2
     assert MetadataCatalog.get(NAME).thing_dataset_id_to_contiguous_id == {3: 0, 20: 1}
+
+
+def test_polygons_of_unsorted_annotations(folder):  # noqa: F811
+    """Each object keeps its own, several and of any length, and their numbers."""
+    content, polygons = dataset(), POLYGONS[:1]
+    for i, (image, length) in enumerate([(9, 6), (7, 8), (9, 10), (7, 6), (9, 6)]):
+        polygons = [[i + j / 3 for j in range(length)], *polygons]
+        content["annotations"][i].update(image_id=image, iscrowd=0, segmentation=polygons)
+    expected = load_coco_json(write(folder, content), str(folder), "test_cache_expected")
+    assert [len(record["annotations"]) for record in expected] == [2, 3]
+    assert as_text(register(folder, content, mask_format="polygon")) == as_text(expected)
+
+
+def test_tuples_of_polygons(tmp_path):
+    """As functions that are registered may return them."""
+    writer, path = RecordWriter(), str(tmp_path / "a.records")
+    polygons = ((1, 2, 3, 4, 5.5, 6), [1, 2, 3, 4, 5, 6, 7, 8])
+    annotation = {"bbox": [1, 2, 3, 4], "bbox_mode": 1, "category_id": 0, "segmentation": polygons}
+    record = {"file_name": "a", "image_id": 1, "height": 2, "width": 3}
+    writer.add_record({**record, "annotations": [annotation]})
+    writer.save(path, {})
+    (found,) = MappedRecords(path)
+    assert found["annotations"][0]["segmentation"] == [list(x) for x in polygons]
+
+
+def test_no_images(tmp_path):
+    RecordWriter().save(str(tmp_path / "a.records"), {})
+    assert len(MappedRecords(str(tmp_path / "a.records"))) == 0
+
+
+def test_other_layout(folder, counts, monkeypatch):  # noqa: F811
+    """Files of other versions are not read, even if they have as many arrays."""
+    register(folder)
+    monkeypatch.setattr(dataset_cache, "LAYOUT", dataset_cache.LAYOUT[::-1])
+    register(folder)
+    assert counts["reads"] == 2
 
 
 def test_ids_of_text(folder):  # noqa: F811
@@ -202,7 +240,7 @@ def test_names_that_begin_alike(folder):  # noqa: F811
     assert {x.name.split("-")[1] for x in before & {*cache.iterdir()}} == {"photographs_2024"}
 
 
-def test_amount(tmp_path, counts, monkeypatch):
+def test_amount(tmp_path, counts, monkeypatch, capsys):
     """In equal distances, and those that were checked are not opened again, also after an error."""
     monkeypatch.setattr(image_checks, "_BATCH", 64)
     names = [f"{i}.png" for i in range(200)]
@@ -216,19 +254,30 @@ def test_amount(tmp_path, counts, monkeypatch):
         assert sorted(counts["opened"], key=names.index) == [names[i] for i in opened]
         assert (states[opened, 0] > 0).all()
     (tmp_path / names[-1]).write_bytes(b"no image")
-    for expected in (range(64), range(192, 200)):  # the batches before the broken one are kept
+    for expected in (range(64), range(184, 200)):  # the batches before the broken one are kept
         counts["opened"].clear()
         with pytest.raises(InputError, match="199.png: not a readable image"):
             image_checks.check_images(*arguments, -1, states)
         assert {names[i] for i in expected} - {names[i] for i in (0, 25, 50)} <= {*counts["opened"]}
     assert len(counts["opened"]) <= 64
+    assert capsys.readouterr().err == ""  # no progress of what takes no time
 
 
-def test_several_processes(tmp_path, monkeypatch):
-    """In the order of the images, whose errors come from the first one that has any."""
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_several_processes(tmp_path, monkeypatch, is_parallel):
+    """The images before the first that is broken are known; processes end, and leave no trace."""
+    check, log = image_checks._check_image, tmp_path / "log"
+
+    def log_process(*args):
+        with log.open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        check(*args)
+
+    monkeypatch.setattr(image_checks, "_check_image", log_process)
     monkeypatch.setattr(image_checks, "_BATCH", 2)
-    monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4)
-    monkeypatch.setattr(image_checks.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4 if is_parallel else 5)
+    monkeypatch.setattr(image_checks.os, "sched_getaffinity", lambda pid: range(2), raising=False)
+    monkeypatch.setattr(image_checks.multiprocessing, "get_start_method", lambda: "fork")
     names = [f"{i}.png" for i in range(9)]
     for name in names:
         (tmp_path / name).write_bytes(b"no image")
@@ -238,10 +287,38 @@ def test_several_processes(tmp_path, monkeypatch):
     random_state = torch.get_rng_state()
     with pytest.raises(InputError) as error:
         image_checks.check_images(names, sizes, str(tmp_path), "x.json", -1, states)
+    assert multiprocessing.active_children() == []
     assert str(error.value).startswith(f"{tmp_path}/6.png: not a readable image")
     expected = [(os.stat(tmp_path / x).st_size, os.stat(tmp_path / x).st_mtime_ns) for x in names]
     assert states.tolist() == [*map(list, expected[:6]), *[[-1, -1]] * 3]
     assert torch.get_rng_state().equal(random_state)
+    processes = {*map(int, log.read_text().split())}
+    assert len(processes) == (2 if is_parallel else 1)
+    assert (os.getpid() in processes) != is_parallel
+    log.write_text("")  # nothing is opened again
+    image_checks.check_images(names[:6], sizes[:6], str(tmp_path), "x.json", -1, states[:6])
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "is_daemon", "cores", "num_images", "expected"),
+    [
+        ("fork", False, 4, 40000, 4),
+        ("fork", False, 4, 12000, 3),
+        ("fork", False, 64, 10**6, 16),
+        ("fork", False, 4, 7999, 0),
+        ("fork", False, 1, 40000, 0),
+        ("fork", True, 4, 40000, 0),
+        ("spawn", False, 4, 40000, 0),
+    ],
+)
+def test_number_of_processes(method, is_daemon, cores, num_images, expected, monkeypatch):
+    """None where they cannot be started, or would have to import everything."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    process = types.SimpleNamespace(daemon=is_daemon)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: process)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    assert image_checks._num_processes(num_images) == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"filter_empty": False}, {"min_keypoints": 2}])

@@ -168,6 +168,8 @@ BEFORE = {
         ("training data 'a' classes", ["y"], True),
         ("training data 'a' images", "3 (1)", True),
         ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", True),
+        ("MODEL.META_ARCHITECTURE", "B", True),
+        ("DATASETS.TRAIN", ["b"], True),
         ("model.backbone._target_", "a.C", True),
         ("optimizer._target_", "a.SGD", True),
         ("optimizer.lr", 2.0, False),
@@ -191,6 +193,26 @@ def test_resuming(name, value, is_fixed, caplog):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("VERSION", "DATASETS.PROPOSAL_FILES_TEST", "dataloader.test.num_workers"),
+        "dataloader.test.dataset.proposal_files.0",
+    ],
+)
+def test_what_may_differ(name):
+    """Places, and what changes no number."""
+    assert changed_values({name: 1}, {name: 2}) == {}
+
+
+def test_order_and_comparison():
+    assert [*changed_values(dict.fromkeys("cabfed"), {})] == [*"abcdef"]
+    identity = RunIdentity({})
+    assert identity.is_compared is False
+    identity.load_state_dict({})
+    assert identity.is_compared is True
+
+
 def test_other_data():
     """Data under another name, or missing, is other data."""
     now = {k: v for k, v in BEFORE.items() if "training" not in k}
@@ -201,9 +223,11 @@ def test_other_data():
 def test_classes(data):
     """A model is evaluated on the classes that it has learned, in their order."""
     name, key = register(data), "training data 'other' classes"
-    for run in ({}, {key: ["a", "b"]}, {key: []}):
+    validation = {"validation data 'other' classes": ["b", "a"]}
+    for run in ({}, {key: ["a", "b"]}, {key: []}, validation):
         check_classes(run, [name])
     check_classes({key: ["b", "a"]}, [])
+    check_classes({key: ["b", "a"]}, ["identity_without_classes"])
     for learned in (["b", "a"], ["a"], ["a", "b", "c"]):
         with pytest.raises(InputError, match=f"dataset '{name}' has .'a', 'b'."):
             check_classes({key: learned}, [name])

@@ -234,8 +234,9 @@ def test_reference_cascade():
     assert heads.stage_loss_weights == [1, 0.5, 0.25]
     assert (heads.resample, heads.average, heads.pad_masks) == (True, "logits", True)
     assert "low_quality_iou" not in heads
-    heads = balanced("mask_rcnn_fpn", reference=True).roi_heads
-    assert (heads.low_quality_iou, heads.pad_masks) == (0.5, True)
+    for name, expected in (("mask_rcnn_fpn", (0.5, True)), ("keypoint_rcnn_fpn", (None, None))):
+        heads = balanced(name, reference=True).roi_heads
+        assert (heads.get("low_quality_iou"), heads.get("pad_masks")) == expected
 
 
 def test_backbone_that_does_not_say():
@@ -277,6 +278,9 @@ def test_what_cannot_be_balanced():
     ):
         with pytest.raises(InputError, match=message):
             balance(model)
+    for idea in ("sampling", "balanced_l1"):
+        with pytest.raises(InputError, match="FCOS has neither"):
+            balance(fcos, **{idea: False})
     balance(fcos, sampling=False, balanced_l1=False)
     assert hasattr(instantiate(fcos.backbone), "bfp")
     model = balanced("mask_rcnn_fpn")

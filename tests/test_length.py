@@ -29,6 +29,7 @@ def recipe_of(**settings):
         (0.5, 7, (2, (1,), 7)),
         (20.0, 7, (60, (40, 53), 7)),
         (0.25, 7, (1, (), 7)),
+        (10.0, 7, (30, (20, 27), 7)),
     ],
 )
 def test_epochs(epochs, period, expected, caplog):
@@ -47,6 +48,16 @@ def test_epochs(epochs, period, expected, caplog):
     assert f"{expected[0]} iterations of 4 images: {found:.3g} epochs of 12 imag" in caplog.text
 
 
+def test_no_step_and_no_validation_data():
+    """Steps that become 0 are left out; without data, nothing is evaluated after each epoch."""
+    settings = {"SOLVER__STEPS": (9, 80), "DATASETS__TEST": ()}
+    recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=0.5, **settings)
+    before = recipe.checkpoint_period
+    set_length(recipe, 12)  # 0.2 and 1.8 of 2 iterations
+    assert recipe.config.SOLVER.STEPS == ()
+    assert (recipe.eval_period, recipe.checkpoint_period) == (0, before)
+
+
 def test_lazy_config():
     """Its schedule is in proportion by itself; one image more is one iteration more."""
     recipe = make_recipe(model_zoo.get_config("COCO-Detection/libra_retinanet_R_50_FPN_1x.py"))
@@ -63,6 +74,7 @@ def test_lazy_config():
         ({"SOLVER__MAX_ITER": 100}, 2, ""),  # 200
         ({"SOLVER__STEPS": (60, 90), "SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}, 12, ""),
         ({"DATASETS__TEST": (), "TEST__EVAL_PERIOD": 0}, 12, ""),
+        ({"SOLVER__MAX_ITER": 401}, 8, "MAX_ITER 401 is 200 epochs of 8 images"),
         ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
         ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),
         ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate is not reduced at 90"),

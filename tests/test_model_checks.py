@@ -83,6 +83,9 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
             *("faster_rcnn", "ROI_HEADS.IN_FEATURES=('p2','p9')"),
             f"^MODEL.ROI_HEADS.IN_FEATURES {NO_LEVEL.format('p9')}$",
         ),
+        ("faster_rcnn", "RPN.IN_FEATURES=('p2','p9')", "^MODEL.RPN.IN_FEATURES names 'p9', "),
+        ("retinanet", "FPN.IN_FEATURES=('res3','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),
+        ("faster_rcnn", "FPN.FUSE_TYPE=max", "^MODEL: it cannot be built: AssertionError$"),
         ("rpn", "FPN.IN_FEATURES=('res2','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),
         (
             *("faster_rcnn", f"{LIBRA_BACKBONE} {BASE}=build_libra_resnet_fpn_backbone"),
@@ -206,6 +209,7 @@ VALUES = {
         ("retinanet", "", "RPN SAMPLER"),
         ("rpn", "", "RETINANET"),
         ("rpn", "PROPOSAL_GENERATOR.NAME=RPN", "RETINANET RPN"),
+        ("rpn", "LIBRA.CASCADE.RESAMPLE=True LIBRA.ROI_HEADS.PAD_MASKS=True", "RETINANET"),
     ],
 )
 def test_unread_keys(name, options, unread, caplog):

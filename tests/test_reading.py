@@ -49,7 +49,8 @@ LAZY = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
         ("# nothing", "", "a.yaml: not a config: there are no keys in it"),
         ("_BASE_: b.yaml", "", "b.yaml: not a config: there are no keys in it"),
         ("SOLVER: {MAX_ITER: 4.5}", "", "a.yaml: SOLVER.MAX_ITER is 4.5: use a whole number$"),
-        ("OUTPUT_DIR: 5", "", "^[^ ]*a.yaml: OUTPUT_DIR is 5: use text$"),
+        ("SOLVER: {BASE_LR: true}", "", "a.yaml: SOLVER.BASE_LR is True: use a number$"),
+        ("OUTPUT_DIR: 5", "", "^[^ ]*a.yaml: OUTPUT_DIR is 5: use text, such as \"'5'\"$"),
     ],
 )
 def test_bad_yaml(a, b, message, tmp_path):
@@ -143,6 +144,7 @@ def test_name_in_messages(tmp_path):
         ("train.test_time_augmentation.flip=false", "tta_flip", False),
         ("train.ema_decay=0.5", "ema_decay", 0.5),
         ("train.my_period=5", "ema_decay", 0.0),
+        ("+train.ema_decay=0.5", "ema_decay", 0.5),
     ],
 )
 def test_sections_of_this_project(option, setting, value):
@@ -161,7 +163,10 @@ def test_sections_of_this_project(option, setting, value):
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL x", "^command line: .*REFINE_LEVEL"),
         ("", "SOLVER.BASE_LR -1", "^SOLVER.BASE_LR is -1.0: use a positive number"),
         ("", "MODEL.LIBRA.SPEED.WINOGRAD on", "SPEED.WINOGRAD is on: use True or False$"),
-        ("", "DATASETS.TEST a", "DATASETS.TEST is a: use a list, such as .a, b.$"),
+        ("", "MODEL.RPN.IN_FEATURES p2", r"IN_FEATURES is p2: use a list, such as \['res4'\]$"),
+        ("", "DATASETS.TEST a", r"DATASETS.TEST is a: use a list, such as \('a', 'b'\)$"),
+        ("", "SOLVER.STEPS 5", r"SOLVER.STEPS is 5: use a list, such as \(30000,\)$"),
+        ("", "SOLVER 5", "^command line: SOLVER: it is a section; set one of the keys in it$"),
         ("", "SOLVER.BASE_LR fast", "^command line: SOLVER.BASE_LR is fast: use a number$"),
         (
             "",
@@ -174,6 +179,7 @@ def test_sections_of_this_project(option, setting, value):
         (LAZY, "dataloder.train=0", "command line: dataloder.train: the LazyConfig has no such ke"),
         (LAZY, "dataloader.tran=0", "no such key; dataloader has train, test, evaluator$"),
         (LAZY, "train.speed.fold=0", "train.speed.fold: .*; did you mean train.speed.fold_norm.$"),
+        (LAZY, "hyper=0", "^command line: hyper: the LazyConfig has no such key; it has "),
         (LAZY, "train.hyper.x=0", "train.hyper.x: the LazyConfig has no such key$"),
         (LAZY, "train.max_itr=5", "^command line: train.max_itr: .* did you mean train.max_iter.$"),
         (LAZY, "train.max_iter=[1", "command line: "),
@@ -188,11 +194,32 @@ def test_is_lazy_config(tmp_path):
     path = tmp_path / "config.yaml"
     LazyConfig.save(LazyConfig.load(LAZY), str(path))
     assert is_lazy_config(str(path))
-    for text in ("MODEL:\n  MASK_ON: True\n", "model: [broken", "- model"):
+    for text in ("MODEL:\n  MASK_ON: True\n", "model: [broken", "- model", "model: 1\nMODEL: {}"):
         path.write_text(text)
         assert not is_lazy_config(str(path))
+    path.write_bytes(b"model: \xff")
+    assert not is_lazy_config(str(path))
+    (tmp_path / "config.yml").write_text("model: {}")
+    assert is_lazy_config(str(tmp_path / "config.yml"))
     assert is_lazy_config("anything.py")
     assert not is_lazy_config("http://host/config.yaml")
+
+
+def test_named_length(tmp_path):
+    """A number of iterations on the command line takes precedence over epochs in the file."""
+    path, epochs = tmp_path / "a.yaml", "MODEL.LIBRA.TRAINER.EPOCHS"
+    path.write_text("MODEL: {LIBRA: {TRAINER: {EPOCHS: 3}}}")
+    named = ["SOLVER.MAX_ITER", "5"]
+    for options, expected in (([], 3), (named, 0), ([*named, epochs, "2"], 2)):
+        assert read_config(str(path), options).epochs == expected
+
+
+def test_base_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "b.yaml").write_text("SEED: 5")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.yaml").write_text("_BASE_: ~/b.yaml")
+    assert read_config(str(tmp_path / "x/a.yaml"), []).seed == 5
 
 
 def test_make_recipe():

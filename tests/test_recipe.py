@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """libra_d2.config: recipe, yaml_recipe and lazy_recipe, which say the same in two languages."""
 
+import builtins
 import functools
 
 import cv2
@@ -15,13 +16,14 @@ from test_lazy import FPN_MODELS, balanced
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import ProposalNetwork
 
 import libra_d2.config.recipe
 from libra_d2.config import Recipe, SettingMissing, add_libra_config, make_recipe
 from libra_d2.config.recipe import Setting
+from libra_d2.data import LibraDatasetMapper
 from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
 from libra_d2.evaluation import TASKS
@@ -245,6 +247,8 @@ def test_several_places():
     assert recipe.name_of("alpha") == "model.roi_heads.box_predictors.0.balanced_l1.alpha"
     assert not {"test_score_thresh", "balanced_l1"} & set(recipe.config.model)
     assert recipe.iou_thresholds == (0.5,)
+    recipe.config.model.roi_heads.proposal_matchers[0].thresholds = [0.4]
+    assert recipe.iou_thresholds == (0.4,)
     recipe = make("yaml", "retinanet")  # whose test-time augmentation reads those of the ROI heads
     recipe.num_classes, recipe.nms_threshold = 7, 0.3
     for section in (recipe.config.MODEL.ROI_HEADS, recipe.config.MODEL.RETINANET):
@@ -340,6 +344,8 @@ def test_verify(expected, passes):
         ("dataloader.train.mapper", {"is_trainn": 1}, "dataloader.train.mapper", "build_mapper"),
         ("dataloader.test", {"num_workerss": 1}, "dataloader.test", "build_test_loader"),
         ("model.backbone", {"freeze": 1}, "model", "build_model"),
+        ("optimizer", {"momentum": -1}, "optimizer", "build_optimizer"),
+        ("lr_multiplier.scheduler", {"values": [1.0]}, "lr_multiplier", "build_lr_scheduler"),
         (
             *("dataloader.train.mapper.augmentations", [L(int)(x="a")]),
             *("dataloader.train.mapper.augmentations", "build_augmentations"),
@@ -373,6 +379,52 @@ def test_errors_in_own_code(names, message):
         recipe._arguments("dataloader.test")
 
 
+def own_error(kind):
+    raise getattr(builtins, kind)
+
+
+def outer(names):
+    return own_dataset(names)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("AssertionError", "AttributeError", "ImportError", "OSError", "RuntimeError"),
+        *("TypeError", "ValueError"),
+    ],
+)
+def test_kinds_of_errors(kind):
+    """Those without a message are named by their type."""
+    recipe = make("lazy")
+    recipe.config.dataloader.test.dataset = L(own_error)(kind=kind)
+    with pytest.raises(InputError, match=rf"^dataloader.test: it cannot be built: {kind} \("):
+        recipe._arguments("dataloader.test")
+
+
+def test_line_of_an_error():
+    """The innermost one of the user's own code."""
+    recipe = make("lazy")
+    recipe.config.dataloader.test.dataset = L(outer)(names="first")
+    with pytest.raises(InputError, match=rf"line {own_dataset.__code__.co_firstlineno + 1}\)$"):
+        recipe._arguments("dataloader.test")
+
+
+def test_parts_of_a_training():
+    """A length, which an evaluation does not need; the model of the optimizer is filled in."""
+    recipe = make("lazy")
+    recipe.config.lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
+    recipe.config.optimizer.params.model = "???"
+    recipe.check_parts(True)
+    recipe.config.train.pop("max_iter")
+    recipe.check_parts(False)
+    with pytest.raises(SettingMissing, match="^train.max_iter: the config lacks it"):
+        recipe.check_parts(True)
+    recipe.config.model.backbone.x, recipe.config.train.y = "${train}", "${model.backbone}"
+    with pytest.raises(InputError, match="it is a part of itself"):
+        recipe.check_parts(False)
+
+
 def test_left_out():
     """A config of nothing but a model has defaults, and errors where there is no default."""
     config = OmegaConf.create({}, flags={"allow_objects": True})
@@ -382,6 +434,10 @@ def test_left_out():
     assert (recipe.checkpoint_period, recipe.log_period, recipe.max_detections) == (5000, 20, 100)
     recipe.patience = 3
     assert recipe.config.train.patience == 3
+    assert recipe.image_format == "BGR"
+    recipe.num_workers = 3
+    assert "dataloader" not in recipe.config
+    assert not recipe.has_own_evaluator
     assert recipe.name_of("seed") == "train.seed"
     assert not recipe.has("max_iter")
     assert recipe.get("max_iter", 5) == 5
@@ -412,6 +468,7 @@ def test_copy_freeze_and_dump(language, line, options):
     recipe.freeze()
     with pytest.raises(Exception, match="immutable|read-only"):
         recipe.seed = 5
+    assert recipe.dump()
     copy = recipe.copy()
     copy.seed = 8
     assert (copy.seed, recipe.seed) == (8, 3)
@@ -459,6 +516,10 @@ def test_what_the_model_is(language):
     recipe = make(language)
     assert (kinds_of(recipe), recipe.architecture) == (["has_masks"], "GeneralizedRCNN")
     assert recipe.ddp_options["broadcast_buffers"] is False
+    if language == "lazy":
+        own = {"find_unused_parameters": True, "broadcast_buffers": True}
+        recipe.config.train.ddp = own
+        assert recipe.ddp_options == own
     rpn = recipe.rpn_only()
     assert kinds_of(rpn)[-1] == "is_proposal_network"
     rpn.device = "cpu"
@@ -479,6 +540,25 @@ def test_mapper(language, is_train):
     mapper = make(language).build_mapper(is_train)
     assert mapper.is_train == is_train
     assert any(isinstance(x, T.RandomFlip) for x in mapper.augmentations.augs) == is_train
+    assert type(mapper) is LibraDatasetMapper
+
+
+class OwnMapper(DatasetMapper):
+    pass
+
+
+class NoName:
+    """An evaluator that does not ask for the name of the dataset."""
+
+
+def test_own_parts():
+    """A LazyConfig's own mapper and evaluator are used as they are."""
+    recipe = make("lazy")
+    recipe.config.dataloader.train.mapper._target_ = OwnMapper
+    assert type(recipe.build_mapper(True)) is OwnMapper
+    recipe.config.dataloader.evaluator = L(NoName)()
+    (evaluator,) = recipe.build_evaluator("x", "")._evaluators
+    assert type(evaluator) is NoName
 
 
 @LANGUAGES
@@ -534,6 +614,8 @@ def test_sizes(language):
         assert recipe.sizes(False) == ((64,), 2**31 - 1)
         test.augmentations = []
         assert recipe.sizes(False) == ((), 0)
+        train.augmentations = [L(OpenCVResizeShortestEdge)(short_edge_length=64)]
+        assert recipe.interpolation == "opencv"
 
 
 def test_scaled_to():
@@ -554,7 +636,10 @@ def test_test_time_augmentation_of_lazy_configs():
     recipe.device, recipe.num_classes, recipe.nms_threshold = "cpu", 3, 0.3
     recipe.tta_min_sizes, recipe.tta_max_size, recipe.tta_flip = (16, 24), 99, False
     recipe.max_detections, recipe.image_format = 9, "RGB"
+    test_mapper = recipe.config.dataloader.test.mapper
+    test_mapper.augmentations = [L(OpenCVResizeShortestEdge)(short_edge_length=64)]
     model = recipe.add_test_time_augmentation(recipe.build_model())
+    assert model.tta_mapper.opencv
     cfg, mapper = model.cfg, model.tta_mapper
     assert (mapper.min_sizes, mapper.max_size, mapper.flip) == ((16, 24), 99, False)
     assert (cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS) == (1, 0, 0)

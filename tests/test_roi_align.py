@@ -116,8 +116,22 @@ def test_number_of_threads():
         assert torch.equal(grad, results[0][1])
 
 
-def test_trace():
-    """For features of any size and any number of RoIs; for gradients, torchvision's operator."""
+def test_rois_have_no_gradients():
+    """As in torchvision's operator."""
+    x, rois = make_input()
+    rois.requires_grad_()
+    for features in (x, x.detach()):
+        pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(features, rois)
+        assert pooled.requires_grad == features.requires_grad
+        features.requires_grad and pooled.sum().backward()
+    assert rois.grad is None
+
+
+def test_trace(monkeypatch):
+    """
+    For features of any size and any number of RoIs; torchvision's operator for gradients, and for
+    ONNX, which has its own.
+    """
     x, rois = (value.detach() for value in make_input(torch.float32))
     pooler = ParallelROIAlign((7, 5), 1 / 8, 2)
     traced = torch.jit.trace(pooler, (x, rois))
@@ -129,6 +143,8 @@ def test_trace():
         assert "torchvision::roi_align" in str(other.inlined_graph)
         torch.testing.assert_close(other(x, rois[3:7]), pooler(x, rois[3:7]), rtol=0, atol=1e-5)
     assert "torchvision" not in str(traced.inlined_graph)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert "torchvision::roi_align" in str(torch.jit.trace(pooler, (x, rois)).inlined_graph)
 
 
 def test_pooler():

@@ -240,7 +240,8 @@ def run(args: argparse.Namespace) -> None:
     meter = Meter(args.device, args.seconds)
     height, width = args.p4_size
     sizes = [(height // 2, width // 2), (height, width), (height * 2, width * 2)]
-    models = (meter, args.systems, tuple(args.image_size))
+    image_size = tuple(args.image_size)
+    models = (meter, args.systems, image_size)
     parts: Dict[str, Iterator[Result]] = {
         "models": whole_models(*models, reference, args.precision, args.num_images),
         "levers": levers(*models, args.levers, args.num_images),
@@ -271,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{table(results)}\n\n{exponents(results)}")
     if args.profile:
         with atomic_write(args.profile, "w") as f:
-            f.write(profile(args.device, *models[1:]))
+            f.write(profile(args.device, args.systems, image_size))
     if args.plot:
         plot(results, args.plot)
 

@@ -229,16 +229,12 @@ def write_onnx(source: str, description: Dict, path: str) -> None:
 
 
 def save_trace(traced: torch.jit.ScriptModule, path: str) -> None:
-    """
-    Write a TorchScript file. The model cannot be trained any more.
-
-    Raises:
-        InputError: if a part of the model is not PyTorch's.
-    """
-    # Programs that do not disable gradients would keep all features for them.
-    for parameter in traced.parameters():
-        parameter.requires_grad_(False)
+    """Write a TorchScript file. Raises: InputError: if a part of the model is not PyTorch's."""
+    trained = [x for x in traced.parameters() if x.requires_grad]
     try:
+        # Programs that do not disable gradients would keep all features for them.
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with atomic_write(path) as f:
             torch.jit.save(traced, f)
     except RuntimeError as e:
@@ -246,6 +242,9 @@ def save_trace(traced: torch.jit.ScriptModule, path: str) -> None:
             "Detectron2 0.6 cannot save the trace of this model; its main branch may: "
             f"{one_line(e)[:90]}..."
         ) from e
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def main(argv=None) -> None:

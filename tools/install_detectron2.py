@@ -206,7 +206,7 @@ def fetch_source(directory: Path) -> Path:
         root of the source tree.
     """
     requirement = directory / "requirement.txt"
-    requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
+    requirement.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n", encoding="utf-8")
     run_pip(
         *("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"),
         *("--require-hashes", "--dest", str(directory), "--requirement", str(requirement)),
@@ -247,7 +247,7 @@ def apply_fixes(root: Path, fixes: "tuple[Fix, ...]" = FIXES) -> None:
 
 def build_wheel(root: Path, directory: Path) -> Path:
     """Build a wheel of the fixed source tree ``root`` in ``directory``; returns its path."""
-    (root / "detectron2/layers/no_compiled_ops.py").write_text(NO_COMPILED_OPS)
+    (root / "detectron2/layers/no_compiled_ops.py").write_text(NO_COMPILED_OPS, encoding="utf-8")
     (root / "setup.py").unlink()
     folders = {p.parent.relative_to(root) for p in (root / "detectron2").rglob("__init__.py")}
     packages = {".".join(p.parts) for p in folders if "configs" not in p.parts}

@@ -145,7 +145,7 @@ def folder_of(path: Path) -> str:
 def make_mutants(paths: List[Path], seed: str, equivalent: Set[Tuple]) -> Iterator[Mutant]:
     """One random mutant of each line of some modules, in random order."""
     places: Dict[Tuple, List] = {}
-    sources = {path: (ROOT / path).read_text() for path in paths}
+    sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
     for path, source in sources.items():
         nodes = list(ast_nodes(get_ast(source)))
         for operator in OPERATORS:
@@ -165,6 +165,11 @@ def make_mutants(paths: List[Path], seed: str, equivalent: Set[Tuple]) -> Iterat
                 yield mutant
 
 
+def _read_toml(path: str) -> Dict:
+    with (ROOT / path).open("rb") as f:
+        return tomllib.load(f)
+
+
 def read_tests(paths: List[Path], suite: bool) -> Tuple[Tests, Tests]:
     """
     The own and the wider tests of each module, see [tool.libra_mutants] in pyproject.toml.
@@ -172,7 +177,7 @@ def read_tests(paths: List[Path], suite: bool) -> Tuple[Tests, Tests]:
     Own tests are those listed for the module, else tests/test_<module>.py, else those listed for
     its folder. Wider tests are those of its folder and of programs, or with ``suite`` all tests.
     """
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["libra_mutants"]
+    table = _read_toml("pyproject.toml")["tool"]["libra_mutants"]
     listed = {key: [f"tests/test_{x}.py" for x in names] for key, names in table.items()}
     programs, own, folders = listed.pop("programs"), {}, {}
     for path in paths:
@@ -194,9 +199,9 @@ def read_tests(paths: List[Path], suite: bool) -> Tuple[Tests, Tests]:
 
 def read_equivalent() -> Set[Tuple[str, str, str]]:
     """Keys of the mutants in tests/equivalent_mutants.toml, whose lines must still exist."""
-    entries = tomllib.loads((ROOT / "tests/equivalent_mutants.toml").read_text()).get("mutant", [])
+    entries = _read_toml("tests/equivalent_mutants.toml").get("mutant", [])
     for x in entries:
-        if x["line"] not in one_line((ROOT / x["file"]).read_text().splitlines()):
+        if x["line"] not in one_line((ROOT / x["file"]).read_text(encoding="utf-8").splitlines()):
             sys.exit(f"error: tests/equivalent_mutants.toml: not in {x['file']}: {x['line']}")
     return {(x["file"], x["line"], x["becomes"]) for x in entries}
 
@@ -215,7 +220,7 @@ def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> str:
     environment.update(PYTHONPATH=str(copy), TMPDIR=str(copy.parent))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     log = copy.parent / "log.txt"
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         where = {"cwd": copy, "env": environment, "stdout": out, "stderr": out}
         process = subprocess.Popen(command, start_new_session=True, **where)
         try:
@@ -225,7 +230,7 @@ def run_tests(copy: Path, tests: Iterable[str], timeout: float) -> str:
         finally:
             end_processes(copy)
             process.wait()
-    output = log.read_text(errors="replace")
+    output = log.read_text(encoding="utf-8", errors="replace")
     failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", output, re.MULTILINE)
     return "" if status == 0 else failed[1] if failed else f"exit status {status} of pytest"
 
@@ -244,10 +249,10 @@ def try_mutants(
             return
         copy = free.get()
         try:
-            (copy / mutant.path).write_text(mutant.code)
+            (copy / mutant.path).write_text(mutant.code, encoding="utf-8")
             caught_by = run_tests(copy, tests[mutant.path], TIMEOUT if stage == "own" else left)
         finally:
-            (copy / mutant.path).write_text(mutant.source)
+            (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
             free.put(copy)
         if stage == "own" or caught_by != "timeout":  # the time left was too short
             mutant.stage, mutant.caught_by = stage, caught_by

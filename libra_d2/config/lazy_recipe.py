@@ -393,7 +393,9 @@ class LazyRecipe(Recipe):
 
     def _evaluators(self) -> List[DictConfig]:
         place = "dataloader.evaluator"
-        found = self._select(place) or []
+        found = self._select(place)
+        if found is None:
+            return []
         evaluators = list(found) if isinstance(found, ListConfig) else [found]
         if not all(isinstance(x, DictConfig) for x in evaluators):
             raise InputError(f"{place} is {found!r}: it must be a section with {place}._target_")

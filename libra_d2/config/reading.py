@@ -28,17 +28,22 @@ __all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
 
 # What yacs says of a value whose type is not that of the default.
 _MISMATCH = re.compile(
-    r"Type mismatch \(<class '(\w+)'> .* with values \(.* vs\. (.*)\) for config key: (\S+)",
-    re.DOTALL,
+    r"Type mismatch \(<class '(\w+)'> .* with values \((.*?) vs\. (.*)\) for config key: (\S+)"
 )
-_TYPES = {
+# Values that both YAML files and the command line take.
+_EXAMPLES = {
     "bool": "True or False",
     "float": "a number",
     "int": "a whole number",
-    "list": "a list, such as [a, b]",
-    "str": "text",
-    "tuple": "a list, such as (a, b)",
+    "list": "a list, such as ['a', 'b']",
+    "str": "text, such as \"'5'\"",
+    "tuple": "a list, such as ('a', 'b')",
 }
+
+
+def _advice(wanted: str, default: str) -> str:
+    is_filled_list = wanted in ("list", "tuple") and len(default) > 2
+    return f"a list, such as {default}" if is_filled_list else _EXAMPLES.get(wanted, wanted)
 
 
 @contextmanager
@@ -51,8 +56,8 @@ def _reading(source: str) -> Iterator[None]:
     except Exception as e:  # it raises many kinds
         message = one_line(e)
         if found := _MISMATCH.fullmatch(message):
-            wanted, value, key = found.groups()
-            message = f"{key} is {value}: use {_TYPES.get(wanted, wanted)}"
+            wanted, default, value, key = found.groups()
+            message = f"{key} is {value}: use {_advice(wanted, default)}"
         raise InputError(f"{source}: {message}") from e
 
 
@@ -164,7 +169,9 @@ def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
         is_known = any(f"{name}.".startswith(f"{key}.") for name in defaults)
         similar = [] if is_known else get_close_matches(key, defaults, n=1, cutoff=0.8)
         problem = ""
-        if key.startswith("--"):
+        if is_known and key not in defaults:
+            problem = "it is a section; set one of the keys in it"
+        elif key.startswith("--"):
             problem = "options like this come before all KEY VALUE pairs"
         elif "=" in key:
             problem = "write what is set in a YAML config as KEY VALUE"
@@ -255,7 +262,8 @@ def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:
     if not isinstance(lazy.get("model"), DictConfig) or "_target_" not in lazy.model:
         raise InputError(f"{name}: a LazyConfig needs a model")
     for override in overrides:
-        _check_override(lazy, override)
+        if not override.startswith("+"):  # which says that the key is new
+            _check_override(lazy, override)
     try:
         return LazyConfig.apply_overrides(lazy, list(overrides))
     except Exception as e:  # the parser raises many kinds
@@ -270,7 +278,7 @@ def _check_override(lazy: DictConfig, override: str) -> None:
             f"command line: {override!r}: write what is set in a LazyConfig as key=value, such as "
             "train.max_iter=100"
         )
-    key = key.lstrip("+~")
+    key = key.lstrip("~")
     missing = object()
     if OmegaConf.select(lazy, key, default=missing, throw_on_missing=False) is not missing:
         return
@@ -287,7 +295,9 @@ def _check_override(lazy: DictConfig, override: str) -> None:
     similar = get_close_matches(key, known, n=1, cutoff=0.9 if is_open else 0.8)
     if is_open and not similar:
         return
-    hint = f"; {parent or 'it'} has {', '.join(keys)}" if keys else ""
+    hint = ""
     if similar:
         hint = f"; did you mean {similar[0]}?"
+    elif keys:
+        hint = f"; {parent or 'it'} has {', '.join(keys)}"
     raise InputError(f"command line: {key}: the LazyConfig has no such key{hint}")

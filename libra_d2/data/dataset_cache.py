@@ -33,7 +33,7 @@ from ..utils.display import class_colors
 from .coco_json import COCOEntries, log_changes
 from .fingerprint import digest, file_digest, image_fingerprint
 from .image_checks import UNKNOWN, ResizeLimits, check_images, check_resized
-from .mapped_records import MappedRecords, Outline, RecordWriter, all_objects
+from .mapped_records import LAYOUT, MappedRecords, Outline, RecordWriter, all_objects
 
 __all__ = [
     "CachedDataset",
@@ -204,7 +204,7 @@ def cache_coco_json(
     """
     entries = COCOEntries(json_file, mask_format)
     annotations = entries.lists.digest()
-    key = digest([annotations, mask_format, __version__])
+    key = digest([annotations, mask_format, __version__, LAYOUT])
     path = os.path.join(cache_dir, f"{name}-{key}.records")
     records = _find(path)
     if records is None:
@@ -273,7 +273,7 @@ def cache_registered(name: str, cache_dir: str) -> Optional[CachedDataset]:
     if original is None or not os.path.isfile(json_file):
         return None
     annotations = file_digest(json_file)
-    versions = (__version__, detectron2.__version__)
+    versions = (__version__, LAYOUT, detectron2.__version__)
     key = digest([annotations, metadata.get("image_root"), *versions])
     path = os.path.join(cache_dir, f"{name.replace(os.sep, '_')}-{key}.records")
     if _find(path) is None:

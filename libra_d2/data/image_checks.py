@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the image files of a dataset, each of which is opened once."""
 
+import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from typing import List, Mapping, Optional, Sequence, Tuple
+from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
 
 UNKNOWN = -1  # in place of the state of a file
 _MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
-# Network file systems answer many requests at a time; more threads would wait for each other.
-_THREADS = 4
-_MIN_PER_PROCESS = 4000  # images; starting processes for fewer would not pay
+# Network file systems answer many requests at a time.
+_THREADS = 16
+# Threads that open images wait for the interpreter lock; processes do not. Starting them for fewer
+# images would not pay, nor where each has to import everything anew.
+_MIN_PER_PROCESS = 4000
+_MAX_PROCESSES = 16
 _BATCH = 256  # images that a process takes at a time
 
 
@@ -100,24 +103,33 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
         read_image(path)
 
 
-class _States(torchdata.Dataset):
-    """The state of each image file, which is checked unless it has not changed."""
+class _Checks(torchdata.Dataset):
+    """Checks image files, in batches, each of them by several threads."""
 
-    def __init__(self, paths: Sequence[str], sizes: np.ndarray, json_file: str, states: np.ndarray):
-        """Args: states: when they were checked, see :func:`check_images`."""
-        self.paths, self.sizes, self.json_file, self.states = paths, sizes, json_file, states
+    def __init__(self, paths: Sequence[str], sizes: np.ndarray, json_file: str, num_threads: int):
+        self.paths, self.sizes, self.json_file = paths, sizes, json_file
+        self.num_threads = num_threads
 
-    def __getitem__(self, i: int) -> Tuple[int, int]:
-        path, state = self.paths[i], _file_state(self.paths[i], self.json_file)
-        if state != tuple(self.states[i].tolist()):
-            _check_image(path, tuple(self.sizes[i].tolist()), self.json_file)
-        return state
+    def _check(self, indices: np.ndarray) -> None:
+        for i in indices.tolist():
+            _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
 
-    def __getitems__(self, indices: Sequence[int]) -> List[Tuple[int, int]]:
-        parts = np.array_split(indices, _THREADS)
-        with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(lambda part: [self[i] for i in part], parts)
-            return list(chain.from_iterable(found))
+    def __getitems__(self, indices: Sequence[int]) -> str:
+        """The first error of some images; "" if there is none."""
+        try:
+            with ThreadPoolExecutor(self.num_threads) as threads:
+                list(threads.map(self._check, np.array_split(indices, self.num_threads)))
+        except InputError as e:
+            return str(e)
+        return ""
+
+
+def _num_processes(num_images: int) -> int:
+    """How many processes to start, 0 for none."""
+    if multiprocessing.get_start_method() != "fork" or multiprocessing.current_process().daemon:
+        return 0
+    num = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
+    return num if num > 1 else 0
 
 
 def check_images(
@@ -150,21 +162,32 @@ def check_images(
         _check_inside(name, image_root, json_file)
     paths = [os.path.join(image_root, name) for name in names]
     states = np.full((len(names), 2), UNKNOWN) if states is None else states
-    chosen = _spread(amount, len(names)).tolist()
-    batches = [chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH)]
-    num_workers = min(os.cpu_count() or 1, len(chosen) // _MIN_PER_PROCESS)
+    chosen = _spread(amount, len(names))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda i: _file_state(paths[i], json_file), chosen.tolist())
+        found = np.array(list(found), np.int64).reshape(-1, 2)
+    is_changed = (found != states[chosen]).any(axis=1)
+    changed, found = chosen[is_changed], found[is_changed]
+    num_processes = _num_processes(len(changed))
+    batches = [slice(i, i + _BATCH) for i in range(0, len(changed), _BATCH)]
+    num_threads = _THREADS // 4 if num_processes else _THREADS
     loader = torchdata.DataLoader(
-        _States(paths, sizes, json_file, states.copy()),
-        batch_sampler=batches,
-        num_workers=num_workers if num_workers > 1 else 0,
-        collate_fn=np.array,
+        _Checks(paths, sizes, json_file, num_threads),
+        batch_sampler=[changed[batch] for batch in batches],
+        num_workers=num_processes,
+        collate_fn=str,
         generator=torch.Generator(),  # the global one is left alone
     )
+    error = ""
     # Nothing is shown if it takes less than a second.
-    with tqdm(total=len(chosen), desc="checking images", unit="image", delay=1) as progress:
-        for batch, found in zip(batches, loader):
-            states[batch] = found
-            progress.update(len(batch))
+    with tqdm(total=len(changed), desc="checking images", unit="image", delay=1) as progress:
+        for batch, error in zip(batches, loader):
+            if error:
+                break
+            states[changed[batch]] = found[batch]
+            progress.update(len(changed[batch]))
+    if error:  # raised in the loop, it would keep the processes alive
+        raise InputError(error)
 
 
 def _spread(amount: int, length: int) -> np.ndarray:

@@ -4,8 +4,8 @@ Files of datasets in Detectron2's format, which all processes of a machine share
 
 A file is a sequence of arrays in NumPy's format, as ``numpy.save`` writes them: numbers that all
 images are looked through for, the coordinates of polygons, and the rest of each image as JSON, in
-which polygons have their number of coordinates only. It is parsed when the image is used. Nothing
-in it is executed.
+which each polygon is replaced by its number of coordinates. The JSON is parsed when the image is
+used. Nothing in the file is executed.
 """
 
 import json
@@ -15,17 +15,18 @@ from itertools import chain, islice
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from torch.utils import data as torchdata
 
 from detectron2.structures import BoxMode
 
 from ..utils.atomic_write import atomic_write
 
-__all__ = ["MappedRecords", "Outline", "RecordWriter", "all_objects"]
+__all__ = ["LAYOUT", "MappedRecords", "Outline", "RecordWriter", "all_objects"]
 
-# In this order; those of bytes are last, so that the others are aligned.
-_ARRAYS = (
-    *("text_ends", "name_ends", "polygon_ends", "first_objects", "sizes", "classes"),
+#: the arrays of a file in their order; those of bytes are last, so that the others are aligned
+LAYOUT = (
+    *("text_ends", "names_ends", "polygons_ends", "first_objects", "sizes", "classes"),
     *("num_keypoints", "polygons", "is_crowd", "names", "text", "info"),
 )
 
@@ -44,7 +45,7 @@ def _bytes(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
 
 
-def _write_header(file, length: int, dtype: np.dtype) -> None:
+def _write_header(file, length: int, dtype: DTypeLike) -> None:
     """That of an array whose values are written next."""
     header = {"shape": (length,), "fortran_order": False, "descr": np.dtype(dtype).str}
     np.lib.format.write_array_header_1_0(file, header)
@@ -93,7 +94,7 @@ class RecordWriter:
         """Add an object in Detectron2's format to an image."""
         self._images.append(self._numbers[image_id])
         polygons = annotation.get("segmentation")
-        if isinstance(polygons, list):
+        if isinstance(polygons, (list, tuple)):
             for polygon in polygons:
                 self._polygons.extend(polygon)
             annotation = {**annotation, "segmentation": [len(x) for x in polygons]}
@@ -126,15 +127,15 @@ class RecordWriter:
         first = np.concatenate([[0], np.cumsum(counts)])
         coordinates = np.bincount(owners, np.diff(self._polygon_ends), num_images).astype(np.int64)
         lengths = np.bincount(owners, np.diff(self._ends), num_images).astype(np.int64)
-        lengths += [len(self._heads[i]) for i in order]
+        lengths += np.array([len(self._heads[i]) for i in order], np.int64)
         lengths += np.maximum(counts - 1, 0) + 2  # commas, and the end
         to_class = {id: number for number, id in enumerate(categories or ())}
         class_of = np.array([to_class.get(x, x) for x in self._class_numbers], np.int64)
         names = [self._names[i] for i in order]
         arrays = {
             "text_ends": np.cumsum(lengths),
-            "name_ends": np.cumsum([len(name) for name in names]),
-            "polygon_ends": np.cumsum(coordinates),
+            "names_ends": np.cumsum([len(name) for name in names]),
+            "polygons_ends": np.cumsum(coordinates),
             "first_objects": first,
             "sizes": np.asarray(self._sizes).reshape(-1, 2)[order],
             "classes": class_of[np.asarray(self._classes)[objects]],
@@ -149,7 +150,7 @@ class RecordWriter:
             "polygons": (np.float64, coordinates, self._coordinates(objects)),
         }
         with atomic_write(path) as file:
-            for name in _ARRAYS:
+            for name in LAYOUT:
                 if name not in pieces:
                     np.save(file, arrays[name])
                     continue
@@ -178,7 +179,7 @@ def _map(path: str) -> Dict[str, np.ndarray]:
     content = np.asarray(np.memmap(path, np.uint8, "r"))
     arrays = {}
     with open(path, "rb") as file:
-        for name in _ARRAYS:
+        for name in LAYOUT:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
@@ -240,7 +241,7 @@ class MappedRecords(torchdata.Dataset):
 
     def _piece(self, name: str, index: int) -> np.ndarray:
         """The part of an array that belongs to an image."""
-        ends = self._arrays[f"{name.rstrip('s')}_ends"]
+        ends = self._arrays[f"{name}_ends"]
         return self._arrays[name][ends[index - 1] if index else 0 : ends[index]]
 
     def _name(self, index: int) -> str:

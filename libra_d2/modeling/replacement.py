@@ -20,7 +20,8 @@ class Replacement:
     The first base of a class whose second one is a module of Detectron2, its parent. It computes
     the same numbers as the parent in another way, with the same attributes. What is recorded has to
     run without this package: scripts get a parent, and in traces and compiled graphs ``forward``
-    does what the parent does, see :func:`is_captured`, unless PyTorch alone can run it as well.
+    does what the parent does (see :func:`is_captured`), unless all of its own operations are
+    PyTorch's.
     """
 
     @classmethod

@@ -64,8 +64,10 @@ def _taps_along(
     num_samples = (
         torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
     )
-    sample = torch.arange(max(int(num_samples.amax()), 1), dtype=start.dtype)
-    bin_start = start[:, None] + torch.arange(num_bins, dtype=start.dtype) * bin_size[..., 0]
+    max_samples = max(int(num_samples.amax()), 1)
+    sample = torch.arange(max_samples, dtype=start.dtype, device=start.device)
+    bin_ = torch.arange(num_bins, dtype=start.dtype, device=start.device)
+    bin_start = start[:, None] + bin_ * bin_size[..., 0]
     position = bin_start[..., None] + (sample + 0.5) * (bin_size / num_samples)  # (R, P, samples)
     valid = (sample < num_samples) & (position >= -1) & (position <= length)
     position = position.clamp(0, length - 1)
@@ -94,7 +96,8 @@ def _expand(counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         (counts.sum(),) each index i as often as ``counts[i]`` says, and a counter of each.
     """
     index = torch.repeat_interleave(counts)
-    return index, torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]
+    counter = torch.arange(len(index), device=counts.device)
+    return index, counter - (counts.cumsum(0) - counts)[index]
 
 
 def _make_taps(
@@ -179,10 +182,17 @@ def _pool(
 class _ROIAlignFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, rois: torch.Tensor, output_size: Tuple[int, int], *args: Any
+        ctx: Any,
+        x: torch.Tensor,
+        rois: torch.Tensor,
+        output_size: Tuple[int, int],
+        spatial_scale: float,
+        sampling_ratio: int,
+        aligned: bool,
     ) -> torch.Tensor:
-        taps = _make_taps(rois, x.shape[2:], output_size, *args)
-        ctx.shape, ctx.num_args = x.shape, len(args)
+        size = x.shape[2:]
+        taps = _make_taps(rois, size, output_size, spatial_scale, sampling_ratio, aligned)
+        ctx.shape = x.shape
         ctx.save_for_backward(taps.pixel, taps.weight, taps.bin)
         return _sum_taps(x.detach(), taps, output_size)
 
@@ -199,15 +209,15 @@ class _ROIAlignFunction(torch.autograd.Function):
             per_sample_weights=weight[order],
         )
         grad_x = pixels.view(num_images, height, width, channels).permute(0, 3, 1, 2)
-        return (grad_x, None, None, *(None,) * ctx.num_args)
+        return grad_x, None, None, None, None, None
 
 
 class ParallelROIAlign(Replacement, ROIAlign):
     """
     :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
-    channels last as they are. The numbers are the same but for the order of sums. Traces for
-    inference on a CPU are as fast. On other devices, and in ONNX files, scripts, other traces and
-    compiled graphs, it is the parent.
+    channels last as they are. The numbers are the same but for the order of sums. Traces without
+    gradients on a CPU compute the same. On other devices, and in ONNX files, scripts, traces with
+    gradients and compiled graphs, it is the parent.
     """
 
     def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
@@ -229,7 +239,7 @@ class ParallelROIAlign(Replacement, ROIAlign):
         geometry = (_pair(self.output_size), self.spatial_scale, self.sampling_ratio, self.aligned)
         with torch.autocast("cpu", enabled=False):
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            x, rois = input.to(dtype), rois.to(dtype)
+            x, rois = input.to(dtype), rois.detach().to(dtype)
             if needs_grad:
                 return _ROIAlignFunction.apply(x, rois, *geometry).to(input.dtype)
             return _pool(x, rois, _MAX_ROIS, *geometry).to(input.dtype)
