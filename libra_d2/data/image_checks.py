@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from typing import Mapping, Optional, Sequence, Tuple
+from functools import partial
+from itertools import chain
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -80,6 +82,10 @@ def _file_state(path: str, json_file: str) -> Tuple[int, int]:
     if status is None or not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: no such image; {json_file} names it")
     return status.st_size, status.st_mtime_ns
+
+
+def _file_states(paths: Sequence[str], json_file: str, part: List[int]) -> List[Tuple[int, int]]:
+    return [_file_state(paths[i], json_file) for i in part]
 
 
 def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
@@ -163,9 +169,11 @@ def check_images(
     paths = [os.path.join(image_root, name) for name in names]
     states = np.full((len(names), 2), UNKNOWN) if states is None else states
     chosen = _spread(amount, len(names))
+    parts = [chosen[i : i + _BATCH].tolist() for i in range(0, len(chosen), _BATCH)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda i: _file_state(paths[i], json_file), chosen.tolist())
-        found = np.array(list(found), np.int64).reshape(-1, 2)
+        states_of = partial(_file_states, paths, json_file)
+        found = np.array(list(chain.from_iterable(threads.map(states_of, parts))), np.int64)
+    found = found.reshape(-1, 2)
     is_changed = (found != states[chosen]).any(axis=1)
     changed, found = chosen[is_changed], found[is_changed]
     num_processes = _num_processes(len(changed))
