@@ -56,7 +56,7 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error``, with any whitespace replaced by single spaces."""
+    """The message of ``error``, with any whitespace replaced by single spaces, or else its type."""
     # str() of a KeyError is the repr of its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split())
+    return " ".join(str(message).split()) or type(error).__name__

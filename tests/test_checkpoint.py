@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import demo_cfg
+from test_safe_reading import Called
 
 from detectron2.modeling import build_model
 
@@ -354,19 +355,12 @@ def test_non_finite_weights(tmp_path, value, names):
     assert set(tmp_path.iterdir()) == files
 
 
-class MakesDirectory:
-    """Unpickling it creates a directory."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_code_is_not_executed(tmp_path, suffix):
-    path, content = tmp_path / f"a{suffix}", {"model": {}, "x": MakesDirectory(str(tmp_path / "x"))}
+    path, content = (
+        tmp_path / f"a{suffix}",
+        {"model": {}, "x": Called(os.mkdir, str(tmp_path / "x"))},
+    )
     path.write_bytes(pickle.dumps(content)) if suffix == ".pkl" else torch.save(content, path)
     with pytest.raises(BrokenFileError, match=rf"a{suffix}: .*mkdir"):
         LibraCheckpointer(net({"a": (2,)})).load(str(path))

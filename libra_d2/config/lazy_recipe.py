@@ -109,8 +109,7 @@ def _building(place: str) -> Iterator[None]:
         raise InputError(str(e)) from e
     except _BUILDING as e:
         message = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
-        message = f"{message or type(e).__name__}{_own_code(e)}"
-        raise InputError(f"{place}: it cannot be built: {message}") from e
+        raise InputError(f"{place}: it cannot be built: {message}{_own_code(e)}") from e
 
 
 class LazyRecipe(Recipe):

@@ -73,7 +73,8 @@ def _executing(path: str, name: str) -> Iterator[None]:
     except InputError:
         raise
     except BaseException as e:
-        where, message = name, f"{type(e).__name__}: {one_line(e)}".strip(": ")
+        where, kind, message = name, type(e).__name__, one_line(e)
+        message = kind if message == kind else f"{kind}: {message}"
         frames = [x for x in traceback.extract_tb(e.__traceback__) if x.name == "<module>"]
         cause = e.__cause__
         if isinstance(cause, SyntaxError):  # Detectron2 names the file, and Python may the line
@@ -262,8 +263,7 @@ def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:
     if not isinstance(lazy.get("model"), DictConfig) or "_target_" not in lazy.model:
         raise InputError(f"{name}: a LazyConfig needs a model")
     for override in overrides:
-        if not override.startswith("+"):  # which says that the key is new
-            _check_override(lazy, override)
+        _check_override(lazy, override)
     try:
         return LazyConfig.apply_overrides(lazy, list(overrides))
     except Exception as e:  # the parser raises many kinds
@@ -278,11 +278,13 @@ def _check_override(lazy: DictConfig, override: str) -> None:
             f"command line: {override!r}: write what is set in a LazyConfig as key=value, such as "
             "train.max_iter=100"
         )
+    if key.startswith("+"):  # which says that the key is new
+        return
     key = key.lstrip("~")
     missing = object()
     if OmegaConf.select(lazy, key, default=missing, throw_on_missing=False) is not missing:
         return
-    parent, _, name = key.rpartition(".")
+    parent = key.rpartition(".")[0]
     node: Any = OmegaConf.select(lazy, parent) if parent else lazy
     keys = list(map(str, node)) if isinstance(node, DictConfig) else []
     places = {x for y in vars(Recipe).values() if isinstance(y, Setting) for x in y.lazy}

@@ -147,8 +147,7 @@ class YamlRecipe(Recipe):
         except KeyError as e:
             raise self._missing_level(e) or e from None
         except (AssertionError, ValueError) as e:
-            message = one_line(e) or type(e).__name__
-            raise InputError(f"MODEL: it cannot be built: {message}") from e
+            raise InputError(f"MODEL: it cannot be built: {one_line(e)}") from e
         warn_of_unread_keys(self.config, model)
         return model
 

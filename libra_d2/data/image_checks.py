@@ -5,9 +5,8 @@ import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain
-from typing import List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ _THREADS = 16
 _MIN_PER_PROCESS = 4000
 _MAX_PROCESSES = 16
 _BATCH = 256  # images that a process takes at a time
+_PART = 16  # images that a thread takes at a time
 
 
 def check_resized(
@@ -84,10 +84,6 @@ def _file_state(path: str, json_file: str) -> Tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _file_states(paths: Sequence[str], json_file: str, part: List[int]) -> List[Tuple[int, int]]:
-    return [_file_state(paths[i], json_file) for i in part]
-
-
 def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
     """Raise InputError unless a file is a readable image of a width and height."""
     try:
@@ -109,6 +105,14 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
         read_image(path)
 
 
+def _in_threads(function: Callable, indices: Sequence[int], num_threads: int) -> List:
+    """The values of ``function`` in order; the first error ends it."""
+    parts = (indices[i : i + _PART] for i in range(0, len(indices), _PART))
+    with ThreadPoolExecutor(num_threads) as threads:
+        found = threads.map(lambda part: [function(i) for i in part], parts)
+        return list(chain.from_iterable(found))
+
+
 class _Checks(torchdata.Dataset):
     """Checks image files, in batches, each of them by several threads."""
 
@@ -116,15 +120,14 @@ class _Checks(torchdata.Dataset):
         self.paths, self.sizes, self.json_file = paths, sizes, json_file
         self.num_threads = num_threads
 
-    def _check(self, indices: np.ndarray) -> None:
-        for i in indices.tolist():
-            _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
+    def __getitem__(self, i: int) -> None:
+        """Raise InputError unless an image is as it should be."""
+        _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
 
-    def __getitems__(self, indices: Sequence[int]) -> str:
+    def __getitems__(self, indices: np.ndarray) -> str:
         """The first error of some images; "" if there is none."""
         try:
-            with ThreadPoolExecutor(self.num_threads) as threads:
-                list(threads.map(self._check, np.array_split(indices, self.num_threads)))
+            _in_threads(self.__getitem__, indices.tolist(), self.num_threads)
         except InputError as e:
             return str(e)
         return ""
@@ -132,10 +135,12 @@ class _Checks(torchdata.Dataset):
 
 def _num_processes(num_images: int) -> int:
     """How many processes to start, 0 for none."""
-    if multiprocessing.get_start_method() != "fork" or multiprocessing.current_process().daemon:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    num = min(cores, _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
+    if num < 2 or multiprocessing.current_process().daemon:
         return 0
-    num = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
-    return num if num > 1 else 0
+    # Asking fixes the method for this process, as starting processes does.
+    return num if multiprocessing.get_start_method() == "fork" else 0
 
 
 def check_images(
@@ -169,11 +174,8 @@ def check_images(
     paths = [os.path.join(image_root, name) for name in names]
     states = np.full((len(names), 2), UNKNOWN) if states is None else states
     chosen = _spread(amount, len(names))
-    parts = [chosen[i : i + _BATCH].tolist() for i in range(0, len(chosen), _BATCH)]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        states_of = partial(_file_states, paths, json_file)
-        found = np.array(list(chain.from_iterable(threads.map(states_of, parts))), np.int64)
-    found = found.reshape(-1, 2)
+    found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen.tolist(), _THREADS)
+    found = np.array(found, np.int64).reshape(-1, 2)
     is_changed = (found != states[chosen]).any(axis=1)
     changed, found = chosen[is_changed], found[is_changed]
     num_processes = _num_processes(len(changed))

@@ -53,7 +53,7 @@ def _once_per_machine(function: Callable, *args: Any) -> Any:
         try:
             function(*args)
         except Exception as e:
-            error = one_line(e) or type(e).__name__
+            error = one_line(e)
     errors = list(filter(None, comm.all_gather(error)))
     if errors:
         raise InputError(errors[0])

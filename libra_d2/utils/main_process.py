@@ -20,7 +20,7 @@ def in_main_process(function: Callable, *args: Any) -> Any:
         try:
             value = function(*args)
         except Exception as e:
-            error, message = e, one_line(e) or type(e).__name__
+            error, message = e, one_line(e)
     value, message = comm.all_gather((value, message))[0]
     if message:
         raise error or InputError(message)
