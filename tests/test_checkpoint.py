@@ -357,10 +357,8 @@ def test_non_finite_weights(tmp_path, value, names):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_code_is_not_executed(tmp_path, suffix):
-    path, content = (
-        tmp_path / f"a{suffix}",
-        {"model": {}, "x": Called(os.mkdir, str(tmp_path / "x"))},
-    )
+    path = tmp_path / f"a{suffix}"
+    content = {"model": {}, "x": Called(os.mkdir, str(tmp_path / "x"))}
     path.write_bytes(pickle.dumps(content)) if suffix == ".pkl" else torch.save(content, path)
     with pytest.raises(BrokenFileError, match=rf"a{suffix}: .*mkdir"):
         LibraCheckpointer(net({"a": (2,)})).load(str(path))

@@ -125,7 +125,7 @@ class _Checks(torchdata.Dataset):
         _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
 
     def __getitems__(self, indices: np.ndarray) -> str:
-        """The first error of some images; "" if there is none."""
+        """The first error of some images, "" if there is none; raised, it would keep processes."""
         try:
             _in_threads(self.__getitem__, indices.tolist(), self.num_threads)
         except InputError as e:
@@ -188,16 +188,13 @@ def check_images(
         collate_fn=str,
         generator=torch.Generator(),  # the global one is left alone
     )
-    error = ""
     # Nothing is shown if it takes less than a second.
     with tqdm(total=len(changed), desc="checking images", unit="image", delay=1) as progress:
         for batch, error in zip(batches, loader):
             if error:
-                break
+                raise InputError(error)
             states[changed[batch]] = found[batch]
             progress.update(len(changed[batch]))
-    if error:  # raised in the loop, it would keep the processes alive
-        raise InputError(error)
 
 
 def _spread(amount: int, length: int) -> np.ndarray:
