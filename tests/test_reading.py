@@ -163,9 +163,9 @@ def test_sections_of_this_project(option, setting, value):
         ("", "MODEL.LIBRA.BFP.REFINE_LEVEL x", "^command line: .*REFINE_LEVEL"),
         ("", "SOLVER.BASE_LR -1", "^SOLVER.BASE_LR is -1.0: use a positive number"),
         ("", "MODEL.LIBRA.SPEED.WINOGRAD on", "SPEED.WINOGRAD is on: use True or False$"),
-        ("", "MODEL.RPN.IN_FEATURES p2", r"IN_FEATURES is p2: use a list, such as \['res4'\]$"),
-        ("", "DATASETS.TEST a", r"DATASETS.TEST is a: use a list, such as \('a', 'b'\)$"),
-        ("", "SOLVER.STEPS 5", r"SOLVER.STEPS is 5: use a list, such as \(30000,\)$"),
+        ("", "MODEL.RPN.IN_FEATURES p2", r"is p2: use a list, such as \"\['res4'\]\"$"),
+        ("", "DATASETS.TEST a", r"TEST is a: use a list, such as \"\('a', 'b'\)\"$"),
+        ("", "SOLVER.STEPS 5", r"SOLVER.STEPS is 5: use a list, such as \"\(30000,\)\"$"),
         ("", "SOLVER 5", "^command line: SOLVER: it is a section; set one of the keys in it$"),
         ("", "SOLVER.BASE_LR fast", "^command line: SOLVER.BASE_LR is fast: use a number$"),
         (

@@ -30,20 +30,20 @@ __all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
 _MISMATCH = re.compile(
     r"Type mismatch \(<class '(\w+)'> .* with values \((.*?) vs\. (.*)\) for config key: (\S+)"
 )
-# Values that both YAML files and the command line take.
+# Values that YAML files take, and shells and the command line.
 _EXAMPLES = {
     "bool": "True or False",
     "float": "a number",
     "int": "a whole number",
-    "list": "a list, such as ['a', 'b']",
+    "list": "a list, such as \"['a', 'b']\"",
     "str": "text, such as \"'5'\"",
-    "tuple": "a list, such as ('a', 'b')",
+    "tuple": "a list, such as \"('a', 'b')\"",
 }
 
 
 def _advice(wanted: str, default: str) -> str:
     is_filled_list = wanted in ("list", "tuple") and len(default) > 2
-    return f"a list, such as {default}" if is_filled_list else _EXAMPLES.get(wanted, wanted)
+    return f'a list, such as "{default}"' if is_filled_list else _EXAMPLES.get(wanted, wanted)
 
 
 @contextmanager
