@@ -19,7 +19,8 @@ from libra_d2.errors import InputError
 RETINANET = ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"
 LAZY = ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py"
 LAZY_RETINANET = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
-LEAST, SIDE, CHOICE = "use {} or more", "use 8 pixels or more", "use one of {}"
+LEAST, SIDE, CHOICE = "use a whole number, {} or more", "use 8 pixels or more", "use one of {}"
+SIDES = "use a list of sizes, each of 8 pixels or more"
 NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
 SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", "Weighted")]
 CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
@@ -45,11 +46,12 @@ RULES = [
     ("MODEL.LIBRA.INPUT.CHECK_IMAGES", [-1, 0], [-2], "use a number of images, 0 for none or -1"),
     (f"{TRAINER}.EPOCHS", [0.0, 0.5, 1e4], [-1.0, 10000.5], "use a number of passes over the im"),
     ("SOLVER.MOMENTUM", [0.0, 0.999], [-0.1, 1.0], "use a value in [0, 1)"),
-    ("SOLVER.WEIGHT_DECAY", [0.0, 10.0], [-1e-9, "1e999"], LEAST.format(0)),
+    ("SOLVER.WEIGHT_DECAY", [0.0, 10.0], [-1e-9, "1e999"], "use 0 or more"),
     ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ["value", "norm"], ["all"], CHOICE),
     ("DATALOADER.NUM_WORKERS", [0], [-1], LEAST.format(0)),
     ("DATALOADER.SAMPLER_TRAIN", SAMPLERS, ["Sampler"], CHOICE),
-    ("INPUT.MIN_SIZE_TRAIN", [(8,), (8, 9)], [(), (-160,), (7,), (160, 7)], SIDE),
+    ("INPUT.MIN_SIZE_TRAIN", [(8,), (8, 9)], [(), (-160,), (7,), (160, 7), (96, "x")], SIDES),
+    ("TEST.AUG.MIN_SIZES", [(8,), (9, 8)], [(), (7,), (160, 7)], SIDES),
     ("INPUT.MAX_SIZE_TRAIN", [8], [7], SIDE),
     ("INPUT.MIN_SIZE_TEST", [0, 8], [7, 1, -8], f"{SIDE}, or 0 not to resize"),
     ("INPUT.MAX_SIZE_TEST", [8], [7, 0], SIDE),
@@ -130,8 +132,8 @@ PREDICTOR = f"{HEADS}.box_predictor"
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        ("train.max_iter=4.5", "train.max_iter is 4.5: use 1 or more"),
-        ("train.max_iter=true", "train.max_iter is True: use 1 or more"),
+        ("train.max_iter=4.5", "train.max_iter is 4.5: use a whole number, 1 or more"),
+        ("train.max_iter=true", "train.max_iter is True: use a whole number, 1 or more"),
         ("train.check_images=0.5", "train.check_images is 0.5: use a number of images"),
         ("train.seed=1.5", "train.seed is 1.5: use a number below"),
         ("train.epochs=true", "train.epochs is True: use a number of passes"),
@@ -144,9 +146,15 @@ PREDICTOR = f"{HEADS}.box_predictor"
         ("optimizer.lr=-1", "optimizer.lr is -1: use a positive number"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast': use a positive number"),
         ("train.patience=1", "train.patience needs evaluations: set train.eval_period to"),
-        ("train.log_period=0", "train.log_period is 0: use 1 or more"),
+        ("train.log_period=0", "train.log_period is 0: use a whole number, 1 or more"),
         ("train.best_metric=5", "train.best_metric is 5: use the name of a metric"),
-        (f"{PREDICTOR}.test_topk_per_image=0", ".test_topk_per_image is 0: use 1"),
+        (f"{PREDICTOR}.test_topk_per_image=0", ".test_topk_per_image is 0: use a whole number, 1"),
+        (f"{HEADS}.box_in_features=p2", f"{HEADS}.box_in_features is 'p2': use a list, such as"),
+        ("train.test_time_augmentation.min_sizes=x", ".min_sizes is ('x',): use a list of sizes"),
+        (
+            "train.test_time_augmentation.max_size=0",
+            ".max_size is 0: use a whole number, 1 or more",
+        ),
         (f"{PREDICTOR}.test_score_thresh=x", ".test_score_thresh is 'x': use a value in"),
         ("lr_multiplier.scheduler.start_value=x", "lr_multiplier: it cannot be built: "),
         ("train.test_time_augmentation.enabled=True model.proposal_generator=null", "without RPN"),
@@ -183,7 +191,7 @@ PREDICTOR = f"{HEADS}.box_predictor"
             )
         ),
         *(
-            (f"train.{name}=x", f"train.{name} is 'x': use one of (True, False)")
+            (f"train.{name}=x", f"train.{name} is 'x': use True or False")
             for name in (
                 *("speed.fold_norm", "speed.parallel_roi_align", "speed.winograd"),
                 *("speed.lean_fpn", "speed.keep_freed_memory", "speed.compile_backbone"),

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from libra_d2 import add_libra_config
 from libra_d2 import model_zoo as libra_zoo
 from libra_d2.config import make_recipe
+from libra_d2.config.model_checks import check_features
 from libra_d2.errors import InputError
 from libra_d2.modeling import LibraFastRCNNOutputLayers, LibraRes5ROIHeads
 
@@ -148,6 +149,16 @@ def test_unknown_names(name, options, key, example):
     [
         ("box_reg_loss_type", "l2", r"\(box_reg_loss_type in a LazyConfig\) is 'l2', but a Libra"),
         ("backbone.in_features", ["res9"], "^model: it cannot be built: there is no 'res9'$"),
+        (
+            "backbone.in_features",
+            "res5",
+            r"^model.backbone.in_features is 'res5': .* \"\['res5'\]\"$",
+        ),
+        (
+            "head_in_features",
+            ["p3", "p9"],
+            "^head_in_features of LibraRetinaNet has 'p9', but the backbone has p3, p4, p5, p6, ",
+        ),
         ("unknown", 1, "^model: it cannot be built: .*unknown"),
         ("backbone.refine_level", 7, "^(?!model).*refine_level.* is 7"),
     ],
@@ -159,6 +170,21 @@ def test_lazy(place, value, message):
     cfg.train.device = "cpu"
     with pytest.raises(InputError, match=message):
         build_model(cfg)
+
+
+def test_features():
+    """Of the RPN and the heads, by their most specific name; own models may have others."""
+    model = build_model(demo_cfg(ROOT / "configs/Demo/libra_mask_rcnn_R_18_FPN.yaml"))
+    model.proposal_generator.in_features = ["p2", "p1"]
+    with pytest.raises(InputError, match="^in_features of LibraRPN has 'p1', but .* p2, p3, p4, p"):
+        check_features(model)
+    model.proposal_generator.in_features = []
+    model.roi_heads.mask_in_features = ("neck",)
+    with pytest.raises(InputError, match="^mask_in_features of LibraROIHeads has 'neck', but "):
+        check_features(model)
+    model.__class__ = type("OwnRCNN", (type(model),), {"__module__": "own"})
+    check_features(model)
+    check_features(torch.nn.Linear(2, 2))
 
 
 def test_lazy_device():

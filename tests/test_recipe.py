@@ -479,25 +479,25 @@ def test_copy_freeze_and_dump(language, line, options):
 def test_nulls_of_yaml_configs():
     """Errors where the default is a value; nulls of Detectron2's own defaults are legal."""
     recipe = make("yaml")
-    recipe.check_nulls()
+    recipe.check_keys()
     recipe.config.SOLVER.STEPS = None
     with pytest.raises(InputError, match="^SOLVER.STEPS is null: leave it out for its default, "):
-        recipe.check_nulls()
+        recipe.check_keys()
 
 
 def test_nulls_of_lazy_configs():
     """Errors where there must be a value; Detectron2 accepts null for max_to_keep."""
     recipe = make("lazy", "cascade_rcnn")
     recipe.max_checkpoints = None
-    recipe.check_nulls()
+    recipe.check_keys()
     assert recipe.max_checkpoints == 0
     recipe.config.model.roi_heads.box_predictors[1].test_score_thresh = None
     place = "model.roi_heads.box_predictors.1.test_score_thresh"
     with pytest.raises(InputError, match=f"^{place} is null: leave it out"):
-        recipe.check_nulls()
+        recipe.check_keys()
     recipe.config.model.roi_heads.box_predictors[1] = True
     with pytest.raises(InputError, match=r"box_predictors.1 is True: it must be a section with "):
-        recipe.check_nulls()
+        recipe.check_keys()
 
 
 @LANGUAGES

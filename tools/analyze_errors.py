@@ -20,9 +20,11 @@ import os
 from importlib.util import find_spec
 from typing import Any, Dict, List, Sequence
 
+import numpy as np
 from tabulate import tabulate
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
+from libra_d2.data.image_checks import check_images
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.comparison import compare_objects
@@ -82,7 +84,7 @@ def describe_model(numbers: Dict[str, Any]) -> List[str]:
     ]
     parts = [
         table(by_iou, [[metrics[name] for name in by_iou]]),
-        table(["", "number", "AP50 that mending them brings"], errors),
+        table(["", "number", "AP50 gained by fixing them"], errors),
         table(["objects", "number", "missed", "AP", "AR"], ranges),
         table(["class", "objects", "AP", "AP50"], classes),
     ]
@@ -97,9 +99,9 @@ def describe_model(numbers: Dict[str, Any]) -> List[str]:
 def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
     """Tables of the differences of two models, see :func:`compare_models`."""
     chance = {
-        True: "Chance is that of the images: models that are trained again differ, too.",
-        False: f"Values are means of {comparison['pairs']} pairs of runs. Chance is that of "
-        "trainings with other seeds, on the same images.",
+        True: "The intervals reflect the choice of the images only, not of the training.",
+        False: f"Values are means of {comparison['pairs']} pairs of runs. The intervals hold for "
+        "trainings with other seeds, evaluated on the same images.",
     }[comparison["pairs"] == 1]
     rows = []
     for x in comparison["metrics"]:
@@ -145,6 +147,10 @@ def run(args: argparse.Namespace) -> None:
     masks = "bitmask" if args.iou_type == "segm" else None
     dataset, changes = read_coco_json(args.val_json, masks)
     log_changes(args.val_json, changes)
+    if args.val_images is not None:
+        names = [x["file_name"] for x in dataset["images"]]
+        sizes = np.array([(x["width"], x["height"]) for x in dataset["images"]])
+        check_images(names, sizes, args.val_images, args.val_json, amount=NUM_IMAGES)
     results = [[read_results(x) for x in side] for side in sides]
     models = [
         [

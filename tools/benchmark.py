@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> None:
         "loading": loading(meter, reference),
     }
     results = []
-    with tqdm(unit="result") as progress:
+    with tqdm(unit=" results") as progress:
         for name in args.only:
             progress.set_description(name)
             for result in parts[name]:

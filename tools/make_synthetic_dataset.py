@@ -234,17 +234,18 @@ def build_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "output_dir", help="directory to create; an earlier dataset of this program is replaced"
     )
-    parser.add_argument("--num-images", type=int, default=300)
-    parser.add_argument("--size", type=int, default=160, help="width and height in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-images", type=int, default=300, help="default: 300")
+    parser.add_argument("--size", type=int, default=160, help="in pixels; default: 160")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--classes",
         nargs="+",
         default=CLASSES[:4],
         metavar="CLASS",
-        help=f"of {', '.join(CLASSES)}",
+        help=f"some of {', '.join(CLASSES)}; default: the first four",
     )
-    parser.add_argument("--image-format", choices=("jpg", "png"), default="jpg")
+    formats = ("jpg", "png")
+    parser.add_argument("--image-format", choices=formats, default="jpg", help="default: jpg")
     return parser
 
 

@@ -17,7 +17,7 @@ from ..utils.safe_reading import check_declared_sizes, load_arrays, reading_weig
 from .download import fetch
 from .mmdetection import to_detectron2_checkpoint
 
-__all__ = ["LibraCheckpointer", "PyramidMissing", "find_checkpoint"]
+__all__ = ["LibraCheckpointer", "PyramidMissing", "WeightsMismatch", "find_checkpoint"]
 
 # Files without optimizer and schedule, from which a training cannot be resumed.
 _WEIGHTS_ONLY = ("model_best.pth", "model_final_ema.pth")
@@ -26,7 +26,11 @@ _PYRAMID = "backbone.bfp."
 _HEURISTICS = "?matching_heuristics=True"
 
 
-class PyramidMissing(InputError):
+class WeightsMismatch(InputError):
+    """Some of the weights that a model needs are missing, or of another shape."""
+
+
+class PyramidMissing(WeightsMismatch):
     """Weights for evaluation lack only those of the balanced feature pyramid."""
 
 
@@ -253,7 +257,7 @@ class LibraCheckpointer(DetectionCheckpointer):
                 detail = "shape {}, not {}".format(*reshaped[first])
             elif first in incompatible.unexpected_keys:
                 detail = "not in the model"
-            raise InputError(
+            raise WeightsMismatch(
                 f"{self._path}: these are weights of another model than the config's: "
                 f"{len(absent)} weights are missing, unexpected or of another shape, the first "
                 f"{first!r} ({detail}). Do the config and the number of classes belong to these "

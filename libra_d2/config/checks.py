@@ -38,6 +38,7 @@ _SAMPLERS = (
 )
 _CROPS = ("relative_range", "relative", "absolute", "absolute_range")
 _SIDE = "use 8 pixels or more"
+_SIDES = "use a list of sizes, each of 8 pixels or more"
 
 
 class Rule(NamedTuple):
@@ -67,11 +68,20 @@ def _is_expectation(task: str, metric: str, value: float, tolerance: float) -> b
 
 
 def _whole(setting: str, minimum: int) -> Rule:
-    return Rule(setting, lambda v: _is_whole(v) and v >= minimum, f"use {minimum} or more")
+    advice = f"use a whole number, {minimum} or more"
+    return Rule(setting, lambda v: _is_whole(v) and v >= minimum, advice)
 
 
 def _choice(setting: str, values: Sequence) -> Rule:
     return Rule(setting, lambda v: v in values, f"use one of {tuple(values)}")
+
+
+def _switch(setting: str) -> Rule:
+    return Rule(setting, lambda v: v in (True, False), "use True or False")
+
+
+def _are_sides(values: Sequence) -> bool:
+    return len(values) > 0 and min(values) >= 8
 
 
 _RULES: Tuple[Rule, ...] = (
@@ -98,7 +108,7 @@ _RULES: Tuple[Rule, ...] = (
     Rule("SOLVER.WEIGHT_DECAY", lambda v: 0 <= v < math.inf, "use 0 or more"),
     _choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", [kind.value for kind in GradientClipType]),
     _choice("DATALOADER.SAMPLER_TRAIN", _SAMPLERS),
-    Rule("INPUT.MIN_SIZE_TRAIN", lambda v: len(v) > 0 and min(v) >= 8, _SIDE),
+    *(Rule(name, _are_sides, _SIDES) for name in ("INPUT.MIN_SIZE_TRAIN", "tta_min_sizes")),
     Rule("INPUT.MAX_SIZE_TRAIN", lambda v: v >= 8, _SIDE),
     Rule("INPUT.MIN_SIZE_TEST", lambda v: v == 0 or v >= 8, f"{_SIDE}, or 0 not to resize"),
     Rule("INPUT.MAX_SIZE_TEST", lambda v: v >= 8, _SIDE),
@@ -115,10 +125,9 @@ _RULES: Tuple[Rule, ...] = (
     ),
     _choice("channels_last", ("auto", *CHANNELS_LAST)),
     _choice("amp_dtype", ("auto", "float16", "bfloat16")),
-    *(_choice(name, (True, False)) for name in ("fold_norm", "parallel_roi_align", "winograd")),
-    *(_choice(name, (True, False)) for name in ("lean_fpn", "keep_freed_memory")),
-    *(_choice(name, (True, False)) for name in ("compile_backbone", "amp")),
-    *(_choice(name, (True, False)) for name in ("validation_loss", "tta", "tta_flip")),
+    *(_switch(name) for name in ("fold_norm", "parallel_roi_align", "winograd", "lean_fpn")),
+    *(_switch(name) for name in ("keep_freed_memory", "compile_backbone", "amp")),
+    *(_switch(name) for name in ("validation_loss", "tta", "tta_flip")),
     *(
         Rule(name, lambda v: v <= 1, "use a value in [0, 1]")
         for name in ("score_threshold", "nms_threshold")
@@ -276,7 +285,7 @@ def check_values(recipe: Recipe) -> None:
     Raises:
         InputError: if one cannot work, with the user's name for it and what to use instead.
     """
-    recipe.check_nulls()
+    recipe.check_keys()
     for setting, is_legal, advice in _RULES:
         value = recipe.get(setting)
         try:

@@ -37,6 +37,7 @@ _FREE = re.compile(
     r"|DATALOADER\.NUM_WORKERS|dataloader\.\w+\.num_workers"
     r"|MODEL\.LIBRA\.INPUT\.CHECK_IMAGES|train\.check_images"
 )
+_DIGEST = re.compile(rf"({'|'.join(_SPLITS.values())}) .* (annotations|images|proposals)")
 # The position in the data order and the weights are meaningless with other data and other parts.
 _FIXED = re.compile(
     rf"{_SPLITS['train']} .*|DATASETS\.TRAIN|dataloader\.train\.dataset\..*"
@@ -97,7 +98,8 @@ def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[st
         old, new = before.get(name, absent), now.get(name, absent)
         if old != new:
             old, new = ("absent" if x is absent else repr(x) for x in (old, new))
-            found[name] = f"{name} is {new}, but was {old} before"
+            kind = " (digests of the content)" if _DIGEST.fullmatch(name) else ""
+            found[name] = f"{name} is {new}, but was {old} before{kind}"
     return found
 
 

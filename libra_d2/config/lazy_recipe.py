@@ -4,6 +4,7 @@ import re
 import tempfile
 import traceback
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -27,11 +28,16 @@ from ..data import LibraDatasetMapper, ResumableLoader, load_dataset
 from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..lazy import disable, target_of
+from ..utils.leaves import leaves
 from .defaults import add_libra_config
 from .ideas import DISABLED
 from .recipe import Recipe, Setting, SettingMissing
 
-__all__ = ["LazyRecipe"]
+__all__ = ["PLACES", "LazyRecipe"]
+
+_SETTINGS = [x for x in vars(Recipe).values() if isinstance(x, Setting)]
+#: where LazyConfigs have settings; ``*`` is any index
+PLACES = {place for x in _SETTINGS for place in x.lazy}
 
 # What a training is made of, in the order of building, and what an evaluation is.
 _PARTS = (
@@ -69,9 +75,11 @@ def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, A
     The place and the value of all that a node of a LazyConfig consists of.
 
     Raises:
-        InputError: if an interpolation has no value or leads back to itself, or nothing has the
-            name of a target.
+        InputError: if an interpolation has no value or leads back to itself, nothing has the name
+            of a target, or text is in the place of a list of features.
     """
+    if place.endswith("_features") and isinstance(node, str):
+        raise InputError(f"{place} is {node!r}: use a list, such as \"['{node}']\"")
     yield place, node
     if not OmegaConf.is_config(node):
         return
@@ -197,18 +205,24 @@ class LazyRecipe(Recipe):
             with open(path, encoding="utf-8") as f:
                 return f.read()
 
-    def check_nulls(self) -> None:
-        """See :meth:`Recipe.check_nulls`; nor may there be a value in the place of a section."""
-        for setting in vars(Recipe).values():
-            for place in self._places(setting) if isinstance(setting, Setting) else ():
+    def check_keys(self) -> None:
+        """See :meth:`Recipe.check_keys`; nor may there be a value in the place of a section."""
+        for setting in _SETTINGS:
+            for place in self._places(setting):
                 parent, _, name = place.rpartition(".")
                 node, value = self._select(parent), self._select(place)
                 if isinstance(node, (bool, int, float, str)):
                     raise InputError(f"{parent} is {node!r}: it must be a section with {place}")
-                # Detectron2 accepts null for max_to_keep, too.
+                # Detectron2 accepts null for these, too.
+                is_optional = setting in (Recipe.max_checkpoints, Recipe.weights)
                 is_null = isinstance(node, DictConfig) and name in node and value is None
-                if is_null and setting is not Recipe.max_checkpoints:
+                if is_null and not is_optional:
                     raise InputError(f"{place} is null: leave it out, or give it a value")
+        # Detectron2's and own keys may be there, too.
+        train = OmegaConf.to_container(self._select("train") or OmegaConf.create())
+        for key in dict(leaves(train, "train.")).keys() - PLACES:
+            for similar in get_close_matches(key, PLACES, n=1, cutoff=0.9):
+                raise InputError(f"{key}: there is no such key; did you mean {similar}?")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [f"{self.name_of(name)}={value}" for name, value in settings.items()]

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a built model: box losses that it does not know, and keys that no part of it reads."""
+"""
+Checks of a built model: box losses that it does not know, features that it does not have, and keys
+that no part of it reads.
+"""
 
 import logging
 
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.modeling import ProposalNetwork, RetinaNet
+from detectron2.modeling import Backbone, ProposalNetwork, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.logger import log_first_n
@@ -24,7 +27,7 @@ from ..modeling import (
 from ..utils.leaves import leaves
 from .defaults import add_libra_config
 
-__all__ = ["check_box_losses", "warn_of_unread_keys"]
+__all__ = ["check_box_losses", "check_features", "warn_of_unread_keys"]
 
 _DETECTRON2_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 # Parts with a box loss, their subclass with balanced L1 loss, the method that computes the loss,
@@ -79,6 +82,30 @@ def check_box_losses(model: nn.Module) -> None:
                 raise InputError(
                     f"{key} ({place} in a LazyConfig) is {module.box_reg_loss_type!r}, but a "
                     f"{type(module).__name__} supports {', '.join(losses)}: {hint}"
+                )
+
+
+def check_features(model: nn.Module) -> None:
+    """
+    Raises:
+        InputError: if a part of a model whose class is Detectron2's or ours reads features that the
+            backbone does not have. (Others may have features from elsewhere.)
+    """
+    is_own = type(model).__module__.split(".")[0] not in ("detectron2", "libra_d2")
+    if is_own or not isinstance(getattr(model, "backbone", None), Backbone):
+        return
+    known = model.backbone.output_shape()
+    parts = [model, *(getattr(model, x, None) for x in ("proposal_generator", "roi_heads"))]
+    for part in filter(None, parts):
+        # The last name of several is the most specific one.
+        for name, features in reversed(vars(part).items()):
+            unknown = (
+                [x for x in features if x not in known] if name.endswith("in_features") else ()
+            )
+            if unknown:
+                raise InputError(
+                    f"{name} of {type(part).__name__} has {unknown[0]!r}, but the backbone has "
+                    f"{', '.join(known)}"
                 )
 
 

@@ -7,7 +7,7 @@ import re
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Iterator, Mapping, Sequence, Set, Union
+from typing import Any, Iterable, Iterator, List, Mapping, Sequence, Set, Union
 
 import torch
 import yaml
@@ -20,8 +20,8 @@ from ..errors import InputError, one_line
 from ..utils.leaves import leaves
 from .checks import check_values
 from .defaults import add_libra_config
-from .lazy_recipe import LazyRecipe
-from .recipe import Recipe, Setting
+from .lazy_recipe import PLACES, LazyRecipe
+from .recipe import Recipe
 from .yaml_recipe import YamlRecipe
 
 __all__ = ["detectron2_configs", "is_lazy_config", "make_recipe", "read_recipe"]
@@ -149,10 +149,14 @@ def is_lazy_config(path: str) -> bool:
 
 
 class _Config(CfgNode):
-    """A config that takes 0 for 0.0, which ``CfgNode`` refuses."""
+    """A config that takes 0 for 0.0, which ``CfgNode`` refuses, and suggests similar keys."""
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         _make_floats(cfg_other, self)
+        known = dict(leaves(self))
+        for key, _ in leaves(cfg_other):
+            for similar in _similar_keys(key, known):
+                raise ValueError(f"{key}: there is no such key; did you mean {similar}?")
         super().merge_from_other_cfg(cfg_other)
 
     def merge_from_list(self, cfg_list: Sequence[str]) -> None:
@@ -164,13 +168,19 @@ class _Config(CfgNode):
         super().merge_from_list(options)
 
 
+def _similar_keys(key: str, known: Iterable[str]) -> List[str]:
+    """The most similar key, if there is one and ``key`` is neither a key nor a section."""
+    if any(f"{name}.".startswith(f"{key}.") for name in known):
+        return []
+    return get_close_matches(key, known, n=1, cutoff=0.8)
+
+
 def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
     """Raises: InputError: if these are no KEY VALUE pairs, or a key looks like a known one."""
     for key in options[::2]:
-        is_known = any(f"{name}.".startswith(f"{key}.") for name in defaults)
-        similar = [] if is_known else get_close_matches(key, defaults, n=1, cutoff=0.8)
+        similar = _similar_keys(key, defaults)
         problem = ""
-        if is_known and key not in defaults:
+        if key not in defaults and any(name.startswith(f"{key}.") for name in defaults):
             problem = "it is a section; set one of the keys in it"
         elif key.startswith("--"):
             problem = "options like this come before all KEY VALUE pairs"
@@ -189,12 +199,12 @@ def _make_floats(given: CfgNode, config: CfgNode, prefix: str = "") -> None:
     Convert the whole numbers among given values whose place in a config has a float.
 
     Raises:
-        InputError: if a value is in the place of a section.
+        ValueError: if a value is in the place of a section.
     """
     for key, value in given.items():
         if isinstance(config.get(key), dict):
             if not isinstance(value, dict):
-                raise InputError(f"{prefix}{key} is {value!r}: it must be a section")
+                raise ValueError(f"{prefix}{key} is {value!r}: it must be a section")
             _make_floats(value, config[key], f"{prefix}{key}.")
         elif type(value) is int and isinstance(config.get(key), float):
             given[key] = float(value)
@@ -264,36 +274,39 @@ def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:
         raise InputError(f"{name}: a LazyConfig needs a model")
     for override in overrides:
         _check_override(lazy, override)
-    try:
-        return LazyConfig.apply_overrides(lazy, list(overrides))
-    except Exception as e:  # the parser raises many kinds
-        raise InputError(f"command line: {one_line(e)}") from e
+        try:
+            lazy = LazyConfig.apply_overrides(lazy, [override])
+        except Exception as e:  # the parser raises many kinds
+            raise InputError(f"command line: {override}: {one_line(e)}") from e
+    return lazy
 
 
 def _check_override(lazy: DictConfig, override: str) -> None:
-    """Raise InputError for a key that nothing would read."""
-    key, equals, _ = override.partition("=")
-    if not equals:
-        raise InputError(
-            f"command line: {override!r}: write what is set in a LazyConfig as key=value, such as "
-            "train.max_iter=100"
-        )
+    """Raise InputError for what is not key=value, and for a key that nothing would read."""
+    key, equals, value = override.partition("=")
+    problem = ""
+    if key.startswith("~"):
+        problem = "keys can only be removed in the file"
+    elif not equals:
+        problem = "write what is set in a LazyConfig as key=value, such as train.max_iter=100"
+    elif re.fullmatch(r"""[^[({'"$]+,.*""", value):
+        problem = f"a list needs brackets: '{key}=[{value}]'"
+    if problem:
+        raise InputError(f"command line: {override!r}: {problem}")
     if key.startswith("+"):  # which says that the key is new
         return
-    key = key.lstrip("~")
     missing = object()
     if OmegaConf.select(lazy, key, default=missing, throw_on_missing=False) is not missing:
         return
     parent = key.rpartition(".")[0]
     node: Any = OmegaConf.select(lazy, parent) if parent else lazy
     keys = list(map(str, node)) if isinstance(node, DictConfig) else []
-    places = {x for y in vars(Recipe).values() if isinstance(y, Setting) for x in y.lazy}
     # Arguments of classes may be missing in a config, and so may options of the training and
     # sections that Detectron2 does not have, such as train.speed.
-    if "_target_" in keys or key in places:
+    if "_target_" in keys or key in PLACES:
         return
     is_open = key.startswith("train.") and bool(keys)
-    known = sorted({*places, *dict(leaves(OmegaConf.to_container(lazy)))})
+    known = sorted({*PLACES, *dict(leaves(OmegaConf.to_container(lazy)))})
     similar = get_close_matches(key, known, n=1, cutoff=0.9 if is_open else 0.8)
     if is_open and not similar:
         return

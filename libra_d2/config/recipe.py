@@ -30,14 +30,14 @@ from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, RetinaNet
 
-from ..checkpoint import LibraCheckpointer, PyramidMissing
+from ..checkpoint import LibraCheckpointer, PyramidMissing, WeightsMismatch
 from ..data import load_dataset
 from ..errors import InputError
 from ..evaluation import TASKS, build_evaluator
 from ..modeling.acceleration import accelerate, choose_channels_last
 from ..utils.freed_memory import keep_freed_memory
 from .identity import check_classes, learned_classes
-from .model_checks import check_box_losses
+from .model_checks import check_box_losses, check_features
 
 __all__ = ["Recipe", "Setting", "SettingMissing"]
 
@@ -288,10 +288,11 @@ class Recipe(ABC):
         """The config as YAML."""
 
     @abstractmethod
-    def check_nulls(self) -> None:
+    def check_keys(self) -> None:
         """
         Raises:
-            InputError: if the config has null where there must be a value.
+            InputError: if the config has null where there must be a value, or a key that nothing
+                reads.
         """
 
     @abstractmethod
@@ -395,6 +396,7 @@ class Recipe(ABC):
             keep_freed_memory()
         model = self._build_model()
         check_box_losses(model)
+        check_features(model)
         accelerate(
             model,
             channels_last=self._channels_last,
@@ -469,6 +471,9 @@ class Recipe(ABC):
         except PyramidMissing as e:
             plain = " ".join(self.variant_options(["feature_pyramid"]))
             raise InputError(f"{e}; to evaluate them as they are, add {plain}") from None
+        except WeightsMismatch as e:
+            counts = ", ".join(f"{name} is {n}" for name, n in self.class_counts.items())
+            raise InputError(f"{e} {counts}".rstrip()) from None
         run = content.get("run") or {}
         check_classes(run, datasets)
         return model.eval(), (learned_classes(run) or [[]])[0]

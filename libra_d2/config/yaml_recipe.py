@@ -84,7 +84,7 @@ class YamlRecipe(Recipe):
     def dump(self) -> str:
         return self.config.dump()
 
-    def check_nulls(self) -> None:
+    def check_keys(self) -> None:
         defaults = dict(leaves(get_cfg()))
         for key, value in leaves(self.config):
             if value is None and defaults.get(key) is not None:

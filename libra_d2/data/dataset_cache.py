@@ -76,11 +76,15 @@ class _Loader:
         return list(self.records)
 
 
-def _find(path: str) -> Optional[MappedRecords]:
+def _find(path: str, json_file: str) -> Optional[MappedRecords]:
+    """The records that were made of a file; None if there are none, and it has to be read."""
     try:
-        return MappedRecords(path)
-    except (OSError, ValueError, KeyError):  # cut short, or of another version
+        records = MappedRecords(path)
+    except (OSError, ValueError, KeyError):  # there are none, cut short, or of another version
+        logger.info(f"Reading {json_file}")
         return None
+    logger.info(f"{json_file} was read before: using {path}")
+    return records
 
 
 def _remove_others(path: str) -> None:
@@ -206,7 +210,7 @@ def cache_coco_json(
     annotations = entries.lists.digest()
     key = digest([annotations, mask_format, __version__, LAYOUT])
     path = os.path.join(cache_dir, f"{name}-{key}.records")
-    records = _find(path)
+    records = _find(path, json_file)
     if records is None:
         os.makedirs(cache_dir, exist_ok=True)
         _write_records(path, entries)
@@ -276,7 +280,7 @@ def cache_registered(name: str, cache_dir: str) -> Optional[CachedDataset]:
     versions = (__version__, LAYOUT, detectron2.__version__)
     key = digest([annotations, metadata.get("image_root"), *versions])
     path = os.path.join(cache_dir, f"{name.replace(os.sep, '_')}-{key}.records")
-    if _find(path) is None:
+    if _find(path, json_file) is None:
         os.makedirs(cache_dir, exist_ok=True)
         writer = RecordWriter()
         try:

@@ -33,6 +33,7 @@ _MIN_PER_PROCESS = 4000
 _MAX_PROCESSES = 16
 _BATCH = 256  # images that a process takes at a time
 _PART = 16  # images that a thread takes at a time
+_MAX_ERRORS = 10  # that one message names
 
 
 def check_resized(
@@ -120,17 +121,17 @@ class _Checks(torchdata.Dataset):
         self.paths, self.sizes, self.json_file = paths, sizes, json_file
         self.num_threads = num_threads
 
-    def __getitem__(self, i: int) -> None:
-        """Raise InputError unless an image is as it should be."""
-        _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
-
-    def __getitems__(self, indices: np.ndarray) -> str:
-        """The first error of some images, "" if there is none; raised, it would keep processes."""
+    def __getitem__(self, i: int) -> str:
+        """What is wrong with an image, "" if nothing is; raised, it would keep processes."""
         try:
-            _in_threads(self.__getitem__, indices.tolist(), self.num_threads)
+            _check_image(self.paths[i], tuple(self.sizes[i].tolist()), self.json_file)
         except InputError as e:
             return str(e)
         return ""
+
+    def __getitems__(self, indices: np.ndarray) -> List[str]:
+        """What is wrong with those of some images that are not as they should be."""
+        return list(filter(None, _in_threads(self.__getitem__, indices.tolist(), self.num_threads)))
 
 
 def _num_processes(num_images: int) -> int:
@@ -165,7 +166,7 @@ def check_images(
             nanoseconds when they were checked; -1 if they never were. Updated in place.
 
     Raises:
-        InputError: names an image for which this is not so.
+        InputError: names the images for which this is not so, those among the first that it finds.
     """
     if not os.path.isdir(image_root):
         raise InputError(f"{image_root}: no such image directory")
@@ -185,14 +186,16 @@ def check_images(
         _Checks(paths, sizes, json_file, num_threads),
         batch_sampler=[changed[batch] for batch in batches],
         num_workers=num_processes,
-        collate_fn=str,
+        collate_fn=list,
         generator=torch.Generator(),  # the global one is left alone
     )
     # Nothing is shown if it takes less than a second.
     with tqdm(total=len(changed), desc="checking images", unit="image", delay=1) as progress:
-        for batch, error in zip(batches, loader):
-            if error:
-                raise InputError(error)
+        for batch, errors in zip(batches, loader):
+            if errors:
+                others = len(errors) - _MAX_ERRORS
+                more = [f"and {others} more"] if others > 0 else []
+                raise InputError("; ".join([*errors[:_MAX_ERRORS], *more]))
             states[changed[batch]] = found[batch]
             progress.update(len(changed[batch]))
 
