@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,12 @@ def approx(values, **tolerance):
 def bars(axis):
     """(3, n): left ends, widths and heights."""
     return np.array([(x.get_x(), x.get_width(), x.get_height()) for x in axis.patches]).T
+
+
+def looks(figure):
+    """Its size, and title and labels of each axis."""
+    texts = [(x.get_title(), x.get_xlabel(), x.get_ylabel()) for x in figure.axes]
+    return figure.get_size_inches().tolist(), texts
 
 
 def build(system, *options):
@@ -76,6 +83,7 @@ def test_recorded_errors_are_those_of_the_loss():
     inputs = random_inputs(3)
     torch.manual_seed(1)
     (errors,) = analysis.record(model, [inputs]).box_errors
+    assert not errors.requires_grad
     for module in model.modules():
         module.training = not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
     torch.manual_seed(1)
@@ -83,6 +91,16 @@ def test_recorded_errors_are_those_of_the_loss():
         loss = model(inputs)["loss_box_reg"].item()
     expected = balanced_l1_loss(errors, torch.zeros_like(errors), reduction="sum").item() / 16
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_levels_of_other_models():
+    """In the order of their width, whatever that of the backbone is."""
+    shapes = {"p3": (8, 2, 3), "p2": (4, 4, 6)}
+    backbone = torch.nn.Module()
+    backbone.forward = lambda batch: {k: torch.ones(1, *x) for k, x in shapes.items()}
+    model = torch.nn.Sequential(OrderedDict(backbone=backbone))
+    (levels,) = analysis.record(model, [[{}]]).levels
+    assert [x.shape for x in levels.before] == [(4, 4, 6), (8, 2, 3)]
 
 
 def candidates(ious, instances, num_instances, num_samples=99):
@@ -138,18 +156,26 @@ def test_figure_of_samples():
     """Bars span the intervals; each axis has the numbers of its sampler and the borders it has."""
     shares = np.arange(1, 11) / 55
     one = {"bin_borders": [], "negatives": shares, "mean_iou": 0.171, "instances": 0.5}
-    other = {"bin_borders": [0.3, 0.4, 0.6], "negatives": 1 - shares}
+    other = {"bin_borders": [0.3, 0.38, 0.4], "negatives": 1 - shares}
     other.update(mean_iou=0.2, instances=0.756)
     statistics = {"interval_ends": np.arange(1, 11) * 0.04, "candidates": one, "a, b": other}
-    axes = analysis.plot_sampling(statistics).axes
-    assert [axis.get_title() for axis in axes] == ["candidates", "a,\nb"]
+    figure = analysis.plot_sampling(statistics)
+    x, y = "IoU with the nearest object", "share of the negatives (%)"
+    assert looks(figure) == ([10, 4], [("candidates", x, y), ("a,\nb", x, "")])
+    axes = figure.axes
     for axis, expected in zip(axes, (shares, 1 - shares)):
         assert bars(axis) == approx([np.arange(0.002, 0.4, 0.04), [0.036] * 10, 100 * expected])
-    assert [[line.get_xdata()[0] for line in axis.lines] for axis in axes] == [[], [0.3]]
-    assert [[x.get_text() for x in axis.texts] for axis in axes] == [
-        ["mean IoU 0.17\n50% of objects covered"],
-        ["mean IoU 0.20\n76% of objects covered\nbins end at 0.30, 0.40, 0.60"],
+    assert [[line.get_xdata()[0] for line in axis.lines] for axis in axes] == [[], [0.3, 0.38]]
+    notes = [note for axis in axes for note in axis.texts]
+    assert [note.get_text() for note in notes] == [
+        "mean IoU 0.17\n50% of objects covered",
+        "mean IoU 0.20\n76% of objects covered\nbins end at 0.30, 0.38, 0.40",
     ]
+    for note in notes:  # above the axis, below its title
+        assert (note.xy, note.xyann, note.get_fontsize()) == ((0.5, 1), (0, 42), 9)
+        assert (note.xycoords, note.anncoords) == ("axes fraction", "offset points")
+    axes[0].set_ylim(0, 7)
+    assert axes[1].get_ylim() == (0, 7)
 
 
 def test_energy():
@@ -184,35 +210,48 @@ def test_similarity():
 def test_figure_of_levels():
     """Grouped bars for each level and stage, and a similarity matrix for each stage."""
     statistics = {"before": {"energy": [5.0, 1.0], "similarity": [[1, 0.25], [0.75, 1]]}}
+    alone = looks(analysis.plot_levels(statistics, ["p2", "p3"]))
     statistics["after"] = {"energy": [4.0, 3.0], "similarity": [[1, 0.5], [0.9, 1]]}
     statistics["added"] = [2.0, 6.0]
-    names = ["p2", "p3"]
-    left, *matrices, _ = analysis.plot_levels(statistics, names).axes
+    figure = analysis.plot_levels(statistics, ["p2", "p3"])
+    y = "root mean square of the features"
+    titles = [("energy of the levels", "", y), ("similarity, before", "", "")]
+    bar = ("", "", "cosine similarity")
+    assert alone == ([7, 3.4], [*titles, bar])
+    rises = "It rises by construction:\none map is added to all levels."
+    assert looks(figure) == ([10, 3.4], [*titles, ("similarity, after", rises, ""), bar])
+    figure.draw_without_rendering()  # which places the axes
+    places = [axis.get_position().x0 for axis in figure.axes]
+    assert places == sorted(places)
+    left, *matrices, _ = figure.axes
     starts = np.array([-0.4, 0.6, -0.4, 0.6, -0.4, 0.6]) + np.repeat([0, 0.8 / 3, 1.6 / 3], 2)
     assert bars(left) == approx([starts, [0.8 / 3] * 6, [5, 1, 2, 6, 4, 3]])
+    assert left.get_ylim() == (0, pytest.approx(6 * 1.2))
+    assert [x for x in left.spines if left.spines[x].get_visible()] == ["left", "bottom"]
     assert [x.get_label() for x in left.containers] == ["before", "added", "after"]
-    assert [x.get_text() for x in left.get_legend().get_texts()] == ["before", "added", "after"]
-    assert [axis.get_xlabel().startswith("It rises by") for axis in matrices] == [False, True]
-    assert not analysis.plot_levels({"before": statistics["before"]}, names).axes[1].get_xlabel()
+    legend = left.get_legend()
+    assert [x.get_text() for x in legend.get_texts()] == ["before", "added", "after"]
+    assert len({x.get_window_extent().y0 for x in legend.get_texts()}) == 1  # one row
+    assert (legend.get_frame_on(), legend.columnspacing, legend.handlelength) == (False, 1, 1)
+    assert [x.get_text() for x in left.get_xticklabels()] == ["p2", "p3"]
     for axis, stage in zip(matrices, ("before", "after")):
         matrix = np.array(statistics[stage]["similarity"])
-        assert axis.get_title() == f"similarity, {stage}"
-        assert [x.get_text() for x in axis.get_yticklabels()] == ["p2", "p3"]
+        for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+            assert [x.get_text() for x in labels] == ["p2", "p3"]
         assert np.array_equal(axis.images[0].get_array(), matrix)
-        assert axis.images[0].get_clim() == (0, 1)
+        assert (axis.images[0].get_clim(), axis.images[0].get_cmap().name) == ((0, 1), "Blues")
         written = {x.get_position(): x.get_text() for x in axis.texts}
         assert written == {(j, i): f"{matrix[i, j]:.2f}" for i, j in np.ndindex(2, 2)}
 
 
 def heat_maps(levels, *image):
-    """What is shown in each cell of the grid, by row and column; and the other axes."""
+    """The figure, and what is shown in each cell of its grid, by row and column."""
     figure = analysis.plot_heat_maps(levels, ["p2", "p3"], *image)
-    *axes, bar = figure.axes
     cells = {}
-    for axis in axes:
+    for axis in figure.axes[:-1]:
         place = axis.get_subplotspec()
         (cells[place.rowspan.start, place.colspan.start],) = axis.images
-    return axes, cells, bar
+    return figure, cells
 
 
 def test_figure_of_heat_maps():
@@ -220,26 +259,35 @@ def test_figure_of_heat_maps():
     feature = torch.tensor([[[1.0, 2], [3, 4]], [[7.0, 2], [3, 4]]])
     levels = Levels([feature, 2 * feature], [-3 * feature, 4 * feature])
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    axes, cells, bar = heat_maps(levels, picture)
-    assert [axis.get_title() for axis in axes if axis.get_title()] == ["image", "p2", "p3"]
-    names = [axis.get_ylabel() for axis in axes if axis.get_ylabel()]
-    assert names == ["before", "after", "after - before"]
+    figure, cells = heat_maps(levels, picture)
+    titles = [("image", "", ""), ("p2", "", "before"), ("p3", "", ""), ("", "", "after")]
+    titles += [("", "", ""), ("", "", "after - before"), ("", "", "")]
+    bar = ("", "", "root mean square of the features")
+    assert looks(figure) == (pytest.approx([10, 0.7 + 1.6 * 3]), [*titles, bar])
     assert np.array_equal(cells.pop((0, 0)).get_array(), picture)
     factors = {(0, 1): 1, (0, 2): 2, (1, 1): 3, (1, 2): 4, (2, 1): 4, (2, 2): 2}
     assert cells.keys() == factors.keys()
     for place, factor in factors.items():
         assert np.array(cells[place].get_array()) == approx(np.array([[5, 2], [3, 4]]) * factor)
         assert cells[place].get_clim() == pytest.approx((0, 5 * 4))
-    assert bar.get_ylabel() == "root mean square of the features"
-    assert not any(len(axis.get_xticks()) + len(axis.get_yticks()) for axis in axes)
+    axes = figure.axes
+    assert not any(len(axis.get_xticks()) + len(axis.get_yticks()) for axis in axes[:-1])
+    figure.draw_without_rendering()
+    image, first, second, *_, last, bar = (axis.get_position() for axis in axes)
+    assert bar.height > 2 * last.height  # it is that of all rows
+    assert image.x1 < first.x0 < second.x0 < last.x1 < bar.x0
+    assert bar.width < 0.0245  # 4% of the room; else its height alone would limit it, at 0.0256
 
 
 def test_figure_of_plain_heat_maps():
-    """Neither an image nor a balanced feature pyramid."""
-    axes, cells, _ = heat_maps(Levels([torch.ones(2, 4, 6), 3 * torch.ones(2, 2, 3)], None))
-    assert [axis.get_ylabel() for axis in axes] == ["before", ""]
+    """Neither an image nor a balanced feature pyramid; the first level gives the proportions."""
+    figure, cells = heat_maps(Levels([torch.ones(2, 4, 6), 3 * torch.ones(2, 2, 2)], None))
+    size, texts = looks(figure)
+    assert size == pytest.approx([10, 0.7 + 1.6 * 4 / 6])
+    assert texts[:-1] == [("p2", "", "before"), ("p3", "", "")]
     assert [cell.get_array().max() for cell in cells.values()] == [1, 3]
     assert {cell.get_clim() for cell in cells.values()} == {(0, 3)}
+    assert {cell.get_cmap().name for cell in cells.values()} == {"magma"}
 
 
 SETTINGS = {"alpha": 0.4, "gamma": 1.2, "beta": 0.5, "form": "reference"}
@@ -270,19 +318,31 @@ def test_objective_statistics():
         cumulative = gradient.cumsum(0) / gradient.sum()
         assert statistics[name]["inlier_gradient"] == approx(cumulative[0])
         assert statistics[name]["cumulative"] == approx(cumulative[ranks])
-    default = analysis.objective_statistics(torch.zeros(3))
-    assert default["balanced L1"] == {"inlier_gradient": 0, "cumulative": [0] * 100}
-    assert [*default][5:] == ["L1", "smooth L1 (beta 1)", "balanced L1"]
+
+
+def test_default_objective():
+    """That of the paper, against L1 loss, also of small errors and of none."""
+    small, settings = torch.tensor([0.02, 0.01]), {"alpha": 0.5, "gamma": 1.5, "beta": 1.0}
+    found = analysis.objective_statistics(small)
+    assert found == analysis.objective_statistics(small, **settings, smooth_l1_beta=0.0)
+    assert [*found][5:] == ["L1", "smooth L1 (beta 1)", "balanced L1"]
+    shares = [1 / 3] * 99 + [1]  # of a gradient that is the error
+    assert found["smooth L1 (beta 1)"] == {"inlier_gradient": 1, "cumulative": approx(shares)}
+    zero = analysis.objective_statistics(torch.zeros(3))
+    assert zero["balanced L1"] == {"inlier_gradient": 0, "cumulative": [0] * 100}
+    axes = analysis.plot_losses().axes
+    titles = ["alpha varied, gamma 1.5", "gamma varied, alpha 0.5"]
+    assert [axis.get_title() for axis in axes[:2]] == titles
+    assert [line.get_label() for line in axes[0].lines[:2]] == ["smooth L1 (beta 1)", "L1"]
 
 
 def test_figure_of_losses():
     """Gradients above, values below; alpha is varied on the left, gamma on the right."""
-    figure = analysis.plot_losses(**SETTINGS, smooth_l1_beta=0.25)
-    assert [axis.get_ylabel() for axis in figure.axes] == ["gradient", "", "loss", ""]
-    x = torch.arange(1, 401) / 400
-    columns = zip(np.reshape(figure.axes, (2, 2)).T, ("alpha", "gamma"), ("gamma 1.2", "alpha 0.4"))
-    for column, name, fixed in columns:
-        assert column[0].get_title() == f"{name} varied, {fixed}"
+    figure, x = analysis.plot_losses(**SETTINGS, smooth_l1_beta=0.25), torch.arange(1, 401) / 400
+    titles, xlabel = ("alpha varied, gamma 1.2", "gamma varied, alpha 0.4"), "error of a box delta"
+    above = [(titles[0], "", "gradient"), (titles[1], "", "")]
+    assert looks(figure) == ([9, 6], [*above, ("", xlabel, "loss"), ("", xlabel, "")])
+    for column, name in zip(np.reshape(figure.axes, (2, 2)).T, ("alpha", "gamma")):
         expected = losses(**SETTINGS, smooth_l1_beta=0.25)
         del expected["balanced L1"]
         for value in (0.2, 0.3, 0.5, 1.0) if name == "alpha" else (0.5, 1.0, 1.5, 2.0):
@@ -293,7 +353,15 @@ def test_figure_of_losses():
             value, gradient = loss_and_gradient(loss, x)
             np.testing.assert_allclose(above[label], [x, gradient], rtol=1e-3)
             np.testing.assert_allclose(below[label], [x, value], rtol=1e-3)
-        assert [list(axis.lines[-1].get_xdata()) for axis in column] == [[0.5, 0.5]] * 2
+        slope = (x / 0.25).clamp(max=1)
+        np.testing.assert_allclose(above["smooth L1 (beta 0.25)"][1], slope, rtol=1e-3)
+        for line in (axis.lines[-1] for axis in column):
+            assert (list(line.get_xdata()), line.get_linewidth()) == ([0.5, 0.5], 0.8)
+        legend = column[1].get_legend()
+        assert [x.get_text() for x in legend.get_texts()] == [*below][:6]
+        assert (column[0].get_legend(), legend.get_frame_on()) == (None, False)
+    figure.axes[0].set_xlim(0, 9)
+    assert {axis.get_xlim() for axis in figure.axes[::2]} == {(0, 9)}
 
 
 def test_figure_of_gradient_shares():
@@ -302,13 +370,24 @@ def test_figure_of_gradient_shares():
     statistics = {"beta": 2.0, "num_errors": 7, "inliers": 0.756, "percentiles": ranks / 30}
     for i, name in enumerate(names):
         statistics[name] = {"inlier_gradient": 0.204 + i / 10, "cumulative": (ranks / 100) ** i}
-    left, right = analysis.plot_gradient_shares(statistics).axes
+    figure = analysis.plot_gradient_shares(statistics)
+    titles = [("7 box errors, sorted", "smallest errors (%)", "error of a box delta")]
+    share = "share of the gradient (%)"
+    titles.append(("their share of the gradient", "smallest errors (%)", share))
+    assert looks(figure) == ([9, 3.4], titles)
+    left, right = figure.axes
     assert approx([ranks, ranks / 30]) == left.lines[0].get_xydata().T
     assert list(left.lines[1].get_ydata()) == [2, 2]
-    assert (left.get_yscale(), left.get_title()) == ("log", "7 box errors, sorted")
+    assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
     *lines, inliers = right.lines
+    assert len(lines) == 2
     for i, line in enumerate(lines):
         assert line.get_label() == f"{names[i]}: {20 + 10 * i}% from inliers"
         assert approx([ranks, 100 * (ranks / 100) ** i]) == line.get_xydata().T
     assert inliers.get_xdata() == approx([75.6, 75.6])
-    assert [x.get_text() for x in right.texts] == ["76% inliers "]
+    assert [x.get_linewidth() for x in (left.lines[1], inliers)] == [0.8, 0.8]
+    texts = [(x.get_text(), x.get_position(), x.get_fontsize()) for x in left.texts + right.texts]
+    assert texts == [("beta", (2, 2), 9), ("76% inliers ", (75.6, 2), 9)]
+    legend = right.get_legend()
+    assert [x.get_text() for x in legend.get_texts()] == [x.get_label() for x in lines]
+    assert not legend.get_frame_on()

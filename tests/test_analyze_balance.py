@@ -114,7 +114,8 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         link = f'<a href="#{row["figure"]}">{row["measured"]}</a>'
         says = marks[row["says"]] + row["says"]
         assert f"<tr><td>{row['idea']}</td><td>{link}</td><td>{says}</td></tr>" in page
-    assert "<main>" in page
+    assert [x in page for x in ("<main>", "<h3>")] == [True, False]
+    assert "The limits are rules of thumb" in page
     parts = re.findall('<h2 id="(.*?)">(.*?)</h2>.*?<p>(.*?)</p><img .*base64,(.*)">', page)
     assert [x[0] for x in parts] == list(percentages)
     for (name, title, text, data), shares in zip(parts, percentages.values()):
@@ -159,8 +160,9 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     assert "--config-file-b goes with --weights-b" in refused(analyze_balance.main, command)
 
 
-def test_second_weights(synthetic, tmp_path):
+def test_second_weights(synthetic, tmp_path, monkeypatch):
     """Without another config both have the first one; there are 11 images with objects."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **kwargs: file.write(b"1"))
     path, cfg = tmp_path / "weights.pth", load_cfg(arguments("retinanet", synthetic, tmp_path)[1])
     cfg.merge_from_list([*SETTINGS, "MODEL.RETINANET.NUM_CLASSES", 4])
     torch.save({"model": build_model(cfg).state_dict()}, path)
@@ -171,8 +173,9 @@ def test_second_weights(synthetic, tmp_path):
     assert numbers["num_images"] == 11
 
 
-def test_before_training(synthetic, tmp_path, refused):
+def test_before_training(synthetic, tmp_path, refused, monkeypatch):
     """Weights of a model with other classes are analyzed but for what depends on the classes."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **kwargs: file.write(b"1"))
     path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
     cfg.merge_from_list([*SETTINGS, "MODEL.ROI_HEADS.NUM_CLASSES", 7])
     torch.save({"model": build_model(cfg).state_dict()}, path)

@@ -94,7 +94,7 @@ def test_script_and_trace(refine_type, convert):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"refine_level": 5}, "refine_level is 5: the pyramid has 5 levels, use a value"),
+        ({"refine_level": 5}, "refine_level is 5: the pyramid has 5 levels, use .* 0 to 4"),
         ({"refine_level": -1}, "refine_level is -1: the pyramid has"),
         ({"refine_type": "gaussian"}, "refine_type is 'gaussian': use one of"),
     ],
@@ -167,9 +167,12 @@ def test_max_in_windows(height):
 
 
 def test_max_in_windows_on_gpus():
-    """Height and width of the result, of windows that divide the input and of others."""
+    """Of windows that divide the input and of others, whose gradient is that of `gather`."""
     with FakeTensorMode():
         for size in ((7, 11), (14, 22)):
-            x = torch.empty(2, 3, *size, device="cuda")
+            x = torch.empty(2, 3, *size, device="cuda", requires_grad=True)
             assert max_in_windows(x, 7, 11, 2).shape == (2, 3, 7, 11)
-            assert max_in_windows(x, 5, 9, 2).shape == (2, 3, 5, 9)
+            uneven = max_in_windows(x, 5, 9, 2)
+            assert uneven.shape == (2, 3, 5, 9)
+            assert uneven.grad_fn.next_functions[0][0].name() == "GatherBackward0"
+            assert _max_along(x, 2, 5, 2).shape == (2, 3, 5, size[1])  # in traces

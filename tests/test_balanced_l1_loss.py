@@ -35,9 +35,14 @@ def test_values_of_the_paper():
 
 
 def test_gradient_at_beta():
-    """That of an outlier, in the form whose gradient is not continuous there."""
+    """That of an outlier, in the form whose gradient is not continuous there; of either type."""
     _, grad = loss_and_grad([0.25, -0.25], beta=0.25, form="reference")
     assert grad.tolist() == [1.5, -1.5]
+    exact = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    rounded = torch.zeros(1, dtype=torch.float16, requires_grad=True)
+    balanced_l1_loss(rounded, exact).sum().backward()
+    assert exact.grad == loss_and_grad([0.3])[1]
+    assert rounded.grad == -exact.grad.half()
 
 
 @pytest.mark.parametrize("beta", [0.11, 2.0])
@@ -79,7 +84,7 @@ def test_equals_reference(mmdet, form, beta):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("shape", [(0, 4), (5, 4)])
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (5, 4)])
 def test_reduction(reduction, shape):
     """As in fvcore's losses, empty input included."""
     pred = torch.randn(shape, requires_grad=True)
@@ -99,7 +104,7 @@ def test_reduction(reduction, shape):
         ({"gamma": -1.0}, "gamma is -1.0: use a positive number"),
         ({"beta": float("nan")}, "beta is nan: use a positive number"),
         ({"beta": float("inf")}, "beta is inf: use a positive number"),
-        ({"gamma": 1.0, "alpha": 0.01}, "gamma is 1.0: use at most 80 times alpha, 0.01"),
+        ({"gamma": 1.0, "alpha": 0.0124}, "gamma is 1.0: use at most 80 times alpha, 0.0124"),
         ({"form": "paper"}, "form is 'paper': use one of"),
         ({"reduction": "max"}, "reduction must be"),
     ],
@@ -107,23 +112,21 @@ def test_reduction(reduction, shape):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         balanced_l1_loss(torch.zeros(2), torch.zeros(2), **kwargs)
+    with pytest.raises(ValueError, match="same shape, got .2, 4. and .4,."):
+        balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
     if "reduction" not in kwargs:  # the module checks the others when it is made
         with pytest.raises(ValueError, match=message):
             BalancedL1Loss(**kwargs)
 
 
-def test_shapes():
-    with pytest.raises(ValueError, match="same shape"):
-        balanced_l1_loss(torch.zeros(2, 4), torch.zeros(4))
-
-
 def test_fixed_parameters():
-    """Parameters are given, read from a config, or those of the paper."""
+    """Parameters are given, read from a config, or those of the paper; scripts leave it out."""
     x, zero = torch.randn(20), torch.zeros(20)
     kwargs = {"alpha": 0.2, "gamma": 1.0, "beta": 0.3, "form": "reference"}
     cfg = demo_cfg(**{f"MODEL__LIBRA__BALANCED_L1__{k.upper()}": v for k, v in kwargs.items()})
     paper = {"alpha": 0.5, "gamma": 1.5, "beta": 1.0, "form": "scaled"}
     assert BalancedL1Loss().arguments == paper
+    torch.jit.script(BalancedL1Loss())
     expected = balanced_l1_loss(x, zero, **kwargs, reduction="sum")
     for loss in (BalancedL1Loss(**kwargs), BalancedL1Loss(cfg)):
         assert torch.equal(loss(x, zero, "sum"), expected)

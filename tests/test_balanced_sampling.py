@@ -3,10 +3,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import demo_cfg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling.balanced_sampling import (
     MODES,
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
     BalancedSampler,
     _draw_counts,
     build_proposal_sampler,
@@ -39,16 +43,61 @@ def proposals(positives_of=(), negative_ious=(), num_ignored=0):
 
 
 def draw(args, num_samples, fraction=0.25, **kwargs):
-    """Draw, and check the invariants."""
-    labels, _, matched, _ = args
-    positive, negative, _, _ = BalancedSampler(**kwargs)(*args, num_samples, fraction)
+    """Draw, and check the invariants: numbers, labels and statistics, without repetition."""
+    labels, iou, matched, _ = args
+    sampler = BalancedSampler(**kwargs)
+    positive, negative, num_instances, in_bins = sampler(*args, num_samples, fraction)
     assert (labels[positive] == 1).all()
     assert (labels[negative] == 0).all()
     assert (matched[positive].diff() >= 0).all()
-    assert len(set(positive.tolist())) == len(positive) <= int(num_samples * fraction)
+    assert len(set(positive.tolist())) == len(positive)
     assert len(set(negative.tolist())) == len(negative)
+    most = min(int(num_samples * fraction), int((labels == 1).sum()))
+    is_exact = sampler.mode == "paper" or sampler.positives == "random"
+    assert (most if is_exact else min(most, 1)) <= len(positive) <= most
     assert len(negative) == min(num_samples - len(positive), (labels == 0).sum())
+    assert num_instances == len(matched[positive].unique())
+    bins = (sampler.num_bins, sampler.negative_iou_thresh)
+    assert in_bins.tolist() == iou_histogram(iou[negative].float().numpy(), *bins).tolist()
     return positive, negative
+
+
+@st.composite
+def candidates(draw):
+    """Any labels, IoUs (0, thresholds and 1 among them) and matches, of 0 to 300 proposals."""
+    num_proposals, num_instances = draw(st.integers(0, 300)), draw(st.integers(0, 30))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    kinds = draw(st.sets(st.sampled_from([-1, 0, 1] if num_instances else [0]), min_size=1))
+    index = torch.randint(0, len(kinds), (num_proposals,), generator=rng)
+    labels = torch.tensor(sorted(kinds), dtype=torch.int8)[index]
+    iou = torch.rand(num_proposals, generator=rng) * draw(st.sampled_from([0, 1]))
+    special = torch.tensor(draw(st.lists(st.sampled_from([0.0, 1 / 3, 0.5, 1.0]), max_size=20)))
+    iou[: len(special)] = special[:num_proposals]
+    iou = torch.where(labels == 1, 0.5 + iou / 2, iou / 2)
+    matched = torch.randint(0, max(num_instances, 1), (num_proposals,), generator=rng)
+    matched *= draw(st.sampled_from([0, 1]))  # all of one object
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    return labels, iou.to(dtype), matched, num_instances
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    candidates(),
+    st.integers(0, 400),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]),
+    st.fixed_dictionaries(
+        {
+            "mode": st.sampled_from(MODES),
+            "negatives": st.sampled_from(NEGATIVE_SAMPLERS),
+            "positives": st.sampled_from(POSITIVE_SAMPLERS),
+            "num_bins": st.integers(1, 9),
+            "negative_iou_thresh": st.sampled_from([0.3, 0.5]),
+        }
+    ),
+)
+def test_any_candidates(args, num_samples, fraction, kwargs):
+    """The invariants; each run searches the same examples."""
+    draw(args, num_samples, fraction, **kwargs)
 
 
 def linear(num, low=0.0, high=0.5):
@@ -102,6 +151,7 @@ def test_uniform_within_a_bin():
         ((30,) * 5, 12, 3),  # and 12 / 5 to 2
         ((30,) * 4, 20, 6),
         ((30, 1), 9, 8),  # 4.5 is halfway: to the even number; the other one has less
+        ((30,), 9, 9),  # a quota of 10 is one too many
     ],
 )
 def test_quota(mode, positives_of, num, quota):
@@ -190,6 +240,27 @@ def test_reference_mode_draws_as_reference(mmdet, name, candidates):
     assert (difference <= 4.5 * error + 1e-9).all(), difference / error
 
 
+@pytest.mark.filterwarnings("error")
+def test_reference_bins():
+    """They span the IoUs below the highest one; the 30 negatives are a third from each."""
+    args = proposals((), [*[0.05] * 50, *[0.15] * 50, *[0.25] * 50, 0.3])
+    ious = args[1][draw(args, 30, mode="reference")[1]]
+    assert [(ious == x).sum() for x in (0.05, 0.15, 0.25)] == [10, 10, 10]
+    for args in (proposals(), proposals((), [0.0] * 40)):  # neither proposals nor any overlap
+        draw(args, 30, mode="reference", negatives="random")
+
+
+def test_on_the_host():
+    """Scripts, compiled graphs and gradients leave it out."""
+    labels, ious, *others = proposals((9, 5), linear(60))
+    sampler, graphs = BalancedSampler(), []
+    torch.jit.script(sampler)
+    torch._dynamo.reset()
+    compiled = torch.compile(sampler, backend=lambda *args: graphs.append(args))
+    compiled(labels, ious.requires_grad_(), *others, 30, 0.25)
+    assert not graphs
+
+
 def test_iou_histogram():
     ious = np.float32([0.0, 0.1, 0.16, 0.17, 0.33, 0.34, 0.49, 0.5, 1.0])
     assert iou_bins(ious, 3, 0.5).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -212,6 +283,9 @@ def test_config(expected):
     arguments = expected if expected is OTHERS else {}
     for sampler in (BalancedSampler(**arguments), build_proposal_sampler(cfg)):
         assert {name: getattr(sampler, name) for name in NAMES} == expected
+    cfg.MODEL.LIBRA.SAMPLER.NAME = "Other"
+    with pytest.raises(ArgumentError, match="^name is 'Other': use one of"):
+        build_proposal_sampler(cfg)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +296,7 @@ def test_config(expected):
         ({"negatives": "hard"}, "negatives is 'hard': use one of"),
         ({"positives": ""}, "positives is '': use one of"),
         ({"negative_iou_thresh": 0.0}, "negative_iou_thresh is 0.0: use a value"),
+        ({"negative_iou_thresh": 1.5}, "negative_iou_thresh is 1.5: use a value"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -241,8 +316,10 @@ def test_many_instances(mode, num_instances):
 
 def test_draw_counts():
     """Each member of the groups has the same chance. The bound is five standard deviations."""
-    torch.manual_seed(0)
-    drawn = sum(_draw_counts(np.array([1, 0, 3, 2]), 1) for _ in range(600))
-    assert drawn.sum() == 600
-    assert np.abs(drawn - [100, 0, 300, 200]).max() <= 61
+    sizes = np.array([1, 0, 3, 2])
+    drawn = sum(_draw_counts(sizes, 4) for _ in range(600))
+    assert drawn.sum() == 4 * 600
+    assert np.abs(drawn - [400, 0, 1200, 800]).max() <= 77
     assert drawn[1] == 0
+    assert _draw_counts(sizes, 1).sum() == 1
+    assert _draw_counts(sizes, 7).tolist() == sizes.tolist()

@@ -66,7 +66,7 @@ def test_nothing_to_train():
     _, backbone = build()
     with pytest.raises(ArgumentError, match="it has no FrozenBatchNorm2d"):
         train_norm_affine(backbone)  # a second time
-    with pytest.raises(ArgumentError, match="it has no FrozenBatchNorm2d"):
-        train_norm_affine(nn.Sequential(FrozenBatchNorm2d(2)))  # of no convolution
+    with pytest.raises(ArgumentError, match="it has no FrozenBatchNorm2d"):  # of a convolution
+        train_norm_affine(nn.Sequential(nn.Conv2d(2, 2, 1), FrozenBatchNorm2d(2)))
     conv = Conv2d(2, 2, 1, norm=FrozenBatchNorm2d(2))
     assert train_norm_affine(conv) is conv

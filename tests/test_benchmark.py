@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """That the benchmark runs and measures; what it finds is not tested."""
 
+import io
 import json
+from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,13 +87,14 @@ def test_times(monkeypatch):
     assert (result.what, result.unit, calls) == ("what", "ms", {"a": 7, "b": 7})
     assert result.values == pytest.approx({"a": 30, "b": 7})
     assert result.spreads == pytest.approx({"a": 70 - 15, "b": 0})
-    calls.update(a=0, b=0)
-    Meter("cpu", 12.5).times("what", steps)
-    assert calls == {"a": 2 + 6, "b": 2 + 6}  # both take 2 s in all when they are called once
+    for seconds, number in ((12.5, 6), (1e9, 2000)):  # both take 2 s when called once
+        calls.update(a=0, b=0)
+        Meter("cpu", seconds).times("what", steps)
+        assert calls == {"a": 2 + number, "b": 2 + number}
 
 
-def test_times_on_a_gpu(monkeypatch):
-    """Between two events of the GPU, which has to have finished before they are read."""
+def test_gpu(monkeypatch):
+    """Time between two events, once the GPU has finished; memory beyond what was there before."""
     log, names = [], ["start", "end"]
 
     class Event:
@@ -111,6 +114,27 @@ def test_times_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert Meter("cuda", 0)._time(lambda: log.append("step")) == 2.5
     assert log == ["record start", "step", "record end", "wait for end", "from start to end"]
+    log.clear()
+    monkeypatch.setattr(meter.gc, "collect", lambda: log.append("collect"))
+    for name, value in {"reset_peak_memory_stats": 0, "memory_allocated": 4e6}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda x=(name, value): log.append(x[0]) or x[1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 9e6)
+    result = Meter("cuda", 0).memory("what", {"a": lambda: log.append("step")})
+    assert result.values == {"a": 5}
+    assert log == ["step", "collect", "reset_peak_memory_stats", "memory_allocated", "step"]
+
+
+def test_memory_of_this_process(monkeypatch):
+    """The peak from Linux' account, which is reset, in MB."""
+    reset = io.StringIO()
+    for peak, expected in (("3000", 2.048), ("900", 0)):
+        account = f"VmPeak: 7 kB\nVmHWM:  {peak} kB\nVmRSS:  1000 kB\n"
+        files = lambda path, *_, text=account, **__: (  # noqa: E731
+            io.StringIO(text) if path == "/proc/self/status" else nullcontext(reset)
+        )
+        monkeypatch.setattr(meter, "open", files, raising=False)
+        assert Meter("cpu", 0).memory("what", {"a": lambda: None}).values == {"a": expected}
+    assert reset.getvalue() == "55"
 
 
 def test_memory():

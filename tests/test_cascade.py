@@ -62,8 +62,11 @@ def train(heads, forward, features, proposals, targets):
     return losses, torch.autograd.grad(sum(losses.values()), variables)
 
 
-def test_losses_of_the_parent():
-    """Without weights of stages: the same losses and gradients."""
+def test_losses():
+    """
+    Without weights of stages, losses and gradients are the parent's. Weights multiply the losses,
+    and features get the gradients of all stages.
+    """
     heads = build_heads()
     inputs = batch(heads)
     ours, gradients = train(heads, type(heads)._forward_box, *inputs)
@@ -74,21 +77,14 @@ def test_losses_of_the_parent():
         assert loss > 0
         assert torch.equal(ours[name], loss), name
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
-
-
-def test_stage_loss_weights():
-    """They multiply the losses, and features get the gradients of all stages."""
-    heads = build_heads()
-    inputs = batch(heads)
-    plain, (of_features, *of_others) = train(heads, type(heads)._forward_box, *inputs)
     heads.stage_loss_weights = (1, 1, 1)
-    _, (found, *others) = train(heads, type(heads)._forward_box, *inputs)
-    torch.testing.assert_close(found, 3 * of_features, rtol=1e-9, atol=1e-12)
-    for a, b in zip(others, of_others):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    _, found = train(heads, type(heads)._forward_box, *inputs)
+    for i, (a, b) in enumerate(zip(found, expected)):
+        scale = 3 if i < len(inputs[0]) else 1
+        torch.testing.assert_close(a, scale * b, rtol=1e-9, atol=1e-12)
     heads.stage_loss_weights = (1, 0.5, 0.25)
     weighted, _ = train(heads, type(heads)._forward_box, *inputs)
-    for name, loss in plain.items():
+    for name, loss in theirs.items():
         weight = heads.stage_loss_weights[int(name[-1])]
         torch.testing.assert_close(weighted[name], loss * weight, rtol=1e-12, atol=0)
 
@@ -117,10 +113,17 @@ def test_inference(average):
 
 
 def test_arguments():
-    """From a config."""
+    """From a config. Each predictor has its own deltas, and the loss of the config."""
     keys = {"STAGE_LOSS_WEIGHTS": (1.0, 0.5, 0.25), "RESAMPLE": True, "AVERAGE": "logits"}
-    heads = build("cascade", **{f"LIBRA__CASCADE__{k}": v for k, v in keys.items()}).roi_heads
+    sections = {"LIBRA__BALANCED_L1__ALPHA": 0.4}
+    sections.update({f"LIBRA__CASCADE__{k}": v for k, v in keys.items()})
+    heads = build("cascade", **sections).roi_heads
     assert (heads.stage_loss_weights, heads.resample, heads.average) == tuple(keys.values())
+    weights = [predictor.box2box_transform.weights for predictor in heads.box_predictor]
+    assert weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    for predictor in heads.box_predictor:
+        assert predictor.box_reg_loss_type == "balanced_l1"
+        assert predictor.balanced_l1.arguments["alpha"] == 0.4
     with pytest.raises(ArgumentError, match="use one number for each of the 3 stages, or none"):
         build("cascade", LIBRA__CASCADE__STAGE_LOSS_WEIGHTS=(1.0, 0.5))
     with pytest.raises(ArgumentError, match="^average is 'boxes': use one of"):
@@ -171,37 +174,34 @@ def test_resampling():
 
 
 def test_mask_head_per_stage():
-    """Each of three mask heads is trained, on samples of its own."""
-    keys = {"MASK_HEAD_PER_STAGE": True, "RESAMPLE": True}
-    keys = {f"LIBRA__CASCADE__{name}": value for name, value in keys.items()}
-    model = build("cascade", MASK_ON=True, LIBRA__ROI_HEADS__PAD_MASKS=True, **keys)
-    with EventStorage():
-        losses = model(random_inputs(3, 0, size=(90, 120)))
-    sum(losses.values()).backward()
-    assert {f"loss_mask_stage{k}" for k in range(3)} < losses.keys()
-    assert all(p.grad.abs().sum() > 0 for p in model.roi_heads.mask_head.parameters())
-
-
-def test_balanced_l1_in_each_stage():
-    """Each of the cascade's predictors has its own deltas and the loss of the config."""
-    heads = build("cascade", LIBRA__BALANCED_L1__ALPHA=0.4).roi_heads
-    weights = [predictor.box2box_transform.weights for predictor in heads.box_predictor]
-    assert weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
-    for predictor in heads.box_predictor:
-        assert predictor.box_reg_loss_type == "balanced_l1"
-        assert predictor.balanced_l1.arguments["alpha"] == 0.4
+    """Each of three mask heads is trained, on samples of its own, or on all boxes."""
+    keys = {"LIBRA__CASCADE__MASK_HEAD_PER_STAGE": True, "LIBRA__ROI_HEADS__PAD_MASKS": True}
+    model = build("cascade", MASK_ON=True, **keys)
+    for resample in (True, False):
+        model.roi_heads.resample = resample
+        model.zero_grad()
+        with EventStorage():
+            losses = model(random_inputs(1, 0, size=(90, 120)))
+        sum(losses.values()).backward()
+        assert {f"loss_mask_stage{k}" for k in range(3)} < losses.keys()
+        assert all(p.grad.abs().sum() > 0 for p in model.roi_heads.mask_head.parameters())
 
 
 def test_masks_of_each_stage():
     """
     Each stage's head is trained on the foreground of that stage and the masks of its matches:
-    objects that are squares, of which only the upper half is set for the second one.
+    objects that are squares, of which only the upper half is set for the second one. Masks are
+    padded, images of 100 x 128 pixels to 128 x 128.
     """
     keys = {"MASK_HEAD_PER_STAGE": True, "STAGE_LOSS_WEIGHTS": (1.0, 0.5, 0.25), "RESAMPLE": False}
     keys = {f"LIBRA__CASCADE__{name}": value for name, value in keys.items()}
-    heads = build("cascade", MASK_ON=True, **keys).roi_heads
+    heads = build("cascade", MASK_ON=True, LIBRA__ROI_HEADS__PAD_MASKS=True, **keys).roi_heads
     assert isinstance(heads.mask_head, MaskHeadPerStage)
+    sizes = []
     for k, head in enumerate(heads.mask_head):
+        head.register_forward_pre_hook(
+            lambda _, x: sizes.extend(y.gt_masks.image_size for y in x[1] if y.has("gt_masks"))
+        )
         torch.nn.init.zeros_(head.predictor.weight)
         torch.nn.init.constant_(head.predictor.bias, k + 1.0)
     for predictor in heads.box_predictor:  # boxes stay what they are
@@ -217,6 +217,7 @@ def test_masks_of_each_stage():
     heads.proposal_append_gt = False
     with EventStorage():
         _, losses = heads(None, features, [proposals], [targets])
+    assert sizes == 3 * [(128, 128)]
     assert "loss_mask" not in losses
     for k in range(3):
         # Two thirds of the pixels of three boxes are 1.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import math
+from collections import Counter
 
 import pytest
 from test_coco_json import DATASET, write
@@ -8,7 +9,7 @@ from test_coco_json import DATASET, write
 from detectron2.data.datasets import load_coco_json
 
 from libra_d2.data.coco_json import read_coco_json
-from libra_d2.data.coco_schema import SCHEMA, shorten
+from libra_d2.data.coco_schema import SCHEMA, EntryChecker, are_numbers, shorten
 from libra_d2.errors import InputError
 
 KINDS = {"image": "images", "annotation": "annotations", "category": "categories"}
@@ -133,6 +134,9 @@ def test_messages(tmp_path):
         read(tmp_path, dataset)
     with pytest.raises(InputError, match="s.json: category number 0 has the id None; it must be a"):
         read(tmp_path, dataset_with("category", "id", None))
+    dataset["images"][1] = 3
+    with pytest.raises(InputError, match="s.json: image number 1 must be an object, not 3$"):
+        read(tmp_path, dataset)
     assert [shorten("x" * n) for n in (58, 59)] == [repr("x" * 58), "'" + "x" * 59 + "..."]
 
 
@@ -142,6 +146,19 @@ def test_ids(tmp_path, kind):
         read(tmp_path, dataset_with(kind, "id", value))
     with pytest.raises(InputError, match=f"some {kind} ids are text and some are numbers"):
         read(tmp_path, dataset_with(kind, "id", "a"))
+    with pytest.raises(InputError, match=f"{kind} id {DATASET[KINDS[kind]][1]['id']} occurs more"):
+        read(tmp_path, dataset_with(kind, "id", DATASET[KINDS[kind]][1]["id"]))
+
+
+def test_numbers():
+    """The smallest image, and of which polygons consist."""
+    entry = {"id": 1, "width": 1.0, "height": 1, "file_name": "a"}
+    assert repr(EntryChecker("image", "", Counter())(entry)["width"]) == "1"
+    for value in ([], [1], [1, 0.5], [-0.5e15, 0.5e15]):
+        assert are_numbers(value)
+    bad = ("6", None, True, math.nan, math.inf, -1.1e15, 10**400)
+    for value in (None, (1,), *([1, 0.5, x] for x in bad)):
+        assert not are_numbers(value)
 
 
 VALUES = [

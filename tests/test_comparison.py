@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
+from scipy import stats
 from test_matching import by_hand, match_detections, random_dataset
 
 from libra_d2.errors import ArgumentError
 from libra_d2.evaluation.comparison import compare_images, compare_metrics, compare_objects
 from libra_d2.evaluation.detection_metrics import METRICS, DetectionMetrics
+from libra_d2.evaluation.significance import holm_correction
 
 OBJECT, ELSEWHERE = [0, 0, 10, 10], [50, 50, 40, 40]
 CHANCE = "cannot be told from chance"
@@ -91,12 +93,12 @@ def test_interval():
 
 
 def test_few_images():
-    """b finds 39 of 40 objects, a none: that four images agree has a p-value of 1/8, times 28."""
-    objects = [(i, "a", [20 * k, 0, 10, 10]) for i in range(4) for k in range(10)]
-    found = [[(*x, 0.5) for x in objects[:n]] for n in (0, 39, 40)]
-    a, b, c = models(objects, *found, num_images=4)
+    """b finds 39 of 40 objects, a none: that 8 images agree has a p-value of 1/128, times 28."""
+    objects = [(i, "a", [20 * k, 0, 10, 10]) for i in range(8) for k in range(5)]
+    a, b = models(objects, [], [(*x, 0.5) for x in objects[:39]], num_images=8)
     found = rows_of(a, b, resamples=200)["objects found"]
-    assert (found["difference"], found["p_value"], found["says"]) == (97.5, 1, CHANCE)
+    assert (found["difference"], found["p_value"], found["says"]) == (97.5, 28 / 128, CHANCE)
+    a, c = models(objects[:20], [], [(*x, 0.5) for x in objects[:20]], num_images=4)
     assert rows_of(a, c, resamples=20)["objects found"]["low"] is None
     assert rows_of(a, c, resamples=20, level=0.5)["objects found"]["low"] == 100
 
@@ -124,30 +126,34 @@ def test_verdicts():
     assert {row["says"] for row in rows_of(b, a, resamples=200).values()} == {CHANCE}
 
 
-@pytest.mark.parametrize("num_images", [1, 12])
-def test_same_model(num_images):
-    """A model is no better than itself, nor with one image."""
-    dataset, results = random_dataset(3, num_images=num_images)
-    a, b = (DetectionMetrics(match_detections(dataset, x)) for x in (results, results[::-1]))
-    for row in compare_metrics(a, b, resamples=20):
-        assert row["difference"] in (0, None)
-        assert (row["p_value"], row["says"]) == (1, CHANCE)
-
-
 def test_seed():
-    """The same draws with the same seed, and for both models."""
+    """
+    The same draws with the same seed, and for both models. The p-values are those of the t-tests
+    whose intervals are shown, or of sign tests, and corrected.
+    """
     dataset, results = random_dataset(1)
     a, b = (DetectionMetrics(match_detections(dataset, x)) for x in (results, results[::2]))
-    rows = compare_metrics(a, b, resamples=30)
-    assert rows == compare_metrics(a, b, resamples=30)
-    assert rows != compare_metrics(a, b, resamples=30, seed=1)
-    draws = np.random.default_rng(0).multinomial(12, [1 / 12] * 12, 30)
+    rows = compare_metrics(a, b, resamples=600)
+    some = compare_metrics(a, b, resamples=30)
+    assert some == compare_metrics(a, b, resamples=30)
+    assert some != compare_metrics(a, b, resamples=30, seed=1)
+    draws = np.random.default_rng(0).multinomial(12, [1 / 12] * 12, 600)
     ap = b.values(draws)[:, 0] - a.values(draws)[:, 0]
     low, high = np.quantile(ap, [0.025, 0.975])
     assert a.num_images()[0] == 10  # of 12, have objects
-    half = 2.2622 * ap.std(ddof=1) * (10 / 9) ** 0.5
-    assert rows[0]["low"] == pytest.approx(min(low, rows[0]["difference"] - half), rel=1e-3)
-    assert rows[0]["high"] == pytest.approx(max(high, rows[0]["difference"] + half), rel=1e-3)
+    half = 2.26216 * ap.std(ddof=1) * (10 / 9) ** 0.5
+    assert rows[0]["low"] == pytest.approx(min(low, rows[0]["difference"] - half), rel=1e-4)
+    assert rows[0]["high"] == pytest.approx(max(high, rows[0]["difference"] + half), rel=1e-4)
+    both = {x["image_id"] for x in compare_objects(a, b) if None not in x.values()}
+    numbers, p_values = [*a.num_images(), a.num_images()[0], len(both)], []
+    for row, num in zip(rows, numbers):
+        p_value = 1.0
+        if row["difference"]:
+            half = min(row["high"] - row["difference"], row["difference"] - row["low"])
+            t = abs(row["difference"]) / half * stats.t.ppf(0.975, num - 1)
+            p_value = max(2 * stats.t.sf(t, num - 1), 0.5 ** (num - 1))
+        p_values.append(p_value)
+    assert [row["p_value"] for row in rows] == pytest.approx(holm_correction(p_values))
 
 
 def test_other_objects():

@@ -2,12 +2,13 @@
 """Datasets of a few small images, whose records are Detectron2's."""
 
 import importlib
+import io
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import pickle
+import re
 import types
 
 import numpy as np
@@ -26,6 +27,7 @@ from libra_d2.data import (
     image_checks,
     load_dataset,
     load_records,
+    mapped_records,
     outline,
     register_coco_json,
     use_cached,
@@ -103,38 +105,32 @@ def test_records(folder, order, mask_format):  # noqa: F811
 
 def test_polygons_of_unsorted_annotations(folder):  # noqa: F811
     """Each object keeps its own, several and of any length, and their numbers."""
-    content, polygons = dataset(), POLYGONS[:1]
-    for i, (image, length) in enumerate([(9, 6), (7, 8), (9, 10), (7, 6), (9, 6)]):
-        polygons = [[i + j / 3 for j in range(length)], *polygons]
-        content["annotations"][i].update(image_id=image, iscrowd=0, segmentation=polygons)
+    content, polygons, objects = dataset(), POLYGONS[:1], []
+    for i in range(1, 61):  # so many that an unstable sort would change their order
+        polygons = [[i + j / 3 for j in range((6, 8, 10)[i % 3])], *polygons[:4]]
+        changes = {"id": i, "image_id": (9, 7)[i % 2], "iscrowd": 0, "segmentation": polygons}
+        objects.append({**content["annotations"][0], **changes})
+    content["annotations"] = objects
     expected = load_coco_json(write(folder, content), str(folder), "test_cache_expected")
-    assert [len(record["annotations"]) for record in expected] == [2, 3]
+    assert [len(record["annotations"]) for record in expected] == [30, 30]
     assert as_text(register(folder, content, mask_format="polygon")) == as_text(expected)
 
 
 def test_tuples_of_polygons(tmp_path):
-    """As functions that are registered may return them."""
+    """As functions that are registered may return them; an image without objects."""
     writer, path = RecordWriter(), str(tmp_path / "a.records")
+    writer.save(path, {})
+    assert list(MappedRecords(path)) == []
     polygons = ((1, 2, 3, 4, 5.5, 6), [1, 2, 3, 4, 5, 6, 7, 8])
     annotation = {"bbox": [1, 2, 3, 4], "bbox_mode": 1, "category_id": 0, "segmentation": polygons}
     record = {"file_name": "a", "image_id": 1, "height": 2, "width": 3}
     writer.add_record({**record, "annotations": [annotation]})
+    writer.add_record({**record, "image_id": 2, "annotations": []})
     writer.save(path, {})
-    (found,) = MappedRecords(path)
+    found, empty = MappedRecords(path)
+    assert (empty["image_id"], empty["annotations"]) == (2, [])
+    assert MappedRecords(path).num_objects().tolist() == [1, 0]
     assert found["annotations"][0]["segmentation"] == [list(x) for x in polygons]
-
-
-def test_no_images(tmp_path):
-    RecordWriter().save(str(tmp_path / "a.records"), {})
-    assert len(MappedRecords(str(tmp_path / "a.records"))) == 0
-
-
-def test_other_layout(folder, counts, monkeypatch):  # noqa: F811
-    """Files of other versions are not read, even if they have as many arrays."""
-    register(folder)
-    monkeypatch.setattr(dataset_cache, "LAYOUT", dataset_cache.LAYOUT[::-1])
-    register(folder)
-    assert counts["reads"] == 2
 
 
 def test_ids_of_text(folder):  # noqa: F811
@@ -151,14 +147,15 @@ def test_ids_of_text(folder):  # noqa: F811
     assert ids == [1, 2, 3, 4, 5]
 
 
-def test_changed_file(folder):  # noqa: F811
-    """All lists and other values are written, in whichever order they come."""
+def test_changed_file(folder, caplog):  # noqa: F811
+    """All lists and other values are written, in whichever order they come; a warning says so."""
     content = {"annotations": dataset()["annotations"], "info": {"a": [1]}, **DATASET}
     content["annotations"] = [*dataset()["annotations"], {**OBJECT, "id": 9}]
     register(folder, content)
     found = json.loads(cached_files(folder)[".json"].read_text())
     content["annotations"][-1]["bbox"] = [50, 0, 50, 80]
     assert found == content
+    assert "1 boxes reached out of their image and were clipped" in caplog.text
 
 
 OBJECT = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 2, "bbox": [50, -9, 60, 99]}
@@ -183,7 +180,7 @@ def counts(monkeypatch):
     return found
 
 
-def test_read_once(folder, counts):  # noqa: F811
+def test_read_once(folder, counts, monkeypatch):  # noqa: F811
     """The JSON and the images are read again only if they have changed."""
 
     def assert_read(reads, opened):
@@ -198,14 +195,21 @@ def test_read_once(folder, counts):  # noqa: F811
     assert assert_read(0, []) == first
     content["annotations"][0]["category_id"] = 20  # the file of the old JSON is removed
     assert assert_read(1, ["a.png", "b.png"]) != first
+    fingerprint = MetadataCatalog.get(NAME).fingerprint
     os.utime(folder / "b.png", (1, 1))
     assert_read(0, ["b.png"])
-    for part in (-7, 1, 0):
-        path = cached_files(folder)[".records"]
-        path.write_bytes(path.read_bytes()[:part])
+    assert MetadataCatalog.get(NAME).fingerprint == fingerprint
+    path, other = cached_files(folder)[".records"], io.BytesIO()
+    for _ in mapped_records.LAYOUT:
+        np.save(other, np.frombuffer(b"{}", np.uint8))
+    for broken in (*(path.read_bytes()[:part] for part in (-7, 1, 0)), other.getvalue()):
+        path.write_bytes(broken)
         assert_read(1, [])
     cached_files(folder)[".npy"].write_bytes(b"")
     assert_read(0, ["a.png", "b.png"])
+    with monkeypatch.context() as patch:  # another version
+        patch.setattr(dataset_cache, "LAYOUT", mapped_records.LAYOUT[::-1])
+        assert_read(1, ["a.png", "b.png"])
     (folder / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="a.png: not a readable image"):
         register(folder)
@@ -261,6 +265,23 @@ def test_amount(tmp_path, counts, monkeypatch, capsys):
         assert {names[i] for i in expected} - {names[i] for i in (0, 25, 50)} <= {*counts["opened"]}
     assert len(counts["opened"]) <= 64
     assert capsys.readouterr().err == ""  # no progress of what takes no time
+    delayed = image_checks.tqdm
+    monkeypatch.setattr(image_checks, "tqdm", lambda **x: delayed(**{**x, "delay": 0}))
+    image_checks.Image.new("L", (2, 3)).save(tmp_path / names[-1])
+    image_checks.check_images(*arguments)
+    assert re.search("checking images: 100%.* 200/200 .*image/s", capsys.readouterr().err)
+
+
+def test_many_errors(tmp_path):
+    """The first ten are named."""
+    (tmp_path / "a.png").write_bytes(b"no image")
+    for number, others in ((10, []), (11, ["and 1 more"]), (13, ["and 3 more"])):
+        names = [f"{'./' * i}a.png" for i in range(number)]
+        with pytest.raises(InputError) as error:
+            image_checks.check_images(names, np.ones((number, 2)), str(tmp_path), "x.json")
+        paths = [f"{tmp_path}/{name}" for name in names[:10]]
+        assert re.findall("([^ ]+): not a readable image", str(error.value)) == paths
+        assert re.findall("; (and .*)", str(error.value)) == others
 
 
 @pytest.mark.parametrize("is_parallel", [True, False])
@@ -275,8 +296,8 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
 
     monkeypatch.setattr(image_checks, "_check_image", log_process)
     monkeypatch.setattr(image_checks, "_BATCH", 2)
-    monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4 if is_parallel else 5)
-    monkeypatch.setattr(image_checks.os, "sched_getaffinity", lambda pid: range(2), raising=False)
+    monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4 if is_parallel else 10)
+    monkeypatch.setattr(image_checks.os, "sched_getaffinity", lambda pid: range(3), raising=False)
     monkeypatch.setattr(image_checks.multiprocessing, "get_start_method", lambda: "fork")
     names = [f"{i}.png" for i in range(9)]
     for name in names:
@@ -288,7 +309,8 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
     with pytest.raises(InputError) as error:
         image_checks.check_images(names, sizes, str(tmp_path), "x.json", -1, states)
     assert multiprocessing.active_children() == []
-    assert str(error.value).startswith(f"{tmp_path}/6.png: not a readable image")
+    found = re.findall(r"(\d.png): not a readable image", str(error.value))
+    assert found == ["6.png", "7.png"]  # of one batch
     expected = [(os.stat(tmp_path / x).st_size, os.stat(tmp_path / x).st_mtime_ns) for x in names]
     assert states.tolist() == [*map(list, expected[:6]), *[[-1, -1]] * 3]
     assert torch.get_rng_state().equal(random_state)
@@ -300,16 +322,36 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
     assert log.read_text() == ""
 
 
+def test_images_are_checked_while_annotations_are_read(folder, monkeypatch):  # noqa: F811
+    """The processes begin before, and end after an error; a missing file is found at once."""
+    monkeypatch.setattr(image_checks, "_num_processes", lambda num_images: 1)
+    entries, processes = dataset_cache.COCOEntries.__iter__, []
+
+    def note_processes(self):
+        for key, entry in entries(self):
+            yield key, entry
+            if key == "annotations":
+                processes.append(len(multiprocessing.active_children()))
+
+    monkeypatch.setattr(dataset_cache.COCOEntries, "__iter__", note_processes)
+    content = dataset()
+    content["annotations"][2]["bbox"] = "broken"
+    with pytest.raises(InputError, match="annotation id 3 has the bbox 'broken'"):
+        register(folder, content)
+    assert processes == [1, 1]
+    assert multiprocessing.active_children() == []
+    content["images"][0]["file_name"] = "absent.jpg"
+    with pytest.raises(InputError, match="absent.jpg: no such image"):
+        register(folder, content)
+    assert len(processes) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "is_daemon", "cores", "num_images", "expected"),
     [
-        ("fork", False, 4, 40000, 4),
-        ("fork", False, 4, 12000, 3),
-        ("fork", False, 64, 10**6, 16),
-        ("fork", False, 4, 7999, 0),
-        ("fork", False, 1, 40000, 0),
-        ("fork", True, 4, 40000, 0),
-        ("spawn", False, 4, 40000, 0),
+        *(("fork", False, 4, 40000, 3), ("fork", False, 4, 8000, 2), ("fork", False, 4, 3999, 0)),
+        *(("fork", False, 64, 10**6, 16), ("fork", False, 1, 40000, 1)),
+        *(("fork", True, 4, 40000, 0), ("spawn", False, 4, 40000, 0)),
     ],
 )
 def test_number_of_processes(method, is_daemon, cores, num_images, expected, monkeypatch):
@@ -321,30 +363,40 @@ def test_number_of_processes(method, is_daemon, cores, num_images, expected, mon
     assert image_checks._num_processes(num_images) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"filter_empty": False}, {"min_keypoints": 2}])
-def test_load_dataset(folder, caplog, options):  # noqa: F811
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({}, 2), ({"filter_empty": False}, 4), ({"filter_empty": False, "min_keypoints": 1}, 2)],
+)
+def test_load_dataset(folder, monkeypatch, options, length):  # noqa: F811
     """As Detectron2's function: filtered images, table of classes; and repeat factors."""
     register(folder)
-    names = [NAME, "test_cache_2"]
-    register_coco_json(names[1], str(folder / "instances.json"), str(folder), str(folder / "cache"))
-    texts, found = [], []
-    caplog.set_level(logging.INFO)
-    for load in (load_dataset, get_detection_dataset_dicts):
-        caplog.clear()
-        found.append(load(names, **options))
-        texts.append([r.getMessage() for r in caplog.records if "Distribution" in r.getMessage()])
-    assert list(found[0]) == found[1]
-    assert len(found[1]) == (4 if "filter_empty" in options else 2)
-    assert len(texts[0]) <= 1  # Detectron2 logs the same text once
-    assert not texts[1] or texts[0] == texts[1]
+    names, tables, content = [NAME, "test_cache_2"], [], dataset()
+    del content["annotations"][0]
+    content["annotations"][1]["keypoints"] = [1, 2, 2, 3, 4, 0, 5, 6, 0]  # one of them is visible
+    path, others = write(folder, content), (str(folder), str(folder / "cache"))
+    register_coco_json(names[1], path, *others)
+    monkeypatch.setattr("detectron2.data.build.log_first_n", lambda *args, **_: tables.append(args))
+    found, expected = (f(names, **options) for f in (load_dataset, get_detection_dataset_dicts))
+    assert list(found) == expected
+    assert len(expected) == length
+    assert tables == tables[:1] * 2
+    assert "#instances" in tables[0][1]
     factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
-    assert factors(outline(found[0]), 0.9).tolist() == factors(found[1], 0.9).tolist()
-    assert outline(found[1]) is found[1]
+    assert factors(outline(found), 0.9).tolist() == factors(expected, 0.9).tolist()
+    assert outline(expected) is expected
+    single = load_dataset(NAME)
+    assert isinstance(single, MappedRecords)
+    assert list(single) == list(load_records(NAME))[1:]
     with pytest.raises(InputError, match=f"^{NAME}: no image has an object to train on"):
         load_dataset(NAME, min_keypoints=3)
     DatasetCatalog.register("test_cache_list", lambda: [{"annotations": []}])
     assert load_dataset("test_cache_list", filter_empty=False) == [{"annotations": []}]
+    assert load_dataset([NAME, "test_cache_list"], check_consistency=False) == list(single)
     DatasetCatalog.remove("test_cache_list")
+    content["categories"] = [{**x, "name": x["name"] * 2} for x in content["categories"]]
+    register_coco_json(names[1], write(folder, content), *others)
+    with pytest.raises(ValueError, match="different metadata 'thing_classes'"):
+        load_dataset(names)
 
 
 def test_registered(folder, monkeypatch):  # noqa: F811
@@ -377,7 +429,7 @@ def test_registered(folder, monkeypatch):  # noqa: F811
 
 
 def test_registered_again(folder):  # noqa: F811
-    """Once more in this process; with moved images; with an image that lacks its width."""
+    """Once more in this process; with moved images; with what cannot be cached."""
     name, cache, content = "test_cache/again", folder / "cache", dataset()
     for root in ("a", "b"):
         register_coco_instances(name, {}, write(folder, content), root)
@@ -386,10 +438,12 @@ def test_registered_again(folder):  # noqa: F811
         assert load_records(name)[0]["file_name"] == f"{root}/a.png"
         assert len([*cache.iterdir()]) == 1
         DatasetCatalog.remove(name), MetadataCatalog.remove(name)
-    content["images"] = [{k: v for k, v in x.items() if k != "width"} for x in content["images"]]
-    register_coco_instances(name, {}, write(folder, content), "a")
-    assert cache_registered(name, str(cache)) is None
-    DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+    lacking = [{k: v for k, v in x.items() if k != "width"} for x in content["images"]]
+    objects = [[{**content["annotations"][0], "bbox": box}] for box in ([], 3)]
+    for change in ({"images": lacking}, *({"annotations": x} for x in objects)):
+        register_coco_instances(name, {}, write(folder, {**content, **change}), "a")
+        assert cache_registered(name, str(cache)) is None
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize(
@@ -420,8 +474,10 @@ def test_once_per_machine(monkeypatch, rank, local_rank, called, message):
     assert calls == [7] * called
 
 
-def test_image_id_twice():
+def test_what_cannot_be_written():
     writer, fields = RecordWriter(), {"image_id": 1, "height": 2, "width": 3}
     writer.add_image("a", fields)
     with pytest.raises(ValueError, match="image id 1 occurs more than once"):
         writer.add_image("b", fields)
+    with pytest.raises(TypeError, match="JSON cannot hold a object"):
+        writer.add_image("b", {**fields, "image_id": object()})

@@ -28,7 +28,7 @@ def record(tmp_path):
     """An image with two objects and a crowd, three proposals and a segmentation map."""
     Image.fromarray(np.stack([RED, RED + 10, RED + 20], axis=2)).save(tmp_path / "a.png")
     Image.fromarray(RED).save(tmp_path / "map.png")
-    boxes = [[0, 0, 1, 2], [1, 0.5, 1.5, 1], [0, 0, 3, 2]]
+    boxes = [[0, 0, 1, 1], [1, 0.5, 1.5, 1], [0, 0, 3, 2]]
     polygons = [[[x, 0, x + 1, 0, x + 1, 2]] for x, *_ in boxes]
     objects = [
         {"bbox": b, "bbox_mode": 1, "category_id": i, "iscrowd": i // 2, "segmentation": p}
@@ -60,7 +60,7 @@ def test_training(record):
     proposals, instances = mapped["proposals"], mapped["instances"]
     assert proposals.proposal_boxes.tensor.tolist() == [[1, 0, 3, 1], [0, 1, 2, 2]]
     assert proposals.objectness_logits.tolist() == [3, 2]
-    assert instances.gt_boxes.tensor.tolist() == [[2, 0, 3, 2], [0.5, 0.5, 2, 1.5]]
+    assert instances.gt_boxes.tensor.tolist() == [[2, 0, 3, 1], [0.5, 0.5, 2, 1.5]]
     assert instances.gt_classes.tolist() == [0, 1]
     assert instances.image_size == proposals.image_size == (2, 3)
     assert not instances.has("gt_masks")
@@ -69,21 +69,23 @@ def test_training(record):
 
 
 def test_resized(record):
-    """Boxes and masks are scaled; image sizes are (height, width) of the new image."""
-    mapped = mapper(T.ResizeTransform(2, 3, 4, 9), use_instance_mask=True)(record)
-    assert mapped["image"].shape == (3, 4, 9)
-    assert mapped["instances"].image_size == (4, 9)
-    assert mapped["instances"].gt_boxes.tensor.tolist() == [[0, 0, 3, 4], [3, 1, 7.5, 3]]
-    assert mapped["instances"].gt_masks.polygons[1][0].tolist() == [3, 0, 6, 0, 6, 4]
+    """Boxes, also of integers, and masks are scaled; sizes are (height, width) of the new image."""
+    mapped = mapper(T.ResizeTransform(2, 3, 3, 9), use_instance_mask=True)(record)
+    assert mapped["image"].shape == (3, 3, 9)
+    assert mapped["instances"].image_size == (3, 9)
+    assert mapped["instances"].gt_boxes.tensor.tolist() == [[0, 0, 3, 1.5], [3, 0.75, 7.5, 2.25]]
+    assert mapped["instances"].gt_masks.polygons[1][0].tolist() == [3, 0, 6, 0, 6, 3]
     assert (mapped["height"], mapped["width"], "proposals" in mapped) == (2, 3, False)
 
 
+@pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS])
 @pytest.mark.parametrize("kind", [int, float])
-def test_boxes(record, kind):
+def test_boxes(record, kind, mode):
     """Boxes of integers are not rounded; boxes alone are Detectron2's, to the bit."""
-    boxes = [[0, 0, 1, 2], [2, 1, 1, 1], [1, 0, 2, 1.7], [3, 0, 5, 2]]  # the last one is outside
+    boxes = [[0, 0, 1, 2], [2, 1, 3, 2], [1, 0, 3, 1.7], [3, 0, 8, 2]]  # the last one is outside
+    boxes = BoxMode.convert(torch.tensor(boxes), BoxMode.XYXY_ABS, mode).tolist()
     objects = [
-        {"bbox": [kind(x) for x in box], "bbox_mode": BoxMode.XYWH_ABS, "category_id": i}
+        {"bbox": [kind(x) for x in box], "bbox_mode": mode, "category_id": i}
         for i, box in enumerate(boxes)
     ]
     record["annotations"] = [*objects, {**objects[0], "iscrowd": 1}]
@@ -109,7 +111,8 @@ def test_pixels(has_opencv, monkeypatch):
     if not has_opencv:
         monkeypatch.setattr(pixels, "_opencv", lambda: None)
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    for view in (image, image[:, ::-1], image[::-1], image[:, 1:3], image[..., :1], image / 2):
+    more = (image[..., :2], image.reshape(2, 3, 4), image / 2)
+    for view in (image, image[:, ::-1], image[::-1], image[:, 1:3], *more):
         planes = pixels.to_planes(view)
         assert planes.flags.c_contiguous
         assert np.array_equal(planes, np.stack([view[..., i] for i in range(view.shape[2])]))
@@ -154,6 +157,7 @@ def test_lazy_config(record):
     assert replaced(record)["image"][2].tolist() == RED.tolist()
     recipe.image_format = "BGR"
     assert recipe.build_mapper(False)(record)["image"][2].tolist() == RED.tolist()
+    assert LibraDatasetMapper(demo_cfg()).is_train
     assert [type(a) for a in recipe.build_augmentations(True)] == [T.HFlipTransform]
     assert recipe.build_augmentations(False) == []
     lacking = lazy_recipe(train=recipe.config.dataloader.train.mapper)

@@ -65,11 +65,7 @@ def test_missed():
     """An object is not missed if mending a localization or classification error finds it."""
     objects = [("a", [0, 0, 10, 10]), ("a", [20, 0, 10, 10]), ("a", [40, 0, 10, 10])]
     objects += [("a", [60, 0, 10, 10]), ("crowd a", [80, 0, 10, 10])]
-    detections = [
-        ("a", [0, 0, 10, 4], 0.9),
-        ("b", [20, 0, 10, 10], 0.8),
-        ("b", [40, 0, 10, 4], 0.7),
-    ]
+    detections = [("a", [0, 0, 10, 4], 0.9), ("b", objects[1][1], 0.8), ("b", [40, 0, 10, 4], 0.7)]
     e = errors_of(objects, detections)
     assert e.missed.tolist() == [False, False, True, True, False]
     assert e.count().tolist() == [[1, 1, 1, 0, 0, 2]]
@@ -82,70 +78,53 @@ def test_crowd():
     assert e.kind.tolist() == [-1, -1, ERROR_TYPES.index("background")]
 
 
-FALSE = ("a", [80, 80, 9, 9])
-HALF = 51 / 101 * 100  # AP with one of two objects found
+HALF, THIRD = 51 / 101 * 100, 100 / 3  # AP with one of two objects found; a third of all
 TWO = [("a", OBJECT), ("a", ELSEWHERE)]
+FIRST, SECOND, FALSE = ("a", OBJECT), ("a", ELSEWHERE), ("a", [80, 80, 9, 9])
+MIXED = [("a", OBJECT), ("b", ELSEWHERE)]
 
 
 @pytest.mark.parametrize(
     ("objects", "detections", "expected"),
     [
-        (TWO, [("a", OBJECT, 0.9), ("a", ELSEWHERE, 0.8)], {"AP50": 100}),
+        (TWO, [FIRST, SECOND], {"AP50": 100}),
         (TWO, [], {"AP50": 0, "missed": 100, "false negatives": 100}),
-        (
-            TWO,
-            [("a", OBJECT, 0.9)],
-            {"AP50": HALF, "missed": 100 - HALF, "false negatives": 100 - HALF},
-        ),
+        (TWO, [FIRST], {"AP50": HALF, "missed": 100 - HALF, "false negatives": 100 - HALF}),
         # Precision is 1/2 and 2/3: 2/3 for all recalls.
         (
-            TWO,
-            [(*FALSE, 0.9), ("a", OBJECT, 0.8), ("a", ELSEWHERE, 0.7)],
-            {"AP50": 200 / 3, "background": 100 / 3, "false positives": 100 / 3},
+            *(TWO, [FALSE, FIRST, SECOND]),
+            {"AP50": 2 * THIRD, "background": THIRD, "false positives": THIRD},
         ),
         (
-            TWO,
-            [("a", OBJECT, 0.9), ("a", [50, 50, 10, 4], 0.8)],
+            *(TWO, [FIRST, ("a", [50, 50, 10, 4])]),
             {"AP50": HALF, "localization": 100 - HALF, "false negatives": 100 - HALF},
         ),
         (
-            TWO,
-            [("a", OBJECT, 0.9), ("a", OBJECT, 0.8), ("a", ELSEWHERE, 0.7)],
+            *(TWO, [FIRST, FIRST, SECOND]),
             {
-                "AP50": HALF + 50 / 101 * 200 / 3,
-                "duplicate": 50 / 101 * 100 / 3,
-                "false positives": 50 / 101 * 100 / 3,
+                **{"AP50": HALF + 50 / 101 * 2 * THIRD, "duplicate": 50 / 101 * THIRD},
+                "false positives": 50 / 101 * THIRD,
             },
         ),
         # AP of b is 1/2 with the false positive and 1 without it, which then finds a.
         (
-            [("a", OBJECT), ("b", ELSEWHERE)],
-            [("b", OBJECT, 0.9), ("b", ELSEWHERE, 0.8)],
-            {
-                "AP50": 25,
-                "classification": 75,
-                "false positives": 25,
-                "false negatives": 0 + 25,
-            },
+            *(MIXED, [("b", OBJECT), ("b", ELSEWHERE)]),
+            {"AP50": 25, "classification": 75, "false positives": 25, "false negatives": 25},
         ),
         # Without precise boxes, nobody knows which object was meant.
         (
-            [("a", OBJECT), ("b", ELSEWHERE)],
-            [("b", [0, 0, 10, 4], 0.9), ("b", ELSEWHERE, 0.8), ("a", OBJECT, 0.7)],
+            *(MIXED, [("b", [0, 0, 10, 4]), ("b", ELSEWHERE), FIRST]),
             {"AP50": 75, "both": 25, "false positives": 25},
         ),
         # Nothing of class a is found: without its objects, it is wrong for its detection.
-        (
-            [("a", OBJECT), ("b", ELSEWHERE)],
-            [(*FALSE, 0.9), ("b", ELSEWHERE, 0.8)],
-            {"AP50": 50},
-        ),
+        (MIXED, [FALSE, ("b", ELSEWHERE)], {"AP50": 50}),
         # Detections of class c, which has no objects, do not count.
-        (TWO[:1], [("a", OBJECT, 0.5), ("c", ELSEWHERE, 0.9)], {"AP50": 100}),
+        (TWO[:1], [("c", ELSEWHERE), FIRST], {"AP50": 100}),
     ],
 )
 def test_gains(objects, detections, expected):
     """What mending each type brings, worked out by hand; all others bring nothing."""
+    detections = [(*x, 0.9 - i / 10) for i, x in enumerate(detections)]
     assert gains(objects, detections) == pytest.approx(expected)
 
 
@@ -176,18 +155,15 @@ def test_everything_mended(seed):
 TIDECV = {
     1: (
         (47.293178, 11.116865, 15.262489, 0.247192, 4.452631, 0.245177, 8.596601),
-        (26.964248, 16.477427),
-        [13, 22, 3, 18, 2, 9],
+        *((26.964248, 16.477427), [13, 22, 3, 18, 2, 9]),
     ),
     3: (
         (43.173965, 5.035084, 16.87997, 1.048244, 2.373267, 0.65625, 11.866333),
-        (24.482801, 19.150544),
-        [12, 22, 6, 15, 4, 17],
+        *((24.482801, 19.150544), [12, 22, 6, 15, 4, 17]),
     ),
     6: (
         (35.597739, 6.200421, 21.048116, 0.500762, 1.429214, 0.913148, 17.197423),
-        (19.847806, 28.952027),
-        [8, 12, 2, 9, 5, 12],
+        *((19.847806, 28.952027), [8, 12, 2, 9, 5, 12]),
     ),
 }
 
@@ -199,35 +175,29 @@ def test_same_as_tidecv(seed, iou_type):
     metrics = DetectionMetrics(match_detections(*random_dataset(seed), iou_type))
     values = dict(zip(METRICS, metrics.values()))
     main, special, counts = TIDECV[seed]
-    assert [values[x] for x in ("AP50", *ERROR_METRICS)] == pytest.approx(
-        [*main, *special], abs=1e-6
-    )
+    found = [values[x] for x in ("AP50", *ERROR_METRICS)]
+    assert found == pytest.approx([*main, *special], abs=1e-6)
     assert metrics.errors.count().sum(0).tolist() == counts
 
 
 def test_calibration():
     """
-    Two of three detections with a mean score of 0.85 are right, none of those with 0.0 and 1.0.
+    Two of three detections with a mean score of 0.85 are right, one of them at an IoU of 0.5 only;
+    none of those with 0.0 and from 0.95 to 1.0.
     """
-    objects = [("a", OBJECT), ("a", ELSEWHERE), ("crowd a", [80, 80, 20, 20])]
-    detections = [
-        ("a", OBJECT, 0.8),
-        ("a", ELSEWHERE, 0.85),
-        (*FALSE[:1], [30, 0, 9, 9], 0.9 - 1e-9),
-    ]
-    detections += [("a", [30, 0, 9, 9], 0.0), ("b", OBJECT, 1.0), ("a", [85, 85, 9, 9], 0.1)]
+    objects = [("a", OBJECT), ("a", [40, 0, 40, 40]), ("crowd a", [80, 80, 20, 20])]
+    wrong = ("a", [30, 50, 9, 9])
+    detections = [("a", [0, 0, 10, 5.2], 0.8), (*objects[1], 0.85), (*wrong, 0.9 - 1e-9)]
+    detections += [(*wrong, 0.0), ("b", OBJECT, 1.0), (*wrong, 0.95), ("a", [85, 85, 9, 9], 0.1)]
     found = calibration(match_detections(*by_hand(objects, detections)))
+    bins = [(1, 0, 0), (3, pytest.approx(85), pytest.approx(200 / 3)), (2, pytest.approx(97.5), 0)]
     names = ("detections", "score", "precision")
-    assert [tuple(x[k] for k in names) for x in found["bins"]] == [
-        (1, 0, 0),
-        (3, pytest.approx(85), pytest.approx(200 / 3)),
-        (1, pytest.approx(100), 0),
-    ]
-    expected = (0 + 3 * (85 - 200 / 3) + 100) / 5
+    assert [tuple(x[k] for k in names) for x in found["bins"]] == bins
+    expected = (0 + 3 * (85 - 200 / 3) + 2 * 97.5) / 6
     assert found["expected calibration error"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("scores", [[], [0.5, 1.5], [-0.1]])
+@pytest.mark.parametrize("scores", [[], [0.5, 1.5], [-0.1, 0.5]])
 def test_no_calibration(scores):
     """Without detections, and with scores that are no probabilities."""
     detections = [("a", OBJECT, score) for score in scores]

@@ -3,7 +3,12 @@ import json
 
 import numpy as np
 import pytest
-from test_matching import by_hand, match_detections, pycocotools_evaluation, random_dataset
+from test_matching import (
+    by_hand,
+    match_detections,
+    pycocotools_evaluation,
+    random_dataset,
+)
 
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
 from libra_d2.evaluation.detection_metrics import METRICS, DetectionMetrics
@@ -48,40 +53,41 @@ def describe(objects, detections, num_images=3):
 
 def test_describe():
     """
-    Class a is found, in image 0; the two objects of class b are not, one in image 0 and one in
-    image 1. In image 2 there is only a crowd region.
+    Class a is found in image 0, at an IoU of 0.5 only and after a wrong detection; the two objects
+    of class b are not, one in image 0 and one in image 1. In image 2 there is only a crowd region.
     """
     objects = [(0, "a", OBJECT), (0, "b", ELSEWHERE), (1, "b", ELSEWHERE)]
     objects.append((2, "crowd b", ELSEWHERE))
-    detections = [(0, "a", OBJECT, 0.9), (2, "b", OBJECT, 0.5), (1, "b", [50, 50, 40, 16], 0.7)]
+    detections = [(0, "a", [0, 0, 10, 5.2], 0.9), (0, "a", [20, 0, 9, 9], 0.95)]
+    detections += [(2, "b", OBJECT, 0.5), (1, "b", [50, 50, 40, 16], 0.7)]
     metrics, found = describe(objects, detections)
     no_errors = dict.fromkeys(ERROR_TYPES, 0)
     assert found["images"] == [
-        {"image_id": 0, "AP": pytest.approx(50), **no_errors, "missed": 1},
+        {"image_id": 0, "AP": pytest.approx(2.5), **no_errors, "background": 1, "missed": 1},
         {"image_id": 1, "AP": 0, **no_errors, "localization": 1},
         {"image_id": 2, "AP": None, **no_errors, "background": 1},
     ]
     assert found["classes"] == {
-        "a": {"objects": 1, "AP": pytest.approx(100), "AP50": pytest.approx(100)},
+        "a": {"objects": 1, "AP": pytest.approx(5), "AP50": pytest.approx(50)},
         "b": {"objects": 2, "AP": 0, "AP50": 0},
     }
-    assert found["errors"] == {**no_errors, "localization": 1, "background": 1, "missed": 1}
-    assert found["ranges"]["small"] == {
-        "objects": 1,
-        "missed": 0,
-        "AP": pytest.approx(100),
-        "AR": 100,
-    }
-    assert found["ranges"]["medium"] == {"objects": 2, "missed": 1, "AP": 0, "AR": 0}
-    assert found["ranges"]["large"] == {"objects": 0, "missed": 0, "AP": None, "AR": None}
+    assert found["errors"] == {**no_errors, "localization": 1, "background": 2, "missed": 1}
+    own = (found["ranges"][name] for name in ("small", "medium", "large"))
+    names = ("objects", "missed", "AP", "AR")
+    assert [tuple(x[k] for k in names) for x in own] == [
+        *((1, 0, pytest.approx(5), pytest.approx(10)), (2, 1, 0, 0), (0, 0, None, None))
+    ]
+    by_name = {"AP": 2.5, "AP50": 25, "AP55": 0, "AP95": 0, "AR": 5, "AP small": 5, "AP medium": 0}
+    assert {k: found["metrics"][k] for k in by_name} == pytest.approx(by_name)
     assert found["metrics"]["AP large"] is None
-    assert found["metrics"]["AP"] == pytest.approx(50)
     # With the box of the object, one of two objects of class b is found: half of its recalls.
     assert found["metrics"]["localization errors"] == pytest.approx(51 / 101 * 50)
     assert found["calibration"]["bins"][0]["detections"] == 1
     images = dict(zip(METRICS, metrics.num_images()))
     assert (images["AP"], images["AP small"], images["AP large"]) == (2, 1, 0)
     assert images["missed objects"] == 2
+    alone = describe(objects[:1], detections[:1])[1]["metrics"]
+    assert (alone["AP"], alone["AP50"]) == pytest.approx((10, 100))
 
 
 @pytest.mark.parametrize("num_classes", [3, 1200])

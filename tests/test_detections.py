@@ -4,6 +4,7 @@
 import json
 import pickle
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from libra_d2.errors import InputError
 from libra_d2.evaluation import LibraCOCOEvaluator, detections
 from libra_d2.evaluation.detections import Detections, write_predictions, write_results_json
 
-KINDS = ("boxes", "masks", "keypoints")
 IMAGE_IDS = [7, 2, 5, 4, 11, 6]
 
 
@@ -42,7 +42,7 @@ def as_results(image_id, *args):
     return instances_to_coco_json(found_in(image_id, *args), image_id)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "doubles"])
+@pytest.mark.parametrize("kind", ["boxes", "masks", "keypoints", "doubles"])
 def test_files(tmp_path, kind):
     """Both files have just what went in, also of images without detections."""
     results = {i: as_results(i, kind, num) for i, num in zip(IMAGE_IDS, (0, 3, 2, 0, 1))}
@@ -51,15 +51,21 @@ def test_files(tmp_path, kind):
     images = [Detections(i, x) for i, x in results.items()]
     assert [list(x) for x in images] == list(results.values())
     assert [len(x) for x in images] == [0, 3, 2, 0, 1]
+    assert [x[-1] for x in images if x] == [x[-1] for x in results.values() if x]
     assert images[1].scores.tolist() == [x["score"] for x in results[2]]
-    predictions = [{"image_id": x.image_id, "instances": x} for x in images]
-    write_predictions(str(tmp_path / "predictions.pth"), predictions)
+    path = str(tmp_path / "predictions.pth")
+    write_predictions(path, [{"image_id": x.image_id, "instances": x} for x in images])
     expected = [{"image_id": i, "instances": x} for i, x in results.items()]
-    assert torch.load(tmp_path / "predictions.pth", weights_only=True) == expected
+    assert torch.load(path, weights_only=True) == expected
+    with ZipFile(path) as archive:
+        assert archive.getinfo("archive/data.pkl").extract_version == 45  # may exceed 4 GiB
     for some in (images, images[:1]):
         write_results_json(str(tmp_path / "results.json"), some, ["x", "y"])
         every = [{**x, "category_id": "xy"[x["category_id"]]} for image in some for x in image]
         assert (tmp_path / "results.json").read_text() == json.dumps(every)
+    write_predictions(path, [{"image_id": 2, "proposals": found_in(2)}])
+    (one,) = torch.load(path, weights_only=False)
+    assert torch.equal(one["proposals"].scores, found_in(2).scores)
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -78,6 +79,7 @@ class Scripts(HTMLParser):
 def read(path):
     """The data, and those of the pictures in their order."""
     scripts = Scripts(path).found
+    assert '": ' not in scripts["data"]  # compact
     pictures = [json.loads(scripts[f"picture-{i}"]) for i in range(len(scripts) - 3)]
     return json.loads(scripts["data"]), pictures
 
@@ -95,6 +97,7 @@ def test_data(tmp_path):
         model.pop("images")
     assert data["models"] == numbers["models"]
     assert data["names"] == [NASTY, "b", "c"]
+    assert data["thresholds"] == [x / 100 for x in range(50, 100, 5)]
     assert data["class_names"][0] == NASTY
     assert data["num_images"] == len(data["images"]) == 12
     gaps = []
@@ -128,30 +131,30 @@ def test_names_are_no_markup(tmp_path):
 
 def test_boxes(tmp_path):
     """
-    A finds the first object and takes a piece of the second one for another; B finds neither, and
-    has a detection in the crowd region.
+    In image 1, A finds the first object and takes a piece of the second one for another, and once
+    for another class; B finds neither, and has a detection in the crowd region.
     """
-    objects = [(0, "a", OBJECT), (0, "b", ELSEWHERE), (0, "a", [60, 0, 30, 30])]
-    first = [(0, "a", [0, 0, 10, 8.04], 0.91234), (0, "b", [50, 50, 40, 16], 0.7)]
+    objects = [(0, "c", OBJECT), (1, "a", OBJECT), (1, "b", ELSEWHERE), (1, "a", [60, 0, 30, 30])]
+    first = [(0, "c", OBJECT, 0.2), (1, "a", [0, 0, 10, 5.16], 0.91234)]
+    first += [(1, "b", [50, 50, 40, 16], 0.7), (1, "a", [50, 50, 40, 38], 0.6)]
     dataset, results = by_hand(objects, first, 2)
-    dataset["annotations"][2]["iscrowd"] = 1
-    others = by_hand(objects, [(0, "a", [62, 2, 20, 20], 0.4)], 2)[1]
+    dataset["annotations"][3]["iscrowd"] = 1
+    others = by_hand(objects, [(1, "a", [62, 2, 20, 20], 0.4)], 2)[1]
     write(tmp_path / "index.html", dataset, results, others)
-    data, (picture, empty) = read(tmp_path / "index.html")
+    data, (found, picture) = read(tmp_path / "index.html")
     assert data["class_names"] == ["a", "b", "c"]
+    mine = [[0, 0, 10, 5.2, 0, 0.912, "right", 0], [50, 50, 40, 16, 1, 0.7, "localization", -1]]
+    mine.append([50, 50, 40, 38, 0, 0.6, "classification", -1])
     assert picture == {
         "objects": [
-            [*OBJECT, 0, [[0.804, 0.912], None]],
-            [*ELSEWHERE, 1, [None, None]],
+            *([*OBJECT, 0, [[0.516, 0.912], None]], [*ELSEWHERE, 1, [None, None]]),
             [60, 0, 30, 30, 0],
         ],
-        "detections": [
-            [[0, 0, 10, 8, 0, 0.912, "right", 0], [50, 50, 40, 16, 1, 0.7, "localization", -1]],
-            [[62, 2, 20, 20, 0, 0.4, "not counted", -1]],
-        ],
+        "detections": [mine, [[62, 2, 20, 20, 0, 0.4, "not counted", -1]]],
     }
-    assert empty == {"objects": [], "detections": [[], []]}
-    assert [x["classes"] for x in data["images"]] == [[0, 1], []]
+    assert found["objects"] == [[*OBJECT, 2, [[1, 0.2], None]]]
+    assert found["detections"] == [[[*OBJECT, 2, 0.2, "right", 0]], []]
+    assert [x["classes"] for x in data["images"]] == [[2], [0, 1]]
 
 
 def test_masks(tmp_path):
@@ -171,13 +174,14 @@ def test_worst_images_of_one_model(tmp_path):
     dataset, results = by_hand(objects, detections, 4)
     write(tmp_path / "index.html", dataset, results, max_images=2)
     data, _ = read(tmp_path / "index.html")
-    assert [(x["image_id"], x["ap"], x["errors"]) for x in data["images"]] == [
-        *((2, [0], 2), (1, [0], 1))
-    ]
+    rows = [(x["image_id"], x["ap"], x["errors"]) for x in data["images"]]
+    assert rows == [(2, [0], 2), (1, [0], 1)]
     assert data["num_images"] == 4
     assert data["comparisons"] == []
     write(tmp_path / "index.html", dataset, results)
     assert [x["image_id"] for x in read(tmp_path / "index.html")[0]["images"]] == [2, 1, 0, 3]
+    write(tmp_path / "index.html", dataset, results, max_images=0)
+    assert read(tmp_path / "index.html")[0]["images"] == []
 
 
 def save_images(folder, dataset, size=(960, 480)):
@@ -197,17 +201,22 @@ def test_pictures(tmp_path):
     for image, picture in zip(data["images"], pictures):
         jpeg = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
         assert (jpeg.format, jpeg.size) == ("JPEG", (480, 240))
+        assert max(jpeg.quantization[0]) == 61  # half of 121, at a quality of 75
         channel = int(image["file_name"][0]) % 3
         assert np.asarray(jpeg).mean((0, 1)).argmax() == channel
         assert image["size"] == [300, 300]
 
 
-def test_many_boxes(tmp_path):
-    """Of all classes together, the 100 with the highest scores."""
+def test_many(tmp_path):
+    """Of all classes together, the 100 boxes with the highest scores; 200 images; 23 models."""
     detections = [("ab"[i % 2], OBJECT, 1 - i / 1000) for i in range(120)]
-    write(tmp_path / "index.html", *by_hand([("a", OBJECT)], detections))
-    (own,) = read(tmp_path / "index.html")[1][0]["detections"]
+    write(tmp_path / "index.html", *by_hand([("a", OBJECT)], detections, 201))
+    data, pictures = read(tmp_path / "index.html")
+    assert (len(data["images"]), data["num_images"]) == (200, 201)
+    (own,) = pictures[0]["detections"]
     assert [x[5] for x in own] == [round(1 - i / 1000, 3) for i in range(100)]
+    write(tmp_path / "index.html", by_hand([("a", OBJECT)], [])[0], *[[]] * 23)
+    assert len(read(tmp_path / "index.html")[1][0]["detections"]) == 23
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -220,6 +229,8 @@ def test_refusals(tmp_path, monkeypatch):
             write(path, dataset, *[[]] * number)
     with pytest.raises(ArgumentError, match="max_images is -1: use 0 or more"):
         write(path, dataset, results, max_images=-1)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(path, dataset, results, curves=[math.nan])
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(InputError, match=re.escape('pip install "libra_d2[report]"')):
         write(path, dataset, results)
@@ -438,23 +449,3 @@ def test_class_filter(open_page, files):
         page.keyboard.press("ArrowRight")
         assert name == seen[-1]
     assert f"{len(chosen)} have this class" in page.locator("#images-count").inner_text()
-
-
-def test_a_thousand_images(browser, tmp_path):
-    """Prints how long the page takes, which depends on the machine."""
-    dataset, results = random_dataset(0, num_images=1000)
-    noise = np.random.default_rng(0).integers(0, 99, (160, 160, 3), dtype=np.uint8)
-    for image in dataset["images"]:
-        Image.fromarray(noise).save(tmp_path / image["file_name"], quality=50)
-    options = {"image_root": str(tmp_path), "max_images": 1000}
-    write(tmp_path / "index.html", dataset, results[::2], results, **options)
-    page = browser.new_page()
-    page.set_default_timeout(120_000)
-    page.goto((tmp_path / "index.html").as_uri(), wait_until="commit")
-    page.wait_for_selector("html[data-charts]", state="attached")
-    paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    mebibytes = (tmp_path / "index.html").stat().st_size / 2**20
-    print(f"{mebibytes:.0f} MiB: first view {page.evaluate(paint):.0f} ms, ", end="")
-    print(f"with charts {page.evaluate('performance.now()'):.0f} ms")
-    assert len(column(page, "images-table", 1)) == 1000
-    page.close()

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from detectron2.evaluation import (
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 
 from libra_d2.data import register_coco_json
 from libra_d2.errors import InputError
@@ -87,7 +89,7 @@ def with_crowds(dataset):
 
 @pytest.mark.parametrize("coco_eval", EVALUATORS)
 @pytest.mark.parametrize(("masks", "limit"), [(True, 100), (False, 300)])
-def test_evaluators_agree(registered, masks, limit, coco_eval, monkeypatch):
+def test_evaluators_agree(registered, masks, limit, coco_eval, monkeypatch, capsys):
     """
     All numbers, including those of classes and masks, are those of Detectron2 with pycocotools:
     with crowds, for some images or tasks, with more than 100 detections in an image, and if just a
@@ -97,6 +99,8 @@ def test_evaluators_agree(registered, masks, limit, coco_eval, monkeypatch):
     rng, num = torch.Generator().manual_seed(0), 40 if limit > 100 else 3
     records = [r for r in DatasetCatalog.get(name) if r["annotations"]]
     found = {r["image_id"]: detections(r, rng, num, masks) for r in records}
+    for instances in found.values():
+        instances.scores = instances.scores.round(decimals=1)  # some are equal
     assert (max(map(len, found.values())) > 100) == (limit > 100)
     options = {"distributed": False, "max_dets_per_image": limit}
     tasks = ("bbox", "segm")[: 1 + masks]
@@ -111,9 +115,14 @@ def test_evaluators_agree(registered, masks, limit, coco_eval, monkeypatch):
     for img_ids, chosen in ((None, None), (list(found)[2:5], ("bbox",))):
         ours = LibraCOCOEvaluator(name, chosen, coco_eval=implementation, **options)
         expected = evaluate(theirs, found, img_ids)
+        printed = capsys.readouterr().out
         assert expected["bbox"]["AP50"] > 2
         expected = {task: expected[task] for task in chosen or tasks}
         assert_equal_results(evaluate(ours, found, img_ids), expected)
+        # The summary of boxes has recall, too, which is not in the results.
+        lines = [re.findall(" Average .*", x)[:12] for x in (capsys.readouterr().out, printed)]
+        assert lines[0] == lines[1]
+        assert "Recall" in lines[0][11]
     assert max(counts) < 0.7 * sum(map(len, found.values()))
 
 
@@ -134,7 +143,8 @@ def test_limit(registered, tmp_path, rank, limit, expected):
     evaluator = build_evaluator(name, str(tmp_path), *([limit] if limit else []))
     results = evaluate(evaluator, {record["image_id"]: found})["bbox"]
     assert results["AP"] == pytest.approx(expected, rel=1e-9)
-    assert (tmp_path / "coco_instances_results.json").exists()
+    files = {x.name for x in tmp_path.iterdir() if x.name.startswith(("coco_", "instances_"))}
+    assert files == {"coco_instances_results.json", "instances_predictions.pth"}
 
 
 NUMBERINGS = [
@@ -189,9 +199,10 @@ def test_reported_metrics(registered, tmp_path):
     proposals = Instances((96, 96), proposal_boxes=boxes, objectness_logits=logits)
     results = flatten_results_dict(evaluate(evaluator, dict.fromkeys(found, proposals)))
     assert set(results) == set(reported_metrics(name, ("box_proposals",)))
-    MetadataCatalog.get("test_one_class").set(thing_classes=["a"], evaluator_type="coco")
     names = [f"keypoints/{x}" for x in ("AP", "AP50", "AP75", "APm", "APl")]
-    assert reported_metrics("test_one_class", ("keypoints",)) == names
+    for classes, more in (("a", []), ("ab", ["keypoints/AP-a", "keypoints/AP-b"])):
+        MetadataCatalog.get(f"test_{classes}").set(thing_classes=[*classes], evaluator_type="coco")
+        assert reported_metrics(f"test_{classes}", ("keypoints",)) == names + more
 
 
 @pytest.mark.parametrize("expected", [LibraLVISEvaluator, LVISEvaluator, LibraCOCOEvaluator])
@@ -254,7 +265,7 @@ def test_choice_of_the_evaluator(monkeypatch):
     assert "pip install faster-coco-eval" in messages[0]
 
 
-def test_types(registered, tmp_path):
+def test_types(registered, tmp_path, monkeypatch):
     """A dataset without a type is evaluated as COCO's, as in Detectron2's tutorial."""
     records = DatasetCatalog.get(registered("test_complete"))
     DatasetCatalog.register("test_untyped", lambda: records)
@@ -264,6 +275,10 @@ def test_types(registered, tmp_path):
     results = evaluate(build_evaluator("test_untyped", str(tmp_path)), found)
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert MetadataCatalog.get("test_untyped").get("json_file") is None
+    monkeypatch.setattr(comm, "synchronize", lambda: calls.append(1))
+    for distributed, calls in ((True, []), (False, [])):  # the former waits in any case
+        LibraCOCOEvaluator("test_untyped", None, distributed, str(tmp_path))
+        assert len(calls) == (not distributed)
     # Other data under this name is not taken for the one that was evaluated before.
     del records[0]["annotations"][0]
     results = evaluate(build_evaluator("test_untyped", str(tmp_path)), found)
@@ -280,7 +295,11 @@ def test_types(registered, tmp_path):
         build_evaluator("test_unknown", "")
 
 
-def test_no_predictions(registered, caplog):
-    evaluator = LibraCOCOEvaluator(registered("test_no_predictions"), distributed=False)
-    assert evaluate(evaluator, {}) == {}
-    assert "did not receive any predictions" in caplog.text
+def test_no_predictions(registered, caplog, monkeypatch):
+    """Processes wait for each other, unless each of them evaluates what it has."""
+    name, calls = registered("test_no_predictions"), []
+    monkeypatch.setattr(comm, "synchronize", lambda: calls.append(1))
+    for options in ({"distributed": False}, {}):
+        assert evaluate(LibraCOCOEvaluator(name, **options), {}) == {}
+        assert len(calls) == (not options)
+    assert caplog.text.count("did not receive any predictions") == 2

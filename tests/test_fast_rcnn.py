@@ -19,7 +19,7 @@ from libra_d2.modeling import BalancedL1Loss, LibraFastRCNNOutputLayers
 def build(cls=LibraFastRCNNOutputLayers, box_reg_loss_type="balanced_l1", **kwargs):
     kwargs["box2box_transform"] = Box2BoxTransform(weights=(10, 10, 5, 5))
     kwargs["box_reg_loss_type"] = box_reg_loss_type
-    return cls(ShapeSpec(channels=8), num_classes=3, **kwargs)
+    return cls(ShapeSpec(channels=8), num_classes=2, **kwargs)
 
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 20], [5, 5, 30, 20], [1, 1, 4, 4]])
@@ -30,19 +30,21 @@ def test_hand_computed(cls_agnostic):
     """
     Two of four proposals are foreground and equal to their ground truth: all target deltas are 0.
     With alpha = 1, gamma = ln 3, the loss is ln 2 - 0.5 at 0.5 and 3.5 ln 3 - 1 at 3 (see
-    test_balanced_l1_loss). The sum is divided by the 4 proposals.
+    test_balanced_l1_loss). The sum is divided by the 4 proposals. A single one is one, too.
     """
     loss = BalancedL1Loss(alpha=1.0, gamma=math.log(3))
     predictor = build(balanced_l1=loss, cls_agnostic_bbox_reg=cls_agnostic)
-    deltas = torch.full((4, 3, 4), 100.0)  # must be ignored
-    deltas[0, 2] = torch.tensor([0.5, -0.5, 0, 0])
+    deltas = torch.full((4, 2, 4), 100.0)  # must be ignored
+    deltas[0, 1] = torch.tensor([0.5, -0.5, 0, 0])
     deltas[2, 0] = torch.tensor([0, 0, 3.0, 0])
     if cls_agnostic:
-        deltas = deltas[range(4), [2, 0, 0, 0]]
-    classes = torch.tensor([2, 3, 0, -1])  # 3 is background, -1 is ignored
+        deltas = deltas[range(4), [1, 0, 0, 0]]
+    classes = torch.tensor([1, 2, 0, -1])  # 2 is background, -1 is ignored
     loss = predictor.box_reg_loss(BOXES, BOXES, deltas.flatten(1), classes)
     expected = (2 * (math.log(2) - 0.5) + 3.5 * math.log(3) - 1) / 4
     assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss = predictor.box_reg_loss(BOXES[:1], BOXES[:1], deltas[:1].flatten(1), classes[:1])
+    assert loss.item() == pytest.approx(2 * math.log(2) - 1, rel=1e-6)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"alpha": 0.4, "gamma": 1.2, "form": "reference"}])
@@ -50,7 +52,7 @@ def test_targets_and_parameters(parameters):
     """Targets are the deltas to the ground truth; the loss is the one given, or the paper's."""
     loss = BalancedL1Loss(**parameters)
     predictor = build(balanced_l1=loss) if parameters else build()
-    deltas, classes = torch.randn(4, 3, 4), torch.tensor([0, 1, 2, 1])
+    deltas, classes = torch.randn(4, 2, 4), torch.tensor([0, 1, 1, 0])
     truth = BOXES.clone()
     truth[0] += torch.tensor([-1.0, 0, 1, 0])  # 10 pixels wide, now 12
     truth[1] += torch.tensor([1.0, -2, 1, -2])  # 20 pixels wide and high
@@ -64,7 +66,7 @@ def test_targets_and_parameters(parameters):
 
 @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
 def test_other_losses_are_the_parents(loss_type):
-    deltas, classes = torch.randn(4, 12), torch.tensor([0, 1, 2, 3])
+    deltas, classes = torch.randn(4, 8), torch.tensor([0, 1, 2, 2])
     libra, plain = [
         build(cls, box_reg_loss_type=loss_type).box_reg_loss(BOXES, BOXES + 1, deltas, classes)
         for cls in (LibraFastRCNNOutputLayers, FastRCNNOutputLayers)
@@ -85,7 +87,7 @@ def test_config():
 def proposals(num, num_foreground=0):
     """Proposals whose foreground is 1 pixel off objects of class 1."""
     result = Instances((32, 32), proposal_boxes=Boxes(BOXES[:num]))
-    result.gt_classes = torch.full((num,), 3)
+    result.gt_classes = torch.full((num,), 2)
     result.gt_classes[:num_foreground] = 1
     if num_foreground:
         result.gt_boxes = Boxes(BOXES[:num] + 1)
@@ -101,13 +103,15 @@ def losses(predictor, *images):
 
 def test_several_processes(monkeypatch):
     """Both losses are divided by the processes' mean number of proposals, and at least by 1."""
-    predictor, images = build(), [proposals(3, 2), proposals(1, 1)]
-    alone = losses(predictor, *images)
-    another_process(monkeypatch, 10)
-    together = losses(predictor, *images)
-    assert len(alone) == 2
-    for name, loss in alone.items():
-        torch.testing.assert_close(together[name], loss * 4 / 7)
+    predictor, pair, single = build(), [proposals(3, 2), proposals(1, 1)], [proposals(1, 1)]
+    for images, other, factor in ((pair, 10, 4 / 7), (single, 1, 1)):
+        alone = losses(predictor, *images)
+        with monkeypatch.context() as patch:
+            another_process(patch, other)
+            together = losses(predictor, *images)
+        assert len(alone) == 2
+        for name, loss in alone.items():
+            torch.testing.assert_close(together[name], loss * factor)
     another_process(monkeypatch, 0)
     empty = losses(predictor, proposals(0))
     assert [x.item() for x in empty.values()] == [0, 0]

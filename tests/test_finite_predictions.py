@@ -39,7 +39,8 @@ def test_heads(options, part, value, caplog):
         with torch.no_grad():
             module.bias[0] = float(value)
         context = pytest.raises(InputError, match=message) if required else torch.no_grad()
-        with context, torch.inference_mode(), finite_predictions(model, required=required):
+        options = {} if required else {"required": False}
+        with context, torch.inference_mode(), finite_predictions(model, **options):
             model(images)
             with torch.inference_mode(False), torch.no_grad():
                 module.bias[0] = 0
@@ -49,9 +50,12 @@ def test_heads(options, part, value, caplog):
 
 
 def test_errors_of_the_body():
-    """They are not hidden, and the hooks are taken off."""
+    """They are not hidden, and the hooks are taken off. A head may predict nothing."""
     model = torch.nn.Sequential(build_model(demo_cfg()).eval())
-    before = hooks(model)
+    head = model[0].proposal_generator.rpn_head
+    head.forward, before = lambda x: ([], None), hooks(model)
+    with finite_predictions(model):
+        head([])
     with pytest.raises(KeyError), finite_predictions(model):
         raise KeyError
     assert hooks(model) == before

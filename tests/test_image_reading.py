@@ -14,8 +14,10 @@ from libra_d2.errors import InputError
 SEEN = {
     1: [[1, 2, 3], [4, 5, 6]],  # top, left
     2: [[3, 2, 1], [6, 5, 4]],  # top, right
+    5: [[1, 4], [2, 5], [3, 6]],  # left, top
     6: [[4, 1], [5, 2], [6, 3]],  # right, top
     7: [[6, 3], [5, 2], [4, 1]],  # right, bottom
+    8: [[3, 6], [2, 5], [1, 4]],  # left, bottom
 }
 
 
@@ -119,7 +121,7 @@ def test_is_whole(tmp_path, format, end):
     """The end marker is in the last 64 KiB."""
     path, after = tmp_path / "a", 65536 - len(end)
     for content, expected in (
-        *((b"x" + end, True), (end[:-1], False), (b"", False)),
+        *((end, True), (end[:-1], False), (b"", False)),
         *((b"x" * 10 + end + b"x" * after, True), (end + b"x" * (after + 1), False)),
     ):
         path.write_bytes(content)

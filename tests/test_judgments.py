@@ -6,13 +6,14 @@ import pytest
 from libra_d2.analysis.judgments import judge
 
 PRO, CONTRA, LITTLE = "speaks for it", "speaks against it", "says little"
-# Neighbors of three levels have similarities of 0.6 and 0.4, the others one of 0.2.
+# Neighbors of four levels have a mean similarity of 0.5, the others one of 0.2.
+SIMILARITY = [[1, 0.6, 0.2, 0.1], [0.6, 1, 0.4, 0.3], [0.2, 0.4, 1, 0.5], [0.1, 0.3, 0.5, 1]]
 NUMBERS = {
     "samples": {
         "random": {"negatives": [0.7, 0.3], "instances": 0.6},
         "balanced, paper's bins": {"negatives": [0.4, 0.6], "instances": 0.7},
     },
-    "features": {"before": {"similarity": [[1, 0.6, 0.2], [0.6, 1, 0.4], [0.2, 0.4, 1]]}},
+    "features": {"before": {"similarity": SIMILARITY}},
     "objective": {
         "smooth_l1_beta": 0.0,
         "L1": {"inlier_gradient": 0.5},
@@ -44,22 +45,21 @@ def test_rows():
         "inliers contribute 58% of the gradient of balanced L1 loss, 50% of that of the plain "
         "detector's",
     ]
-    figures = ["samples", "samples", "levels", "gradient_shares"]
-    assert [row.figure for row in rows] == figures
+    assert [row.figure for row in rows] == ["samples", "samples", "levels", "gradient_shares"]
     assert [row.says for row in rows] == [PRO] * 4
 
 
 @pytest.mark.parametrize(
     ("place", "values", "row"),
     [
-        ("samples__random__negatives", ([0.64], [0.51], [0.49]), 0),
-        ("samples__random__instances", (0.66, 0.68, 0.695), 1),
-        ("features__before__similarity", (0.41, 0.45, 0.5), 2),
-        ("objective__L1__inlier_gradient", (0.54, 0.54, 0.59), 3),
+        ("samples__random__negatives", ([0.65], [0.64], [0.51], [0.49]), 0),  # 0.65 is the limit
+        ("samples__random__instances", (0.64, 0.66, 0.68, 0.695), 1),
+        ("features__before__similarity", (0.39, 0.41, 0.45, 0.5), 2),
+        ("objective__L1__inlier_gradient", (0.52, 0.54, 0.54, 0.59), 3),
     ],
 )
 def test_limits(place, values, row):
-    for value, expected in zip(values, (LITTLE, LITTLE, CONTRA)):
+    for value, expected in zip(values, (PRO, LITTLE, LITTLE, CONTRA)):
         if place.startswith("features"):
             value = [[1, 0.6, value], [0.6, 1, 0.4], [value, 0.4, 1]]
         assert says(**{place: value})[row] == expected
@@ -67,7 +67,6 @@ def test_limits(place, values, row):
 
 def test_parts():
     """A RetinaNet has no samples; before a training there are no errors."""
-    assert [row.idea for row in judge({"features": NUMBERS["features"]})] == [
-        "balanced feature pyramid"
-    ]
+    (row,) = judge({"features": NUMBERS["features"]})
+    assert row.idea == "balanced feature pyramid"
     assert judge({}) == []

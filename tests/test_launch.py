@@ -197,34 +197,39 @@ def test_bad_environment(monkeypatch):
         join_processes(read_environment(slurm(0, "2(x2)")))
 
 
-@pytest.mark.parametrize("num_gpus", [0, 2, 3])
-def test_meeting_place(monkeypatch, num_gpus):
-    """Default address and port of a job; a GPU for each process."""
-    joined, given = [], {"MASTER_ADDR": "host", "MASTER_PORT": "7"} if num_gpus else {}
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"SLURM_JOB_ID": "135246", **given}.items():
+@pytest.mark.parametrize(
+    ("given", "num_gpus", "place"),
+    [
+        *(({}, 0, ["127.0.0.1", "20000"]), ({"SLURM_JOB_ID": "135246"}, 0, ["127.0.0.1", "35246"])),
+        ({"SLURM_JOB_ID": "1", "MASTER_ADDR": "host", "MASTER_PORT": "7"}, 3, ["host", "7"]),
+        ({"MASTER_ADDR": "host"}, 2, []),
+    ],
+)
+def test_meeting_place(monkeypatch, given, num_gpus, place):
+    """Default address and port of a job; a GPU for each process; which share a machine."""
+    joined, names = [], ("MASTER_ADDR", "MASTER_PORT")
+    for name in (*names, "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, ""), monkeypatch.delenv(name)  # restored after the test
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
-
-    def init(*args, **kwargs):
-        joined.append((*args, *kwargs.items()))
-        raise ZeroDivisionError
-
+    init = lambda *args, **kwargs: joined.append((*args, *kwargs.items()))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "set_device", joined.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     module = sys.modules["libra_d2.engine.launch"]
     monkeypatch.setattr(module, "_meet", lambda process: "met")
-    message = "are 3 processes on this machine, but only 2 GPUs" if num_gpus == 2 else None
-    with pytest.raises(InputError if message else ZeroDivisionError, match=message):
+    # Of Detectron2's main branch.
+    monkeypatch.setattr(comm, "create_local_process_group", joined.append, raising=False)
+    monkeypatch.setattr(comm, "synchronize", lambda: joined.append("wait"))
+    too_few = pytest.raises(InputError, match="are 3 processes on this machine, but only 2 GPUs")
+    with nullcontext() if place else too_few:
         join_processes(Process(2, 6 if num_gpus else 3, 1, 3))
-    if message is None:
-        place = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")]
-        assert place == (["host", "7"] if num_gpus else ["127.0.0.1", "35246"])
+    if place:
+        assert [os.environ[name] for name in names] == place
         met = ("store", "met"), ("rank", 2)
-        one, several = ("gloo", *met, ("world_size", 3)), ("nccl", *met)
-        assert joined == ([1, (*several, ("world_size", 6))] if num_gpus else [one])
+        one, several = ("gloo", *met, ("world_size", 3)), ("nccl", *met, ("world_size", 6))
+        assert joined == [*([1, several] if num_gpus else [one]), 3, "wait"]
 
 
 def test_attempts(monkeypatch):
@@ -365,7 +370,7 @@ def test_errors_in_one_line(error, message, processes, capsys, monkeypatch):
 
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
-    monkeypatch.setattr(locale, "getpreferredencoding", lambda *_: "ANSI_X3.4-1968")
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda do: {False: "ANSI_X3.4-1968"}[do])
     with pytest.raises(SystemExit) as exit:
         report_errors(raise_it)
     assert exit.value.code == (130 if "interrupted" in message else 2)

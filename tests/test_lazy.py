@@ -20,7 +20,7 @@ from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
 
 from libra_d2.errors import InputError
-from libra_d2.lazy import balance, disable
+from libra_d2.lazy import balance, disable, target_of
 from libra_d2.modeling import (
     AffineBatchNorm2d,
     BalancedSamplingMixin,
@@ -265,9 +265,11 @@ def test_own_classes():
 
 
 def test_what_cannot_be_balanced():
-    heads, matcher = zoo_model("mask_rcnn_fpn"), zoo_model("mask_rcnn_fpn")
+    heads, matcher, value, absent = (zoo_model("mask_rcnn_fpn") for _ in range(4))
     heads.roi_heads._target_ = OwnROIHeads
     matcher.roi_heads.proposal_matcher = L(OwnMatcher)()
+    value.roi_heads._target_, absent.backbone._target_ = "math.pi", "no.thing"
+    cannot = "which cannot be instantiated:"
     fcos = model_zoo.get_config("common/models/fcos.py").model
     for model, message in (
         (OmegaConf.create({"model": {"backbone": {}}}), "pass its .model"),
@@ -275,12 +277,15 @@ def test_what_cannot_be_balanced():
         (heads, "roi_heads._target_ is OwnROIHeads.*BalancedSamplingMixin"),
         (matcher, "roi_heads.proposal_matcher has no thresholds"),
         (fcos, "FCOS has neither"),
+        (value, f"^model.roi_heads._target_ is 'math.pi', {cannot} it is not a class or function$"),
+        (absent, f"^model.backbone._target_ is 'no.thing', {cannot} .*No module named 'no'"),
     ):
         with pytest.raises(InputError, match=message):
             balance(model)
     for idea in ("sampling", "balanced_l1"):
         with pytest.raises(InputError, match="FCOS has neither"):
             balance(fcos, **{idea: False})
+    assert target_of(OmegaConf.create({"_target_": {"name": "a"}})) == {"name": "a"}
     balance(fcos, sampling=False, balanced_l1=False)
     assert hasattr(instantiate(fcos.backbone), "bfp")
     model = balanced("mask_rcnn_fpn")

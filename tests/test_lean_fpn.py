@@ -21,10 +21,9 @@ class BottomUp(Backbone):
         self._out_features = ["res2", "res3", "res4", "res5"]
         self._out_feature_strides = dict(zip(self._out_features, (4, 8, 16, 32)))
         self._out_feature_channels = dict(zip(self._out_features, (4, 5, 6, 7)))
-        self.res2 = nn.Conv2d(3, 4, 4, stride=4)
-        self.res3 = nn.Conv2d(4, 5, 2, stride=2)
-        self.res4 = nn.Conv2d(5, 6, 2, stride=2)
-        self.res5 = nn.Conv2d(6, 7, 2, stride=2)
+        for i, name in enumerate(self._out_features):
+            side = 4 if i == 0 else 2
+            self.add_module(name, nn.Conv2d(3 + i, 4 + i, side, stride=side))
 
     def forward(self, x):
         res2 = self.res2(x)

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 
 from libra_d2.errors import InputError
 from libra_d2.evaluation import coco_evaluator
-from libra_d2.evaluation.lvis_evaluator import LibraLVISEvaluator
+from libra_d2.evaluation.lvis_evaluator import LibraLVISEvaluator, has_lvis_metrics
 
 NAMES, NUMBERS = [f"test_lvis_evaluator_{i}" for i in range(100)], count()
 A, B, C = CATEGORIES = 7, 11, 20
@@ -27,24 +27,21 @@ def register(folder, images, objects, frequencies, change=lambda dataset: None):
     Registers a dataset of images by id, with fields of LVIS; of objects, as image, category, box
     and polygon; and of the frequencies of categories.
     """
+    annotations = []
+    for i, (image_id, category, box, polygon) in enumerate(objects, 1):
+        own = {"id": i, "image_id": image_id, "category_id": category, "segmentation": [polygon]}
+        annotations.append({**own, "bbox": box, "area": box[2] * box[3]})
     dataset = {
         "images": [{"id": i, "height": SIZE, "width": SIZE, **x} for i, x in images.items()],
         "categories": [{"id": i, "frequency": x} for i, x in frequencies.items()],
-        "annotations": [
-            {
-                **{"id": i, "image_id": x[0], "category_id": x[1], "bbox": x[2]},
-                "area": x[2][2] * x[2][3],
-                "segmentation": [x[3]],
-            }
-            for i, x in enumerate(objects, 1)
-        ],
+        "annotations": annotations,
     }
     change(dataset)
     path = folder / "lvis.json"
     path.write_text(json.dumps(dataset))
     name = NAMES[next(NUMBERS)]
-    MetadataCatalog.get(name).set(json_file=str(path), evaluator_type="lvis")
-    MetadataCatalog.get(name).set(thing_classes=[str(i) for i in sorted(frequencies)])
+    names = [str(i) for i in sorted(frequencies)]
+    MetadataCatalog.get(name).set(json_file=str(path), evaluator_type="lvis", thing_classes=names)
     return name
 
 
@@ -71,6 +68,7 @@ BOX, ELSEWHERE, THIN = [10, 10, 30, 30], [100, 100, 30, 30], [10, 10, 0, 30]
         ([(0, ELSEWHERE, 0.9)], {}, (50, 100)),
         ([(0, ELSEWHERE, 0.9)], {PARTLY: [A]}, (100, 100)),
         ([(0, THIN, 0.9)], {}, (100, 100)),
+        ([(0, [99, 99, 1, 1], 0.9)], {}, (50, 100)),
         # Of a class with an object in another image only.
         ([(1, BOX, 0.9)], {}, (100, 100)),
         ([(1, BOX, 0.9)], {NEG: [C]}, (100, 100)),
@@ -82,12 +80,15 @@ BOX, ELSEWHERE, THIN = [10, 10, 30, 30], [100, 100, 30, 30], [10, 10, 0, 30]
     ],
 )
 def test_metrics(tmp_path, more, fields, expected, monkeypatch):
-    """One object of each of two classes in an image each, and one detection of each."""
+    """
+    One object of each of two classes in an image each, and one detection of each. One of the second
+    class without an area does not say that the class is in the image.
+    """
     monkeypatch.setattr(coco_evaluator, "_GROUP", 1)  # a class at a time, also that without any
     empty = {NEG: [], PARTLY: []}
     images = {5: {**empty, **fields}, 3: empty}
     polygon = [10, 10, 40, 10, 40, 40, 10, 40]
-    objects = [(5, A, BOX, polygon), (3, B, BOX, polygon)]
+    objects = [(5, A, BOX, polygon), (3, B, BOX, polygon), (5, B, THIN, polygon)]
     name = register(tmp_path, images, objects, {B: "f", A: "r", C: "c"})
     found = {3: detections([(1, BOX, 0.8)]), 5: detections([*more, (0, BOX, 0.5)])}
     evaluator = LibraLVISEvaluator(name, distributed=False)
@@ -123,10 +124,7 @@ def random_case(folder, seed=0):
         mine, boxes = rng.choice(list(frequencies), 5), rng.uniform(8, 130, (5, 4))
         boxes[:, :2] = rng.uniform(0, 1, (5, 2)) * (SIZE - boxes[:, 2:])
         others = sorted({*frequencies} - {*mine.tolist()})
-        images[image_id] = {
-            NEG: others[::2],
-            PARTLY: sorted({*mine[:2].tolist()}),
-        }
+        images[image_id] = {NEG: others[::2], PARTLY: sorted({*mine[:2].tolist()})}
         found[image_id] = []
         for category, (x, y, w, h) in zip(mine.tolist(), boxes.tolist()):
             polygon = [x, y, x + w, y, x + w, y + h, x, y + 0.8 * h]
@@ -146,8 +144,12 @@ def test_package(tmp_path, at_once, monkeypatch):
     """All numbers are those of the package lvis, of boxes and of masks, in groups of classes."""
     monkeypatch.setattr(coco_evaluator, "_GROUP", at_once)
     name, found = random_case(tmp_path)
-    results = evaluate(LibraLVISEvaluator(name, distributed=False), found)
-    assert results.keys() == {"bbox", "segm"}
+    gathered, evaluator = [], LibraLVISEvaluator(name)
+    gather = lambda x: gathered.append(1) or x  # noqa: E731
+    monkeypatch.setattr(coco_evaluator, "gather_predictions", gather)
+    results = evaluate(evaluator, found)
+    assert (results.keys(), gathered) == ({"bbox", "segm"}, [1])
+    assert has_lvis_metrics()
     for task, numbers in OF_LVIS.items():
         assert list(results[task].values()) == pytest.approx(numbers, abs=1e-6)
 

@@ -8,14 +8,17 @@ from libra_d2.utils.main_process import in_main_process
 
 
 def fail(*args):
-    raise InputError("broken")
+    raise ValueError("broken\nfile")
 
 
 def test_in_main_process(monkeypatch):
     """All processes get its value, or its error; others do not call the function."""
+    sent = []
+    monkeypatch.setattr(comm, "all_gather", lambda mine: sent.append(mine) or [mine])
     assert in_main_process(divmod, 7, 4) == (1, 3)
-    with pytest.raises(InputError, match="^broken$"):
+    with pytest.raises(ValueError, match="^broken\nfile$"):
         in_main_process(fail, 1)
+    assert sent == [((1, 3), ""), (None, "broken file")]
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     for received in ((5, ""), (None, "broken")):
         monkeypatch.setattr(comm, "all_gather", lambda mine, r=received: [r, mine])

@@ -50,8 +50,6 @@ def test_rule():
     matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], 0.3)(ious)
     assert labels.tolist() == [1, 1, -1, 0, 0]
     assert matches[:2].tolist() == [1, 1]  # the first one goes to the later box
-    parent = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
-    assert parent(ious)[0][:2].tolist() == [0, 1]  # Detectron2's rule is another one
     for min_iou in (0.0, float(ious[2, 3])):
         matches, labels = LowQualityMatcher([0.3, 0.7], [0, -1, 1], min_iou)(ious)
         assert labels.tolist() == [1, 1, -1, 1, 0]
@@ -67,6 +65,7 @@ def test_build_anchor_matcher():
     matcher = build_anchor_matcher(parent, 0.0)
     assert type(matcher) is LowQualityMatcher
     assert (matcher.thresholds, matcher.labels) == (parent.thresholds, parent.labels)
+    assert LowQualityMatcher([0.5], [0, 1], 1.0).min_iou == 1
     with pytest.raises(ArgumentError, match="^min_iou is 1.5: use a value in"):
         build_anchor_matcher(parent, 1.5)
     with pytest.raises(ArgumentError, match="^min_iou is -0.1"):

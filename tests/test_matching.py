@@ -142,24 +142,22 @@ def test_many_detections():
 def test_nearest_and_found():
     """
     Of overlapping objects of its class a detection finds the best one that is free; what is nearest
-    does not depend on that.
+    does not depend on that. What small objects alone would decide does not matter here.
     """
-    objects = [
-        ("a", [0, 0, 10, 10]),
-        ("a", [0, 0, 10, 8]),
-        ("b", [0, 0, 10, 4]),
-        ("crowd b", [0, 0, 99, 99]),
-    ]
-    detections = [("a", [0, 0, 10, 10], 0.9), ("a", [0, 0, 10, 9], 0.8), ("c", [80, 80, 5, 5], 0.7)]
-    m = match_detections(*by_hand(objects, detections))
-    # 9 of 10 rows are the first object; 8 of 9 the second one
-    assert m.found[:, 0].tolist() == [0] * 10
-    assert m.found[:, 1].tolist() == [1] * 8 + [-1] * 2
-    assert m.found_iou.tolist() == pytest.approx([1, 8 / 9, 0])
-    assert m.nearest.tolist() == [[0, 0, -1], [2, 2, -1]]
-    assert m.nearest_iou[0].tolist() == pytest.approx([1, 0.9, 0])
-    assert m.nearest_iou[1].tolist() == pytest.approx([0.4, 4 / 9, 0])
-    assert m.object_counts[0].tolist() == [True, True, True, False]
+    objects = [(0, "a", [0, 0, 10, 10]), (1, "a", [0, 0, 40, 40]), (1, "a", [0, 0, 40, 25])]
+    objects += [(1, "b", [0, 0, 40, 16]), (1, "crowd b", [0, 0, 99, 99])]
+    detections = [(1, "a", [0, 0, 40, 40], 0.9), (1, "a", [0, 0, 40, 36], 0.8)]
+    detections += [(1, "c", [80, 80, 5, 5], 0.7), (1, "b", [0, 0, 40, 32], 0.6)]
+    m = match_detections(*by_hand(objects, [*detections, (0, "a", [0, 0, 10, 10], 0.1)], 2))
+    # 36 of 40 rows are the first object of image 1; 25 of 36 the second one, 16 of 32 the third one
+    found = [[0] * 10, [1] * 10, [2] * 4 + [-1] * 6, [-1] * 10, [3] + [-1] * 9]
+    assert m.found.T.tolist() == found
+    assert m.finders().tolist() == [0, 1, 2, 4, -1]
+    assert m.found_iou.tolist() == pytest.approx([1, 1, 25 / 36, 0, 0.5])
+    assert m.nearest.tolist() == [[0, 1, 1, -1, 3], [-1, 3, 3, -1, 1]]
+    ious = np.array([[1, 1, 0.9, 0, 0.5], [0, 0.4, 4 / 9, 0, 0.8]])
+    assert m.nearest_iou == pytest.approx(ious)
+    assert m.object_counts[0].tolist() == [True] * 4 + [False]
 
 
 def test_ties():
@@ -206,29 +204,17 @@ BOX = {"image_id": 0, "category_id": 0, "score": 0.5, "bbox": [0, 0, 5, 5]}
         ([{**BOX, "bbox": [0, 0, -1, 5]}], "the bbox [0, 0, -1, 5] is not"),
         ([{**BOX, "bbox": [0, 0, 5]}], "the bbox [0, 0, 5] is not"),
         ([{**BOX, "bbox": None}], "there is no 'bbox'; choose the IoU type that was evaluated"),
+        ([{**BOX, "segmentation": [[0, 0, 5, 0, 5, 5]]}], "it must have a run-length mask"),
+        ([{**BOX, "segmentation": {"size": [100, 99], "counts": "`0"}}], "must have 'counts'"),
     ],
 )
 def test_broken_results(results, message):
+    iou_type = "segm" if "segmentation" in str(results) else "bbox"
+    dataset = by_hand([("a", [0, 0, 5, 5])], [])[0]
     with pytest.raises(InputError) as e:
-        match_detections(by_hand([("a", [0, 0, 5, 5])], [])[0], results, name="res.json")
+        match_detections(dataset, results, iou_type, name="res.json")
     assert message in str(e.value)
     assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        ([[0, 0, 5, 0, 5, 5]], "it must have a run-length mask"),
-        (
-            {"size": [100, 99], "counts": "`0"},
-            "its run-length mask must have 'counts'",
-        ),
-    ],
-)
-def test_broken_masks(mask, message):
-    dataset = by_hand([], [])[0]
-    with pytest.raises(InputError, match=message):
-        match_detections(dataset, [{**BOX, "segmentation": mask}], "segm")
     with pytest.raises(ArgumentError, match="iou_type"):
         match_detections(dataset, [], "keypoints")
 
@@ -246,15 +232,32 @@ def test_unreadable_file(tmp_path, content):
     assert read_results(str(path)) == [BOX]
 
 
-def test_empty_box():
-    """It is no broken one."""
+def test_empty():
+    """An empty box is no broken one, nor is one across the border; there may be nothing at all."""
     dataset, _ = by_hand([("a", [0, 0, 5, 5])], [])
-    found = match_detections(dataset, [{**BOX, "bbox": [0, 0, 0, 5]}])
-    assert found.nearest_iou.tolist() == [[0], [0]]
+    del dataset["annotations"][0]["iscrowd"]
+    m = match_detections(dataset, [{**BOX, "bbox": [0, -1, 0, 5]}])
+    assert m.nearest_iou.tolist() == [[0], [0]]
+    assert m.object_counts[0].tolist() == [True]
+    m = match_detections(*by_hand([], []))
+    arrays = (m.object_image, m.image, m.detected_class, m.score, m.object_counts, m.status)
+    assert [x.dtype for x in arrays] == [int, int, int, float, bool, np.int8]
 
 
-def test_ends_of_ranges():
-    """32 x 32 pixels are small and of medium size; equal objects are crowded."""
-    found = match_detections(*by_hand([("a", [0, 0, 32, 32])] * 2, []))
+@pytest.mark.parametrize(
+    ("area", "expected"),
+    [
+        *((0, ["all", "small"]), (32**2 - 1, ["all", "small"]), (32**2 + 1, ["all", "medium"])),
+        *((32**2, ["all", "small", "medium"]), (96**2, ["all", "medium", "large"])),
+        *((96**2 - 1, ["all", "medium"]), (96**2 + 1, ["all", "large"])),
+        *((1e10, ["all", "large"]), (1e10 + 1, [])),
+    ],
+)
+def test_ends_of_ranges(area, expected):
+    """Both belong to it; equal objects are crowded."""
+    dataset, results = by_hand([("a", [0, 0, 9, 9])] * 2, [("a", [0, 0, 2**32, 2**32], 0.5)])
+    dataset["annotations"][0]["area"] = area
+    found = match_detections(dataset, results)
     counts = zip(RANGES, found.object_counts[:, 0])
-    assert [name for name, x in counts if x] == ["all", "small", "medium", "crowded"]
+    assert [name for name, x in counts if x] == [*expected, "crowded"]
+    assert found.status[:4].max() == -1  # 2**64 pixels are too many for any size

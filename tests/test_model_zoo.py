@@ -47,7 +47,7 @@ def test_published_urls(mmdet):
     assert set(model_zoo._URLS.values()) <= set(re.findall(r"https://[^\s\"]+", theirs))
 
 
-def test_unknown_names():
+def test_unknown_names(tmp_path):
     for name in ("COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml", f"{RETINANET}.pth"):
         with pytest.raises(RuntimeError, match=f"no published weights for '{name}'; there are for"):
             model_zoo.get_checkpoint_url(name)
@@ -59,6 +59,10 @@ def test_unknown_names():
         model_zoo.find_config("x.yaml")
     theirs = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     assert Path(model_zoo.find_config(theirs)).read_text().startswith("_BASE_: ")
+    for unchanged in ("", str(tmp_path), "https://x/a.yaml"):
+        assert model_zoo.find_config(unchanged) == unchanged
+    with pytest.raises(RuntimeError, match="nowhere"):
+        model_zoo.get(f"{RETINANET}.py", device="nowhere")
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match="libra://x: the weights cannot be read: There are no pub"):
         LibraCheckpointer(model).load("libra://x")

@@ -2,8 +2,10 @@
 """The directory of a run: one program at a time, and no files of earlier runs."""
 
 import errno
+import logging
 import os
 import resource
+import socket
 import subprocess
 import sys
 
@@ -57,7 +59,18 @@ def test_one_program(tmp_path):
         [sys.executable, "-c", OTHER, lock], stdin=subprocess.DEVNULL, capture_output=True
     )
     assert b"BlockingIOError" in second.stderr
-    assert f"process {os.getpid()} on " in lock.read_text()  # which ends the lock
+    # Reading it ends the lock.
+    assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@pytest.mark.parametrize(("rank", "file"), [(0, "log.txt"), (2, "log.txt.rank2")])
+def test_log(tmp_path, monkeypatch, rank, file):
+    """Each process has one; the main process claims the directory."""
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
+    prepare_output_dir(recipe_for(tmp_path))
+    logging.getLogger("libra_d2.a").warning("here")
+    assert "here" in (tmp_path / file).read_text()
+    assert (tmp_path / ".lock").exists() == (rank == 0)
 
 
 def test_no_locks(tmp_path, monkeypatch, caplog):
@@ -114,7 +127,7 @@ def test_earlier_run(tmp_path, caplog):
     for number, files in ((1, FILES), (2, FILES[:3]), (3, FILES)):
         for name in files + OTHERS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(name)
+            (tmp_path / name).write_text(name[0])
         with caplog.at_level("WARNING"):
             given = {"MODEL.WEIGHTS": str(tmp_path / "other.pth")}
             set_earlier_run_aside(recipe_for(tmp_path), given, False)
@@ -123,7 +136,7 @@ def test_earlier_run(tmp_path, caplog):
         assert caplog.messages[-1] == message
         expected |= {f"{aside}/{name}" for name in files}
         assert names(tmp_path) == expected
-    assert (tmp_path / "earlier_runs/1/inference/a.json").read_text() == "inference/a.json"
+    assert (tmp_path / "earlier_runs/1/inference/a.json").read_text() == "i"
 
 
 def test_inputs_in_the_earlier_run(tmp_path):
@@ -150,12 +163,12 @@ def test_nothing_to_resume(tmp_path, caplog):
     """The earlier run that could be meant is named."""
     for _ in range(2):
         set_earlier_run_aside(recipe_for(tmp_path), {}, True)
-        for number in (3, 12, 20):
+        for number in (3, 12, 15, 20):
             (tmp_path / f"earlier_runs/{number}").mkdir(parents=True, exist_ok=True)
-        for number in (3, 12):
+        for number in (3, 12, 15):
             (tmp_path / f"earlier_runs/{number}/model_final.pth").touch()
     assert caplog.messages[0] == f"There is no checkpoint to resume from in {tmp_path}"
-    hint = f". The last run that has one is in {tmp_path}/earlier_runs/12, and is resumed with that"
+    hint = f". The last run that has one is in {tmp_path}/earlier_runs/15, and is resumed with that"
     assert caplog.messages[1] == f"{caplog.messages[0]}{hint} as OUTPUT_DIR"
 
 

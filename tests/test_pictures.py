@@ -66,7 +66,7 @@ def test_evaluation(tmp_path, halves, monkeypatch):
     with EventStorage():
         pictures.reset()
         pictures.process(records[2:], outputs)
-    assert pictures.evaluate() is None
+    assert (pictures.num_drawn, pictures.evaluate()) == (1, None)
     assert sorted(x.name for x in (tmp_path / "p").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
     ((name, image),) = shown
     assert name == "validation/2"

@@ -58,11 +58,11 @@ def test_precision(cfg, amp):
 
 @pytest.mark.parametrize(
     ("run", "names"),
-    [({LEARNED: ["cat", "dog"]}, ["cat", "dog"]), ({}, ["x", "y"]), (None, ["x", "y"])],
+    [({LEARNED: ["a", "b"]}, ["a", "b"]), ({LEARNED: ["x", "y"]}, ["x", "y"]), (None, ["x", "y"])],
 )
 def test_class_names(cfg, run, names):
     """Those that the checkpoint has, else those of the dataset."""
-    cfg.DATASETS.TEST = ("test_predictor",)
+    cfg.DATASETS.TEST = ("test_predictor", "another")
     metadata = MetadataCatalog.get("test_predictor")
     metadata.thing_classes = ["x", "y"]
     save(cfg, **({} if run is None else {"run": run}))

@@ -118,10 +118,10 @@ def put(key, position, value):
         (put("boxes", 2, np.zeros((11, 4))), "image id 10 has 11 boxes, but 9 scores"),
         (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
         (
-            put("boxes", 1, np.full((10, 4), 96.5)),
-            "id 11 has a box, .96.5, .*outside of its 96 x 96",
+            lambda c: c["boxes"][1].__setitem__(slice(3, 5), [[96.5, 0, 97, 1], [0, 99, 1, 99]]),
+            "id 11 has a box, .96.5, 0.0, 97.0, 1.0., .*outside of its 96 x 96",
         ),
-        (lambda c: c["boxes"][1].__iadd__(-2), "id 11 has a box, .-1.* outside of its"),
+        (lambda c: c["boxes"][1].__iadd__(-1), "id 11 has a box, .-.* outside of its"),
         (
             lambda c: (
                 c.update(bbox_mode=1) or put("boxes", 1, np.tile([-3.0, 0, 2, 1], (10, 1)))(c)

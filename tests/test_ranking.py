@@ -8,12 +8,11 @@ from test_matching import match_detections, random_dataset, ranking_of
 from libra_d2.evaluation.ranking import Ranking
 
 
-def ranking(is_true, num_objects, *, removed=0, group=None, num_images=1):
-    """Of one row, in the order of the scores; of one class unless there are ``group``s."""
+def ranking(is_true, num_objects, removed=0):
+    """Of one row and class, in the order of the scores."""
     size = len(is_true)
     return Ranking(
-        np.zeros(size, dtype=int) if group is None else np.array(group),
-        *(-np.arange(size), np.zeros(size, dtype=int)),
+        *(np.zeros(size, dtype=int), -np.arange(size), np.zeros(size, dtype=int)),
         *(np.array([is_true], dtype=bool), np.ones((1, size), dtype=bool)),
         *np.zeros((2, num_objects), dtype=int),
         np.ones(num_objects, dtype=bool),
@@ -45,15 +44,26 @@ def test_average_precision(is_true, num_objects, expected):
 )
 def test_removed(is_true, removed, expected):
     """Of three objects; a class without objects is wrong if it has detections, else none."""
-    ap = ranking(is_true, 3, removed=removed).average_precision()[0]
+    ap = ranking(is_true, 3, removed).average_precision()[0]
     np.testing.assert_allclose(ap, [[expected]])
 
 
-def test_classes_without_objects():
-    """They have no AP; those before and after do not influence each other."""
-    r = ranking([1, 0, 1], 2, group=[1, 0, 2])
-    assert r.groups.tolist() == [0]
-    assert r.average_precision()[0].tolist() == [[0]]
+def test_rows_and_groups():
+    """
+    In the first row, the first of two classes is found by the second and third of its detections,
+    the other one by both; in the other row two detections are ignored. Classes without objects,
+    before and after them, have no AP.
+    """
+    group, is_true = np.array([3, 1, 1, 3, 1, 0, 2, 7]), np.ones((2, 8), dtype=bool)
+    counts = is_true.copy()
+    is_true[:, 1] = is_true[1, 2:4] = counts[1, 2:4] = False
+    objects, needed = np.array([3, 1, 3, 1, 5]), np.arange(5) < 4
+    images = np.zeros(8, dtype=int), np.zeros(5, dtype=int)
+    r = Ranking(group, -np.arange(8), images[0], is_true, counts, objects, images[1], needed)
+    ap, recall = r.average_precision()
+    assert ap == pytest.approx(np.array([[2 / 3, 1], [51 / 101 / 2, 51 / 101]]))
+    assert recall.tolist() == [[1, 1], [0.5, 0.5]]
+    assert (r.groups.tolist(), r.num_images) == ([1, 3], 1)
     assert ranking([1], 0).average_precision()[0].shape == (1, 0)
 
 
@@ -67,14 +77,12 @@ def test_weights(seed):
     for i, row in enumerate(weights):
         copies = {"images": [], "annotations": [], "categories": dataset["categories"]}
         own = []
+        sources = ((dataset["annotations"], copies["annotations"]), (results, own))
         for image, weight in zip(dataset["images"], row):
             for _ in range(weight):
                 new = {**image, "id": len(copies["images"])}
                 copies["images"].append(new)
-                for source, target in (
-                    (dataset["annotations"], copies["annotations"]),
-                    (results, own),
-                ):
+                for source, target in sources:
                     chosen = [x for x in source if x["image_id"] == image["id"]]
                     target += [{**copy.copy(x), "image_id": new["id"]} for x in chosen]
         ranking = ranking_of(match_detections(copies, own))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-
 import pytest
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -45,6 +45,7 @@ def test_curves(tmp_path, monkeypatch):
     losses = {"loss cls": ([1, 20, 40], [2.0, 1.5, 0.5]), "validation/loss cls": ([40], [0.75])}
     precisions = {"bbox/AP": ([30, 40], [10.0, 20.0]), "bbox/AP50": ([40], [40.0])}
     precisions.update({"bbox/AP75": ([30], [4.0]), "segm/AP": ([40], [15.0])})
+    monkeypatch.setitem(rcParams, "savefig.format", "svg")  # a PNG whatever the user prefers
     drawn = panels(metrics, tmp_path, monkeypatch)
     assert {axis.get_ylabel(): curves for axis, curves in drawn} == {
         "loss": {**losses, "total loss": ([1, 20, 40], [3.0, 2.0, 1.0])},
@@ -53,7 +54,10 @@ def test_curves(tmp_path, monkeypatch):
     }
     for axis, curves in drawn:
         assert (axis.get_xlabel(), axis.get_xlim()[0], axis.get_ylim()[0]) == ("iteration", 0, 0)
-        assert [text.get_text() for text in axis.get_legend().get_texts()] == list(curves)
+        legend = axis.get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == list(curves)
+        assert {text.get_fontsize() for text in legend.get_texts()} == {8}
+        assert not legend.get_frame_on()
     # 4.5 x 3.6 inches each, 120 dots per inch
     assert Image.open(tmp_path / "curves.png").size == (3 * 540, 432)
 
@@ -66,7 +70,8 @@ def test_points(tmp_path, monkeypatch, num):
     assert [list(*curves.values()) for _, curves in drawn] == (num > 0) * [
         [list(range(2, num + 2)), list(range(1, num + 1))]
     ]
-    assert [a.lines[0].get_marker() for a, _ in drawn] == {0: [], 29: ["o"], 30: ["None"]}[num]
+    marker = [(a.lines[0].get_marker(), a.lines[0].get_markersize()) for a, _ in drawn]
+    assert marker == {0: [], 29: [("o", 3)], 30: [("None", 3)]}[num]
     assert (tmp_path / "curves.png").exists() == (num > 0)
 
 

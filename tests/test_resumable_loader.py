@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from contextlib import nullcontext
 
 import numpy as np
@@ -18,6 +19,7 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from libra_d2.data import resumable_loader
 from libra_d2.data.resumable_loader import ResumableLoader
 from libra_d2.utils.random_state import (
     get_random_state,
@@ -63,8 +65,11 @@ def test_resume(num_workers, grouped, position):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_keeps_the_random_state(num_workers):
-    """Random numbers of the training do not depend on the loader."""
+def test_keeps_the_random_state(num_workers, monkeypatch):
+    """Random numbers of the training do not depend on the loader, which leaves nothing behind."""
+    registered = []  # to be called when the program ends
+    atexit = types.SimpleNamespace(register=registered.append, unregister=registered.remove)
+    monkeypatch.setattr(resumable_loader, "atexit", atexit)
     state = get_random_state()
     expected = [draw() for _ in range(4)]
     set_random_state(state)
@@ -72,7 +77,9 @@ def test_keeps_the_random_state(num_workers):
     for _ in range(3):
         next(batches)
         found.append(draw())
+    assert len(registered) == 1
     batches.close()
+    assert registered == []
     assert found == expected
 
 
@@ -126,6 +133,7 @@ def test_order_and_shapes():
     found = take(iter(loader(aspect_ratio_grouping=False)), 10)
     assert [image["id"] for batch in found for image in batch] == order
     drawn = [image["drawn"] for batch in found for image in batch]
+    assert {type(numbers) for numbers in drawn} == {tuple}  # PyTorch's loader would change it
     assert len({x for numbers in drawn for x in numbers}) == 90
 
 
@@ -134,7 +142,7 @@ def test_pending_images():
     sampler = [1, 2, 0, 3, 6, 4, 5]  # 0, 3 and 6 are upright
     one = loader(sampler=sampler, total_batch_size=3)
     batches = iter(one)
-    assert one.state_dict() == {"seed": 3, "start": 0, "pending": []}
+    assert (one.num_images, one.state_dict()) == (13, {"seed": 3, "start": 0, "pending": []})
     assert [image["id"] for image in next(batches)] == [0, 3, 6]
     assert one.state_dict() == {"seed": 3, "start": 5, "pending": [0, 1]}
     assert [set(image) for image in next(batches)] == [{"id", "width", "height", "drawn"}] * 3

@@ -10,12 +10,13 @@ import libra_d2.modeling.roi_align as module
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
 # At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
-# long and flat, on the last pixels, empty, inverted; the last two count for nothing.
+# long and flat, on the last pixels; with samples that are a pixel in front of the first one, and on
+# the far border; and what counts for nothing: empty, inverted, beyond the upper or lower border.
 ROIS = [
     *([1, 10, 20, 90, 130], [0, 3.3, 4.7, 151.9, 111.2], [0, 0, 0, 200, 160], [1, 40, 50, 41, 51]),
     *([1, -30, -40, 260, 90], [1, 5, 60, 195, 66], [0, 60, 5, 64, 155], [1, 192, 150, 200, 160]),
-    *([0, 50, 50, 50, 50], [0, 90, 40, 20, 30], [1, -400, -300, -200, -100]),
-    [0, 900, 900, 950, 999],
+    *([0, -12, -12, 28, 12], [1, 164, 140, 204, 164], [0, 50, 50, 50, 50], [0, 90, 40, 20, 30]),
+    *([1, -400, -300, -200, -100], [0, 40, 200, 120, 300], [0, 900, 900, 950, 999]),
 ]
 
 
@@ -49,23 +50,21 @@ def test_rows(memory_format, monkeypatch):
         return embedding_bag(index, weight, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "embedding_bag", noting)
-    one = rois[rois[:, 0] == 0]
-    ParallelROIAlign((7, 7), 1 / 8, 0)(x[:1], one).sum().backward()
-    assert [len(weight) for weight in weights] == [20 * 25, 7 * 7 * len(one)]
+    ParallelROIAlign((7, 7), 1 / 8, 0)(x[:1], rois[1:2]).sum().backward()
+    assert [len(weight) for weight in weights] == [20 * 25, 7 * 7]
     assert all(weight.is_contiguous() for weight in weights)
 
 
-def test_no_rois():
+def test_nothing_to_pool():
+    """No RoIs, with and without gradients, and such that count for nothing, of either kind."""
     x, rois = make_input()
-    pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois[:0])
-    assert pooled.shape == (0, 6, 7, 7)
-    pooled.sum().backward()
+    pooler = ParallelROIAlign((7, 5), 1 / 8, 0)
+    for features in (x, x.detach()):
+        pooled = pooler(features, rois[:0])
+        assert pooled.shape == (0, 6, 7, 5)
+        features.requires_grad and pooled.sum().backward()
     assert x.grad.abs().sum() == 0
-
-
-def test_only_rois_that_count_for_nothing():
-    x, rois = make_input()
-    assert ParallelROIAlign((7, 7), 1 / 8, 0)(x, rois[-2:]).abs().sum() == 0
+    assert pooler(x, rois[-5:-3]).abs().sum() == pooler(x, rois[-3:]).abs().sum() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,11 +87,10 @@ def test_parts(monkeypatch):
     monkeypatch.setattr(
         module, "_make_taps", lambda r, *args: lengths.append(len(r)) or make_taps(r, *args)
     )
-    monkeypatch.setattr(module, "_MAX_ROIS", 4)
+    monkeypatch.setattr(module, "_MAX_ROIS", 7)  # 7, 7 and 1
     with torch.no_grad():
         assert torch.equal(pooler(x, rois), expected)
-    assert sum(lengths) == len(rois)
-    assert max(lengths) == 4
+    assert lengths == [7, 7, 1]
     lengths.clear()
     assert torch.equal(pooler(x, rois), expected)
     assert lengths == [len(rois)]
@@ -116,21 +114,25 @@ def test_number_of_threads():
         assert torch.equal(grad, results[0][1])
 
 
-def test_rois_have_no_gradients():
-    """As in torchvision's operator."""
+def test_no_other_gradients():
+    """RoIs have none, as in torchvision's operator; a second derivative is refused."""
     x, rois = make_input()
     rois.requires_grad_()
-    for features in (x, x.detach()):
-        pooled = ParallelROIAlign((7, 7), 1 / 8, 0)(features, rois)
-        assert pooled.requires_grad == features.requires_grad
-        features.requires_grad and pooled.sum().backward()
+    pooler = ParallelROIAlign((7, 7), 1 / 8, 0)
+    assert not pooler(x.detach(), rois).requires_grad
+    pooled = pooler(x, rois)
+    weight = torch.ones_like(pooled, requires_grad=True)
+    (grad,) = torch.autograd.grad(pooled, x, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    pooler(x, rois).sum().backward()
     assert rois.grad is None
 
 
 def test_trace(monkeypatch):
     """
-    For features of any size and any number of RoIs; torchvision's operator for gradients, and for
-    ONNX, which has its own.
+    For features of any size and any number of RoIs; torchvision's operator in compiled graphs, for
+    gradients, and for ONNX, which has its own.
     """
     x, rois = (value.detach() for value in make_input(torch.float32))
     pooler = ParallelROIAlign((7, 5), 1 / 8, 2)
@@ -138,6 +140,10 @@ def test_trace(monkeypatch):
     for features in (x, x[:, :3, 4:, :11]):
         for some in (rois, rois[3:7] / 2, rois[:0]):
             assert torch.equal(traced(features, some), pooler(features, some))
+    torch._dynamo.reset()
+    graphs = []
+    torch.compile(pooler, backend=lambda graph, _: graphs.append(graph.code) or graph)(x, rois)
+    assert ["torchvision.roi_align" in code for code in graphs] == [True]
     scripted, differentiable = torch.jit.script(pooler), (x.clone().requires_grad_(), rois)
     for other in (scripted, torch.jit.trace(pooler, differentiable, check_trace=False)):
         assert "torchvision::roi_align" in str(other.inlined_graph)

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, demo_cfg, random_inputs
 
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, LibraROIHeads, SamplingResult
@@ -47,17 +47,25 @@ def test_label_and_sample_proposals(config, negatives):
     assert scalars["roi_head/num_fg_samples"] == 10
 
 
-def test_low_quality_matches():
+def test_low_quality_matches_and_padded_masks():
     """An object is matched with its best proposal, at an IoU of 0.25; it does not count itself."""
-    heads = build(LIBRA__ROI_HEADS__LOW_QUALITY_IOU=0.2).roi_heads
+    parameters = inspect.signature(LibraROIHeads.__init__).parameters
+    assert [parameters[x].default for x in ("low_quality_iou", "pad_masks")] == [-1, False]
+    keys = {"LIBRA__ROI_HEADS__LOW_QUALITY_IOU": 0.25, "LIBRA__ROI_HEADS__PAD_MASKS": True}
+    heads = build(**keys).roi_heads
+    assert (heads.low_quality_iou, heads.pad_masks) == (0.25, True)
     boxes = Boxes(torch.tensor([[0.0, 0, 25, 10], [0, 0, 10, 10]]))
-    proposals = Instances((128, 128), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
-    targets = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
+    proposals = Instances((100, 128), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
+    targets = Instances((100, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
     targets.gt_classes = torch.tensor([2])
-    with EventStorage():
-        (found,) = heads.label_and_sample_proposals([proposals], [targets])
-    edges = found.proposal_boxes.tensor[:, 2].tolist()
-    assert dict(zip(edges, found.gt_classes.tolist())) == {25: 2, 10: 4, 100: 2}
+    targets.gt_masks = BitMasks(torch.ones(1, 100, 128, dtype=torch.bool))
+    for min_iou, best, pad in ((0.25, 2, True), (0.3, 4, False), (0.0, 2, False)):
+        heads.low_quality_iou, heads.pad_masks = min_iou, pad
+        with EventStorage():
+            (found,) = heads.label_and_sample_proposals([proposals], [targets])
+        edges = found.proposal_boxes.tensor[:, 2].tolist()
+        assert dict(zip(edges, found.gt_classes.tolist())) == {25: best, 10: 4, 100: 2}
+        assert found.gt_masks.image_size == (128 if pad else 100, 128)
 
 
 class OwnSampler(torch.nn.Module):
@@ -136,23 +144,20 @@ def test_train_step(config, num_boxes):
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_padding_is_off_without_a_config():
-    default = inspect.signature(LibraROIHeads.__init__).parameters["pad_masks"].default
-    assert default is False
-
-
-@pytest.mark.parametrize("config", ["faster", "cascade"])
-def test_initial_weights(config):
+@pytest.mark.parametrize("kind", ["", "Cascade", "Res5"])
+def test_initial_weights(kind):
     """A seed gives the same weights with and without the ideas, apart from the pyramid's."""
+    libra = {"ROI_HEADS__NAME": f"Libra{kind}ROIHeads", "ROI_HEADS__IN_FEATURES": ["p2"]}
     parent = {
-        "ROI_HEADS__NAME": "CascadeROIHeads" if config == "cascade" else "StandardROIHeads",
+        **libra,
+        "ROI_HEADS__NAME": f"{kind or 'Standard'}ROIHeads",
         "ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE": "smooth_l1",
         "BACKBONE__NAME": "build_resnet_fpn_backbone",
     }
     results = []
-    for overrides in ({}, parent):
+    for overrides in (libra, parent):
         torch.manual_seed(3)
-        weights = build(config, **overrides).state_dict()
+        weights = build("cascade", **overrides).state_dict()
         results.append({**weights, "random number behind them": torch.rand(1)})
     libra = {k: v for k, v in results[0].items() if not k.startswith("backbone.bfp.")}
     assert libra.keys() == results[1].keys()

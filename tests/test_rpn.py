@@ -46,6 +46,7 @@ def test_cap_of_negatives(num_positive, num_negative, max_neg_per_pos, sampled):
     assert ((after == 1).sum(), (after == 0).sum()) == sampled
     kept = after >= 0
     assert torch.equal(after[kept], before[kept])
+    assert (after[~kept] == -1).all()
 
 
 def test_negatives_are_drawn_uniformly():
@@ -89,8 +90,9 @@ def test_normalizer(monkeypatch):
 
 
 def test_all_off_is_the_parent():
-    """With mmdetection's habits disabled, losses are those of Detectron2's RPN."""
-    gt_instances = [x["instances"] for x in random_inputs(4, 2, size=IMAGE_SIZE)]
+    """With mmdetection's habits disabled, losses are those of Detectron2's RPN, in padding, too."""
+    inputs = [*random_inputs(4, size=IMAGE_SIZE), *random_inputs(2, size=(64, 64))]
+    gt_instances = [x["instances"] for x in inputs]
     off = build(
         LIBRA__RPN__NORMALIZER="batch_size",
         LIBRA__RPN__MAX_NEG_PER_POS=-1,

@@ -48,11 +48,12 @@ def test_several_runs():
 def test_pairs():
     """Runs with the same seed, in whatever order; one that has no partner is in the means only."""
     a, b = {1: RUNS[0], 2: RUNS[1]}, {2: RUNS[2], 3: RUNS[3], 1: RUNS[1]}
-    found = compare_models([a, b, {2: RUNS[3]}])
-    two, one = found["comparisons"]
+    found = compare_models([a, {2: RUNS[3]}, b])
+    one, two = found["comparisons"]
     assert (two["pairs"], one["pairs"]) == (2, 1)
-    assert [x["runs"] for x in found["models"]] == [2, 3, 1]
+    assert [x["runs"] for x in found["models"]] == [2, 1, 3]
     ap = [x.values()[0] for x in RUNS]
+    assert found["models"][0]["deviations"]["AP"] == pytest.approx(np.std(ap[:2], ddof=1))
     row, differences = two["metrics"][0], (ap[2] - ap[1], ap[1] - ap[0])
     assert row["metric"] == "AP"
     assert row["difference"] == pytest.approx(np.mean(differences))

@@ -6,12 +6,14 @@ import pytest
 from scipy import stats
 
 from libra_d2.evaluation.significance import (
+    PairedTest,
     detectable_difference,
     deviation_limit,
     holm_correction,
     paired_t_test,
     pairs_needed,
     power,
+    sign_test,
     verdict,
 )
 
@@ -46,7 +48,7 @@ def test_holm_correction(p_values, expected):
     ],
 )
 def test_verdict(interval, p_value, level, expected):
-    assert verdict(*interval, p_value, level) == expected
+    assert verdict(*interval, p_value, *([] if level == 0.95 else [level])) == expected
 
 
 def test_paired_t_test():
@@ -65,24 +67,24 @@ def test_paired_t_test():
     assert test.p_value[2:].tolist() == [0.25, 1, pytest.approx(nan, nan_ok=True)]
     narrow = paired_t_test(columns[:, 0], level=0.9)
     assert narrow.high == pytest.approx(1 + 2.920 * 0.1 / 3**0.5, rel=1e-4)
-    assert paired_t_test(np.array([2.0] * 3), level=0.7).low == 2
+    assert paired_t_test(np.array([2.0] * 3), level=0.75).low == 2
 
 
-@pytest.mark.parametrize(
-    ("differences", "expected"),
-    [
-        ([2.0, 2.0, 2.0], (math.nan, 0.25)),  # half of the half that the second and third agree
-        ([0.1, 0.1 + 1e-15], (math.nan, 0.5)),
-        ([2.0, 2.01], (math.nan, 0.5)),  # a standard error of 0.25% of the mean
-        ([-2.0] * 6, (-2, 0.03125)),
-        ([0.0, 0.0], (0, 1)),
-    ],
-)
-def test_no_spread(differences, expected):
-    """Pairs that all differ by the same say no more than that they agree."""
-    test = paired_t_test(np.array(differences))
-    for value in (test.low, test.high):
-        assert (float(value), float(test.p_value)) == pytest.approx(expected, nan_ok=True)
+def test_no_spread():
+    """Pairs that all differ by the same, or one pair, say no more than that they agree."""
+    rows = [  # mean, standard error, pairs, low end, p-value
+        (2.0, 0.0, 3, math.nan, 0.25),  # half of the half that the second and third agree
+        (2.0, 0.005, 2, math.nan, 0.5),  # 0.25% of the mean
+        *((2.0, 0.007, 2, 1.993, 0.01), (-2.0, 0.0, 6, -2, 0.03125), (0.0, 0.0, 2, 0, 1)),
+        (2.0, math.inf, 1, math.nan, 1),
+    ]
+    mean, error, num, low, p_value = np.array(rows).T
+    test = PairedTest(mean, error, mean - error, mean + error, np.full(6, 0.01))
+    test = sign_test(test, num)
+    np.testing.assert_allclose(test.low, low)
+    np.testing.assert_allclose(test.high, 2 * mean - low)
+    np.testing.assert_allclose(test.p_value, p_value)
+    assert paired_t_test(np.array([0.1, 0.1 + 1e-15])).p_value == 0.5
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 5])
@@ -104,8 +106,9 @@ def test_power_by_simulation(difference, pairs, tests):
     """The share of drawn samples in which the test finds the difference."""
     draws = np.random.default_rng(0).normal(difference, 1.1, (pairs, 20000))
     found = np.mean(paired_t_test(draws).p_value <= 0.05 / tests)
+    table = [] if tests == 1 else [tests]
     # Four standard errors of the simulation
-    assert power(difference, 1.1, pairs, tests) == pytest.approx(found, abs=0.014)
+    assert power(difference, 1.1, pairs, *table) == pytest.approx(found, abs=0.014)
 
 
 def test_pairs():
@@ -120,6 +123,8 @@ def test_pairs():
     assert pairs_needed(0.7, 1.1, wanted_power=0.5) < pairs_needed(0.7, 1.1, level=0.99)
     smallest = detectable_difference(1.1, 5, 3)
     assert power(smallest, 1.1, 5, 3) == pytest.approx(0.8)
+    assert detectable_difference(0.11, 5, 3) == pytest.approx(smallest / 10)
+    assert power(detectable_difference(1.1, 5), 1.1, 5) == pytest.approx(0.8)
     # Scipy's own noncentral distribution is NaN at shifts as large as these.
     assert power(1000, 1, 3) == 1
     assert detectable_difference(1, 2) > 10

@@ -11,6 +11,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from libra_d2.data.resize import OpenCVResizeTransform
 from libra_d2.errors import InputError
 from libra_d2.evaluation import RetinaNetWithTTA, add_test_time_augmentation
 
@@ -84,6 +85,7 @@ def test_retinanet_merges():
             return outputs
 
     cfg = tta_cfg(RETINANET, (96, 48), MODEL__RETINANET__NMS_THRESH_TEST=0.4)
+    cfg.freeze()
     before = cfg.clone()
     merged = RetinaNetWithTTA(cfg, Model())(one_image())[0]["instances"]
     assert batches == [[(96, 128), (96, 128), (48, 64)], [(48, 64)]]
@@ -113,6 +115,8 @@ def test_interpolation(interpolation):
             there = augmented[j]["transforms"].apply_box(box[None])
             assert np.allclose(there, expected)
             assert np.allclose(augmented[j]["transforms"].inverse().apply_box(there), box)
+            kinds = {type(x) for x in augmented[j]["transforms"].transforms}
+            assert (OpenCVResizeTransform in kinds) == is_opencv
 
 
 def test_evaluation(synthetic, tmp_path):

@@ -4,8 +4,10 @@
 import contextlib
 import io
 import json
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEMO_CONFIG, build_model, demo_cfg
@@ -15,6 +17,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 
 from libra_d2.engine import read_config
+from libra_d2.engine.arguments import add_data_arguments, config_argument_parser
 from libra_d2.engine.main import main
 
 TINY = [
@@ -51,6 +54,7 @@ class OneNumber(torch.nn.Module):
     def __init__(self, cfg=None, num_classes=0, proposal_generator=None):
         super().__init__()
         self.number = torch.nn.Parameter(torch.zeros(()))
+        OneNumber.cfg = cfg
 
     def forward(self, inputs):
         if self.training:
@@ -172,7 +176,7 @@ def test_bad_arguments(args, message, capsys, tmp_path, monkeypatch):
 )
 def test_bad_values(opts, message, small, tmp_path, capsys):
     """Values that do not fit the data, found before training."""
-    flags = own_data(small, "train", "val")
+    flags = own_data(small, *(["val"] if "AUG" in opts else ["train", "val"]))
     assert message in fails(capsys, *flags, "OUTPUT_DIR", tmp_path, *opts.split())
 
 
@@ -197,12 +201,13 @@ def test_best_model(rate, best, small, tmp_path):
 
 
 def test_weights_of_the_earlier_run(small, tmp_path, capsys):
-    """They would be moved before they are read."""
+    """They would be moved before they are read, as would proposals."""
     flags = [*own_data(small, "train"), *QUICK, "OUTPUT_DIR", tmp_path]
     run(*flags, config="")
     path = tmp_path / "model_final.pth"
-    error = fails(capsys, *flags, "MODEL.WEIGHTS", path, config="")
-    assert f"MODEL.WEIGHTS: {path} belongs to the run in OUTPUT_DIR" in error
+    for name, value in (("MODEL.WEIGHTS", path), ("DATASETS.PROPOSAL_FILES_TEST", (str(path),))):
+        error = fails(capsys, *flags, name, value, config="")
+        assert re.search(rf"{name}\S*: {path} belongs to the run in OUTPUT_DIR", error)
 
 
 def test_summary(small, tmp_path):
@@ -215,6 +220,7 @@ def test_summary(small, tmp_path):
     config = tmp_path / "a.b.yaml"
     printed = run(*own_data(small, "train"), *QUICK, *out, config=config)
     assert printed[-5:] == files
+    assert all((tmp_path / name).exists() for name in names.values())
     assert not any(x.startswith("bbox") for x in printed)
     assert not (tmp_path / "results.md").exists()
     results = [f"results: {tmp_path}/evaluation.md"]
@@ -230,7 +236,7 @@ def test_summary(small, tmp_path):
     assert (tmp_path / "evaluation.md").read_text().startswith(f"# {tmp_path}\n")
 
 
-def test_weights_that_are_evaluated(small, tmp_path):
+def test_weights_that_are_evaluated(small, tmp_path, capsys):
     """MODEL.WEIGHTS, or with --resume the last checkpoint; expected results are verified."""
     out = [*QUICK, "OUTPUT_DIR", tmp_path]
     run(*own_data(small, "train"), *out, "SOLVER.MAX_ITER", 2, config="")
@@ -244,6 +250,12 @@ def test_weights_that_are_evaluated(small, tmp_path):
     run(*flags, "--resume", *out, "[['bbox', 'AP', 99.0, 1.5]]", config="")
     with pytest.raises(SystemExit, match="^1$"):
         run(*flags, "--resume", *out, "[['bbox', 'AP', 98.0, 1.5]]", config="")
+    augmented = [*flags, "--resume", *out, "[]", "TEST.AUG.ENABLED", True]
+    assert "no test-time augmentation of a OneNumber" in fails(capsys, *augmented, config="")
+    names = ("own_val", "own_train")  # registered above
+    out += ["[]", "DATASETS.TEST", names, "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    printed = run("--eval-only", "--resume", *out, config="")
+    assert [x for x in printed if "bbox" in x] == [f"{name} {ap[1]}" for name in names]
 
 
 def test_resume(small, tmp_path):
@@ -289,11 +301,6 @@ def test_resume_with_other_rate(small, tmp_path, capsys):
     run("--resume", *flags, *opts, config="")
     # Momentum is without effect in the first step after 0.0.
     assert number(tmp_path / "model_final.pth") == 4 * 0.5 + 0.25 + 1.5 * 0.25
-    content = torch.load(tmp_path / "model_final.pth")
-    content.pop("run")
-    torch.save(content, tmp_path / "model_final.pth")
-    run("--resume", *flags, *opts, config="")
-    assert "does not say which run it is of" in (tmp_path / "log.txt").read_text()
     before = (tmp_path / "config.yaml").read_bytes()
     error = fails(capsys, "--resume", *flags, "SOLVER.MAX_ITER", 5, config="")
     assert "MAX_ITER is 5, but the run that is resumed has 6 iterations already" in error
@@ -306,8 +313,11 @@ def test_files_of_a_training(small, tmp_path):
     given = tmp_path / "out/config.yaml"
     given.parent.mkdir()
     given.write_text("# mine\nVERSION: 2\n")
+    other = {"model": {"number": torch.tensor(9.0)}}  # which is not resumed from
+    torch.save(other, tmp_path / "out/model_0000000.pth")
     for _ in range(2):
         run(*flags, config=given)
+        assert number(tmp_path / "out/model_final.pth") == 4 * 0.5
         assert given.read_text() == "# mine\nVERSION: 2\n"
     assert (tmp_path / "out/earlier_runs/1/model_final.pth").exists()
     results = (tmp_path / "out/results.md").read_bytes()
@@ -353,6 +363,7 @@ def test_own_data(tmp_path):
     """Your own data replaces the datasets, proposals and classes of the config."""
     small = small_data(tmp_path / "data", box=(8, 8, 32, 80))  # beyond the image
     out = ["OUTPUT_DIR", tmp_path, "DATASETS.PROPOSAL_FILES_TRAIN", "('x.pkl',)", *QUICK]
+    out += ["TEST.AUG.MIN_SIZES", "(64,99999)", "TEST.AUG.MAX_SIZE", 99998]  # not used
     for splits, names in (("train",), ((), ())), (("train", "val"), (("own_val",), ("y.pkl",))):
         proposals = ["--val-proposals", "y.pkl"] if "val" in splits else []
         run(*own_data(small, *splits), *proposals, *out, config="")
@@ -360,12 +371,33 @@ def test_own_data(tmp_path):
         assert (recipe.train_datasets, recipe.train_proposals) == (("own_train",), ())
         assert names == (recipe.test_datasets, recipe.test_proposals)
     assert recipe.num_classes == 2
+    assert OneNumber.cfg.is_frozen()
     (path,) = {*tmp_path.glob("datasets/own_train-*.json")}
     changed = json.loads(path.read_text())
     assert changed["annotations"][0]["bbox"] == [8, 8, 32, 40]
     log = (tmp_path / "log.txt").read_text()
     assert "SOLVER.IMS_PER_BATCH is" not in log
     assert "Running on the CPU" in log
+    proposals = pickle.dumps([np.array([[0.0, 0, 9, 9, 0.5]])] * 2)
+    (tmp_path / "p.pkl").write_bytes(proposals)
+    given = ["--train-proposals", tmp_path / "p.pkl", *out, "MODEL.LOAD_PROPOSALS", True]
+    run(*own_data(small, "train"), *given, config="")
+    (path,) = read_config(str(tmp_path / "config.yaml"), []).train_proposals
+    assert path.startswith(f"{tmp_path}/proposals/")
+
+
+def test_arguments(refused):
+    """Of other programs, some of which need their own data of both splits."""
+    parser = config_argument_parser("One line.\n\nAnother.")
+    add_data_arguments(parser, required=True)
+    options = [f"--{split}-{what}" for split in ("train", "val") for what in ("json", "images")]
+    error = refused(parser.parse_args, [])
+    assert f"required: --config-file, {', '.join(options)}" in " ".join(error.split())
+    given = [x for option in ("--config-file", *options) for x in (option, "a")]
+    assert parser.parse_args([*given, "A.B", "-1", "--x"]).opts == ["A.B", "-1", "--x"]
+    text = parser.format_help()
+    assert "One line.\n\nAnother." in text
+    assert re.search(r"--train-json FILE +annotations to train on\n", text)
 
 
 def test_categories_must_agree(small, tmp_path, capsys):
@@ -387,12 +419,12 @@ def test_interrupted(small, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted. ")
 
 
-def test_predictions_that_are_not_finite(synthetic, tmp_path, capsys):
+def test_predictions_that_are_not_finite(small, tmp_path, capsys):
     """An evaluation of finite weights whose activations overflow is no result."""
     out = ["OUTPUT_DIR", tmp_path, *TINY]
-    model = build_model(demo_cfg())
+    model = build_model(demo_cfg(MODEL__ROI_HEADS__NUM_CLASSES=2))
     model.roi_heads.box_predictor.cls_score.weight.data.fill_(3e38)
     torch.save({"model": model.state_dict()}, tmp_path / "huge.pth")
-    flags = ["--eval-only", *own_data(synthetic, "val"), "MODEL.WEIGHTS", tmp_path / "huge.pth"]
+    flags = ["--eval-only", *own_data(small, "val"), "MODEL.WEIGHTS", tmp_path / "huge.pth"]
     error = fails(capsys, *flags, *out)
     assert "predictions of roi_heads.box_predictor are not finite" in error

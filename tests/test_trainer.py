@@ -21,6 +21,7 @@ import torch
 from conftest import demo_cfg, run_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
@@ -44,21 +45,26 @@ NO_OBJECTS = {"pred_boxes": Boxes(torch.zeros(0, 4)), "scores": torch.zeros(0)}
 NO_OBJECTS["pred_classes"] = torch.zeros(0)
 
 
+def autocast_type():
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
 class Toy(DenseDetector):
     """Its losses depend on images, two random generators, batch norm and a moving average."""
 
     def __init__(self):
         nn.Module.__init__(self)
         self.backbone = nn.BatchNorm1d(1, dtype=torch.float64, affine=False)
+        self.backbone.loss_normalizer = None  # not a detector's
         # With statistics that are trained ones: 0 and 1 are what it has without.
         self.frozen = FrozenBatchNorm2d(1).double()
         self.frozen.running_mean.fill_(0.25), self.frozen.running_var.fill_(0.5)
         self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
         self.loss_normalizer = 100.0
-        self.sizes = []
+        self.sizes, self.types = [], set()
 
     def forward(self, batch):
-        self.sizes.append(len(batch))
+        self.sizes.append(len(batch)), self.types.add(autocast_type())
         left = torch.stack([x["image"][:, :, :20].double().mean() / 255 for x in batch])
         number = sum(len(x["instances"]) for x in batch)
         if self.loss_normalizer:
@@ -84,12 +90,23 @@ class At(HookBase):
             self.action(self.trainer)
 
 
+class Drawing(HookBase):
+    """Draws random numbers, which those of a resumed training do not depend on."""
+
+    def before_train(self):
+        torch.rand(1), np.random.rand(), random.random()
+
+
 class Failure(Exception):
     """Of a test."""
 
 
 def fail(*args):
     raise Failure
+
+
+def send(*numbers):
+    return lambda *_: [os.kill(os.getpid(), number) for number in numbers]
 
 
 def spoil(trainer):
@@ -121,9 +138,10 @@ class ToyTrainer(Trainer):
 
 
 def register(synthetic, folder):
-    """Register datasets of all images ("toy") and of one image ("one")."""
+    """Register datasets of all images ("toy", "again") and of one image ("one")."""
     files = (synthetic / "instances.json", synthetic / "images", folder)
-    register_coco_json("toy", *map(str, files))
+    for name in ("toy", "again"):
+        register_coco_json(name, *map(str, files))
     if "one" in DatasetCatalog:
         DatasetCatalog.remove("one")
     DatasetCatalog.register("one", lambda: DatasetCatalog.get("toy")[:1])
@@ -148,23 +166,14 @@ def make(out, *opts, trainer=ToyTrainer, seed=3):
     for function in (torch.manual_seed, np.random.seed, random.seed):
         function(seed)
     trainer = trainer(cfg)
-    trainer.resume_or_load(resume=True)
+    trainer.resume_or_load()
     return trainer
-
-
-@pytest.mark.parametrize(("names", "folder"), [(["toy"], ""), (["toy", "one"], "/toy")])
-def test_folder_of_results(names, folder, toy_data, tmp_path):
-    """Detections of one dataset do not replace those of another."""
-    cfg = demo_cfg(OUTPUT_DIR=str(tmp_path))
-    cfg.DATASETS.TEST = names
-    cfg.MODEL.LIBRA.NUM_PICTURES = 0
-    assert Trainer.build_evaluator(cfg, "toy")._output_dir == f"{tmp_path}/inference{folder}"
 
 
 def run(out, *opts, until=None, action=fail, **kwargs):
     """Train or resume; ``action`` is called before iteration ``until``."""
     trainer = make(out, *opts, **kwargs)
-    trainer.register_hooks([At(until, action)])
+    trainer.register_hooks([At(until, action), Drawing()])
     with pytest.raises(Failure) if action is fail and until else nullcontext():
         trainer.train()
     return trainer
@@ -214,6 +223,7 @@ def test_resumed(whole, tmp_path, until):
     statistics, moving average, images, random numbers and medians are those of the whole training.
     """
     run(tmp_path, until=until)
+    assert not (tmp_path / "model_final_ema.pth").exists()
     assert until - 1 in [x["iteration"] for x in lines(tmp_path)]
     with (tmp_path / "metrics.json").open("a") as f:
         f.write('{"iteration": 1, "loss_o')  # cut short
@@ -235,24 +245,48 @@ def test_metrics(whole):
     assert names == {name for name in found[-1] if name.startswith("validation/")}
     assert (whole / "last_checkpoint").read_text() == "model_final.pth"
     assert torch.load(whole / "model_final.pth")["iteration"] == 10
+    best = max(x["bbox/AP"] for x in found if "bbox/AP" in x)
+    assert weights(whole, "model_best")[0] == best != weights(whole, "model_final_ema")[0]
+    every = {"final": ["iteration", "trainer"], "best": ["iteration"], "final_ema": []}
+    for name, others in every.items():
+        assert torch.load(whole / f"model_{name}.pth").keys() == {"model", "run", *others}
 
 
 def test_tensorboard(whole, tmp_path):
-    """Shows no value twice that an interrupted training has written after its checkpoint."""
-    run(tmp_path, until=5)
-    (events,) = tmp_path.glob("events.*")
-    events.rename(tmp_path / "events.out.tfevents.1")  # it is the older one, also within a second
-    run(tmp_path, seed=99)
+    """
+    Shows no value twice that an interrupted training has written after its checkpoint, nor those of
+    an earlier training, and each value at once.
+    """
+
+    def look(trainer):
+        assert [step for step, _ in scalars(tmp_path)["lr"]] == [2, 5, 8]
+        fail()
+
+    with SummaryWriter(str(tmp_path)) as earlier:
+        earlier.add_scalar("lr", 1.0, 0)
+    for number, until in enumerate((10, None)):
+        # It is the older one, also within a second.
+        max(tmp_path.glob("events.*")).rename(tmp_path / f"events.out.tfevents.{number}")
+        with pytest.raises(Failure) if until else nullcontext():
+            run(tmp_path, until=until, action=look, seed=3 + number)
     assert scalars(tmp_path) == scalars(whole)
 
 
 def test_evaluation_changes_nothing(whole, tmp_path):
-    """Evaluation, averages and the best model have no effect on the training."""
+    """Evaluation, averages and the best model have no effect; a signal at the end puts it off."""
     opts = ["TEST.EVAL_PERIOD", 0, f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}BEST_METRIC", ""]
     opts += [f"{SECTION}VALIDATION_LOSS", False, "TEST.AUG.ENABLED", True]
+    opts += [f"{SECTION}MAX_CHECKPOINTS", 2]
+    stopped = make(tmp_path, *opts)
+    stopped.register_hooks([At(10, send(signal.SIGTERM)), Drawing()])
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert stopped.results == {}
     trainer = run(tmp_path, *opts)
+    assert trainer.best is None
     assert weights(tmp_path) == weights(whole)
-    assert not [*tmp_path.glob("*_ema.pth"), *tmp_path.glob("*best*")]
+    saved = {p.name for p in tmp_path.glob("*.pth")}
+    assert saved == {"model_0000007.pth", "model_0000009.pth", "model_final.pth"}
     value, _, variance = weights(whole)
     expected = {"bbox": {"AP": value, "AP50": variance}, "bbox_TTA": {"AP": 7 * value}}
     assert trainer.results == expected
@@ -280,9 +314,8 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     """
     Failing.left = number
     opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
-    trainer = make(tmp_path, *opts, trainer=Failing)
     with pytest.raises(Failure):
-        trainer.train()
+        run(tmp_path, *opts, trainer=Failing)
     name = "model_final.pth" if iteration == 10 else "model_0000005.pth"
     assert {p.name for p in tmp_path.glob("*.pth")} == {
         *(name, "model_best.pth"),
@@ -295,6 +328,19 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     assert lines(tmp_path) == lines(whole)
     value, _, variance = weights(whole)
     assert trainer.results["bbox"] == {"AP": value, "AP50": variance}
+
+
+def test_evaluation_of_each_iteration(toy_data, tmp_path):
+    """Of the first as well, which is made up for; its checkpoint, written again, counts once."""
+    opts = ["TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 3, f"{SECTION}VALIDATION_LOSS", False]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}MAX_CHECKPOINTS", 3]
+    Failing.left = 1
+    with pytest.raises(Failure):
+        make(tmp_path, *opts, trainer=Failing).train()
+    run(tmp_path, *opts)
+    assert [x["iteration"] for x in lines(tmp_path) if "bbox/AP" in x] == [0, 1, 3]
+    saved = sorted(p.name for p in tmp_path.glob("model_0*"))
+    assert saved == [f"model_{i:07d}.pth" for i in range(3)]
 
 
 def test_end_early(whole, tmp_path, caplog):
@@ -317,17 +363,23 @@ def test_end_early(whole, tmp_path, caplog):
 def test_lines_of_metrics(toy_data, tmp_path, period, expected):
     """Every 20 iterations or at each evaluation, at the last iteration and the last evaluation."""
     opts = ["TEST.EVAL_PERIOD", period, "SOLVER.MAX_ITER", 30, "SOLVER.CHECKPOINT_PERIOD", 99]
-    run(tmp_path, *opts, f"{SECTION}BEST_METRIC", "")
+    run(tmp_path, *opts, f"{SECTION}BEST_METRIC", "", f"{SECTION}VALIDATION_LOSS", False)
     found = [x["iteration"] for x in lines(tmp_path)]
     assert found[: len(expected)] == expected
     assert found[-2:] == [29, 30]
+    state = torch.load(tmp_path / "model_final.pth")["trainer"]["hooks"]["ExactResume"]
+    assert {len(values) for values in state["histories"].values()} == {20}  # what medians are of
+    assert not [x for x in (*state["histories"], *state["latest"]) if re.search("time|eta", x)]
 
 
 def test_precise_statistics(toy_data, tmp_path):
     """Exact statistics of one image, rather than a tenth of the way there."""
     opts = ["DATASETS.TRAIN", ("one",), "INPUT.RANDOM_FLIP", "none", "TEST.EVAL_PERIOD", 2]
     opts += ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "SOLVER.MAX_ITER", 4]
-    trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    opts += ["SOLVER.CHECKPOINT_PERIOD", 1, "DATALOADER.NUM_WORKERS", 1]
+    others = multiprocessing.active_children()
+    trainer = run(tmp_path, *opts)
+    assert set(multiprocessing.active_children()) <= set(others)
     image = next(iter(trainer.build_train_loader(trainer.cfg)))[0]["image"]
     mean = image[:, :, :20].double().mean() / 255
     left = trainer.model.frozen(mean.view(1, 1, 1, 1)).item()
@@ -337,19 +389,25 @@ def test_precise_statistics(toy_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("opts", "sizes"),
+    ("opts", "sizes", "amp"),
     [
-        ([], [6]),
-        ([f"{SECTION}ACCUMULATION_STEPS", 3], [2] * 6),
-        (["SOLVER.REFERENCE_WORLD_SIZE", 3], [2] * 3),
+        ([], [6], True),
+        *(([f"{SECTION}ACCUMULATION_STEPS", 3], [2] * 6, amp) for amp in (True, False)),
+        (["SOLVER.REFERENCE_WORLD_SIZE", 3], [2] * 3, False),
     ],
 )
-def test_batches(toy_data, tmp_path, opts, sizes):
-    """Whole batches, micro-batches (computed twice), and batches scaled from three processes."""
+def test_batches(toy_data, tmp_path, opts, sizes, amp):
+    """
+    Whole batches, micro-batches (computed twice), and batches scaled from three processes; in mixed
+    precision, without a scaler, if the config says so, as are validation losses.
+    """
     opts = [*opts, "SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 1]
+    opts += ["SOLVER.AMP.ENABLED", amp]
     others = multiprocessing.active_children()  # of loaders that no one has collected yet
-    trainer = run(tmp_path, *opts, f"{SECTION}VALIDATION_LOSS", False)
-    assert trainer.model.sizes == sizes
+    trainer = run(tmp_path, *opts)
+    assert trainer.model.sizes == sizes + [1] * 11
+    assert trainer.model.types == {torch.bfloat16 if amp else torch.float32}
+    assert type(trainer._trainer) is AccumulationTrainer
     assert set(multiprocessing.active_children()) <= set(others)
 
 
@@ -367,7 +425,10 @@ def test_loss_that_is_not_finite(toy_data, tmp_path):
 
 
 def test_other_optimizer(toy_data, tmp_path):
-    """A checkpoint of other parameters is refused in one line."""
+    """
+    A checkpoint of other parameters, or of more iterations, is refused in one line. The config's
+    rate, momentum and decay count.
+    """
 
     class Larger(ToyTrainer):
         @classmethod
@@ -379,6 +440,12 @@ def test_other_optimizer(toy_data, tmp_path):
     run(tmp_path, until=5)
     with pytest.raises(InputError, match="checkpoint's optimizer is of another type or has other"):
         make(tmp_path, trainer=Larger)
+    with pytest.raises(InputError, match="^SOLVER.MAX_ITER is 3, but the run .* has 4 iterations"):
+        make(tmp_path, "SOLVER.MAX_ITER", 3)
+    opts = ["SOLVER.BASE_LR", 0.4, "SOLVER.MOMENTUM", 0.5, "SOLVER.WEIGHT_DECAY", 0.25]
+    (group,) = make(tmp_path, *opts)._trainer.optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.2 * (1 + math.cos(math.pi * 4 / 11)))
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("name", [None, "a.txt"])
@@ -394,8 +461,11 @@ def test_full_disk(toy_data, tmp_path, name):
 
 
 def test_different_checkpoints(toy_data, tmp_path, monkeypatch):
-    """Processes that do not share their output directory."""
-    run(tmp_path, until=5)
+    """Processes that do not share their output directory; a training that starts over."""
+    cfg = run(tmp_path, until=5).cfg
+    trainer = ToyTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert (trainer.cfg is cfg, trainer.start_iter, trainer.model.weight.item()) == (True, 0, 0.5)
     gather = comm.all_gather
     monkeypatch.setattr(comm, "all_gather", lambda x: [*gather(x), 0])
     with pytest.raises(InputError, match=f"{tmp_path}: the processes find different checkpoints"):
@@ -409,13 +479,17 @@ def test_zero_steps_left(whole, tmp_path):
     trainer = run(tmp_path, *opts)
     assert weights(tmp_path, "model_final_ema") == weights(tmp_path) == weights(whole)
     assert trainer.results["bbox_EMA"] == trainer.results["bbox"]
+    assert lines(tmp_path)[-1]["iteration"] == 11
+    (tmp_path / "metrics.json").unlink()
+    state = trainer.state_dict()["hooks"]["ExactResume"]
+    assert (len(state["processes"]), state["length"]) == (1, 0)
 
 
 def test_without_state(whole, tmp_path, caplog):
     """A checkpoint of Detectron2 0.6 has neither the optimizer nor the state of ExactResume."""
     state = torch.load(whole / "model_0000005.pth")
     state["trainer"] = {k: state["trainer"][k] for k in ("iteration", "hooks")}
-    del state["trainer"]["hooks"]["ExactResume"]
+    del state["trainer"]["hooks"]["ExactResume"], state["run"]
     torch.save(state, tmp_path / "model_0000005.pth")
     shutil.copy(whole / "metrics.json", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
@@ -423,6 +497,7 @@ def test_without_state(whole, tmp_path, caplog):
     assert trainer.start_iter == 6
     assert "The checkpoint lacks the optimizer's state: its momentum starts at 0" in caplog.text
     assert "does not have the state of its training: the data order" in caplog.text
+    assert "The checkpoint does not say which run it is of" in caplog.text
     rates = [x["lr"] for x in lines(whole) if "lr" in x]
     assert [x["lr"] for x in lines(tmp_path) if "lr" in x] == rates
     assert [x["iteration"] for x in lines(tmp_path)] == [2, 5, 8, 10, 11]
@@ -435,29 +510,141 @@ def test_length_is_unknown(tmp_path):
     assert (_cut_metrics(str(path), 6, -1), path.read_bytes()) == (5, kept)
     assert (_cut_metrics(str(path), 6, 17), path.read_bytes()) == (3, kept[:17])
     assert (_cut_metrics(str(path), 3, -1), path.read_bytes()) == (-1, b"")
+    assert _cut_metrics(str(tmp_path / "none"), 3, -1) == -1
 
 
-class Drawing(HookBase):
-    """Draws random numbers."""
+@pytest.mark.parametrize("names", [("one",), ("toy", "one")])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_average_and_best(toy_data, tmp_path, names, averaged):
+    """The moving average of the weights; the best model is that of the metric, averaged or not."""
+    several, ema = len(names) > 1, "_EMA" * averaged
+    metric = f"one{ema}/bbox/AP" if several else f"bbox{ema}/AP"
+    opts = ["DATASETS.TEST", names, f"{SECTION}BEST_METRIC", metric, "TEST.EVAL_PERIOD", 2]
+    trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    states = [weights(tmp_path, f"model_{i:07d}") for i in range(11)]
+    averages = [states[0][0]]
+    for weight, *_ in states[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * weight)
+    # Buffers are copies.
+    assert weights(tmp_path, "model_final_ema") == pytest.approx([averages[-1], *states[-1][1:]])
+    evaluated = {min(x["iteration"], 10): x[metric] for x in lines(tmp_path) if metric in x}
+    values = averages if averaged else [weight for weight, *_ in states]
+    assert evaluated == pytest.approx({i: values[i] for i in (1, 3, 5, 7, 9, 10)})
+    best = max(evaluated, key=evaluated.get)
+    assert weights(tmp_path, "model_best") == pytest.approx([values[best], *states[best][1:]])
+    line = f"best: {metric} {evaluated[best]:.1f} after {best + 1} iterations, "
+    assert trainer.best.describe() == f"{line}{tmp_path}/model_best.pth"
+    state = torch.load(tmp_path / "model_best.pth")
+    assert (state.keys(), state["iteration"]) == ({"model", "iteration", "run"}, best)
+    prefixes = [f"{name}/" for name in names] if several else [""]
+    totals = {k for x in lines(tmp_path) for k in x if k.endswith("/total_loss")}
+    assert totals == {f"validation/{x}total_loss" for x in prefixes}
 
-    def before_train(self):
-        torch.rand(1), np.random.rand(), random.random()
+
+@pytest.mark.parametrize(("until", "number"), [(None, 0), (3, 1), (5, 2), (8, 3)])
+def test_patience(toy_data, tmp_path, until, number, caplog):
+    """
+    The training ends at the second evaluation in a row that is not above the best one, 4 at
+    iteration 3, resumed or not, or made up for; the best model stays that one. An ended training is
+    not continued.
+    """
+    caplog.set_level("INFO")
+    scores, augmented = [3, 4, float("nan"), 4, 9, 9], {"bbox_TTA": {"AP": 5}}
+
+    class Scored(ToyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"bbox": {"AP": left.pop(0)}}
+
+        @classmethod
+        def test_with_TTA(cls, cfg, model):
+            return augmented
+
+    opts = ["TEST.EVAL_PERIOD", 2, f"{SECTION}EMA_DECAY", 0.0, f"{SECTION}PATIENCE", 2]
+    opts += ["TEST.AUG.ENABLED", True, f"{SECTION}VALIDATION_LOSS", False]
+    if until:
+        left = scores[:number]
+        with pytest.raises((Failure, IndexError)):  # the latter in the evaluation at iteration 7
+            run(tmp_path, *opts, until=until, action=lambda trainer: fail(), trainer=Scored)
+    left = scores[number:]
+    trainer = run(tmp_path, *opts, trainer=Scored)
+    assert len(left) == 2
+    assert trainer.results == {"bbox": {"AP": 4}, **augmented}
+    found = [(x["iteration"], x["bbox/AP"]) for x in lines(tmp_path) if x.get("bbox/AP", 0) > 0]
+    assert found == [(1, 3), (3, 4), (7, 4)]
+    assert lines(tmp_path)[-1] == {"iteration": 8, "bbox_TTA/AP": 5}
+    assert "bbox/AP has not risen above 4.00 in 2 evaluations" in caplog.text
+    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 3
+    run(tmp_path, *opts, trainer=Scored)
+    assert "This training has ended early" in caplog.text
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == 7
 
 
-def test_own_hook(whole, tmp_path):
-    """Random numbers are restored after what hooks of one's own draw."""
-    run(tmp_path, until=5)
-    trainer = make(tmp_path, seed=99)
-    trainer.register_hooks([Drawing()])
-    trainer.train()
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signaled(ToyTrainer):
+    """Receives a signal in one of its evaluations, two of which are at iterations 2, 5, 8, 10."""
+
+    left, number = 0, 0
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        cls.left -= 1
+        if cls.left == 0:
+            send(cls.number)()
+        return super().test(cfg, model)
+
+
+@pytest.mark.parametrize(
+    ("until", "evaluation", "saved", "number"),
+    [
+        (0, 0, 0, signal.SIGTERM),
+        (5, 0, 5, signal.SIGINT),
+        (9, 0, 9, signal.SIGUSR1),
+        (10, 0, 10, signal.SIGTERM),
+        (None, 1, 2, signal.SIGUSR1),
+        (None, 4, 5, signal.SIGTERM),
+        (None, 7, 10, signal.SIGINT),
+    ],
+)
+def test_signals(whole, tmp_path, capsys, until, evaluation, saved, number):
+    """
+    During an iteration, one before an evaluation, and an evaluation: the training is saved, exits
+    with the status that shells expect, and resumes exactly, with all metrics.
+    """
+    handlers = [signal.getsignal(x) for x in SIGNALS]
+    Signaled.left, Signaled.number = evaluation, number
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 100]
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        run(tmp_path, *opts, until=until, action=send(number), trainer=Signaled)
+    if evaluation == 7:  # the one after the last iteration is one of the last things to be done
+        for x, handler in zip(SIGNALS, handlers):
+            signal.signal(x, handler)
+    else:
+        assert [signal.getsignal(x) for x in SIGNALS] == handlers
+    message = f"{number.name}: stopped after iteration {saved}; --resume continues\n"
+    printed = capsys.readouterr().err
+    assert printed.endswith(message)
+    assert printed.count("stopped after") == 1
+    saved_files = {p.name for p in tmp_path.glob("*.pth")} - {"model_best.pth"}
+    last = {f"model_{saved:07d}.pth"} if saved < 10 else {"model_final.pth", "model_final_ema.pth"}
+    assert saved_files == last
+    assert not any("bbox/AP" in x for x in lines(tmp_path) if x["iteration"] == saved)
+    run(tmp_path, *opts, seed=99)
     assert weights(tmp_path) == weights(whole)
+    for name in ("model_best", "model_final_ema"):
+        assert weights(tmp_path, name) == weights(whole, name)
+    assert lines(tmp_path) == lines(whole)
 
 
 def test_expected_results(toy_data, tmp_path):
-    """Others end a training with exit status 1."""
+    """Others end a training with exit status 1. A new training adds to metrics.json."""
+    (tmp_path / "metrics.json").write_text('{"iteration": 5}\n')
     opts = ["SOLVER.MAX_ITER", 1, "TEST.EXPECTED_RESULTS", [["bbox", "AP", 99.0, 1.0]]]
     with pytest.raises(SystemExit, match="^1$"):
         run(tmp_path, *opts)
+    assert [x["iteration"] for x in lines(tmp_path)] == [5, 0, 1]
 
 
 def test_printed_twice():
@@ -477,6 +664,7 @@ def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
     state = torch.load(tmp_path / "model_0000005.pth")["trainer"]["hooks"]["ExactResume"]
     (process,) = state["processes"]
+    assert process["buffers"] == {}  # the model's
     drawn = []
     for rank in (0, 1, 2, 3, 3):
         trainer = make(tmp_path, seed=rank)
@@ -498,21 +686,30 @@ def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
 
 
 def test_loader_of_its_own(toy_data, tmp_path, caplog):
-    """A user's data loader starts over, with a warning."""
+    """A user's data loader starts over, with a warning; a length in epochs needs the other one."""
 
     class Own(ToyTrainer):
         @classmethod
         def build_train_loader(cls, cfg):
-            return [*itertools.islice(super().build_train_loader(cfg), 20)]
+            return [*itertools.islice(super().build_train_loader(cfg), 11)]
 
     run(tmp_path, until=4, trainer=Own)
-    run(tmp_path, trainer=Own)
+    assert "does not have the state of its training" not in caplog.text
+    run(tmp_path, until=6)
+    assert "A ResumableLoader cannot continue where it was: the data order restarts" in caplog.text
+    cfg = run(tmp_path, trainer=Own).cfg.clone()
     assert "A list cannot continue where it was: the data order restarts" in caplog.text
+    cfg.merge_from_list([f"{SECTION}EPOCHS", 2.0])
+    with pytest.raises(InputError, match="EPOCHS needs .* with a list use SOLVER.MAX_ITER"):
+        Own(cfg)
+    assert ToyTrainer(cfg).cfg.SOLVER.MAX_ITER == 8  # 2 * 11 images, 3 at a time
+    assert cfg.SOLVER.MAX_ITER == 11
 
 
 def test_loaders(toy_data, tmp_path):
-    """Of training, of evaluation, and of validation losses, with annotations."""
+    """Of training, of evaluation, and of validation losses, with annotations; other parts."""
     opts = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 80, "DATASETS.TRAIN", ("one",)]
+    opts += ["TEST.AUG.MIN_SIZES", (32,)]
     cfg = make(tmp_path, *opts).cfg
     trained = next(iter(Trainer.build_train_loader(cfg)))
     assert [x["image"].shape for x in trained] == [(3, 64, 64)] * 3
@@ -524,34 +721,15 @@ def test_loaders(toy_data, tmp_path):
     assert len(validated["instances"]) == len(trained[0]["instances"]) > 0
     assert len(list(Trainer.build_validation_loader(cfg, "toy"))) == 11
 
+    class OneImage(Trainer):
+        @classmethod
+        def build_test_loader(cls, cfg, dataset_name):
+            return [next(iter(super().build_test_loader(cfg, dataset_name)))]
 
-class Listening(ToyTrainer):
-    """Its model notes what it is computed in."""
-
-    seen = []
-
-    @classmethod
-    def build_model(cls, cfg):
-        model = super().build_model(cfg)
-        model.register_forward_pre_hook(lambda *args: cls.seen.append(autocast_type()))
-        return model
-
-
-def autocast_type():
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-
-
-@pytest.mark.parametrize("amp", [True, False])
-@pytest.mark.parametrize("accumulation_steps", [1, 3])
-def test_mixed_precision(toy_data, tmp_path, monkeypatch, amp, accumulation_steps):
-    """Training steps, counting passes and validation losses."""
-    monkeypatch.setattr(Listening, "seen", [])
-    opts = ["SOLVER.AMP.ENABLED", amp, f"{SECTION}ACCUMULATION_STEPS", accumulation_steps]
-    opts += ["SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 6]
-    trainer = run(tmp_path, *opts, trainer=Listening)
-    assert type(trainer._trainer) is AccumulationTrainer  # without a scaler
-    assert set(Listening.seen) == {torch.bfloat16 if amp else torch.float32}
-    assert len(Listening.seen) == (6 if accumulation_steps > 1 else 1) + 11
+    model = Trainer.build_model(cfg)
+    Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+    assert OneImage.test_with_TTA(cfg, model).keys() == {"bbox_TTA"}
+    assert (tmp_path / "inference_TTA/coco_instances_results.json").exists()
 
 
 def test_float16(toy_data, tmp_path, monkeypatch):
@@ -560,20 +738,31 @@ def test_float16(toy_data, tmp_path, monkeypatch):
     assert type(make(tmp_path)._trainer) is AMPAccumulationTrainer
 
 
-@pytest.mark.parametrize("amp", [True, False])
-def test_precision_of_evaluation(toy_data, tmp_path, amp):
-    """Mixed if the config says so, in inference mode."""
+@pytest.mark.parametrize(("amp", "names"), [(True, ("toy",)), (False, ("again", "toy"))])
+def test_evaluation(toy_data, tmp_path, amp, names, caplog):
+    """
+    In inference mode, in mixed precision if the config says so. The results of several datasets,
+    which are printed, have a folder each, and a picture of the first image.
+    """
+    caplog.set_level("INFO")
     seen = []
 
     def detect(inputs):
         seen.append((autocast_type(), torch.is_inference_mode_enabled()))
         return [{"instances": Instances((96, 96), **NO_OBJECTS)} for _ in inputs]
 
-    cfg = make(tmp_path, "SOLVER.AMP.ENABLED", amp).cfg
+    opts = ["SOLVER.AMP.ENABLED", amp, "MODEL.LIBRA.NUM_PICTURES", 1, "DATASETS.TEST", names]
     model = Toy()
     model.forward = detect
-    Trainer.test(cfg, model)
-    assert seen == [(torch.bfloat16 if amp else torch.float32, True)] * 12
+    results = Trainer.test(make(tmp_path, *opts).cfg, model)
+    several = len(names) > 1
+    assert seen == [(torch.bfloat16 if amp else torch.float32, True)] * (12 * len(names))
+    assert list(results) == (list(names) if several else ["bbox"])
+    assert caplog.text.count("copypaste: AP,AP50") == len(names)
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("inference/**/coco_*.json")}
+    folders = [f"inference/{name}" for name in names] if several else ["inference"]
+    assert found == {f"{folder}/coco_instances_results.json" for folder in folders}
+    assert sorted(p.parent.name for p in tmp_path.glob("pictures/*/*.jpg")) == sorted(names)
 
 
 def one_of_two(*paths):
@@ -603,7 +792,7 @@ def in_two_processes(args):
             function = getattr(torch.distributed, name)
             counted = functools.wraps(function)(
                 lambda *args, f=function, name=name, **kwargs: (
-                    calls.append((name, args[0].nbytes)),
+                    calls.append((name, args[0].nbytes, sorted(kwargs))),
                     f(*args, **kwargs),
                 )[1]
             )
@@ -614,7 +803,7 @@ def in_two_processes(args):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         trainer = make(out / "whole", *opts, seed=rank)
-        trainer.register_hooks([At(6, count), At(7, lambda trainer: monkeypatch.undo())])
+        trainer.register_hooks([At(6, count), At(7, lambda trainer: monkeypatch.undo()), Drawing()])
         trainer.train()
         state(trainer)
     run(out / "resumed", *opts, seed=rank, until=7)
@@ -654,7 +843,8 @@ def test_two_processes(synthetic, toy_data, tmp_path):
         assert found["whole"] == found["resumed"] == found["stopped"] == found["failed"]
         assert found["exit"] == 143
         # The losses, three with the time of loading, and whether there was a signal.
-        assert found["calls"] == [["gather", 24], ["all_reduce", 8]]
+        calls = [["gather", 24, ["group"]], ["all_reduce", 8, ["async_op", "group"]]]
+        assert found["calls"] == calls
     for name in ("resumed", "stopped"):
         assert weights(tmp_path / name) == weights(tmp_path / "whole")
     assert lines(tmp_path / "resumed") == lines(tmp_path / "whole")

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from libra_d2.evaluation.validation_loss import validation_losses
+from libra_d2.utils.random_state import seeded
 
 
 class Detector(nn.Module):
@@ -79,6 +80,8 @@ def test_restores_the_model(trains, last):
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert model.modes == 4 * [{"", "head", "head.0"}]
     assert model.drawn[:2] == model.drawn[2:]
+    with seeded(0):
+        assert model.drawn[0] == (torch.rand(()).item(), np.random.rand(), random.random())
     assert all(a != b for a, b in zip(*model.drawn[:2]))
 
 

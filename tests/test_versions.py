@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import importlib
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -28,7 +29,12 @@ def test_check_versions(module, version, message, monkeypatch):
     if not message:
         check_versions()
         return
-    with pytest.raises(ImportError, match=message):
+    with pytest.raises(ImportError, match=message) as e:
+        check_versions()
+    assert e.value.name == module
+    error = ModuleNotFoundError("No module named 'other'", name="other")
+    monkeypatch.setattr(importlib, "import_module", Mock(side_effect=error))
+    with pytest.raises(ModuleNotFoundError, match="other"):  # of what the module imports
         check_versions()
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
@@ -32,7 +32,7 @@ from ..utils.atomic_write import atomic_write
 from ..utils.display import class_colors
 from .coco_json import COCOEntries, log_changes
 from .fingerprint import digest, file_digest, image_fingerprint
-from .image_checks import UNKNOWN, ResizeLimits, check_images, check_resized
+from .image_checks import UNKNOWN, ImageChecks, ResizeLimits, check_resized
 from .mapped_records import LAYOUT, MappedRecords, Outline, RecordWriter, all_objects
 
 __all__ = [
@@ -121,9 +121,15 @@ def _as_detectron2(annotation: Dict[str, Any], with_masks: bool) -> Optional[Dic
     return found
 
 
-def _write_records(path: str, entries: COCOEntries) -> None:
-    writer, categories = RecordWriter(), []
+def _write_records(
+    path: str, entries: COCOEntries, check: Callable[[List[str], np.ndarray], None]
+) -> None:
+    """``check`` gets the names and sizes of the images as soon as they are read."""
+    writer, categories, is_checked = RecordWriter(), [], False
     for key, entry in entries:
+        if key == "annotations" and not is_checked:
+            check(*writer.images())
+            is_checked = True
         if key == "images":
             fields = {key: entry[key] for key in ("height", "width")}
             writer.add_image(entry["file_name"], {**fields, "image_id": entry["id"]})
@@ -160,24 +166,42 @@ def _write_changed(path: str, entries: COCOEntries, is_renumbered: bool) -> None
         file.write("}")
 
 
-def _check_images(
-    records: MappedRecords, image_root: str, json_file: str, limits: ResizeLimits, amount: int
-) -> str:
-    """Check the images that were not checked before; returns their :func:`image_fingerprint`."""
-    names, sizes = records.all_names(), records.all_sizes
-    check_resized(names, sizes, image_root, limits)
-    path = f"{os.path.splitext(records.path)[0]}-{digest(os.path.realpath(image_root))}.npy"
-    before = np.full((len(names), 2), UNKNOWN)
-    with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut short
-        before[:] = np.load(path)
-    states = before.copy()
-    try:
-        check_images(names, sizes, image_root, json_file, amount, states)
-    finally:
-        if not np.array_equal(states, before):
-            with atomic_write(path) as file:
-                np.save(file, states)
-    return image_fingerprint(zip(names, states[:, 0].tolist()))
+class _Images:
+    """The image files of a dataset, and a file with their states when they were checked."""
+
+    def __init__(
+        self, path: str, image_root: str, json_file: str, limits: ResizeLimits, amount: int
+    ):
+        self.path = f"{os.path.splitext(path)[0]}-{digest(os.path.realpath(image_root))}.npy"
+        self.image_root, self.json_file = image_root, json_file
+        self.limits, self.amount = limits, amount
+        self.checks: Optional[ImageChecks] = None
+
+    def check(self, names: Sequence[str], sizes: np.ndarray) -> None:
+        """Start to check those that were not checked before."""
+        check_resized(names, sizes, self.image_root, self.limits)
+        self.names, self.before = names, np.full((len(names), 2), UNKNOWN)
+        with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut short
+            self.before[:] = np.load(self.path)
+        self.states = self.before.copy()
+        self.checks = ImageChecks(
+            names, sizes, self.image_root, self.json_file, self.amount, self.states
+        )
+
+    def close(self) -> None:
+        """End the checks, as after an error in the annotations."""
+        if self.checks is not None:
+            self.checks.close()
+
+    def finish(self) -> str:
+        """Wait for the checks; returns the :func:`image_fingerprint`."""
+        try:
+            self.checks.finish()
+        finally:
+            if not np.array_equal(self.states, self.before):
+                with atomic_write(self.path) as file:
+                    np.save(file, self.states)
+        return image_fingerprint(zip(self.names, self.states[:, 0].tolist()))
 
 
 def cache_coco_json(
@@ -211,13 +235,16 @@ def cache_coco_json(
     key = digest([annotations, mask_format, __version__, LAYOUT])
     path = os.path.join(cache_dir, f"{name}-{key}.records")
     records = _find(path, json_file)
-    if records is None:
-        os.makedirs(cache_dir, exist_ok=True)
-        _write_records(path, entries)
-        records = MappedRecords(path)
-        _remove_others(path)
+    with closing(_Images(path, image_root, json_file, limits or {}, amount)) as images:
+        if records is None:
+            os.makedirs(cache_dir, exist_ok=True)
+            _write_records(path, entries, images.check)
+            records = MappedRecords(path)
+            _remove_others(path)
+        else:
+            images.check(records.all_names(), records.all_sizes)
+        image_content = images.finish()
     changes = Counter(records.info["changes"])
-    images = _check_images(records, image_root, json_file, limits or {}, amount)
     log_changes(json_file, changes)
     if changes or records.info["has_byte_order_mark"]:
         json_file = f"{os.path.splitext(path)[0]}.json"
@@ -232,7 +259,7 @@ def cache_coco_json(
         "thing_colors": class_colors(len(classes)),
         "thing_dataset_id_to_contiguous_id": records.class_of,
         "num_images": len(records),
-        "fingerprint": {"annotations": annotations, "images": images},
+        "fingerprint": {"annotations": annotations, "images": image_content},
     }
     return CachedDataset(path, image_root, metadata)
 

@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
-from typing import Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..errors import InputError, one_line
 from .image_reading import displayed_size, is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
 
-__all__ = ["ResizeLimits", "check_images", "check_resized"]
+__all__ = ["ImageChecks", "ResizeLimits", "check_images", "check_resized"]
 
 #: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
 ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
@@ -135,69 +136,96 @@ class _Checks(torchdata.Dataset):
 
 
 def _num_processes(num_images: int) -> int:
-    """How many processes to start, 0 for none."""
+    """How many processes to start, 0 for none. This one may need a core for its own work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    num = min(cores, _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
-    if num < 2 or multiprocessing.current_process().daemon:
+    num = min(max(cores - 1, 1), _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
+    if num < 1 or multiprocessing.current_process().daemon:
         return 0
     # Asking fixes the method for this process, as starting processes does.
     return num if multiprocessing.get_start_method() == "fork" else 0
 
 
-def check_images(
-    names: Sequence[str],
-    sizes: np.ndarray,
-    image_root: str,
-    json_file: str,
-    amount: int = -1,
-    states: Optional[np.ndarray] = None,
-) -> None:
+class ImageChecks:
     """
-    Check that images are in ``image_root``, are images, and have the size in the annotations. JPEG
+    Checks that images are in a directory, are images, and have the size in the annotations. JPEG
     and PNG files are only decoded if their end is missing. Only files that have changed since they
-    were checked are opened.
-
-    Args:
-        names: of files, relative to ``image_root``.
-        sizes: (N, 2) widths and heights in pixels.
-        json_file: where they are from, for messages.
-        amount: how many images to check, in equal distances; -1 for all.
-        states: (N, 2) int64, sizes of the files in bytes and times of their last change in
-            nanoseconds when they were checked; -1 if they never were. Updated in place.
-
-    Raises:
-        InputError: names the images for which this is not so, those among the first that it finds.
+    were checked are opened. If there are many, other processes begin at once to open them.
     """
-    if not os.path.isdir(image_root):
-        raise InputError(f"{image_root}: no such image directory")
-    for name in names:
-        _check_inside(name, image_root, json_file)
-    paths = [os.path.join(image_root, name) for name in names]
-    states = np.full((len(names), 2), UNKNOWN) if states is None else states
-    chosen = _spread(amount, len(names))
-    found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen.tolist(), _THREADS)
-    found = np.array(found, np.int64).reshape(-1, 2)
-    is_changed = (found != states[chosen]).any(axis=1)
-    changed, found = chosen[is_changed], found[is_changed]
-    num_processes = _num_processes(len(changed))
-    batches = [slice(i, i + _BATCH) for i in range(0, len(changed), _BATCH)]
-    num_threads = _THREADS // 4 if num_processes else _THREADS
-    loader = torchdata.DataLoader(
-        _Checks(paths, sizes, json_file, num_threads),
-        batch_sampler=[changed[batch] for batch in batches],
-        num_workers=num_processes,
-        collate_fn=list,
-        generator=torch.Generator(),  # the global one is left alone
-    )
-    # Nothing is shown if it takes less than a second.
-    with tqdm(total=len(changed), desc="checking images", unit="image", delay=1) as progress:
-        for batch, errors in zip(batches, loader):
-            if errors:
-                others = len(errors) - _MAX_ERRORS
-                more = [f"and {others} more"] if others > 0 else []
-                raise InputError("; ".join([*errors[:_MAX_ERRORS], *more]))
-            states[changed[batch]] = found[batch]
-            progress.update(len(changed[batch]))
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: np.ndarray,
+        image_root: str,
+        json_file: str,
+        amount: int = -1,
+        states: Optional[np.ndarray] = None,
+    ):
+        """
+        Args:
+            names: of files, relative to ``image_root``.
+            sizes: (N, 2) widths and heights in pixels.
+            image_root: the directory.
+            json_file: where they are from, for messages.
+            amount: how many images to check, in equal distances; -1 for all.
+            states: (N, 2) int64, sizes of the files in bytes and times of their last change in
+                nanoseconds when they were checked; -1 if they never were. Updated in place.
+
+        Raises:
+            InputError: if the directory or a file is missing, or a file is elsewhere.
+        """
+        if not os.path.isdir(image_root):
+            raise InputError(f"{image_root}: no such image directory")
+        for name in names:
+            _check_inside(name, image_root, json_file)
+        paths = [os.path.join(image_root, name) for name in names]
+        self._states = np.full((len(names), 2), UNKNOWN) if states is None else states
+        chosen = _spread(amount, len(names))
+        found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen.tolist(), _THREADS)
+        found = np.array(found, np.int64).reshape(-1, 2)
+        is_changed = (found != self._states[chosen]).any(axis=1)
+        self._changed, self._found = chosen[is_changed], found[is_changed]
+        num_changed = len(self._changed)
+        self._batches = [slice(i, i + _BATCH) for i in range(0, num_changed, _BATCH)]
+        num_processes = _num_processes(num_changed)
+        loader = torchdata.DataLoader(
+            _Checks(paths, sizes, json_file, max(_THREADS // max(num_processes, 1), 4)),
+            batch_sampler=[self._changed[batch] for batch in self._batches],
+            num_workers=num_processes,
+            prefetch_factor=len(self._batches) if num_processes else None,  # all
+            collate_fn=list,
+            generator=torch.Generator(),  # the global one is left alone
+        )
+        self._errors = iter(loader)
+
+    def finish(self) -> None:
+        """
+        Wait for the checks, with a progress bar if it takes more than a second.
+
+        Raises:
+            InputError: names the images that are not as they should be, those among the first that
+                are found.
+        """
+        total = len(self._changed)
+        with tqdm(total=total, desc="checking images", unit="image", delay=1) as progress:
+            for batch, errors in zip(self._batches, self._errors):
+                if errors:
+                    others = len(errors) - _MAX_ERRORS
+                    more = [f"and {others} more"] if others > 0 else []
+                    raise InputError("; ".join([*errors[:_MAX_ERRORS], *more]))
+                self._states[self._changed[batch]] = self._found[batch]
+                progress.update(len(self._changed[batch]))
+
+
+    def close(self) -> None:
+        """End the other processes."""
+        self._errors = iter(())
+
+
+def check_images(*args: Any, **kwargs: Any) -> None:
+    """All of :class:`ImageChecks`, which has the arguments and the errors."""
+    with closing(ImageChecks(*args, **kwargs)) as checks:
+        checks.finish()
 
 
 def _spread(amount: int, length: int) -> np.ndarray:

@@ -107,6 +107,16 @@ class RecordWriter:
         keypoints = annotation.get("keypoints")
         self._keypoints.append(sum(v > 0 for v in keypoints[2::3]) if keypoints else 0)
 
+    def _order(self) -> List[int]:
+        """The images in the order of their ids."""
+        return sorted(range(len(self._ids)), key=self._ids.__getitem__)
+
+    def images(self) -> Tuple[List[str], np.ndarray]:
+        """The names of the images, and their widths and heights (N, 2), as in the file."""
+        order = self._order()
+        sizes = np.array(self._sizes).reshape(-1, 2)[order]
+        return [os.fsdecode(self._names[i]) for i in order], sizes
+
     def save(self, path: str, info: Dict[str, Any], categories: Optional[List] = None) -> None:
         """
         Write the file, with the images in the order of their ids.
@@ -118,7 +128,7 @@ class RecordWriter:
                 them in place of classes.
         """
         num_images = len(self._ids)
-        order = sorted(range(num_images), key=self._ids.__getitem__)
+        order = self._order()
         rank = np.empty(num_images, np.int64)
         rank[order] = np.arange(num_images)
         owners = rank[np.asarray(self._images)]

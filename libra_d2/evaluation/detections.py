@@ -70,7 +70,7 @@ class Detections(Sequence):
         result = {"image_id": self.image_id, "category_id": int(self.classes[i])}
         result.update(bbox=box, score=score)
         if self._mask_size is not None:
-            counts = self._counts[self._ends[i] : self._ends[i + 1]].decode()
+            counts = self._counts[self._ends[:-1][i] : self._ends[1:][i]].decode()
             result["segmentation"] = {"size": list(self._mask_size), "counts": counts}
         if self._keypoints is not None:
             result["keypoints"] = self._keypoints[i].tolist()
