@@ -129,7 +129,7 @@ def test_page(files, tmp_path, capsys, monkeypatch):
     """It has the same numbers, and as many images as asked for; without Plotly, none is written."""
     images = json.loads((tmp_path / "val.json").read_text())["images"]
     for image in images:
-        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
+        Image.new("RGB", (30, 30)).save(tmp_path / image["file_name"])
     run(files, tmp_path / "out", "--val-images", str(tmp_path), "--max-images", "3")
     data, pictures = read_page(tmp_path / "out/index.html")
     numbers = read(tmp_path / "out")

@@ -3,6 +3,7 @@ import copy
 import json
 import logging
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,17 @@ for crowd, entry in enumerate(DATASET["annotations"]):
     entry.update(iscrowd=crowd, area=9)
 
 
+def check_files(*args, **kwargs):
+    """All of ImageChecks."""
+    with closing(image_checks.ImageChecks(*args, **kwargs)) as checks:
+        checks.finish()
+
+
 def check_images(dataset, root, json_file):
     """The checks of the images of a dataset."""
     names = [image["file_name"] for image in dataset["images"]]
     sizes = np.array([[image["width"], image["height"]] for image in dataset["images"]])
-    image_checks.check_images(names, sizes, root, json_file)
+    check_files(names, sizes, root, json_file)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datasets of a few small images, whose records are Detectron2's."""
 
+import copy
 import importlib
 import io
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
 import torch
-from test_coco_json import DATASET, RUN_LENGTHS, folder, write  # noqa: F401
+from test_coco_json import DATASET, RUN_LENGTHS, check_files, folder, write  # noqa: F401
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json, register_coco_instances
@@ -254,31 +255,31 @@ def test_amount(tmp_path, counts, monkeypatch, capsys):
     states = np.full((200, 2), -1)
     for amount, opened in ((0, []), (4, [0, 50, 100, 150]), (8, [25, 75, 125, 175])):
         counts["opened"].clear()
-        image_checks.check_images(*arguments, amount, states)
+        check_files(*arguments, amount, states)
         assert sorted(counts["opened"], key=names.index) == [names[i] for i in opened]
         assert (states[opened, 0] > 0).all()
     (tmp_path / names[-1]).write_bytes(b"no image")
     for expected in (range(64), range(184, 200)):  # the batches before the broken one are kept
         counts["opened"].clear()
         with pytest.raises(InputError, match="199.png: not a readable image"):
-            image_checks.check_images(*arguments, -1, states)
+            check_files(*arguments, -1, states)
         assert {names[i] for i in expected} - {names[i] for i in (0, 25, 50)} <= {*counts["opened"]}
     assert len(counts["opened"]) <= 64
     assert capsys.readouterr().err == ""  # no progress of what takes no time
     delayed = image_checks.tqdm
     monkeypatch.setattr(image_checks, "tqdm", lambda **x: delayed(**{**x, "delay": 0}))
     image_checks.Image.new("L", (2, 3)).save(tmp_path / names[-1])
-    image_checks.check_images(*arguments)
+    check_files(*arguments)
     assert re.search("checking images: 100%.* 200/200 .*image/s", capsys.readouterr().err)
 
 
 def test_many_errors(tmp_path):
     """The first ten are named."""
     (tmp_path / "a.png").write_bytes(b"no image")
-    for number, others in ((10, []), (11, ["and 1 more"]), (13, ["and 3 more"])):
+    for number, others in ((10, []), (11, ["and others"])):
         names = [f"{'./' * i}a.png" for i in range(number)]
         with pytest.raises(InputError) as error:
-            image_checks.check_images(names, np.ones((number, 2)), str(tmp_path), "x.json")
+            check_files(names, np.ones((number, 2)), str(tmp_path), "x.json")
         paths = [f"{tmp_path}/{name}" for name in names[:10]]
         assert re.findall("([^ ]+): not a readable image", str(error.value)) == paths
         assert re.findall("; (and .*)", str(error.value)) == others
@@ -297,7 +298,7 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
     monkeypatch.setattr(image_checks, "_check_image", log_process)
     monkeypatch.setattr(image_checks, "_BATCH", 2)
     monkeypatch.setattr(image_checks, "_MIN_PER_PROCESS", 4 if is_parallel else 10)
-    monkeypatch.setattr(image_checks.os, "sched_getaffinity", lambda pid: range(3), raising=False)
+    monkeypatch.setattr(image_checks.os, "sched_getaffinity", lambda pid: range(2), raising=False)
     monkeypatch.setattr(image_checks.multiprocessing, "get_start_method", lambda: "fork")
     names = [f"{i}.png" for i in range(9)]
     for name in names:
@@ -307,7 +308,7 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
     states, sizes = np.full((9, 2), -1), np.stack([np.arange(1, 10), np.full(9, 3)], axis=1)
     random_state = torch.get_rng_state()
     with pytest.raises(InputError) as error:
-        image_checks.check_images(names, sizes, str(tmp_path), "x.json", -1, states)
+        check_files(names, sizes, str(tmp_path), "x.json", -1, states)
     assert multiprocessing.active_children() == []
     found = re.findall(r"(\d.png): not a readable image", str(error.value))
     assert found == ["6.png", "7.png"]  # of one batch
@@ -318,13 +319,13 @@ def test_several_processes(tmp_path, monkeypatch, is_parallel):
     assert len(processes) == (2 if is_parallel else 1)
     assert (os.getpid() in processes) != is_parallel
     log.write_text("")  # nothing is opened again
-    image_checks.check_images(names[:6], sizes[:6], str(tmp_path), "x.json", -1, states[:6])
+    check_files(names[:6], sizes[:6], str(tmp_path), "x.json", -1, states[:6])
     assert log.read_text() == ""
 
 
 def test_images_are_checked_while_annotations_are_read(folder, monkeypatch):  # noqa: F811
     """The processes begin before, and end after an error; a missing file is found at once."""
-    monkeypatch.setattr(image_checks, "_num_processes", lambda num_images: 1)
+    monkeypatch.setattr(image_checks, "_num_processes", lambda *args: 1)
     entries, processes = dataset_cache.COCOEntries.__iter__, []
 
     def note_processes(self):
@@ -334,33 +335,45 @@ def test_images_are_checked_while_annotations_are_read(folder, monkeypatch):  # 
                 processes.append(len(multiprocessing.active_children()))
 
     monkeypatch.setattr(dataset_cache.COCOEntries, "__iter__", note_processes)
-    content = dataset()
+    content = copy.deepcopy(dataset())
     content["annotations"][2]["bbox"] = "broken"
     with pytest.raises(InputError, match="annotation id 3 has the bbox 'broken'"):
         register(folder, content)
     assert processes == [1, 1]
     assert multiprocessing.active_children() == []
     content["images"][0]["file_name"] = "absent.jpg"
-    with pytest.raises(InputError, match="absent.jpg: no such image"):
+    with pytest.raises(InputError, match="absent.jpg: no such image; .* names it$"):
+        register(folder, content)
+    content["images"][1]["file_name"] = "absent too.jpg"
+    with pytest.raises(InputError, match="such image; .* names it and 1 more$"):
         register(folder, content)
     assert len(processes) == 2
+    monkeypatch.setattr(image_checks, "_num_processes", lambda n, idle: told.append(idle) or 0)
+    told = []
+    for _ in range(2):
+        register(folder)
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize(
     ("method", "is_daemon", "cores", "num_images", "expected"),
     [
-        *(("fork", False, 4, 40000, 3), ("fork", False, 4, 8000, 2), ("fork", False, 4, 3999, 0)),
-        *(("fork", False, 64, 10**6, 16), ("fork", False, 1, 40000, 1)),
-        *(("fork", True, 4, 40000, 0), ("spawn", False, 4, 40000, 0)),
+        *(("fork", False, 4, 40000, [4, 3]), ("fork", False, 4, 8000, [2, 2])),
+        *(("fork", False, 4, 3999, [0, 0]), ("fork", False, 64, 10**6, [16, 16])),
+        *(("fork", False, 17, 10**6, [16, 16]), ("fork", False, 1, 40000, [1, 1])),
+        *(("fork", True, 4, 40000, [0, 0]), ("spawn", False, 4, 40000, [0, 0])),
     ],
 )
 def test_number_of_processes(method, is_daemon, cores, num_images, expected, monkeypatch):
-    """None where they cannot be started, or would have to import everything."""
+    """
+    None where they cannot be started, or would have to import everything; beside an idle process
+    and a busy one.
+    """
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
     process = types.SimpleNamespace(daemon=is_daemon)
     monkeypatch.setattr(multiprocessing, "current_process", lambda: process)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
-    assert image_checks._num_processes(num_images) == expected
+    assert [image_checks._num_processes(num_images, x) for x in (True, False)] == expected
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,12 @@ def test_unknown_names(name, options, key, example):
         (
             "backbone.in_features",
             "res5",
-            r"^model.backbone.in_features is 'res5': .* \"\['res5'\]\"$",
+            r"^model.backbone.in_features is 'res5': .* \['res5'\] ",
         ),
         (
             "head_in_features",
             ["p3", "p9"],
-            "^head_in_features of LibraRetinaNet has 'p9', but the backbone has p3, p4, p5, p6, ",
+            "^model.head_in_features has 'p9', but the backbone has p3, p4, p5, p6, p7$",
         ),
         ("unknown", 1, "^model: it cannot be built: .*unknown"),
         ("backbone.refine_level", 7, "^(?!model).*refine_level.* is 7"),
@@ -176,13 +176,18 @@ def test_features():
     """Of the RPN and the heads, by their most specific name; own models may have others."""
     model = build_model(demo_cfg(ROOT / "configs/Demo/libra_mask_rcnn_R_18_FPN.yaml"))
     model.proposal_generator.in_features = ["p2", "p1"]
-    with pytest.raises(InputError, match="^in_features of LibraRPN has 'p1', but .* p2, p3, p4, p"):
+    with pytest.raises(InputError, match="^model.proposal_generator.in_features has 'p1', but"):
         check_features(model)
     model.proposal_generator.in_features = []
     model.roi_heads.mask_in_features = ("neck",)
-    with pytest.raises(InputError, match="^mask_in_features of LibraROIHeads has 'neck', but "):
+    model.roi_heads.num_in_features, model.roi_heads.text_features = 5, ["x"]
+    with pytest.raises(InputError, match="^model.roi_heads.mask_in_features has 'neck', but "):
         check_features(model)
-    model.__class__ = type("OwnRCNN", (type(model),), {"__module__": "own"})
+    for part in (model.roi_heads, model):  # a user's own
+        kind, part.__class__ = type(part), type("Own", (type(part),), {"__module__": "own"})
+        check_features(model)
+        part.__class__ = kind
+    del model.backbone._out_feature_channels
     check_features(model)
     check_features(torch.nn.Linear(2, 2))
 

@@ -16,7 +16,7 @@ from test_lazy import FPN_MODELS, balanced
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import ProposalNetwork
 
@@ -218,7 +218,13 @@ def test_speed(language, device, amp, dtype, channels_last, expected, monkeypatc
 @LANGUAGES
 def test_levers(language, monkeypatch):
     """A built model has those that are on."""
-    kept = []
+    kept, compiled, accelerate = [], [], libra_d2.config.recipe.accelerate
+
+    def accelerate_uncompiled(model, compile_backbone, **kwargs):
+        compiled.append(compile_backbone)
+        accelerate(model, **kwargs)
+
+    monkeypatch.setattr(libra_d2.config.recipe, "accelerate", accelerate_uncompiled)
     monkeypatch.setattr(libra_d2.config.recipe, "keep_freed_memory", lambda: kept.append(1))
     recipe = make(language, "mask_rcnn_fpn")
     recipe.device = "cpu"
@@ -227,12 +233,13 @@ def test_levers(language, monkeypatch):
     for on in (True, False):
         recipe.fold_norm = recipe.parallel_roi_align = on
         recipe.winograd = recipe.lean_fpn = recipe.keep_freed_memory = on
+        recipe.compile_backbone = on
         recipe.channels_last = "auto" if on else "never"
         model = recipe.build_model().eval()
         types = {type(x) for x in model.modules()}
         assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
         assert (WinogradConv2d in types, LeanFPN in types) == (on, on)
-        assert len(kept) == 1
+        assert (len(kept), compiled.pop()) == (1, on)
         feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
         assert feature.is_contiguous(memory_format=torch.channels_last) == on
 
@@ -646,3 +653,27 @@ def test_test_time_augmentation_of_lazy_configs():
     heads = cfg.MODEL.ROI_HEADS
     assert (heads.NUM_CLASSES, heads.NMS_THRESH_TEST) == (3, 0.3)
     assert (cfg.TEST.DETECTIONS_PER_IMAGE, cfg.INPUT.FORMAT) == (9, "RGB")
+
+
+@pytest.mark.parametrize(
+    ("filter_empty", "keypoint_on", "least", "expected"),
+    [(False, False, 1, 4), (True, False, 1, 3), (True, True, 1, 2), (False, True, 2, 1)],
+)
+def test_images_to_train_on(filter_empty, keypoint_on, least, expected):
+    """Images without objects, or with too few keypoints for a model of them, are left out."""
+    box = {"bbox": [9, 9, 30, 30], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+    keypoints = [{**box, "keypoints": [1, 2, 2, 3, 4, v]} for v in (0, 1)]
+    objects = [[], [box], keypoints[:1], keypoints[1:]]
+    record = {"file_name": "none.png", "height": 50, "width": 60}
+    dataset = [{**record, "image_id": i, "annotations": x} for i, x in enumerate(objects)]
+    DatasetCatalog.register("recipe_images", lambda: dataset)
+    MetadataCatalog.get("recipe_images").set(keypoint_names=["a", "b"], keypoint_flip_map=[])
+    recipe = make("yaml")
+    recipe.train_datasets, recipe.batch_size = ("recipe_images",), 1
+    recipe.config.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
+    recipe.config.MODEL.KEYPOINT_ON = keypoint_on
+    recipe.config.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = least
+    found = recipe.build_train_loader(0).num_images
+    DatasetCatalog.remove("recipe_images")
+    MetadataCatalog.remove("recipe_images")
+    assert found == expected

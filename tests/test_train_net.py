@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training program, in this process and with models that take no time."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -16,7 +17,8 @@ from PIL import Image
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 
-from libra_d2.engine import read_config
+from libra_d2.config import make_recipe
+from libra_d2.engine import read_config, register_own_data
 from libra_d2.engine.arguments import add_data_arguments, config_argument_parser
 from libra_d2.engine.main import main
 
@@ -372,6 +374,12 @@ def test_own_data(tmp_path):
         assert names == (recipe.test_datasets, recipe.test_proposals)
     assert recipe.num_classes == 2
     assert OneNumber.cfg.is_frozen()
+    for splits in (("val",), ("train", "val")):
+        parser = argparse.ArgumentParser()
+        add_data_arguments(parser)
+        args = parser.parse_args([*map(str, own_data(small, *splits))])
+        recipe = make_recipe(demo_cfg(OUTPUT_DIR=str(tmp_path)))
+        assert register_own_data(recipe, args) == [f"own_{x}" for x in splits]
     (path,) = {*tmp_path.glob("datasets/own_train-*.json")}
     changed = json.loads(path.read_text())
     assert changed["annotations"][0]["bbox"] == [8, 8, 32, 40]

@@ -20,11 +20,9 @@ import os
 from importlib.util import find_spec
 from typing import Any, Dict, List, Sequence
 
-import numpy as np
 from tabulate import tabulate
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
-from libra_d2.data.image_checks import check_images
 from libra_d2.engine import report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.comparison import compare_objects
@@ -148,9 +146,9 @@ def run(args: argparse.Namespace) -> None:
     dataset, changes = read_coco_json(args.val_json, masks)
     log_changes(args.val_json, changes)
     if args.val_images is not None:
-        names = [x["file_name"] for x in dataset["images"]]
-        sizes = np.array([(x["width"], x["height"]) for x in dataset["images"]])
-        check_images(names, sizes, args.val_images, args.val_json, amount=NUM_IMAGES)
+        first = os.path.join(args.val_images, dataset["images"][0]["file_name"])
+        if not os.path.isfile(first):
+            raise InputError(f"--val-images: {first}: no such image; {args.val_json} names it")
     results = [[read_results(x) for x in side] for side in sides]
     models = [
         [

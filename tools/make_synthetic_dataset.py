@@ -235,7 +235,9 @@ def build_argument_parser() -> argparse.ArgumentParser:
         "output_dir", help="directory to create; an earlier dataset of this program is replaced"
     )
     parser.add_argument("--num-images", type=int, default=300, help="default: 300")
-    parser.add_argument("--size", type=int, default=160, help="in pixels; default: 160")
+    parser.add_argument(
+        "--size", type=int, default=160, help="of each side, in pixels; default: 160"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--classes",

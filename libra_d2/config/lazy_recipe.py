@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ from detectron2.data import (
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import ProposalNetwork
 from detectron2.solver import LRMultiplier
+from detectron2.utils.logger import log_first_n
 
 from ..data import LibraDatasetMapper, ResumableLoader, load_dataset
 from ..errors import ArgumentError, InputError, one_line
@@ -37,7 +39,7 @@ __all__ = ["PLACES", "LazyRecipe"]
 
 _SETTINGS = [x for x in vars(Recipe).values() if isinstance(x, Setting)]
 #: where LazyConfigs have settings; ``*`` is any index
-PLACES = {place for x in _SETTINGS for place in x.lazy}
+PLACES = sorted({place for x in _SETTINGS for place in x.lazy})
 
 # What a training is made of, in the order of building, and what an evaluation is.
 _PARTS = (
@@ -78,8 +80,10 @@ def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, A
         InputError: if an interpolation has no value or leads back to itself, nothing has the name
             of a target, or text is in the place of a list of features.
     """
-    if place.endswith("_features") and isinstance(node, str):
-        raise InputError(f"{place} is {node!r}: use a list, such as \"['{node}']\"")
+    if re.search(r"\.(\w+_)?(in|out)_features$", place) and isinstance(node, str):
+        raise InputError(
+            f"{place} is {node!r}: use a list, such as [{node!r}] (in quotes in a shell)"
+        )
     yield place, node
     if not OmegaConf.is_config(node):
         return
@@ -206,7 +210,10 @@ class LazyRecipe(Recipe):
                 return f.read()
 
     def check_keys(self) -> None:
-        """See :meth:`Recipe.check_keys`; nor may there be a value in the place of a section."""
+        """
+        See :meth:`Recipe.check_keys`; nor may there be a value in the place of a section. Keys of
+        ``train`` that are almost settings are logged: they may be the user's own.
+        """
         for setting in _SETTINGS:
             for place in self._places(setting):
                 parent, _, name = place.rpartition(".")
@@ -218,11 +225,11 @@ class LazyRecipe(Recipe):
                 is_null = isinstance(node, DictConfig) and name in node and value is None
                 if is_null and not is_optional:
                     raise InputError(f"{place} is null: leave it out, or give it a value")
-        # Detectron2's and own keys may be there, too.
         train = OmegaConf.to_container(self._select("train") or OmegaConf.create())
-        for key in dict(leaves(train, "train.")).keys() - PLACES:
+        for key in sorted(dict(leaves(train, "train.")).keys() - {*PLACES}):
             for similar in get_close_matches(key, PLACES, n=1, cutoff=0.9):
-                raise InputError(f"{key}: there is no such key; did you mean {similar}?")
+                message = f"{key} is not a setting of libra_d2; did you mean {similar}?"
+                log_first_n(logging.WARNING, message, name=__name__, key="message")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [f"{self.name_of(name)}={value}" for name, value in settings.items()]

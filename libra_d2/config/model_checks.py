@@ -5,11 +5,13 @@ that no part of it reads.
 """
 
 import logging
+import re
 
+from omegaconf import ListConfig
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone, ProposalNetwork, RetinaNet
+from detectron2.modeling import ProposalNetwork, RetinaNet
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.logger import log_first_n
@@ -85,28 +87,32 @@ def check_box_losses(model: nn.Module) -> None:
                 )
 
 
+def _is_users(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] not in ("detectron2", "libra_d2")
+
+
 def check_features(model: nn.Module) -> None:
     """
     Raises:
-        InputError: if a part of a model whose class is Detectron2's or ours reads features that the
-            backbone does not have. (Others may have features from elsewhere.)
+        InputError: if a part of ``model`` reads features that the backbone does not have. Classes
+            of a user are not checked, for they may get features from elsewhere.
     """
-    is_own = type(model).__module__.split(".")[0] not in ("detectron2", "libra_d2")
-    if is_own or not isinstance(getattr(model, "backbone", None), Backbone):
+    try:
+        known = model.backbone.output_shape()
+    except (AttributeError, NotImplementedError):  # there is no backbone, or it is a user's
         return
-    known = model.backbone.output_shape()
-    parts = [model, *(getattr(model, x, None) for x in ("proposal_generator", "roi_heads"))]
-    for part in filter(None, parts):
-        # The last name of several is the most specific one.
-        for name, features in reversed(vars(part).items()):
-            unknown = (
-                [x for x in features if x not in known] if name.endswith("in_features") else ()
-            )
-            if unknown:
-                raise InputError(
-                    f"{name} of {type(part).__name__} has {unknown[0]!r}, but the backbone has "
-                    f"{', '.join(known)}"
-                )
+    parts = [(name, getattr(model, name, None)) for name in ("proposal_generator", "roi_heads")]
+    for place, part in [("model", model), *((f"model.{name}", x) for name, x in parts)]:
+        if _is_users(model) or _is_users(part):
+            continue
+        names = [x for x in vars(part) if re.fullmatch(r"(\w+_)?in_features", x)]
+        for name in names[::-1]:  # the last of several for the same is the most specific one
+            features = getattr(part, name)
+            for feature in features if isinstance(features, (list, tuple, ListConfig)) else ():
+                if feature not in known:
+                    raise InputError(
+                        f"{place}.{name} has {feature!r}, but the backbone has {', '.join(known)}"
+                    )
 
 
 def warn_of_unread_keys(cfg: CfgNode, model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import re
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Iterable, Iterator, List, Mapping, Sequence, Set, Union
+from typing import Any, Iterable, Iterator, Mapping, Sequence, Set, Union
 
 import torch
 import yaml
@@ -153,9 +153,10 @@ class _Config(CfgNode):
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         _make_floats(cfg_other, self)
-        known = dict(leaves(self))
+        # Detectron2 takes a file with an unknown key for one of an old version, with other keys.
+        known = dict(leaves(self)) if self.VERSION == get_cfg().VERSION else {}
         for key, _ in leaves(cfg_other):
-            for similar in _similar_keys(key, known):
+            if similar := _similar_key(key, known):
                 raise ValueError(f"{key}: there is no such key; did you mean {similar}?")
         super().merge_from_other_cfg(cfg_other)
 
@@ -168,17 +169,17 @@ class _Config(CfgNode):
         super().merge_from_list(options)
 
 
-def _similar_keys(key: str, known: Iterable[str]) -> List[str]:
-    """The most similar key, if there is one and ``key`` is neither a key nor a section."""
+def _similar_key(key: str, known: Iterable[str]) -> str:
+    """The key that is meant if ``key`` is neither a key nor a section; "" if none is similar."""
     if any(f"{name}.".startswith(f"{key}.") for name in known):
-        return []
-    return get_close_matches(key, known, n=1, cutoff=0.8)
+        return ""
+    return next(iter(get_close_matches(key, known, n=1, cutoff=0.8)), "")
 
 
 def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
     """Raises: InputError: if these are no KEY VALUE pairs, or a key looks like a known one."""
     for key in options[::2]:
-        similar = _similar_keys(key, defaults)
+        similar = _similar_key(key, defaults)
         problem = ""
         if key not in defaults and any(name.startswith(f"{key}.") for name in defaults):
             problem = "it is a section; set one of the keys in it"
@@ -187,7 +188,7 @@ def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
         elif "=" in key:
             problem = "write what is set in a YAML config as KEY VALUE"
         elif similar:
-            problem = f"there is no such key; did you mean {similar[0]}?"
+            problem = f"there is no such key; did you mean {similar}?"
         elif key == options[-1] and len(options) % 2:
             problem = "its value is missing"
         if problem:
@@ -289,8 +290,8 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         problem = "keys can only be removed in the file"
     elif not equals:
         problem = "write what is set in a LazyConfig as key=value, such as train.max_iter=100"
-    elif re.fullmatch(r"""[^[({'"$]+,.*""", value):
-        problem = f"a list needs brackets: '{key}=[{value}]'"
+    elif re.fullmatch(r"""[^[({'"$\\]+,.*""", value):
+        problem = f"a list needs brackets, '{key}=[{value}]', and text with a comma needs quotes"
     if problem:
         raise InputError(f"command line: {override!r}: {problem}")
     if key.startswith("+"):  # which says that the key is new

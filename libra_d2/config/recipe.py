@@ -291,8 +291,7 @@ class Recipe(ABC):
     def check_keys(self) -> None:
         """
         Raises:
-            InputError: if the config has null where there must be a value, or a key that nothing
-                reads.
+            InputError: if the config has null where there must be a value.
         """
 
     @abstractmethod

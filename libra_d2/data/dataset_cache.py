@@ -121,15 +121,56 @@ def _as_detectron2(annotation: Dict[str, Any], with_masks: bool) -> Optional[Dic
     return found
 
 
-def _write_records(
-    path: str, entries: COCOEntries, check: Callable[[List[str], np.ndarray], None]
-) -> None:
-    """``check`` gets the names and sizes of the images as soon as they are read."""
-    writer, categories, is_checked = RecordWriter(), [], False
+class _Images:
+    """The image files of a dataset, and a file with their states when they were checked."""
+
+    def __init__(
+        self, records: str, image_root: str, json_file: str, limits: ResizeLimits, amount: int
+    ):
+        folder = digest(os.path.realpath(image_root))
+        self.states_file = f"{os.path.splitext(records)[0]}-{folder}.npy"
+        self.image_root, self.json_file = image_root, json_file
+        self.limits, self.amount = limits, amount
+        self.names: Sequence[str] = []
+        self.before = self.states = np.empty((0, 2))
+        self.checks: Optional[ImageChecks] = None
+
+    def check(self, names: Sequence[str], sizes: np.ndarray, is_idle: bool = True) -> None:
+        """Start to check those that were not checked before, see :class:`ImageChecks`."""
+        check_resized(names, sizes, self.image_root, self.limits)
+        self.names, self.before = names, np.full((len(names), 2), UNKNOWN)
+        with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut short
+            self.before[:] = np.load(self.states_file)
+        self.states = self.before.copy()
+        self.checks = ImageChecks(
+            *(names, sizes, self.image_root, self.json_file),
+            amount=self.amount,
+            states=self.states,
+            is_idle=is_idle,
+        )
+
+    def close(self) -> None:
+        """End the checks, as after an error in the annotations."""
+        if self.checks is not None:
+            self.checks.close()
+
+    def finish(self) -> str:
+        """Wait for the checks; returns the :func:`image_fingerprint`."""
+        try:
+            self.checks.finish()
+        finally:
+            if not np.array_equal(self.states, self.before):
+                with atomic_write(self.states_file) as file:
+                    np.save(file, self.states)
+        return image_fingerprint(zip(self.names, self.states[:, 0].tolist()))
+
+
+def _write_records(path: str, entries: COCOEntries, images: _Images) -> None:
+    """The images are checked while the annotations are read."""
+    writer, categories = RecordWriter(), []
     for key, entry in entries:
-        if key == "annotations" and not is_checked:
-            check(*writer.images())
-            is_checked = True
+        if key == "annotations" and images.checks is None:
+            images.check(*writer.images(), is_idle=False)
         if key == "images":
             fields = {key: entry[key] for key in ("height", "width")}
             writer.add_image(entry["file_name"], {**fields, "image_id": entry["id"]})
@@ -166,44 +207,6 @@ def _write_changed(path: str, entries: COCOEntries, is_renumbered: bool) -> None
         file.write("}")
 
 
-class _Images:
-    """The image files of a dataset, and a file with their states when they were checked."""
-
-    def __init__(
-        self, path: str, image_root: str, json_file: str, limits: ResizeLimits, amount: int
-    ):
-        self.path = f"{os.path.splitext(path)[0]}-{digest(os.path.realpath(image_root))}.npy"
-        self.image_root, self.json_file = image_root, json_file
-        self.limits, self.amount = limits, amount
-        self.checks: Optional[ImageChecks] = None
-
-    def check(self, names: Sequence[str], sizes: np.ndarray) -> None:
-        """Start to check those that were not checked before."""
-        check_resized(names, sizes, self.image_root, self.limits)
-        self.names, self.before = names, np.full((len(names), 2), UNKNOWN)
-        with suppress(OSError, ValueError, EOFError):  # there is none, or it is cut short
-            self.before[:] = np.load(self.path)
-        self.states = self.before.copy()
-        self.checks = ImageChecks(
-            names, sizes, self.image_root, self.json_file, self.amount, self.states
-        )
-
-    def close(self) -> None:
-        """End the checks, as after an error in the annotations."""
-        if self.checks is not None:
-            self.checks.close()
-
-    def finish(self) -> str:
-        """Wait for the checks; returns the :func:`image_fingerprint`."""
-        try:
-            self.checks.finish()
-        finally:
-            if not np.array_equal(self.states, self.before):
-                with atomic_write(self.path) as file:
-                    np.save(file, self.states)
-        return image_fingerprint(zip(self.names, self.states[:, 0].tolist()))
-
-
 def cache_coco_json(
     name: str,
     json_file: str,
@@ -225,10 +228,10 @@ def cache_coco_json(
         cache_dir: directory for files, created when needed.
         mask_format: see :class:`COCOEntries`. None leaves masks out.
         limits: what the images are resized to.
-        amount: how many images to check, see :func:`check_images`.
+        amount: how many images to check, see :class:`ImageChecks`.
 
     Raises:
-        InputError: see :class:`COCOEntries` and :func:`check_images`.
+        InputError: see :class:`COCOEntries` and :class:`ImageChecks`.
     """
     entries = COCOEntries(json_file, mask_format)
     annotations = entries.lists.digest()
@@ -238,7 +241,7 @@ def cache_coco_json(
     with closing(_Images(path, image_root, json_file, limits or {}, amount)) as images:
         if records is None:
             os.makedirs(cache_dir, exist_ok=True)
-            _write_records(path, entries, images.check)
+            _write_records(path, entries, images)
             records = MappedRecords(path)
             _remove_others(path)
         else:

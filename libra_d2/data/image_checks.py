@@ -5,9 +5,8 @@ import multiprocessing
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from itertools import chain
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from ..errors import InputError, one_line
 from .image_reading import displayed_size, is_whole, read_image
 from .resize import OpenCVResizeShortestEdge
 
-__all__ = ["ImageChecks", "ResizeLimits", "check_images", "check_resized"]
+__all__ = ["ImageChecks", "ResizeLimits", "check_resized"]
 
 #: for each pair of config keys, the lengths of the shorter side and the limit of the longer one
 ResizeLimits = Mapping[str, Tuple[Sequence[int], int]]
@@ -42,7 +41,7 @@ def check_resized(
 ) -> None:
     """
     Args:
-        names, sizes: see :func:`check_images`.
+        names, sizes: see :class:`ImageChecks`.
         limits: what the images are resized to.
 
     Raises:
@@ -75,15 +74,14 @@ def _check_inside(name: str, image_root: str, json_file: str) -> None:
         )
 
 
-def _file_state(path: str, json_file: str) -> Tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds."""
+def _file_state(path: str) -> Tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds; :data:`UNKNOWN` without a file."""
     try:
         status = os.stat(path)
     except OSError:
-        status = None
-    if status is None or not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: no such image; {json_file} names it")
-    return status.st_size, status.st_mtime_ns
+        return UNKNOWN, UNKNOWN
+    is_file = stat.S_ISREG(status.st_mode)
+    return (status.st_size, status.st_mtime_ns) if is_file else (UNKNOWN, UNKNOWN)
 
 
 def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
@@ -135,10 +133,11 @@ class _Checks(torchdata.Dataset):
         return list(filter(None, _in_threads(self.__getitem__, indices.tolist(), self.num_threads)))
 
 
-def _num_processes(num_images: int) -> int:
-    """How many processes to start, 0 for none. This one may need a core for its own work."""
+def _num_processes(num_images: int, is_idle: bool) -> int:
+    """How many processes to start, 0 for none, beside this one, which may be idle meanwhile."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    num = min(max(cores - 1, 1), _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
+    cores = cores if is_idle else max(cores - 1, 1)
+    num = min(cores, _MAX_PROCESSES, num_images // _MIN_PER_PROCESS)
     if num < 1 or multiprocessing.current_process().daemon:
         return 0
     # Asking fixes the method for this process, as starting processes does.
@@ -160,6 +159,7 @@ class ImageChecks:
         json_file: str,
         amount: int = -1,
         states: Optional[np.ndarray] = None,
+        is_idle: bool = True,
     ):
         """
         Args:
@@ -170,6 +170,7 @@ class ImageChecks:
             amount: how many images to check, in equal distances; -1 for all.
             states: (N, 2) int64, sizes of the files in bytes and times of their last change in
                 nanoseconds when they were checked; -1 if they never were. Updated in place.
+            is_idle: whether this process has nothing to do until :meth:`finish` is called.
 
         Raises:
             InputError: if the directory or a file is missing, or a file is elsewhere.
@@ -181,13 +182,18 @@ class ImageChecks:
         paths = [os.path.join(image_root, name) for name in names]
         self._states = np.full((len(names), 2), UNKNOWN) if states is None else states
         chosen = _spread(amount, len(names))
-        found = _in_threads(lambda i: _file_state(paths[i], json_file), chosen.tolist(), _THREADS)
+        found = _in_threads(lambda i: _file_state(paths[i]), chosen.tolist(), _THREADS)
         found = np.array(found, np.int64).reshape(-1, 2)
+        missing = chosen[found[:, 0] == UNKNOWN]
+        if len(missing):
+            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            path = paths[missing[0]]
+            raise InputError(f"{path}: no such image; {json_file} names it{others}")
         is_changed = (found != self._states[chosen]).any(axis=1)
         self._changed, self._found = chosen[is_changed], found[is_changed]
         num_changed = len(self._changed)
         self._batches = [slice(i, i + _BATCH) for i in range(0, num_changed, _BATCH)]
-        num_processes = _num_processes(num_changed)
+        num_processes = _num_processes(num_changed, is_idle)
         loader = torchdata.DataLoader(
             _Checks(paths, sizes, json_file, max(_THREADS // max(num_processes, 1), 4)),
             batch_sampler=[self._changed[batch] for batch in self._batches],
@@ -203,29 +209,21 @@ class ImageChecks:
         Wait for the checks, with a progress bar if it takes more than a second.
 
         Raises:
-            InputError: names the images that are not as they should be, those among the first that
-                are found.
+            InputError: if images are not as they should be. It names the first ten of the batch in
+                which they are found.
         """
         total = len(self._changed)
         with tqdm(total=total, desc="checking images", unit="image", delay=1) as progress:
             for batch, errors in zip(self._batches, self._errors):
                 if errors:
-                    others = len(errors) - _MAX_ERRORS
-                    more = [f"and {others} more"] if others > 0 else []
+                    more = ["and others"] if len(errors) > _MAX_ERRORS else []
                     raise InputError("; ".join([*errors[:_MAX_ERRORS], *more]))
                 self._states[self._changed[batch]] = self._found[batch]
                 progress.update(len(self._changed[batch]))
 
-
     def close(self) -> None:
         """End the other processes."""
         self._errors = iter(())
-
-
-def check_images(*args: Any, **kwargs: Any) -> None:
-    """All of :class:`ImageChecks`, which has the arguments and the errors."""
-    with closing(ImageChecks(*args, **kwargs)) as checks:
-        checks.finish()
 
 
 def _spread(amount: int, length: int) -> np.ndarray:

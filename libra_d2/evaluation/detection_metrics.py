@@ -54,7 +54,7 @@ class DetectionMetrics:
 
     def values(self, weights: Optional[np.ndarray] = None) -> np.ndarray:
         """
-        The :data:`METRICS`; those of errors are the AP50 that mending the errors of one type, and
+        The :data:`METRICS`; those of errors are the AP50 that fixing the errors of one type, and
         no others, would bring. NaN stands for no objects.
 
         Args:
