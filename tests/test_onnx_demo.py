@@ -220,21 +220,26 @@ def test_example_of_onnx(folder, capsys):
 
 
 def test_example_of_torchscript(folder, capsys):
-    """With an operator of torchvision, on a black image."""
+    """With an operator of torchvision; the image is resized, and its channels are turned around."""
     torch = pytest.importorskip("torch")
     from torchvision.ops import nms
 
     class Model(torch.nn.Module):
         def forward(self, image):
-            boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 9.0]]) + image.sum()
-            scores = torch.tensor([0.25, 0.5])
+            height, width = image.shape[1:]
+            boxes = torch.tensor([[0, 0, width - 1, height], [0, 0, width, height]]).float()
+            scores = torch.stack([image[2].mean() + 0.25, image[0].mean() / 510])
             kept = nms(boxes, scores, 0.5)
             return boxes[kept], kept, scores[kept]
 
     torch.jit.script(Model()).save("model.ts")
-    (folder / "model.ts.json").write_text(json.dumps({"classes": ["dog", "cat"]}))
-    exec(example("deployment.md", "torch.jit.load"), {})
-    assert capsys.readouterr().out == "cat 0.5 [0.0, 0.0, 8.0, 9.0]\n"
+    Image.new("RGB", (40, 24), (0, 0, 255)).save("photo.jpg", format="PNG")
+    for longer, height in ((100, 24), (15, 24)):
+        about = {"shorter_side": 12, "longer_side_at_most": longer, "format": "BGR"}
+        content = {"classes": ["dog", "cat"], "input": about}
+        (folder / "model.ts.json").write_text(json.dumps(content))
+        exec(example("deployment.md", "torch.jit.load"), {})
+        assert capsys.readouterr().out == f"cat 0.5 [0.0, 0.0, 40.0, {height:.1f}]\n"
 
 
 @pytest.mark.parametrize(

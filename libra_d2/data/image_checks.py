@@ -32,7 +32,7 @@ _THREADS = 16
 _MIN_PER_PROCESS = 4000
 _MAX_PROCESSES = 16
 _BATCH = 256  # images that a process takes at a time
-_PART = 16  # images that a thread takes at a time
+_PARTS = 8  # in which a thread takes its share: not all images take the same time
 _MAX_ERRORS = 10  # that one message names
 
 
@@ -107,7 +107,8 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
 
 def _in_threads(function: Callable, indices: Sequence[int], num_threads: int) -> List:
     """The values of ``function`` in order; the first error ends it."""
-    parts = (indices[i : i + _PART] for i in range(0, len(indices), _PART))
+    size = len(indices) // (_PARTS * num_threads) + 1
+    parts = (indices[i : i + size] for i in range(0, len(indices), size))
     with ThreadPoolExecutor(num_threads) as threads:
         found = threads.map(lambda part: [function(i) for i in part], parts)
         return list(chain.from_iterable(found))
@@ -195,7 +196,7 @@ class ImageChecks:
         self._batches = [slice(i, i + _BATCH) for i in range(0, num_changed, _BATCH)]
         num_processes = _num_processes(num_changed, is_idle)
         loader = torchdata.DataLoader(
-            _Checks(paths, sizes, json_file, max(_THREADS // max(num_processes, 1), 4)),
+            _Checks(paths, sizes, json_file, _THREADS // 4 if num_processes else _THREADS),
             batch_sampler=[self._changed[batch] for batch in self._batches],
             num_workers=num_processes,
             prefetch_factor=len(self._batches) if num_processes else None,  # all
