@@ -79,8 +79,9 @@ def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
     return [str(x) for x in args]
 
 
-def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
+def test_what_is_trained(trainings, synthetic, tmp_path, capsys, caplog, monkeypatch):
     """Seed by seed, with the arguments and the share of the cores; finished trainings are kept."""
+    caplog.set_level("WARNING", "libra_d2")  # trainings in this process may have shown more
     monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "b"])
     options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
     args = compare(synthetic, tmp_path, *options)

@@ -27,8 +27,9 @@ UNKNOWN = -1  # in place of the state of a file
 _MAX_PIXELS = 2**26  # of a resized image: 50 times those of 1333 x 800
 # Network file systems answer many requests at a time.
 _THREADS = 16
-# Threads that open images wait for the interpreter lock; processes do not. Starting them for fewer
-# images would not pay, nor where each has to import everything anew.
+# Threads that open images wait for the interpreter lock; processes do not, and have few threads.
+# Starting them for fewer images would not pay, nor where each has to import everything anew.
+_THREADS_OF_PROCESS = 2
 _MIN_PER_PROCESS = 4000
 _MAX_PROCESSES = 16
 _BATCH = 256  # images that a process takes at a time
@@ -196,7 +197,7 @@ class ImageChecks:
         self._batches = [slice(i, i + _BATCH) for i in range(0, num_changed, _BATCH)]
         num_processes = _num_processes(num_changed, is_idle)
         loader = torchdata.DataLoader(
-            _Checks(paths, sizes, json_file, _THREADS // 4 if num_processes else _THREADS),
+            _Checks(paths, sizes, json_file, _THREADS_OF_PROCESS if num_processes else _THREADS),
             batch_sampler=[self._changed[batch] for batch in self._batches],
             num_workers=num_processes,
             prefetch_factor=len(self._batches) if num_processes else None,  # all
