@@ -345,7 +345,7 @@ def test_images_are_checked_while_annotations_are_read(folder, monkeypatch):  # 
     with pytest.raises(InputError, match="absent.jpg: no such image; .* names it$"):
         register(folder, content)
     content["images"][1]["file_name"] = "absent too.jpg"
-    with pytest.raises(InputError, match="such image; .* names it and 1 more$"):
+    with pytest.raises(InputError, match="such image; .* names it .missing in all: 2.$"):
         register(folder, content)
     assert len(processes) == 2
     monkeypatch.setattr(image_checks, "_num_processes", lambda n, idle: told.append(idle) or 0)

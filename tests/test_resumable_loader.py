@@ -245,3 +245,17 @@ def test_seeded():
     assert found[0][1] == np.random.RandomState(words[1]).rand()
     generator = torch.Generator().manual_seed(words[2])
     assert found[0][3] == torch.rand((), generator=generator).item()
+
+
+def test_random_state_of_the_gpu(monkeypatch):
+    """It is kept where there is a GPU; a state from elsewhere can be restored in any case."""
+    restored, without = [], get_random_state()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "the GPU's")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    state = get_random_state()
+    for saved in (state, without):
+        set_random_state(saved)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_random_state(state)
+    assert restored == ["the GPU's"]

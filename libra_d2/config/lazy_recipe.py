@@ -210,10 +210,7 @@ class LazyRecipe(Recipe):
                 return f.read()
 
     def check_keys(self) -> None:
-        """
-        See :meth:`Recipe.check_keys`; nor may there be a value in the place of a section. Keys of
-        ``train`` that are almost settings are logged: they may be the user's own.
-        """
+        """See :meth:`Recipe.check_keys`; nor may there be a value in the place of a section."""
         for setting in _SETTINGS:
             for place in self._places(setting):
                 parent, _, name = place.rpartition(".")
@@ -225,17 +222,20 @@ class LazyRecipe(Recipe):
                 is_null = isinstance(node, DictConfig) and name in node and value is None
                 if is_null and not is_optional:
                     raise InputError(f"{place} is null: leave it out, or give it a value")
-        train = OmegaConf.to_container(self._select("train") or OmegaConf.create())
-        for key in sorted(dict(leaves(train, "train.")).keys() - {*PLACES}):
-            for similar in get_close_matches(key, PLACES, n=1, cutoff=0.9):
-                message = f"{key} is not a setting of libra_d2; did you mean {similar}?"
-                log_first_n(logging.WARNING, message, name=__name__, key="message")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [f"{self.name_of(name)}={value}" for name, value in settings.items()]
 
     def check_parts(self, train: bool) -> None:
-        """See :meth:`Recipe.check_parts`: all names and interpolations in them have to resolve."""
+        """
+        See :meth:`Recipe.check_parts`: all names and interpolations in them have to resolve. Keys
+        of ``train`` that are almost settings are logged: they may be the user's own.
+        """
+        section = OmegaConf.to_container(self._select("train") or OmegaConf.create())
+        for key in sorted(dict(leaves(section, "train.")).keys() - {*PLACES}):
+            for similar in get_close_matches(key, PLACES, n=1, cutoff=0.9):
+                message = f"{key} is not a setting of libra_d2; did you mean {similar}?"
+                log_first_n(logging.WARNING, message, name=__name__, key="message")
         places = _PARTS if train else _PARTS[:1]
         for place in (*places, *(_PARTS_OF_EVALUATION if self.test_datasets else ())):
             if target_of(self._resolved(place)) is None:

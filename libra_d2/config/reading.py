@@ -287,7 +287,7 @@ def _check_override(lazy: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     problem = ""
     if key.startswith("~"):
-        problem = "keys can only be removed in the file"
+        problem = "keys can only be removed in the config file"
     elif not equals:
         problem = "write what is set in a LazyConfig as key=value, such as train.max_iter=100"
     elif re.fullmatch(r"""[^[({'"$\\]+,.*""", value):

@@ -188,7 +188,7 @@ class ImageChecks:
         found = np.array(found, np.int64).reshape(-1, 2)
         missing = chosen[found[:, 0] == UNKNOWN]
         if len(missing):
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            others = f" (missing in all: {len(missing)})" if len(missing) > 1 else ""
             path = paths[missing[0]]
             raise InputError(f"{path}: no such image; {json_file} names it{others}")
         is_changed = (found != self._states[chosen]).any(axis=1)
