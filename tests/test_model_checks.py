@@ -183,6 +183,10 @@ def test_features():
     model.roi_heads.num_in_features, model.roi_heads.text_features = 5, ["x"]
     with pytest.raises(InputError, match="^model.roi_heads.mask_in_features has 'neck', but "):
         check_features(model)
+    model.roi_heads.in_features = model.roi_heads.box_in_features = ["p9"]
+    model.roi_heads.mask_in_features = []
+    with pytest.raises(InputError, match="^model.roi_heads.box_in_features has 'p9', but"):
+        check_features(model)
     for part in (model.roi_heads, model):  # a user's own
         kind, part.__class__ = type(part), type("Own", (type(part),), {"__module__": "own"})
         check_features(model)

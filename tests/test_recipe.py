@@ -495,9 +495,9 @@ def test_nulls_of_yaml_configs():
 def test_nulls_of_lazy_configs():
     """Errors where there must be a value; Detectron2 accepts null for max_to_keep."""
     recipe = make("lazy", "cascade_rcnn")
-    recipe.max_checkpoints = None
+    recipe.max_checkpoints = recipe.weights = None
     recipe.check_keys()
-    assert recipe.max_checkpoints == 0
+    assert (recipe.max_checkpoints, recipe.weights) == (0, "")
     recipe.config.model.roi_heads.box_predictors[1].test_score_thresh = None
     place = "model.roi_heads.box_predictors.1.test_score_thresh"
     with pytest.raises(InputError, match=f"^{place} is null: leave it out"):
