@@ -3,12 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from test_matching import (
-    by_hand,
-    match_detections,
-    pycocotools_evaluation,
-    random_dataset,
-)
+from test_matching import by_hand, match_detections, pycocotools_evaluation, random_dataset
 
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
 from libra_d2.evaluation.detection_metrics import METRICS, DetectionMetrics

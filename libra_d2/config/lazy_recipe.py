@@ -5,7 +5,6 @@ import re
 import tempfile
 import traceback
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -30,7 +29,7 @@ from ..data import LibraDatasetMapper, ResumableLoader, load_dataset
 from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..lazy import disable, target_of
-from ..utils.leaves import leaves
+from ..utils.leaves import leaves, similar_key
 from .defaults import add_libra_config
 from .ideas import DISABLED
 from .recipe import Recipe, Setting, SettingMissing
@@ -77,13 +76,9 @@ def _contents(place: str, node: Any, above: Tuple = ()) -> Iterator[Tuple[str, A
     The place and the value of all that a node of a LazyConfig consists of.
 
     Raises:
-        InputError: if an interpolation has no value or leads back to itself, nothing has the name
-            of a target, or text is in the place of a list of features.
+        InputError: if an interpolation has no value or leads back to itself, or nothing has the
+            name of a target.
     """
-    if re.search(r"\.(\w+_)?(in|out)_features$", place) and isinstance(node, str):
-        raise InputError(
-            f"{place} is {node!r}: use a list, such as [{node!r}] (in quotes in a shell)"
-        )
     yield place, node
     if not OmegaConf.is_config(node):
         return
@@ -233,7 +228,7 @@ class LazyRecipe(Recipe):
         """
         section = OmegaConf.to_container(self._select("train") or OmegaConf.create())
         for key in sorted(dict(leaves(section, "train.")).keys() - {*PLACES}):
-            for similar in get_close_matches(key, PLACES, n=1, cutoff=0.9):
+            if similar := similar_key(key, PLACES, cutoff=0.9):
                 message = f"{key} is not a setting of libra_d2; did you mean {similar}?"
                 log_first_n(logging.WARNING, message, name=__name__, key="message")
         places = _PARTS if train else _PARTS[:1]
@@ -336,10 +331,16 @@ class LazyRecipe(Recipe):
         return part
 
     def _resolved(self, place: str) -> Any:
-        """A part of the config, in which all names and interpolations resolve."""
+        """
+        A part of the config, in which all names and interpolations resolve, and no text is in the
+        place of a list of features.
+        """
         part = self._part(place)
-        for _ in _contents(place, part):
-            pass
+        for name, value in _contents(place, part):
+            if re.search(r"\.(\w+_)?(in|out)_features$", name) and isinstance(value, str):
+                raise InputError(
+                    f"{name} is {value!r}: use a list, such as [{value!r}] (in quotes in a shell)"
+                )
         return part
 
     def _build(self, place: str) -> Any:

@@ -101,9 +101,13 @@ def check_features(model: nn.Module) -> None:
         known = model.backbone.output_shape()
     except (AttributeError, NotImplementedError):  # there is no backbone, or it is a user's
         return
-    parts = [(name, getattr(model, name, None)) for name in ("proposal_generator", "roi_heads")]
-    for place, part in [("model", model), *((f"model.{name}", x) for name, x in parts)]:
-        if _is_users(model) or _is_users(part):
+    if _is_users(model):
+        return
+    parts = {"model": model}
+    for name in ("proposal_generator", "roi_heads"):
+        parts[f"model.{name}"] = getattr(model, name, None)
+    for place, part in parts.items():
+        if part is None or _is_users(part):
             continue
         names = [x for x in vars(part) if re.fullmatch(r"(\w+_)?in_features", x)]
         for name in names[::-1]:  # the last of several for the same is the most specific one

@@ -6,8 +6,7 @@ import os
 import re
 import traceback
 from contextlib import contextmanager
-from difflib import get_close_matches
-from typing import Any, Iterable, Iterator, Mapping, Sequence, Set, Union
+from typing import Any, Iterator, Mapping, Sequence, Set, Union
 
 import torch
 import yaml
@@ -17,7 +16,7 @@ import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 
 from ..errors import InputError, one_line
-from ..utils.leaves import leaves
+from ..utils.leaves import leaves, similar_key
 from .checks import check_values
 from .defaults import add_libra_config
 from .lazy_recipe import PLACES, LazyRecipe
@@ -156,7 +155,7 @@ class _Config(CfgNode):
         # Detectron2 takes a file with an unknown key for one of an old version, with other keys.
         known = dict(leaves(self)) if self.VERSION == get_cfg().VERSION else {}
         for key, _ in leaves(cfg_other):
-            if similar := _similar_key(key, known):
+            if similar := _meant_key(key, known):
                 raise ValueError(f"{key}: there is no such key; did you mean {similar}?")
         super().merge_from_other_cfg(cfg_other)
 
@@ -169,25 +168,26 @@ class _Config(CfgNode):
         super().merge_from_list(options)
 
 
-def _similar_key(key: str, known: Iterable[str]) -> str:
+def _is_section(key: str, known: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{key}.") for name in known)
+
+
+def _meant_key(key: str, known: Mapping[str, Any]) -> str:
     """The key that is meant if ``key`` is neither a key nor a section; "" if none is similar."""
-    if any(f"{name}.".startswith(f"{key}.") for name in known):
-        return ""
-    return next(iter(get_close_matches(key, known, n=1, cutoff=0.8)), "")
+    return "" if key in known or _is_section(key, known) else similar_key(key, known)
 
 
 def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
     """Raises: InputError: if these are no KEY VALUE pairs, or a key looks like a known one."""
     for key in options[::2]:
-        similar = _similar_key(key, defaults)
         problem = ""
-        if key not in defaults and any(name.startswith(f"{key}.") for name in defaults):
+        if _is_section(key, defaults):
             problem = "it is a section; set one of the keys in it"
         elif key.startswith("--"):
             problem = "options like this come before all KEY VALUE pairs"
         elif "=" in key:
             problem = "write what is set in a YAML config as KEY VALUE"
-        elif similar:
+        elif similar := _meant_key(key, defaults):
             problem = f"there is no such key; did you mean {similar}?"
         elif key == options[-1] and len(options) % 2:
             problem = "its value is missing"
@@ -308,12 +308,12 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         return
     is_open = key.startswith("train.") and bool(keys)
     known = sorted({*PLACES, *dict(leaves(OmegaConf.to_container(lazy)))})
-    similar = get_close_matches(key, known, n=1, cutoff=0.9 if is_open else 0.8)
+    similar = similar_key(key, known, cutoff=0.9 if is_open else 0.8)
     if is_open and not similar:
         return
     hint = ""
     if similar:
-        hint = f"; did you mean {similar[0]}?"
+        hint = f"; did you mean {similar}?"
     elif keys:
         hint = f"; {parent or 'it'} has {', '.join(keys)}"
     raise InputError(f"command line: {key}: the LazyConfig has no such key{hint}")
