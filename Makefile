@@ -58,12 +58,6 @@ $(DATA)/val/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-# The tests of numbers once more, on other instructions, threads and seeds: nothing may pass by the
-# rounding of one machine.
-NUMERIC := acceleration analysis backbone balanced_feature_pyramid balanced_l1_loss balanced_sampling \
-  batch_norm cascade evaluation export_model fast_rcnn focal_loss folded_conv matcher padding \
-  properties resize retinanet roi_align roi_heads rpn test_time_augmentation
-
 # All that can be said about a GPU only, into output/gpu: each line takes less than ten minutes.
 # `make gpu-report DEVICE=cpu SIZES="--seconds 0.1 --p4-size 4 6 --image-size 64 96"` tries it.
 DEVICE ?= cuda
@@ -82,10 +76,11 @@ gpu-report: $(VENV)/.installed-test
 	$(BENCHMARK) --only growth --plot $(REPORT)/growth.png | tee $(REPORT)/growth.txt
 	@echo "On BCCD: docs/results/bccd.md has the command; configs/BCCD/libra_faster_rcnn_R_50_FPN.yaml"
 
+# The tests of numbers once more, on other instructions, threads and seeds: nothing may pass by the
+# rounding of one machine.
 test-rounding: $(VENV)/.installed-test
 	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=2 \
-	  $(PY) -m pytest --seed 1 $(NUMERIC:%=tests/test_%.py) \
-	  "tests/test_parity.py::test_float32" "tests/test_schedule.py::test_training[libra_retinanet_R_50]"
+	  $(PY) -m pytest --seed 1 -m rounding
 
 # DETECTRON2 is a clone: of the tag v0.6, unless $(VENV) has another Detectron2. Ten minutes.
 test-upstream: $(VENV)/.installed-test

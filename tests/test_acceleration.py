@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, calibrate_norms, demo_cfg, random_inputs
+from torch import nn
 
 from detectron2 import modeling
 from detectron2.utils.events import EventStorage
@@ -16,7 +17,9 @@ from libra_d2.modeling.acceleration import CHANNELS_LAST, accelerate, choose_cha
 from libra_d2.modeling.folded_conv import FoldedConv2d
 from libra_d2.modeling.lean_fpn import LeanFPN
 from libra_d2.modeling.roi_align import ParallelROIAlign
-from libra_d2.modeling.winograd_conv import WinogradConv2d
+from libra_d2.modeling.winograd_conv import WinogradConv2d, is_available
+
+pytestmark = pytest.mark.rounding
 
 KINDS = {
     "fold_norm": FoldedConv2d,
@@ -24,6 +27,7 @@ KINDS = {
     "winograd": WinogradConv2d,
     "lean_fpn": LeanFPN,
 }
+LAST = torch.channels_last
 NONE = {"channels_last": "never", **dict.fromkeys(KINDS, False)}
 
 
@@ -78,7 +82,7 @@ def test_same_numbers(name):
 def has_channels_last(model):
     """Whether all features of the backbone have."""
     features = model.backbone(torch.randn(1, 3, 64, 96, dtype=torch.float64)).values()
-    return all(x.is_contiguous(memory_format=torch.channels_last) for x in features)
+    return all(x.is_contiguous(memory_format=LAST) for x in features)
 
 
 @pytest.mark.parametrize("lever", NONE)
@@ -94,15 +98,22 @@ def test_levers(lever, caplog):
         assert (kind in types) == (lever == name)
 
 
-@pytest.mark.parametrize("when", CHANNELS_LAST)
-def test_channels_last(when):
-    """In training and in inference, where there is a backbone; weights keep their format."""
-    model = make_model("libra_retinanet")
+@pytest.mark.parametrize(
+    ("when", "training", "inference"),
+    zip(CHANNELS_LAST, ("small large", "large", "", ""), (*["small large"] * 3, "")),
+)
+def test_channels_last(when, training, inference):
+    """Whose features have the format, where there is a backbone; weights keep theirs."""
+    model = nn.Sequential()
+    model.backbone = nn.Conv2d(3, 2, 1)
     accelerate(model, channels_last=when)
-    expected = {"always": [True, True], "inference": [False, True], "never": [False, False]}
-    found = [has_channels_last(model.train(is_training)) for is_training in (True, False)]
-    assert found == expected[when]
-    assert all(x.is_contiguous() for x in model.parameters())
+    images = {"small": torch.zeros(1, 3, 512, 1023), "large": torch.zeros(1, 3, 512, 1024)}
+    for is_training, expected in ((True, training), (False, inference)):
+        features = {k: model.train(is_training).backbone(x) for k, x in images.items()}
+        found = [k for k, x in features.items() if x.is_contiguous(memory_format=LAST)]
+        assert found == expected.split()
+    assert model.backbone.weight.is_contiguous()
+    torch.jit.script(model.backbone)
     accelerate(torch.nn.ReLU(), channels_last=when, compile_backbone=True)
     with pytest.raises(ArgumentError, match="^channels_last is 'sometimes': use one of"):
         accelerate(model, channels_last="sometimes")
@@ -112,7 +123,9 @@ def test_channels_last(when):
     ("platform", "device", "mixed", "capability", "expected"),
     [
         ("linux", "cpu", False, "AVX512", "always"),
+        ("linux", "cpu", False, "AVX2", "large"),
         ("linux", "cpu", True, "AVX2", "inference"),
+        ("linux", "cpu", False, "DEFAULT", "inference"),
         ("win32", "cuda", True, "AVX512", "never"),
         ("darwin", "mps", False, "AVX512", "never"),
         ("linux", "cuda", True, "AVX2", "always"),
@@ -121,7 +134,29 @@ def test_channels_last(when):
 def test_choose_channels_last(platform, device, mixed, capability, expected, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert choose_channels_last(device, mixed) == expected
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
+    is_available.cache_clear()
+    assert choose_channels_last(nn.Conv2d(3, 8, 3), device, mixed) == expected
+    is_available.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("conv", "is_trained", "winograd", "expected"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2), True, True, "large"),
+        (nn.Conv2d(3, 8, 3, stride=2), True, False, "inference"),
+        (nn.Conv2d(3, 8, 7), True, True, "inference"),
+        (nn.Conv2d(3, 8, 7), False, True, "large"),
+        (nn.Conv2d(3, 6, 3, groups=3), True, True, "inference"),
+    ],
+)
+def test_channels_last_of_model(conv, is_trained, winograd, expected, monkeypatch):
+    """Not where trained weights have no fast gradient."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(acceleration, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), conv.requires_grad_(is_trained))
+    assert choose_channels_last(model, "cpu", False, winograd) == expected
 
 
 def test_compiled_for_any_size():

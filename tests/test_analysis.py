@@ -18,6 +18,8 @@ from libra_d2.analysis.recording import Candidates, Levels
 from libra_d2.config import BASELINE
 from libra_d2.modeling import BalancedSampler, balanced_l1_loss
 
+pytestmark = pytest.mark.rounding
+
 NAMES = ["candidates", "random", "balanced, paper's bins", "balanced, mmdetection's bins"]
 SYSTEMS = [("libra_faster_rcnn", 3, 2), ("libra_cascade_rcnn", 3, 6), ("libra_retinanet", 0, 2)]
 

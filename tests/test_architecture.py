@@ -31,7 +31,7 @@ ROOMS = {
 }
 
 
-# What is not public in Detectron2, fvcore or iopath, and used, overridden or imported here.
+# What is not public in Detectron2, fvcore, iopath or PyTorch, and used or overridden here.
 PRIVATE_NAMES = {
     "detectron2.checkpoint.DetectionCheckpointer": (
         *("_load_file", "_load_model", "_log_incompatible_keys"),
@@ -67,6 +67,7 @@ PRIVATE_NAMES = {
     "detectron2.utils.comm": ("_LOCAL_PROCESS_GROUP", "_get_global_gloo_group"),
     "detectron2.utils.registry": ("_convert_target_to_string",),
     "iopath.common.file_io.PathHandler": ("_get_local_path", "_get_supported_prefixes", "_open"),
+    "torch.nn.Conv2d": ("_conv_forward",),
 }
 
 

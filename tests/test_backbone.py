@@ -15,6 +15,8 @@ from libra_d2.modeling import (
     build_balanced_backbone,
 )
 
+pytestmark = pytest.mark.rounding
+
 
 def build(name="build_libra_resnet_fpn_backbone", **overrides):
     return build_backbone(demo_cfg(MODEL__BACKBONE__NAME=name, **overrides)).eval()

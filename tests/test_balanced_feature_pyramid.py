@@ -10,6 +10,8 @@ from libra_d2.errors import ArgumentError
 from libra_d2.modeling import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
 from libra_d2.modeling.balanced_feature_pyramid import _gather_max, _max_along, max_in_windows
 
+pytestmark = pytest.mark.rounding
+
 REFINE_TYPES = ("none", "conv", "non_local")
 
 SIZES = {

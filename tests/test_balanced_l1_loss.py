@@ -9,6 +9,8 @@ from fvcore.nn import smooth_l1_loss
 
 from libra_d2.modeling import BalancedL1Loss, balanced_l1_loss
 
+pytestmark = pytest.mark.rounding
+
 FORMS = ("scaled", "reference")
 
 

@@ -18,6 +18,8 @@ from libra_d2.modeling.balanced_sampling import (
     iou_histogram,
 )
 
+pytestmark = pytest.mark.rounding
+
 
 def proposals(positives_of=(), negative_ious=(), num_ignored=0):
     """

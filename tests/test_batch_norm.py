@@ -11,6 +11,8 @@ from detectron2.solver import build_optimizer
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import AffineBatchNorm2d, train_norm_affine
 
+pytestmark = pytest.mark.rounding
+
 CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"
 
 

@@ -18,6 +18,8 @@ from libra_d2.modeling.cascade import (
     build_mask_head_per_stage,
 )
 
+pytestmark = pytest.mark.rounding
+
 
 def build_heads(average="probabilities"):
     """Heads in float64 that find objects, with Detectron2's losses and, by default, averages."""

@@ -37,6 +37,8 @@ from libra_d2.evaluation import (
 )
 from libra_d2.evaluation.coco_evaluator import choose_coco_eval
 
+pytestmark = pytest.mark.rounding
+
 # Detectron2's as well, if it is compiled.
 COMPILED = getattr(coco_evaluation, "COCOeval_opt", COCOeval)
 EVALUATORS = list(dict.fromkeys([COCOeval, coco_evaluator.faster_coco_eval, COMPILED]))

@@ -29,6 +29,8 @@ from libra_d2.tools.export_model import (
     read_sample,
 )
 
+pytestmark = pytest.mark.rounding
+
 # A threshold that scores of untrained models exceed.
 LOW = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.005", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.005"]
 FOUR = ["MODEL.ROI_HEADS.NUM_CLASSES", "4", "MODEL.RETINANET.NUM_CLASSES", "4"]

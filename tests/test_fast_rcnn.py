@@ -15,6 +15,8 @@ from detectron2.utils.events import EventStorage
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import BalancedL1Loss, LibraFastRCNNOutputLayers
 
+pytestmark = pytest.mark.rounding
+
 
 def build(cls=LibraFastRCNNOutputLayers, box_reg_loss_type="balanced_l1", **kwargs):
     kwargs["box2box_transform"] = Box2BoxTransform(weights=(10, 10, 5, 5))

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from libra_d2.modeling import focal_loss as module
 from libra_d2.modeling.focal_loss import focal_loss
 
+pytestmark = pytest.mark.rounding
+
 
 def plain_loss(logits, labels, alpha, gamma):
     """As the paper writes it, over one-hot targets."""

@@ -11,6 +11,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from libra_d2.modeling import AffineBatchNorm2d
 from libra_d2.modeling.folded_conv import FoldedConv2d
 
+pytestmark = pytest.mark.rounding
+
 
 def make_conv(norm, **kwargs):
     """With random statistics, scale and shift."""

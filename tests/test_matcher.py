@@ -9,6 +9,8 @@ from libra_d2.errors import ArgumentError
 from libra_d2.modeling import LowQualityMatcher
 from libra_d2.modeling.reference_recipe.matcher import build_anchor_matcher
 
+pytestmark = pytest.mark.rounding
+
 
 def random_boxes(num, grid=None):
     """Boxes in an image of 100 pixels; on a grid, many IoUs are equal."""

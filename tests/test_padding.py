@@ -8,6 +8,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from libra_d2.modeling.reference_recipe.padding import pad_masks
 
+pytestmark = pytest.mark.rounding
+
 SIZES = [(96, 130), (160, 64), (150, 129)]  # padded to (160, 160) together
 ALONE = [(96, 160), (160, 64), (160, 160)]
 

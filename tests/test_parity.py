@@ -178,6 +178,7 @@ def test_pasting(mmdet):
     assert torch.equal(ours[is_clear], theirs[is_clear] > 0.5)
 
 
+@pytest.mark.rounding
 @torch.no_grad()
 def test_float32(pair):
     """

@@ -208,7 +208,7 @@ def test_speed(language, device, amp, dtype, channels_last, expected, monkeypatc
     recipe = make(language, "mask_rcnn_fpn")
     recipe.device, recipe.amp, recipe.amp_dtype = device, amp, dtype
     recipe.channels_last = channels_last
-    assert (recipe.precision, recipe._channels_last) == expected
+    assert (recipe.precision, recipe._choose_channels_last(torch.nn.Module())) == expected
     with recipe.autocast():
         assert torch.is_autocast_enabled("cpu") == (amp and device == "cpu")
         if amp and device == "cpu":

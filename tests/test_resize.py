@@ -14,6 +14,8 @@ from libra_d2.data import LibraDatasetMapper, build_augmentation
 from libra_d2.data.resize import OpenCVResizeShortestEdge, OpenCVResizeTransform, with_interpolation
 from libra_d2.engine import LibraPredictor
 
+pytestmark = pytest.mark.rounding
+
 CONFIG = ROOT / "configs/COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml"
 SIZES = [  # height, width
     *((427, 640), (640, 427), (800, 1333), (799, 1333), (801, 1334), (1334, 799), (1800, 2400)),

@@ -12,6 +12,8 @@ from detectron2.utils.events import EventStorage
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import BalancedL1Loss, LibraRetinaNet
 
+pytestmark = pytest.mark.rounding
+
 CONFIG = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml"
 
 

@@ -9,6 +9,8 @@ from detectron2.structures import Boxes
 import libra_d2.modeling.roi_align as module
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
+pytestmark = pytest.mark.rounding
+
 # At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
 # long and flat, on the last pixels; with samples that are a pixel in front of the first one, and on
 # the far border; and what counts for nothing: empty, inverted, beyond the upper or lower border.

@@ -12,6 +12,8 @@ from detectron2.utils.events import EventStorage
 
 from libra_d2.modeling import PROPOSAL_SAMPLER_REGISTRY, LibraROIHeads, SamplingResult
 
+pytestmark = pytest.mark.rounding
+
 
 def build(config="faster", **overrides):
     """The demo's model of that name, with smaller heads."""

@@ -12,6 +12,8 @@ from detectron2.utils.events import EventStorage
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import LibraRPN
 
+pytestmark = pytest.mark.rounding
+
 IMAGE_SIZE = (96, 128)
 
 

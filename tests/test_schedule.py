@@ -64,7 +64,13 @@ def test_learning_rate(mmdet, name):
     assert len(a.unique()) == 500 + 2
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.rounding) if name == "libra_retinanet_R_50" else name
+        for name in SYSTEMS
+    ],
+)
 def test_training(mmdet, name, pytestconfig):
     """
     Ten steps of the warm-up have the same losses and lead to the same weights, which includes

@@ -15,6 +15,8 @@ from libra_d2.data.resize import OpenCVResizeTransform
 from libra_d2.errors import InputError
 from libra_d2.evaluation import RetinaNetWithTTA, add_test_time_augmentation
 
+pytestmark = pytest.mark.rounding
+
 RETINANET = ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"
 
 

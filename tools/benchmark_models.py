@@ -149,7 +149,8 @@ def make_models(system: str, device: str, reference: bool) -> Dict[str, nn.Modul
 
 def accelerate_by_default(model: nn.Module, device: str, precision: str = "float32") -> None:
     """As the configs do."""
-    accelerate(model, channels_last=choose_channels_last(device, precision != "float32"))
+    channels_last = choose_channels_last(model, device, precision != "float32")
+    accelerate(model, channels_last=channels_last)
 
 
 def count_flops(model: nn.Module, inputs: Inputs) -> float:

@@ -398,7 +398,7 @@ class Recipe(ABC):
         check_features(model)
         accelerate(
             model,
-            channels_last=self._channels_last,
+            channels_last=self._choose_channels_last(model),
             fold_norm=self.fold_norm,
             parallel_roi_align=self.parallel_roi_align,
             winograd=self.winograd,
@@ -416,11 +416,10 @@ class Recipe(ABC):
         """ "cpu" or "cuda", or another kind of device."""
         return torch.device(self.device).type
 
-    @property
-    def _channels_last(self) -> str:
+    def _choose_channels_last(self, model: nn.Module) -> str:
         if self.channels_last != "auto":
             return self.channels_last
-        return choose_channels_last(self.device_type, self.amp)
+        return choose_channels_last(model, self.device_type, self.amp, self.winograd)
 
     @property
     def precision(self) -> torch.dtype:

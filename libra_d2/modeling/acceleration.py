@@ -12,22 +12,26 @@ from ..errors import check_choice, one_line
 from .folded_conv import FoldedConv2d
 from .lean_fpn import LeanFPN
 from .roi_align import ParallelROIAlign
-from .winograd_conv import WinogradConv2d
+from .winograd_conv import WinogradConv2d, is_available
 
 __all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
 
 logger = logging.getLogger(__name__)
 
-CHANNELS_LAST = ("always", "inference", "never")
+CHANNELS_LAST = ("always", "large", "inference", "never")
 
 
-def choose_channels_last(device_type: str, is_mixed_precision: bool) -> str:
+def choose_channels_last(
+    model: nn.Module, device_type: str, is_mixed_precision: bool, winograd: bool = True
+) -> str:
     """
     When channels last is faster, as far as it was measured (docs/benchmark.md) or is known.
 
     Args:
+        model: what is trained, with ``requires_grad`` off where it is not.
         device_type: "cpu", "cuda" or another kind of device.
         is_mixed_precision: whether convolutions run in 16 bits.
+        winograd: whether convolutions may be replaced by :class:`WinogradConv2d`.
 
     Returns:
         one of :data:`CHANNELS_LAST`.
@@ -36,13 +40,29 @@ def choose_channels_last(device_type: str, is_mixed_precision: bool) -> str:
         return "never"
     if device_type != "cpu":
         return "always" if is_mixed_precision else "never"
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "always"
     # Without AVX-512, oneDNN has no fast gradient of a convolution's weights for it.
-    has_fast_gradients = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return "always" if has_fast_gradients else "inference"
+    has_gradient = winograd and not is_mixed_precision and is_available()
+    return "large" if has_gradient and _has_fast_gradients(model) else "inference"
+
+
+def _has_fast_gradients(model: nn.Module) -> bool:
+    """Whether Winograd's algorithm computes those of most of the trained weights."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+    return all(conv.groups == 1 and max(conv.kernel_size) <= 3 for conv in convs)
+
+
+# Forward pre-hooks; their signatures and annotations are those that torch.jit.script asks for.
 
 
 def _channels_last(self, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
-    """Forward pre-hook; its signature and annotations are those that torch.jit.script asks for."""
+    return (input[0].contiguous(memory_format=torch.channels_last),)
+
+
+def _channels_last_if_large(self, input: Tuple[torch.Tensor]) -> Tuple[torch.Tensor]:
+    if self.training and input[0].shape[2] * input[0].shape[3] < 2**19:
+        return (input[0],)
     return (input[0].contiguous(memory_format=torch.channels_last),)
 
 
@@ -50,6 +70,13 @@ def _channels_last_in_inference(self, input: Tuple[torch.Tensor]) -> Tuple[torch
     if self.training:
         return (input[0],)
     return (input[0].contiguous(memory_format=torch.channels_last),)
+
+
+_HOOKS = {
+    "always": _channels_last,
+    "large": _channels_last_if_large,
+    "inference": _channels_last_in_inference,
+}
 
 
 def accelerate(
@@ -70,9 +97,10 @@ def accelerate(
     Args:
         model: a detector of Detectron2 or of this project. One without a ``backbone`` keeps the
             memory format of its features, and is not compiled.
-        channels_last: when features have their channels last in memory: "always", "inference" or
-            "never". Convolutions and all that follows go on with the format of the image that the
-            backbone gets; weights keep theirs.
+        channels_last: when features have their channels last in memory: "always", "large" (in
+            inference, and in training for images of at least 2^19 pixels), "inference" or "never".
+            Convolutions and all that follows go on with the format of the image that the backbone
+            gets; weights keep theirs.
         fold_norm: see :class:`FoldedConv2d`.
         parallel_roi_align: see :class:`ParallelROIAlign`.
         winograd: see :class:`WinogradConv2d`.
@@ -98,9 +126,7 @@ def accelerate(
     if backbone is None:
         return
     if channels_last != "never":
-        always = channels_last == "always"
-        hook = _channels_last if always else _channels_last_in_inference
-        backbone.register_forward_pre_hook(hook)
+        backbone.register_forward_pre_hook(_HOOKS[channels_last])
     if compile_backbone:
         _compile(backbone, backend)
 

@@ -4,11 +4,12 @@
 
 For each pixel and each pair of an input and an output channel, a 3x3 convolution takes nine
 multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than two. PyTorch contains
-NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too.
+NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too. The gradient
+of the weights is this project's own.
 """
 
 from functools import cache
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch import nn
@@ -17,16 +18,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detectron2.layers import Conv2d
 
+from .folded_conv import FoldedConv2d
 from .replacement import Replacement, is_captured
+from .winograd_gradient import weight_gradient
 
-__all__ = ["WinogradConv2d"]
+__all__ = ["WinogradConv2d", "is_available"]
 
 _DTYPE = torch.float32  # NNPACK has no other
-# With fewer channels or pixels, transforming weights and features takes longer than it saves.
+# With fewer channels or numbers, transforming weights and features takes longer than it saves.
 _MIN_CHANNELS = 128
-_MIN_PIXELS = 2048
-# For batches, NNPACK chooses Fourier transforms, which are slower for large images, and faster for
-# RoIs than one call for each. Its buffer grows with the pixels of a batch.
+_MIN_CHANNELS_OF_GRADIENT = 64
+_MIN_NUMBERS = 2**18
+# For batches, NNPACK chooses Fourier transforms, which are slower for images of at least that many
+# pixels, and faster for RoIs than one call for each. Its buffer grows with the pixels of a batch.
+_MIN_PIXELS_ALONE = 2048
 _MAX_PIXELS_OF_BATCH = 65536
 # The buffer takes 256 bytes for each channel of the input and of the output in each tile of 6 x 6
 # pixels. NNPACK wants channels first; where they are last, they are copied anyway, in strips.
@@ -35,8 +40,8 @@ _TILE = 6
 
 
 @cache
-def _is_available() -> bool:
-    # Asking initializes NNPACK.
+def is_available() -> bool:
+    """Whether this CPU gains: it has AVX2, but not AVX-512. Asking initializes NNPACK."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch._nnpack_available()
 
 
@@ -46,7 +51,7 @@ def _convolve(
     pixels = x[0, 0].numel()
     if pixels > _MAX_PIXELS_OF_STRIP and x.is_contiguous(memory_format=torch.channels_last):
         return _convolve_in_strips(x, weight, bias)
-    batches = x.split(1 if pixels >= _MIN_PIXELS else _MAX_PIXELS_OF_BATCH // pixels)
+    batches = x.split(1 if pixels >= _MIN_PIXELS_ALONE else _MAX_PIXELS_OF_BATCH // pixels)
     results = [torch._nnpack_spatial_convolution(b, weight, bias, (1, 1)) for b in batches]
     return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -71,35 +76,46 @@ def _convolve_in_strips(
     return result
 
 
+def _convolve_directly(
+    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    return torch.conv2d(x, weight, bias, padding=1)
+
+
 class _WinogradFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        convolve: Callable,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return _convolve(x, weight, bias)
+        ctx.convolve = convolve
+        return convolve(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, weight = ctx.saved_tensors
-        needs_x, *needs_parameters = ctx.needs_input_grad
-        grad_x = _convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None
-        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            *(grad, x, weight, [len(weight)]),
-            *((1, 1), (1, 1), (1, 1), False, (0, 0), 1),  # stride, padding, dilation, transposed...
-            (False, *needs_parameters),
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        return (
+            ctx.convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None,
+            weight_gradient(x, grad) if needs_weight else None,
+            grad.sum((0, 2, 3)) if needs_bias else None,
+            None,
         )
-        return grad_x, grad_weight, grad_bias
 
 
 class WinogradConv2d(Replacement, Conv2d):
     """
-    3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm, also for the gradient of its
-    input, where that is faster: in float32, on CPUs with AVX2 but not AVX-512, with at least 128
-    channels and 2048 pixels. The numbers are the same but for rounding errors, which are about
-    1e-5 of the largest number instead of 1e-6. The channels of the result are last in memory only
-    for large images whose channels are, and it cannot be differentiated twice. NNPACK keeps a
+    3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm where that is faster: in float32,
+    on CPUs with AVX2 but not AVX-512, for features of at least 2^18 numbers. The gradient of the
+    weights uses it for at least 64 channels, the convolution and the gradient of its input for at
+    least 128, unless there is a norm. The numbers are the same but for rounding errors, which are
+    about 1e-5 of the largest number instead of 1e-6. The channels of the result are last in memory
+    only for large images whose channels are, and it cannot be differentiated twice. NNPACK keeps a
     buffer in each thread that calls it.
 
     Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
@@ -108,43 +124,60 @@ class WinogradConv2d(Replacement, Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
-        if not self._is_faster(x):
+        if self._find_convolution(x, self.weight) is None:
             return super().forward(x)
-        x = _WinogradFunction.apply(x, self.weight, self.bias)
+        x = self._conv_forward(x, self.weight, self.bias)
+        x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
 
-    def _is_faster(self, x: torch.Tensor) -> bool:
+    def _conv_forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        convolve = self._find_convolution(x, weight)
+        if convolve is None:
+            return super()._conv_forward(x, weight, bias)
+        return _WinogradFunction.apply(x, weight, bias, convolve)
+
+    def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
+        """That of :class:`_WinogradFunction`, or None where the parent is as fast."""
         if is_captured() or type(x) is not torch.Tensor:
-            return False
+            return None
         if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
-            return False
+            return None
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        has_type = x.dtype == self.weight.dtype == _DTYPE
-        is_large = x.dim() == 4 and x.numel() >= _MIN_PIXELS * self.in_channels
-        return has_type and is_large and _can_gain(self) and _is_available()
+            return None
+        has_type = x.dtype == weight.dtype == _DTYPE
+        is_large = x.dim() == 4 and x.numel() >= _MIN_NUMBERS
+        if not (has_type and is_large and _can_gain(self) and is_available()):
+            return None
+        # Convolutions with norms are those of bottlenecks. Between 1x1 convolutions, which are fast
+        # if channels are last in memory, NNPACK's change of the format takes longer than it saves.
+        if self.norm is None and min(weight.shape[:2]) >= _MIN_CHANNELS:
+            return _convolve
+        return _convolve_directly if torch.is_grad_enabled() and weight.requires_grad else None
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
-        """Convolutions, PyTorch's own too, that may gain."""
-        return type(module) in (nn.Conv2d, Conv2d) and _can_gain(module)
+        """Convolutions, PyTorch's own and those with folded norms, too, that may gain."""
+        return type(module) in (nn.Conv2d, Conv2d, FoldedConv2d) and _can_gain(module)
 
     @classmethod
     def replace(cls, module: nn.Module) -> None:
         """Make ``module`` one of this class."""
-        # PyTorch's own lack these.
-        module.norm, module.activation = None, getattr(module, "activation", None)
-        super().replace(module)
+        if type(module) is nn.Conv2d:
+            module.norm = module.activation = None
+        module.__class__ = _FoldedWinogradConv2d if isinstance(module, FoldedConv2d) else cls
+
+
+class _FoldedWinogradConv2d(FoldedConv2d, WinogradConv2d):
+    pass
 
 
 def _can_gain(conv: nn.Conv2d) -> bool:
-    # Convolutions with norms are those of bottlenecks. Between 1x1 convolutions, which are fast if
-    # channels are last in memory, the change of the memory format takes longer than it saves.
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return (
         shape == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.padding_mode == "zeros"
-        and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS
-        and getattr(conv, "norm", None) is None
+        and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS_OF_GRADIENT
     )
