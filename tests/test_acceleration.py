@@ -119,6 +119,20 @@ def test_channels_last(when, training, inference):
         accelerate(model, channels_last="sometimes")
 
 
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes this machine another one."""
+
+    def change(platform, capability):
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
+        is_available.cache_clear()
+
+    yield change
+    is_available.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("platform", "device", "mixed", "capability", "expected"),
     [
@@ -131,32 +145,32 @@ def test_channels_last(when, training, inference):
         ("linux", "cuda", True, "AVX2", "always"),
     ],
 )
-def test_choose_channels_last(platform, device, mixed, capability, expected, monkeypatch):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
-    is_available.cache_clear()
-    assert choose_channels_last(nn.Conv2d(3, 8, 3), device, mixed) == expected
-    is_available.cache_clear()
+def test_choose_channels_last(platform, device, mixed, capability, expected, pretend):
+    pretend(platform, capability)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    assert choose_channels_last(conv, device, mixed) == expected
+
+
+def conv(kernel=3, channels=64, **kwargs):
+    return nn.Conv2d(channels, 64, kernel, padding=kernel // 2, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("conv", "is_trained", "winograd", "expected"),
+    ("convs", "winograd", "expected"),
     [
-        (nn.Conv2d(3, 8, 3, stride=2), True, True, "large"),
-        (nn.Conv2d(3, 8, 3, stride=2), True, False, "inference"),
-        (nn.Conv2d(3, 8, 7), True, True, "inference"),
-        (nn.Conv2d(3, 8, 7), False, True, "large"),
-        (nn.Conv2d(3, 6, 3, groups=3), True, True, "inference"),
+        ([conv()], True, "large"),
+        ([conv()], False, "inference"),
+        ([conv(), conv(stride=2), conv(1), conv(1, 3)], True, "large"),
+        ([conv(), conv(7, 3).requires_grad_(False)], True, "large"),
+        *(([conv(), other], True, "inference") for other in (conv(7), conv(channels=63))),
+        ([conv(), conv(groups=2)], True, "inference"),
+        *(([other], True, "inference") for other in (conv(stride=2), conv(1))),
     ],
 )
-def test_channels_last_of_model(conv, is_trained, winograd, expected, monkeypatch):
-    """Not where trained weights have no fast gradient."""
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(acceleration, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), conv.requires_grad_(is_trained))
-    assert choose_channels_last(model, "cpu", False, winograd) == expected
+def test_channels_last_of_model(convs, winograd, expected, pretend):
+    """For large images in training, if Winograd's algorithm has most gradients of the weights."""
+    pretend("linux", "AVX2")
+    assert choose_channels_last(nn.Sequential(*convs), "cpu", False, winograd) == expected
 
 
 def test_compiled_for_any_size():

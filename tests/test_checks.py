@@ -25,7 +25,7 @@ NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
 SAMPLERS = [f"{x}TrainingSampler" for x in ("", "RandomSubset", "RepeatFactor", "Weighted")]
 CROPS = ["relative_range", "relative", "absolute", "absolute_range"]
 SPEED, TRAINER = "MODEL.LIBRA.SPEED", "MODEL.LIBRA.TRAINER"
-FORMATS = ("auto", "always", "inference", "never")
+FORMATS = ("auto", "always", "large", "inference", "never")
 SAMPLING = "INPUT.MIN_SIZE_TRAIN_SAMPLING"
 
 # Key, legal values, illegal ones (numbers on both sides of the boundary), and what to use.

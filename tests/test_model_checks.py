@@ -159,7 +159,13 @@ def test_unknown_names(name, options, key, example):
             ["p3", "p9"],
             "^model.head_in_features has 'p9', but the backbone has p3, p4, p5, p6, p7$",
         ),
-        ("unknown", 1, "^model: it cannot be built: .*unknown"),
+        ("unknown", 1, "^model.unknown: LibraRetinaNet has no such argument$"),
+        ("num_clases", 1, r"^model.num_clases: .* no such argument; did you mean num_classes\?$"),
+        (
+            "anchor_generator.size",
+            [8],
+            r"^model.anchor_generator.size: DefaultAnchorGenerator .*; did you mean sizes\?$",
+        ),
         ("backbone.refine_level", 7, "^(?!model).*refine_level.* is 7"),
     ],
 )

@@ -216,6 +216,20 @@ def test_speed(language, device, amp, dtype, channels_last, expected, monkeypatc
 
 
 @LANGUAGES
+def test_channels_last_in_training(language, monkeypatch):
+    """On a CPU with AVX2, where Winograd's algorithm is on and nothing is compiled."""
+    chosen = []
+    monkeypatch.setattr(
+        libra_d2.config.recipe, "choose_channels_last", lambda *args: chosen.append(args)
+    )
+    recipe, model = make(language, "mask_rcnn_fpn"), torch.nn.Module()
+    recipe.device = "cpu"
+    for recipe.winograd, recipe.compile_backbone in ((True, False), (True, True), (False, False)):
+        recipe._choose_channels_last(model)
+    assert chosen == [(model, "cpu", False, winograd) for winograd in (True, False, False)]
+
+
+@LANGUAGES
 def test_levers(language, monkeypatch):
     """A built model has those that are on."""
     kept, compiled, accelerate = [], [], libra_d2.config.recipe.accelerate
@@ -344,13 +358,23 @@ def test_verify(expected, passes):
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "part", "build"),
+    ("place", "value", "message", "build"),
     [
-        ("optimizer", {"momentumm": 1}, "optimizer", "build_optimizer"),
-        ("lr_multiplier.scheduler", {"x": 1}, "lr_multiplier", "build_lr_scheduler"),
-        ("dataloader.train.mapper", {"is_trainn": 1}, "dataloader.train.mapper", "build_mapper"),
-        ("dataloader.test", {"num_workerss": 1}, "dataloader.test", "build_test_loader"),
-        ("model.backbone", {"freeze": 1}, "model", "build_model"),
+        ("optimizer", {"momentumm": 1}, "SGD {}; did you mean momentum?", "build_optimizer"),
+        (
+            *("lr_multiplier.scheduler", {"x": 1}),
+            *("MultiStepParamScheduler {}", "build_lr_scheduler"),
+        ),
+        (
+            *("dataloader.train.mapper", {"is_trainn": 1}),
+            *("DatasetMapper {}; did you mean is_train?", "build_mapper"),
+        ),
+        (
+            *("dataloader.test", {"num_workerss": 1}),
+            *("build_detection_test_loader {}; did you mean num_workers?", "build_test_loader"),
+        ),
+        ("model.roi_heads", {"num_clases": 1}, "{}; did you mean num_classes?", "build_model"),
+        ("model.backbone", {"freeze": 1}, "build_balanced_backbone {}", "build_model"),
         ("optimizer", {"momentum": -1}, "optimizer", "build_optimizer"),
         ("lr_multiplier.scheduler", {"values": [1.0]}, "lr_multiplier", "build_lr_scheduler"),
         (
@@ -359,16 +383,24 @@ def test_verify(expected, passes):
         ),
     ],
 )
-def test_bad_arguments(place, value, part, build):
+def test_bad_arguments(place, value, message, build, monkeypatch):
     """What a class does not take is said in one line, with the place."""
     recipe = make("lazy")
     recipe.config.lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x
-    arguments = {"build_model": (), "build_test_loader": ("",), "build_lr_scheduler": (None,)}
+    dataset = "coco_2017_val"
+    monkeypatch.setitem(DatasetCatalog.data, dataset, lambda: [{"annotations": []}])
+    arguments = {"build_model": (), "build_test_loader": (dataset,), "build_lr_scheduler": (None,)}
     arguments["build_optimizer"] = (torch.nn.Linear(1, 1),)
     OmegaConf.update(recipe.config, place, value)
-    with pytest.raises(InputError, match=f"^{part}: it cannot be built: ") as error:
+    with pytest.raises(InputError) as error:
         getattr(recipe, build)(*arguments.get(build, (True,)))
-    assert ".py, line " not in str(error.value)
+    found = str(error.value)
+    if "{}" in message:
+        assert found.startswith(f"{place}.{next(iter(value))}: ")
+        assert found.endswith(message.format("has no such argument"))
+    else:
+        assert found.startswith(f"{message}: it cannot be built: ")
+    assert ".py, line " not in found
 
 
 def own_dataset(names):

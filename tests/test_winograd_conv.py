@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import pickle
 
 import pytest
 import torch
@@ -98,10 +99,11 @@ def frozen(channels):
     [(128, frozen), (128, lambda n: nn.GroupNorm(2, n)), (64, frozen), (64, lambda n: None)],
 )
 @pytest.mark.parametrize("is_folded", [True, False])
-def test_gradient_of_weights(channels, make_norm, is_folded, calls, gradients):
+@pytest.mark.parametrize("format", [torch.contiguous_format, LAST])
+def test_gradient_of_weights(channels, make_norm, is_folded, format, calls, gradients):
     """With a norm or few channels, only that of the weights uses Winograd's algorithm."""
     results = []
-    x = torch.randn(1, channels, 66, 64)
+    x = torch.randn(1, channels, 66, 64).contiguous(memory_format=format)
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
         norm = make_norm(channels)
@@ -115,6 +117,9 @@ def test_gradient_of_weights(channels, make_norm, is_folded, calls, gradients):
     for found, value in zip(*results):
         bound = 1e-4 * value.abs().max().item()
         torch.testing.assert_close(found.double(), value, rtol=0, atol=bound)
+    for copied in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert type(copied) is type(conv)
+        assert torch.equal(copied(x.double()), conv(x.double()))
     scripted = torch.jit.script(conv.eval())
     torch.testing.assert_close(scripted(x.double()), results[1][0], rtol=0, atol=1e-12)
     for is_trained in (True, False):
@@ -174,6 +179,19 @@ def test_gradients(calls):
     assert len(calls) == 3
     assert conv.weight.grad is not None
     assert conv.bias.grad is not None
+
+
+def test_autocast_around_backward(calls, gradients):
+    """What was computed in float32 has gradients of float32."""
+    conv = make_conv()
+    conv(LARGE).sum().backward()
+    expected = conv.weight.grad.clone()
+    conv.zero_grad()
+    loss = conv(LARGE).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert torch.equal(conv.weight.grad, expected)
+    assert len(gradients) == 2
 
 
 SMALL, LARGE = (

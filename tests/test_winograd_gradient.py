@@ -49,10 +49,15 @@ def test_chunks(monkeypatch):
 
 
 def test_rounding():
-    """In float32, errors are like those of a convolution: sums of thousands of products."""
+    """In float32, errors are like those of a convolution, also where transforms cancel out."""
     torch.manual_seed(0)
-    x, grad = (torch.randn(1, 64, 60, 80, dtype=torch.float64) for _ in range(2))
+    x, grad = (torch.randn(1, 64, 60, 80, dtype=torch.float64).relu() for _ in range(2))
+    errors = []
     weight = torch.zeros(64, 64, 3, 3, dtype=torch.float64, requires_grad=True)
     torch.conv2d(x, weight, padding=1).backward(grad)
-    error = (weight_gradient(x.float(), grad.float()) - weight.grad).abs().max()
-    assert error < 1e-4 * weight.grad.abs().max()
+    single = weight.detach().float().requires_grad_()
+    torch.conv2d(x.float(), single, padding=1).backward(grad.float())
+    for found in (weight_gradient(x.float(), grad.float()), single.grad):
+        errors.append((found - weight.grad).abs().max() / weight.grad.abs().max())
+    # Both are sums of 4800 products. A processor may add in any order.
+    assert errors[0] < 4e-6 + 4 * errors[1]

@@ -181,8 +181,8 @@ def add_libra_config(cfg: CN) -> None:
     cfg.MODEL.LIBRA.SPEED = CN()
     # When to store features with the channels last in memory: "always", "large" (in inference, and
     # in training for images of at least 2^19 pixels), "inference", "never" or "auto". "auto" does
-    # so where it is faster: in inference on CPUs, in training on CPUs with AVX-512, and of R-CNNs
-    # without grouped convolutions for large images on CPUs with AVX2 (measured), and on GPUs in
+    # so where it is faster: in inference on CPUs, in training on CPUs with AVX-512, and with AVX2
+    # for large images where Winograd's algorithm computes the gradients (measured); on GPUs in
     # mixed precision (known); never on Windows.
     cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
     # Whether to fold batch norms with fixed statistics into the convolutions before them, in

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import logging
 import os
 import re
 import tempfile
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -106,17 +107,21 @@ def _own_code(error: Exception) -> str:
     return f" ({own[-1][0].get('__file__')}, line {own[-1][1]})" if own else ""
 
 
-@contextmanager
-def _building(place: str) -> Iterator[None]:
-    """Turn what classes raise for bad arguments into an InputError."""
-    try:
-        with _resolving(place):
-            yield
-    except ArgumentError as e:
-        raise InputError(str(e)) from e
-    except _BUILDING as e:
-        message = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
-        raise InputError(f"{place}: it cannot be built: {message}{_own_code(e)}") from e
+def _unknown_argument(error: Exception, place: str, part: Any) -> str:
+    """What to say of an argument that a target in ``part`` does not have; "" of other errors."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    contents = list(_contents(place, part)) if match else []
+    given = [(x, node) for x, node in contents if isinstance(node, DictConfig) and match[1] in node]
+    targets = [(f"{x}.{match[1]}", target_of(node)) for x, node in given if "_target_" in node]
+    if len(targets) != 1:
+        return ""
+    (key, target), known = targets[0], set()
+    for parent in getattr(target, "__mro__", [target]):
+        with suppress(TypeError, ValueError):  # some in C have no signature
+            known.update(inspect.signature(parent).parameters)
+    similar = similar_key(match[1], sorted(known))
+    hint = f"; did you mean {similar}?" if similar else ""
+    return f"{key}: {getattr(target, '__name__', target)} has no such argument{hint}"
 
 
 class LazyRecipe(Recipe):
@@ -240,6 +245,20 @@ class LazyRecipe(Recipe):
         if train and not self.has("max_iter"):
             raise Recipe.max_iter.missing(self)
 
+    @contextmanager
+    def _building(self, place: str) -> Iterator[None]:
+        """Turn what classes raise for bad arguments into an InputError."""
+        try:
+            with _resolving(place):
+                yield
+        except ArgumentError as e:
+            raise InputError(str(e)) from e
+        except _BUILDING as e:
+            reason = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
+            message = _unknown_argument(e, place, self._select(place))
+            message = message or f"{place}: it cannot be built: {reason}"
+            raise InputError(f"{message}{_own_code(e)}") from e
+
     # What the model is
 
     @property
@@ -346,7 +365,7 @@ class LazyRecipe(Recipe):
     def _build(self, place: str) -> Any:
         """Instantiate a part of the config."""
         part = self._resolved(place)
-        with _building(place):
+        with self._building(place):
             return instantiate(part)
 
     def _build_model(self) -> nn.Module:
@@ -377,14 +396,14 @@ class LazyRecipe(Recipe):
         if augmentations is not None:
             arguments["augmentations"] = augmentations
         target = target_of(self._part(place))
-        with _building(place):
+        with self._building(place):
             return (LibraDatasetMapper if target is DatasetMapper else target)(**arguments)
 
     def _arguments(self, place: str) -> Dict[str, Any]:
         """All arguments of a part of the config but its mapper."""
         part = self._part(place)
         names = [name for name in part if name not in ("mapper", "_target_")]
-        with _building(place):
+        with self._building(place):
             # Detectron2's loaders take what others may not: datasets that are no lists.
             is_mapped = target_of(part) in _LOADERS
             return {name: self._argument(f"{place}.{name}", is_mapped) for name in names}
@@ -400,7 +419,7 @@ class LazyRecipe(Recipe):
         place, mapper = "dataloader.train", self.build_mapper(True)
         target = target_of(self._part(place))
         if target is not build_detection_train_loader:
-            with _building(place):
+            with self._building(place):
                 return target(**self._arguments(place), mapper=mapper)
         return ResumableLoader(lambda: {**self._arguments(place), "mapper": mapper}, seed=seed)
 
@@ -409,7 +428,7 @@ class LazyRecipe(Recipe):
         recipe, place = self.copy(), "dataloader.test"
         recipe.test_datasets = (dataset_name,)
         arguments = recipe._arguments(place)
-        with _building(place):
+        with self._building(place):
             return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
 
     def _evaluators(self) -> List[DictConfig]:
@@ -435,7 +454,7 @@ class LazyRecipe(Recipe):
         for evaluator in evaluators:
             if "dataset_name" in evaluator:
                 evaluator.dataset_name = dataset_name
-        with _building("dataloader.evaluator"):
+        with self._building("dataloader.evaluator"):
             return DatasetEvaluators([instantiate(evaluator) for evaluator in evaluators])
 
     def add_test_time_augmentation(self, model: nn.Module) -> nn.Module:

@@ -419,7 +419,8 @@ class Recipe(ABC):
     def _choose_channels_last(self, model: nn.Module) -> str:
         if self.channels_last != "auto":
             return self.channels_last
-        return choose_channels_last(model, self.device_type, self.amp, self.winograd)
+        winograd = self.winograd and not self.compile_backbone
+        return choose_channels_last(model, self.device_type, self.amp, winograd)
 
     @property
     def precision(self) -> torch.dtype:

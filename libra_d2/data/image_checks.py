@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils import data as torchdata
 from tqdm import tqdm
 
-from ..errors import InputError, one_line
-from .image_reading import displayed_size, is_whole, read_image
+from ..errors import InputError
+from .image_reading import displayed_size, is_whole, read_image, why_unreadable
 from .resize import OpenCVResizeShortestEdge
 
 __all__ = ["ImageChecks", "ResizeLimits", "check_resized"]
@@ -96,7 +96,7 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
                 size = displayed_size(file)
             whole = is_whole(path, file.format)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: not a readable image ({one_line(e)})") from None
+        raise InputError(f"{path}: not a readable image ({why_unreadable(e)})") from None
     if size != expected:
         raise InputError(
             f"{path}: the image is {size[0]} x {size[1]} pixels, but {json_file} says "

@@ -5,7 +5,7 @@ import os
 from typing import Tuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from ..errors import InputError, one_line
 from .pixels import swap_channels
 
-__all__ = ["IMAGE_SUFFIXES", "displayed_size", "is_whole", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "displayed_size", "is_whole", "read_image", "why_unreadable"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,14 @@ def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
             logger.warning(f"{file_name}: the file is cut short; what is missing is gray")
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{file_name}: the image cannot be used: {one_line(e)}") from e
+        raise InputError(f"{file_name}: the image cannot be used: {why_unreadable(e)}") from e
+
+
+def why_unreadable(error: Exception) -> str:
+    """What an error of Pillow says, in one line."""
+    # Of an unknown format, Pillow says no more than the path, or the Python object that it read.
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    return "it has no known image format" if is_unknown else one_line(error)
 
 
 def _decode(file_name: str, content: bytes, format: str) -> np.ndarray:

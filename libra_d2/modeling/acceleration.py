@@ -12,7 +12,7 @@ from ..errors import check_choice, one_line
 from .folded_conv import FoldedConv2d
 from .lean_fpn import LeanFPN
 from .roi_align import ParallelROIAlign
-from .winograd_conv import WinogradConv2d, is_available
+from .winograd_conv import WinogradConv2d, can_gain, is_available
 
 __all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
 
@@ -31,7 +31,7 @@ def choose_channels_last(
         model: what is trained, with ``requires_grad`` off where it is not.
         device_type: "cpu", "cuda" or another kind of device.
         is_mixed_precision: whether convolutions run in 16 bits.
-        winograd: whether convolutions may be replaced by :class:`WinogradConv2d`.
+        winograd: whether :class:`WinogradConv2d` is used, which compiled graphs do not contain.
 
     Returns:
         one of :data:`CHANNELS_LAST`.
@@ -48,9 +48,13 @@ def choose_channels_last(
 
 
 def _has_fast_gradients(model: nn.Module) -> bool:
-    """Whether Winograd's algorithm computes those of most of the trained weights."""
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
-    return all(conv.groups == 1 and max(conv.kernel_size) <= 3 for conv in convs)
+    """
+    Whether Winograd's algorithm computes those of the trained weights, 1x1 convolutions and those
+    with a stride aside.
+    """
+    trained = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.requires_grad]
+    spatial = [conv for conv in trained if max(conv.kernel_size) > 1]
+    return any(map(can_gain, spatial)) and all(can_gain(x, stride=x.stride) for x in spatial)
 
 
 # Forward pre-hooks; their signatures and annotations are those that torch.jit.script asks for.

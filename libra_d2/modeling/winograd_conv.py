@@ -22,12 +22,14 @@ from .folded_conv import FoldedConv2d
 from .replacement import Replacement, is_captured
 from .winograd_gradient import weight_gradient
 
-__all__ = ["WinogradConv2d", "is_available"]
+__all__ = ["WinogradConv2d", "can_gain", "is_available"]
 
 _DTYPE = torch.float32  # NNPACK has no other
-# With fewer channels or numbers, transforming weights and features takes longer than it saves.
+# With fewer channels, pixels or numbers, transforming weights and features takes longer than it
+# saves.
 _MIN_CHANNELS = 128
 _MIN_CHANNELS_OF_GRADIENT = 64
+_MIN_PIXELS = 512
 _MIN_NUMBERS = 2**18
 # For batches, NNPACK chooses Fourier transforms, which are slower for images of at least that many
 # pixels, and faster for RoIs than one call for each. Its buffer grows with the pixels of a batch.
@@ -100,23 +102,25 @@ class _WinogradFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        return (
-            ctx.convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None,
-            weight_gradient(x, grad) if needs_weight else None,
-            grad.sum((0, 2, 3)) if needs_bias else None,
-            None,
-        )
+        with torch.autocast("cpu", enabled=False):  # whatever calls backward()
+            return (
+                ctx.convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None,
+                weight_gradient(x, grad) if needs_weight else None,
+                grad.sum((0, 2, 3)) if needs_bias else None,
+                None,
+            )
 
 
 class WinogradConv2d(Replacement, Conv2d):
     """
     3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm where that is faster: in float32,
-    on CPUs with AVX2 but not AVX-512, for features of at least 2^18 numbers. The gradient of the
-    weights uses it for at least 64 channels, the convolution and the gradient of its input for at
-    least 128, unless there is a norm. The numbers are the same but for rounding errors, which are
-    about 1e-5 of the largest number instead of 1e-6. The channels of the result are last in memory
-    only for large images whose channels are, and it cannot be differentiated twice. NNPACK keeps a
-    buffer in each thread that calls it.
+    on CPUs with AVX2 but not AVX-512, for features of at least 2^18 numbers and 512 pixels. The
+    gradient of the weights uses it for at least 64 channels, the convolution and the gradient of
+    its input for at least 128, unless there is a norm. The numbers are the same but for rounding
+    errors, which are about 1e-5 of the largest number instead of 1e-6; those of the weights' are
+    about the same. Without a norm, the channels of the result are last in memory only for large
+    images whose channels are. It cannot be differentiated twice, nor in forward mode. NNPACK keeps
+    a buffer in each thread that calls it.
 
     Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
     it is the parent.
@@ -124,22 +128,26 @@ class WinogradConv2d(Replacement, Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
-        if self._find_convolution(x, self.weight) is None:
+        convolved = self._convolve(x, self.weight, self.bias)
+        if convolved is None:
             return super().forward(x)
-        x = self._conv_forward(x, self.weight, self.bias)
-        x = x if self.norm is None else self.norm(x)
+        x = convolved if self.norm is None else self.norm(convolved)
         return x if self.activation is None else self.activation(x)
 
     def _conv_forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
     ) -> torch.Tensor:
+        convolved = self._convolve(x, weight, bias)
+        return super()._conv_forward(x, weight, bias) if convolved is None else convolved
+
+    def _convolve(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    ) -> Optional[torch.Tensor]:
+        """None where the parent is as fast."""
         convolve = self._find_convolution(x, weight)
-        if convolve is None:
-            return super()._conv_forward(x, weight, bias)
-        return _WinogradFunction.apply(x, weight, bias, convolve)
+        return None if convolve is None else _WinogradFunction.apply(x, weight, bias, convolve)
 
     def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
-        """That of :class:`_WinogradFunction`, or None where the parent is as fast."""
         if is_captured() or type(x) is not torch.Tensor:
             return None
         if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
@@ -147,8 +155,8 @@ class WinogradConv2d(Replacement, Conv2d):
         if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
         has_type = x.dtype == weight.dtype == _DTYPE
-        is_large = x.dim() == 4 and x.numel() >= _MIN_NUMBERS
-        if not (has_type and is_large and _can_gain(self) and is_available()):
+        is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
+        if not (has_type and is_large and can_gain(self) and is_available()):
             return None
         # Convolutions with norms are those of bottlenecks. Between 1x1 convolutions, which are fast
         # if channels are last in memory, NNPACK's change of the format takes longer than it saves.
@@ -159,7 +167,7 @@ class WinogradConv2d(Replacement, Conv2d):
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
         """Convolutions, PyTorch's own and those with folded norms, too, that may gain."""
-        return type(module) in (nn.Conv2d, Conv2d, FoldedConv2d) and _can_gain(module)
+        return type(module) in (nn.Conv2d, Conv2d, FoldedConv2d) and can_gain(module)
 
     @classmethod
     def replace(cls, module: nn.Module) -> None:
@@ -173,10 +181,11 @@ class _FoldedWinogradConv2d(FoldedConv2d, WinogradConv2d):
     pass
 
 
-def _can_gain(conv: nn.Conv2d) -> bool:
+def can_gain(conv: nn.Conv2d, stride: Tuple[int, int] = (1, 1)) -> bool:
+    """Whether a convolution is of the kind that is replaced, or would be but for its stride."""
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return (
-        shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+        shape == ((3, 3), stride, (1, 1), (1, 1))
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and min(conv.in_channels, conv.out_channels) >= _MIN_CHANNELS_OF_GRADIENT

@@ -17,39 +17,50 @@ _NUM_POINTS = 6
 # More tiles at once do not fit into the cache of a processor, with fewer, adding up takes longer.
 _NUM_TILES = 128
 
-_OF_FEATURES = (  # 6 x 6 pixels
-    *((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0)),
-    *((0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1)),
+_FEATURE_TRANSFORM = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
 )
-_OF_GRADIENT = (  # 6 x 4
-    *((1 / 4, 0, 0, 0), (-1 / 6, -1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6, 1 / 6)),
-    *((1 / 24, 1 / 12, 1 / 6, 1 / 3), (1 / 24, -1 / 12, 1 / 6, -1 / 3), (0, 0, 0, 1)),
+_GRADIENT_TRANSFORM = (
+    (1 / 4, 0, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6, 1 / 6),
+    (1 / 24, 1 / 12, 1 / 6, 1 / 3),
+    (1 / 24, -1 / 12, 1 / 6, -1 / 3),
+    (0, 0, 0, 1),
 )
-_OF_WEIGHTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 1))  # 3 x 6
+_WEIGHT_TRANSFORM = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 1),
+)
 
 
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """
     Args:
-        x: (N, C, H, W), what was convolved with stride 1 and padding 1.
+        x: (N, C, H, W), not empty, what was convolved with stride 1 and padding 1.
         grad: (N, O, H, W), the gradient of the result.
 
     Returns:
         (O, C, 3, 3), the gradient of the weights. Its rounding errors are those of a convolution.
     """
-    num_images, num_in, height, width = x.shape
-    num_out = grad.shape[1]
-    of_features, of_gradient, of_weights = (
-        torch.kron(m, m) for m in map(x.new_tensor, (_OF_FEATURES, _OF_GRADIENT, _OF_WEIGHTS))
-    )
+    num_in, num_out = x.shape[1], grad.shape[1]
+    height, width = x.shape[2:]
+    matrices = (_FEATURE_TRANSFORM, _GRADIENT_TRANSFORM, _WEIGHT_TRANSFORM)
+    of_features, of_gradient, of_weights = (torch.kron(m, m) for m in map(x.new_tensor, matrices))
     rows, columns = -(-height // _TILE), -(-width // _TILE)
-    num_rows = max(_NUM_TILES // columns, 1) * _TILE
-    num_images = max(_NUM_TILES // (rows * columns), 1)
+    rows_at_once = max(_NUM_TILES // columns, 1) * _TILE
+    images_at_once = max(_NUM_TILES // (rows * columns), 1)
     right = columns * _TILE - width
     result = x.new_zeros(_NUM_POINTS**2, num_out, num_in)
-    for images, grads in zip(x.split(num_images), grad.split(num_images)):
-        for top in range(0, height, num_rows):
-            strip = grads[:, :, top : top + num_rows]
+    for images, grads in zip(x.split(images_at_once), grad.split(images_at_once)):
+        for top in range(0, height, rows_at_once):
+            strip = grads[:, :, top : top + rows_at_once]
             bottom = -strip.shape[2] % _TILE
             end = top + strip.shape[2] + bottom + 1  # a row of neighbors on either side
             pixels = images[:, :, max(top - 1, 0) : end]

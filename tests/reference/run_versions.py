@@ -50,6 +50,7 @@ TESTS = (
     *("tests/test_roi_align.py", "tests/test_acceleration.py", "tests/test_resize.py"),
     *("tests/test_backbone.py", "tests/test_compile.py", "tests/test_lean_fpn.py"),
     "tests/test_winograd_conv.py",
+    "tests/test_winograd_gradient.py",
     *("tests/test_train_net.py::test_training", "tests/test_train_net.py::test_resume"),
     "tests/test_lazy_programs.py::test_training",
     "tests/test_parity.py::test_losses_and_gradients[libra_faster_rcnn_R_50-list]",
