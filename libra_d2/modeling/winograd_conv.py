@@ -117,10 +117,10 @@ class WinogradConv2d(Replacement, Conv2d):
     on CPUs with AVX2 but not AVX-512, for features of at least 2^18 numbers and 512 pixels. The
     gradient of the weights uses it for at least 64 channels, the convolution and the gradient of
     its input for at least 128, unless there is a norm. The numbers are the same but for rounding
-    errors, which are about 1e-5 of the largest number instead of 1e-6; those of the weights' are
-    about the same. Without a norm, the channels of the result are last in memory only for large
-    images whose channels are. It cannot be differentiated twice, nor in forward mode. NNPACK keeps
-    a buffer in each thread that calls it.
+    errors: those of the gradient of the weights are like the parent's, the others about 1e-5 of the
+    largest number instead of 1e-6. Without a norm, the channels of the result are last in memory
+    only for large images whose channels are. It cannot be differentiated twice, nor in forward
+    mode. NNPACK keeps a buffer in each thread that calls it.
 
     Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
     it is the parent.
@@ -128,7 +128,7 @@ class WinogradConv2d(Replacement, Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
-        convolved = self._convolve(x, self.weight, self.bias)
+        convolved = self._convolve_faster(x, self.weight, self.bias)
         if convolved is None:
             return super().forward(x)
         x = convolved if self.norm is None else self.norm(convolved)
@@ -137,10 +137,10 @@ class WinogradConv2d(Replacement, Conv2d):
     def _conv_forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
     ) -> torch.Tensor:
-        convolved = self._convolve(x, weight, bias)
+        convolved = self._convolve_faster(x, weight, bias)
         return super()._conv_forward(x, weight, bias) if convolved is None else convolved
 
-    def _convolve(
+    def _convolve_faster(
         self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
     ) -> Optional[torch.Tensor]:
         """None where the parent is as fast."""
