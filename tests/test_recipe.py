@@ -375,6 +375,7 @@ def test_verify(expected, passes):
         ),
         ("model.roi_heads", {"num_clases": 1}, "{}; did you mean num_classes?", "build_model"),
         ("model.backbone", {"freeze": 1}, "build_balanced_backbone {}", "build_model"),
+        ("model", {"freeze": 1, "backbone": {"freeze": 1}}, "model", "build_model"),
         ("optimizer", {"momentum": -1}, "optimizer", "build_optimizer"),
         ("lr_multiplier.scheduler", {"values": [1.0]}, "lr_multiplier", "build_lr_scheduler"),
         (

@@ -124,7 +124,9 @@ def test_gradient_of_weights(channels, make_norm, is_folded, format, calls, grad
     torch.testing.assert_close(scripted(x.double()), results[1][0], rtol=0, atol=1e-12)
     for is_trained in (True, False):
         conv.float().requires_grad_(is_trained)(x.requires_grad_()).sum().backward()
-    assert len(gradients) == 2  # not of frozen weights
+    assert len(gradients) == 2  # not of frozen weights, whose convolution is the parent's
+    (grad,) = torch.autograd.grad(conv(x).sum(), x, create_graph=True)
+    grad.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,13 @@ def test_batches(size, expected, calls):
     assert calls == [(number, *x.shape[1:]) for number in expected]
     value = conv.double()(x[-1:].double())
     torch.testing.assert_close(y[-1:].double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
+
+
+def test_few_pixels(calls, gradients):
+    """With many channels, transforms of the weights take longer than they save."""
+    for pixels, expected in ((16 * 16, 0), (16 * 32, 1)):
+        make_conv(1024, 128)(torch.zeros(1, 1024, 16, pixels // 16)).sum().backward()
+        assert len(calls) == len(gradients) == expected
 
 
 def test_gradients(calls):
