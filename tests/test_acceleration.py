@@ -133,6 +133,10 @@ def pretend(monkeypatch):
     is_available.cache_clear()
 
 
+def conv(kernel=3, channels=64, **kwargs):
+    return nn.Conv2d(channels, 64, kernel, padding=kernel // 2, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("platform", "device", "mixed", "capability", "expected"),
     [
@@ -147,12 +151,7 @@ def pretend(monkeypatch):
 )
 def test_choose_channels_last(platform, device, mixed, capability, expected, pretend):
     pretend(platform, capability)
-    conv = nn.Conv2d(64, 64, 3, padding=1)
-    assert choose_channels_last(conv, device, mixed) == expected
-
-
-def conv(kernel=3, channels=64, **kwargs):
-    return nn.Conv2d(channels, 64, kernel, padding=kernel // 2, **kwargs)
+    assert choose_channels_last(conv(), device, mixed) == expected
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,8 @@ class LazyRecipe(Recipe):
             raise InputError(str(e)) from e
         except _BUILDING as e:
             reason = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
-            message = _unknown_argument(e, place, self._select(place))
-            message = message or f"{place}: it cannot be built: {reason}"
+            unknown = _unknown_argument(e, place, self._select(place))
+            message = unknown or f"{place}: it cannot be built: {reason}"
             raise InputError(f"{message}{_own_code(e)}") from e
 
     # What the model is

@@ -18,8 +18,6 @@ __all__ = ["CHANNELS_LAST", "accelerate", "choose_channels_last"]
 
 logger = logging.getLogger(__name__)
 
-CHANNELS_LAST = ("always", "large", "inference", "never")
-
 
 def choose_channels_last(
     model: nn.Module, device_type: str, is_mixed_precision: bool, winograd: bool = True
@@ -81,6 +79,7 @@ _HOOKS = {
     "large": _channels_last_if_large,
     "inference": _channels_last_in_inference,
 }
+CHANNELS_LAST = (*_HOOKS, "never")
 
 
 def accelerate(

@@ -8,7 +8,7 @@ NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-51
 of the weights is this project's own.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, Callable, Optional, Tuple
 
 import torch
@@ -78,10 +78,7 @@ def _convolve_in_strips(
     return result
 
 
-def _convolve_directly(
-    x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
-) -> torch.Tensor:
-    return torch.conv2d(x, weight, bias, padding=1)
+_convolve_directly = partial(torch.conv2d, padding=1)
 
 
 class _WinogradFunction(torch.autograd.Function):
@@ -148,11 +145,11 @@ class WinogradConv2d(Replacement, Conv2d):
         return None if convolve is None else _WinogradFunction.apply(x, weight, bias, convolve)
 
     def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
-        if is_captured() or type(x) is not torch.Tensor:
+        if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
             return None
         if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
             return None
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu"):
             return None
         has_type = x.dtype == weight.dtype == _DTYPE
         is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
@@ -178,7 +175,7 @@ class WinogradConv2d(Replacement, Conv2d):
 
 
 class _FoldedWinogradConv2d(FoldedConv2d, WinogradConv2d):
-    pass
+    """A :class:`FoldedConv2d` with the gradients of :class:`WinogradConv2d`."""
 
 
 def can_gain(conv: nn.Conv2d, stride: Tuple[int, int] = (1, 1)) -> bool:
