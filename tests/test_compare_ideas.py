@@ -81,7 +81,7 @@ def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
 
 def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     """Seed by seed, with the arguments and the share of the cores; finished trainings are kept."""
-    monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "b"])
+    monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "(160,)"])
     options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
     args = compare(synthetic, tmp_path, *options)
     # Trainings in this process may have turned the log on.
@@ -100,7 +100,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     assert (summary / "results.md").read_text() == (
         "# libra_faster_rcnn_R_18_FPN\n\nSeeds 5, 7: mean and standard deviation of AP (%) on "
         f"`{synthetic / 'instances.json'}`.\n\n{table}\n![AP](curves.png)\n\n"
-        "```bash\npython tools/compare_ideas.py a b\n```\n"
+        "```bash\npython tools/compare_ideas.py a '(160,)'\n```\n"
     )
     assert [row[:4] for row in cells(table) if row[0] in ("baseline", "sampling")] == [
         *(["baseline", "6.0 ± 1.4"], ["sampling", "18.0 ± 4.2"]),

@@ -9,13 +9,13 @@ import copy
 import pytest
 import torch
 from conftest import ROOT, build_model, demo_cfg, random_inputs
-from simulated_device import SimulatedDevice
+from simulated_device import DEVICE, SimulatedDevice
 
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from libra_d2.config import BASELINE, DETECTRON2_RECIPE
-from libra_d2.modeling import balanced_feature_pyramid
+from libra_d2.modeling import balanced_feature_pyramid, roi_align
 
 STANDARD = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
 # The keys that give each system its parent's class.
@@ -73,6 +73,7 @@ def test_host_waits(system, training, monkeypatch):
     """No mixed devices, and at most as many host synchronizations as in Detectron2's model."""
     # The simulation has no mixed precision to ask for.
     monkeypatch.setattr(balanced_feature_pyramid, "_is_autocast_enabled", lambda x: False)
+    monkeypatch.setattr(roi_align, "_DEVICES", ("cpu", DEVICE.type))
     ours = count_waits(system, training, [])
     parents = count_waits(system, training, [*PARENTS[system], *PLAIN])
     assert sum(parents.values()) > 0

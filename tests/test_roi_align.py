@@ -22,17 +22,21 @@ ROIS = [
 ]
 
 
-def make_input(dtype=torch.float64, memory_format=torch.contiguous_format):
-    x = torch.randn(2, 6, 20, 25, dtype=dtype).contiguous(memory_format=memory_format)
-    return x.requires_grad_(), torch.tensor(ROIS, dtype=dtype)
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
 
+def make_input(dtype=torch.float64, memory_format=torch.contiguous_format, device="cpu"):
+    x = torch.randn(2, 6, 20, 25, dtype=dtype).to(device).contiguous(memory_format=memory_format)
+    return x.requires_grad_(), torch.tensor(ROIS, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [-1, 0, 1, 3])
-def test_values_and_gradients(sampling_ratio, aligned, memory_format):
+def test_values_and_gradients(sampling_ratio, aligned, memory_format, device):
     """Those of torchvision's operator."""
-    x, rois = make_input(memory_format=memory_format)
+    x, rois = make_input(memory_format=memory_format, device=device)
     arguments = ((3, 5), 1 / 8, sampling_ratio, aligned)
     found, expected = ParallelROIAlign(*arguments)(x, rois), roi_align(x, rois, *arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

@@ -26,6 +26,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -363,13 +364,13 @@ def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: s
     parts = [table(runs), uncertainty(runs), differences(runs, reference)]
     text = "\n\n".join(filter(None, [*parts, found_differences(runs, reference)]))
     plot(runs, summary / "curves.png")
-    command = ["python tools/compare_ideas.py", *(sys.argv[1:] or ["..."])]
+    arguments = shlex.join(sys.argv[1:]) or "..."
     seeds, data = ", ".join(map(str, args.seeds)), args.val_json or dataset_name
     with atomic_write(str(summary / "results.md"), "w") as f:
         f.write(
             f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
             f"AP (%) on `{data}`.\n\n{text}\n\n![AP](curves.png)\n\n"
-            f"```bash\n{' '.join(command)}\n```\n"
+            f"```bash\npython tools/compare_ideas.py {arguments}\n```\n"
         )
     if find_spec("plotly") is None:
         return f'{text}\n\nFor a page about their errors, run pip install "libra_d2[report]"'

@@ -188,7 +188,8 @@ def add_libra_config(cfg: CN) -> None:
     # Whether to fold batch norms with fixed statistics into the convolutions before them, in
     # training in layers with fewer weights than features. Checkpoints do not change.
     cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
-    # Whether RoIAlign uses all cores of a CPU instead of one.
+    # Whether RoIAlign uses all cores of a CPU instead of one, and computes its gradient on GPUs in
+    # a fixed order and in less time.
     cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True
     # Whether 3x3 convolutions use Winograd's algorithm (float32, CPUs with AVX2 but not AVX-512).
     cfg.MODEL.LIBRA.SPEED.WINOGRAD = True

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-RoIAlign on all CPU cores. torchvision's operator runs on one of them, and copies features that have
-their channels last.
+RoIAlign on all CPU cores, and its gradient on GPUs. torchvision's operator runs on one core, and
+copies features that have their channels last. On GPUs, its gradient adds each feature of each
+sample of a bin to four pixels, in any order, and waits for the memory.
 
 RoIAlign is linear: the value of a bin is a weighted sum of the features of some pixels. With the
 channels last, the features of a pixel are a row, and ``F.embedding_bag`` sums weighted rows in
@@ -31,6 +32,8 @@ from .replacement import Replacement
 __all__ = ["ParallelROIAlign"]
 
 
+# Where the gradient is this module's.
+_DEVICES = ("cpu", "cuda")
 # The taps of a RoI take up to 1 MB. Gradients need those of all RoIs together.
 _MAX_ROIS = 128
 
@@ -44,59 +47,77 @@ class _Taps(NamedTuple):
     start: torch.Tensor  # (R * P * P,) index of the first tap of each bin
 
 
-def _taps_along(
-    start: torch.Tensor, extent: torch.Tensor, num_bins: int, sampling_ratio: int, length: int
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Bilinear weights are products of one for each axis; those along one of them.
+class _Axis(NamedTuple):
+    """The bins along one axis, in pixels of the feature map."""
 
+    bin_start: torch.Tensor  # (R, P)
+    spacing: torch.Tensor  # (R, 1) of the samples in a bin
+    num_samples: torch.Tensor  # (R, 1)
+    first: torch.Tensor  # (R, P) the first pixel that can count in each bin
+    num_pixels: torch.Tensor  # (R, P) from there on
+
+
+def _divide(
+    start: torch.Tensor, extent: torch.Tensor, num_bins: int, sampling_ratio: int, length: int
+) -> _Axis:
+    """
     Args:
         start, extent: (R,) where RoIs begin and how long they are, in pixels of the feature map.
         num_bins: P.
         sampling_ratio: see :class:`ROIAlign`.
         length: number of pixels of the feature map.
+    """
+    bin_size = (extent / num_bins)[:, None]
+    num = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
+    spacing = bin_size / num
+    bin_start = start[:, None] + bin_size * torch.arange(num_bins, device=start.device)
+    ends = torch.stack([bin_start + 0.5 * spacing, bin_start + (num - 0.5) * spacing])
+    lowest, highest = ends.amin(dim=0), ends.amax(dim=0)  # inverted RoIs have their samples so, too
+    first = lowest.clamp(0, length - 1).long()
+    last = (highest.clamp(0, length - 1).long() + 1).clamp(max=length - 1)
+    counts = (num > 0) & (highest >= -1) & (lowest <= length)
+    return _Axis(bin_start, spacing, num, first, torch.where(counts, last - first + 1, 0))
+
+
+def _weigh(axis: _Axis, max_pixels: int, sampling_ratio: int, length: int) -> torch.Tensor:
+    """
+    Bilinear weights are products of one for each axis; those along one of them.
+
+    Args:
+        max_pixels: L.
+        sampling_ratio, length: those of :func:`_divide`.
 
     Returns:
-        first pixel (R, P) that counts in each bin, number of pixels (R, P) from there on, and their
-        weights (R, P, L).
+        (R, P, L) weights of the pixels from ``axis.first`` on.
     """
-    bin_size = (extent / num_bins)[:, None, None]
-    num_samples = (
-        torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
-    )
-    max_samples = max(int(num_samples.amax()), 1)
-    sample = torch.arange(max_samples, dtype=start.dtype, device=start.device)
-    bin_ = torch.arange(num_bins, dtype=start.dtype, device=start.device)
-    bin_start = start[:, None] + bin_ * bin_size[..., 0]
-    position = bin_start[..., None] + (sample + 0.5) * (bin_size / num_samples)  # (R, P, samples)
-    valid = (sample < num_samples) & (position >= -1) & (position <= length)
-    position = position.clamp(0, length - 1)
-    low = position.long()
-    first = torch.where(valid, low, length).amin(dim=2)
-    last = torch.where(valid, low + 1, 0).amax(dim=2).clamp(max=length - 1)
-    num_pixels = (last - first + 1).clamp(min=0)
-
-    share = valid / num_samples.clamp(min=1)
-    fraction = position - low
-    # One more than L: a sample on the last pixel gives nothing to the one behind it.
-    length_of_bin = max(int(num_pixels.amax()), 1)
-    weights = start.new_zeros((first.shape[0], num_bins, length_of_bin + 1))
-    index = (low - first[..., None]).clamp(0, length_of_bin - 1)
-    weights.scatter_add_(2, index, share * (1 - fraction))
-    weights.scatter_add_(2, index + 1, share * fraction)
-    return first, num_pixels, weights
+    pixel = axis.first[..., None] + torch.arange(max_pixels, device=axis.first.device)
+    num, spacing = axis.num_samples[..., None, None], axis.spacing[..., None, None]
+    bin_start, pixel = axis.bin_start[..., None, None], pixel[..., None]
+    if sampling_ratio > 0:
+        first, max_samples = torch.zeros_like(pixel), sampling_ratio
+    else:
+        # More than half a pixel apart, at most four are less than a pixel away; others by rounding.
+        first, max_samples = ((pixel - 1 - bin_start) / spacing - 0.5).floor(), 6
+        first = first.clamp(min=0)
+    sample = first + torch.arange(max_samples, device=pixel.device)
+    position = bin_start + (sample + 0.5) * spacing  # (R, P, L, samples)
+    valid = (sample < num) & (position >= -1) & (position <= length)
+    weight = 1 - (position.clamp(0, length - 1) - pixel).abs()
+    return torch.where(valid, weight.clamp(min=0) / num, 0).sum(dim=3)
 
 
-def _expand(counts: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _expand(counts: torch.Tensor, total: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """
     Args:
         counts: (n,).
+        total: their sum.
 
     Returns:
-        (counts.sum(),) each index i as often as ``counts[i]`` says, and a counter of each.
+        (total,) each index i as often as ``counts[i]`` says, and a counter of each.
     """
-    index = torch.repeat_interleave(counts)
-    counter = torch.arange(len(index), device=counts.device)
+    index = torch.arange(len(counts), device=counts.device)
+    index = index.repeat_interleave(counts, output_size=total)
+    counter = torch.arange(total, device=counts.device)
     return index, counter - (counts.cumsum(0) - counts)[index]
 
 
@@ -120,17 +141,23 @@ def _make_taps(
     x1, y1, w, h = boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     if not aligned:
         w, h = w.clamp(min=1), h.clamp(min=1)
-    first_y, num_y, weight_y = _taps_along(y1, h, rows, sampling_ratio, height)
-    first_x, num_x, weight_x = _taps_along(x1, w, columns, sampling_ratio, width)
-
+    along_y = _divide(y1, h, rows, sampling_ratio, height)
+    along_x = _divide(x1, w, columns, sampling_ratio, width)
     shape = (len(rois), rows, columns)
-    first_row = rois[:, 0].long()[:, None] * height + first_y
-    first = (first_row[:, :, None] * width + first_x[:, None, :]).flatten()
-    num_y, num_x = num_y[:, :, None].expand(shape), num_x[:, None, :].expand(shape)
-    num = (num_y * num_x).flatten()
+    num_y = along_y.num_pixels[:, :, None].expand(shape).flatten()
+    num_x = along_x.num_pixels[:, None, :].expand(shape).flatten()
+    num = num_y * num_x
+    # All that the shapes of what follows depend on, for which the host waits once.
+    numbers = torch.stack([num_y.amax(), num_x.amax(), num_y.sum(), num.sum()])
+    max_y, max_x, num_strips, num_taps = torch.jit.annotate(List[int], numbers.cpu().tolist())
+    weight_y = _weigh(along_y, max_y, sampling_ratio, height)
+    weight_x = _weigh(along_x, max_x, sampling_ratio, width)
+
+    first_row = rois[:, 0].long()[:, None] * height + along_y.first
+    first = (first_row[:, :, None] * width + along_x.first[:, None, :]).flatten()
     # A strip is what a bin has in one row of pixels.
-    bin_of_strip, y = _expand(torch.where(num > 0, num_y.flatten(), 0))
-    strip, x = _expand(num_x.flatten()[bin_of_strip])
+    bin_of_strip, y = _expand(num_y, num_strips)
+    strip, x = _expand(num_x[bin_of_strip], num_taps)
     bin_ = bin_of_strip[strip]
     roi_and_row = bin_of_strip // columns
     roi_and_column = bin_of_strip // (rows * columns) * columns + bin_of_strip % columns
@@ -190,32 +217,39 @@ class _ROIAlignFunction(torch.autograd.Function):
         sampling_ratio: int,
         aligned: bool,
     ) -> torch.Tensor:
-        size = x.shape[2:]
-        taps = _make_taps(rois, size, output_size, spatial_scale, sampling_ratio, aligned)
-        ctx.shape = x.shape
-        ctx.save_for_backward(taps.pixel, taps.weight, taps.bin)
-        return _sum_taps(x.detach(), taps, output_size)
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.is_contiguous = x.shape, x.is_contiguous()
+        ctx.geometry = (output_size, spatial_scale, sampling_ratio, aligned)
+        if x.device.type == "cpu":
+            return _pool(x, rois, len(rois), *ctx.geometry)
+        return torch.ops.torchvision.roi_align(
+            *(x, rois, spatial_scale, *output_size, sampling_ratio, aligned)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
-        pixel, weight, bin_ = ctx.saved_tensors
+        (rois,) = ctx.saved_tensors
         num_images, channels, height, width = ctx.shape
-        pixel, order = pixel.sort(stable=True)
-        num = pixel.bincount(minlength=num_images * height * width)
-        pixels = F.embedding_bag(
-            *(bin_[order], _pixels(grad.detach()), num.cumsum(0) - num),
+        taps = _make_taps(rois, (height, width), *ctx.geometry)
+        pixel, order = taps.pixel.int().sort(stable=True)
+        pixels = torch.arange(num_images * height * width, dtype=torch.int32, device=pixel.device)
+        sums = F.embedding_bag(
+            *(taps.bin[order], _pixels(grad), torch.searchsorted(pixel, pixels)),
             mode="sum",
-            per_sample_weights=weight[order],
+            per_sample_weights=taps.weight[order],
         )
-        grad_x = pixels.view(num_images, height, width, channels).permute(0, 3, 1, 2)
+        grad_x = sums.view(num_images, height, width, channels).permute(0, 3, 1, 2)
+        if ctx.is_contiguous and grad.device.type != "cpu":
+            grad_x = grad_x.contiguous()
         return grad_x, None, None, None, None, None
 
 
 class ParallelROIAlign(Replacement, ROIAlign):
     """
     :class:`ROIAlign` that uses all CPU cores, in both directions, and takes features with the
-    channels last as they are. The numbers are the same but for the order of sums. Traces without
+    channels last as they are. On GPUs, its gradient takes a fraction of the time, and is always
+    summed in the same order. The numbers are the same but for the order of sums. Traces without
     gradients on a CPU compute the same. On other devices, and in ONNX files, scripts, traces with
     gradients and compiled graphs, it is the parent.
     """
@@ -229,17 +263,18 @@ class ParallelROIAlign(Replacement, ROIAlign):
         Returns:
             (R, C, *output_size), of the type of ``input``.
         """
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(input, rois)
-        if torch.onnx.is_in_onnx_export():  # it has its own operator
-            return super().forward(input, rois)
+        device = input.device.type
         needs_grad = torch.is_grad_enabled() and input.requires_grad
+        if device != "cpu" and not (needs_grad and device in _DEVICES):
+            return super().forward(input, rois)
+        # ONNX has its own operator.
+        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+            return super().forward(input, rois)
         if needs_grad and (len(rois) == 0 or torch.jit.is_tracing()):
             return super().forward(input, rois)
         geometry = (_pair(self.output_size), self.spatial_scale, self.sampling_ratio, self.aligned)
-        with torch.autocast("cpu", enabled=False):
-            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            x, rois = input.to(dtype), rois.detach().to(dtype)
-            if needs_grad:
-                return _ROIAlignFunction.apply(x, rois, *geometry).to(input.dtype)
-            return _pool(x, rois, _MAX_ROIS, *geometry).to(input.dtype)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        x, rois = input.to(dtype), rois.detach().to(dtype)
+        if needs_grad:
+            return _ROIAlignFunction.apply(x, rois, *geometry).to(input.dtype)
+        return _pool(x, rois, _MAX_ROIS, *geometry).to(input.dtype)
