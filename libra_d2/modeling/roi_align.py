@@ -113,12 +113,10 @@ def _expand(counts: torch.Tensor, total: int) -> Tuple[torch.Tensor, torch.Tenso
         total: their sum.
 
     Returns:
-        (total,) each index i as often as ``counts[i]`` says, and a counter of each.
+        (total,) each index i as often as ``counts[i]`` says, and (n,) where each begins in it.
     """
     index = torch.arange(len(counts), device=counts.device)
-    index = index.repeat_interleave(counts, output_size=total)
-    counter = torch.arange(total, device=counts.device)
-    return index, counter - (counts.cumsum(0) - counts)[index]
+    return index.repeat_interleave(counts, output_size=total), counts.cumsum(0) - counts
 
 
 def _make_taps(
@@ -155,16 +153,18 @@ def _make_taps(
 
     first_row = rois[:, 0].long()[:, None] * height + along_y.first
     first = (first_row[:, :, None] * width + along_x.first[:, None, :]).flatten()
-    # A strip is what a bin has in one row of pixels.
-    bin_of_strip, y = _expand(num_y, num_strips)
-    strip, x = _expand(num_x[bin_of_strip], num_taps)
-    bin_ = bin_of_strip[strip]
+    # A strip is what a bin has in one row of pixels. What follows it in memory is counted from its
+    # start, so that a sum with the index of a tap is all it takes.
+    bin_of_strip, start_of_bin = _expand(num_y, num_strips)
+    y = torch.arange(num_strips, device=rois.device) - start_of_bin[bin_of_strip]
+    strip, start_of_strip = _expand(num_x[bin_of_strip], num_taps)
+    tap = torch.arange(num_taps, device=rois.device)
     roi_and_row = bin_of_strip // columns
     roi_and_column = bin_of_strip // (rows * columns) * columns + bin_of_strip % columns
-    weight_of_strip = weight_y.flatten(0, 1)[roi_and_row, y]
-    weight = weight_of_strip[strip] * weight_x.flatten(0, 1)[roi_and_column[strip], x]
-    pixel = (first[bin_of_strip] + y * width)[strip] + x
-    return _Taps(pixel, weight, bin_, num.cumsum(0) - num)
+    weight = weight_y.flatten(0, 1)[roi_and_row, y][strip]
+    weight = weight * weight_x.flatten()[tap + (roi_and_column * max_x - start_of_strip)[strip]]
+    pixel = tap + (first[bin_of_strip] + y * width - start_of_strip)[strip]
+    return _Taps(pixel, weight, bin_of_strip[strip], num.cumsum(0) - num)
 
 
 def _sum_taps(x: torch.Tensor, taps: _Taps, output_size: Tuple[int, int]) -> torch.Tensor:
