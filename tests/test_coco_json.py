@@ -234,8 +234,8 @@ SMALL = {"size": [60, 60], "counts": [10, 20, 3570]}
     [
         *((POLYGON, "polygon", None), (POLYGON, "bitmask", None), (RUN_LENGTHS, "bitmask", None)),
         ([], "polygon", "has no 'segmentation'"),
-        ("x", "polygon", "polygon must be a list of an even number of numbers, .*; found 'x'"),
-        ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of an even number of"),
+        ("x", "polygon", "polygon must be a list of 6 or more numbers in pairs, .*; found 'x'"),
+        ([[10, 20, 40, 20]], "polygon", "a polygon must be a list of 6 or more numbers in"),
         ([[1, 2, 3, 4, 5, 6, 7]], "bitmask", "a polygon must be"),
         ([[1, 2, 3, 4, 5, "6"]], "bitmask", "a polygon must be"),
         (RUN_LENGTHS, "polygon", "run-length mask; set INPUT.MASK_FORMAT to 'bitmask'"),

@@ -185,8 +185,9 @@ def test_resuming(name, value, is_fixed, caplog):
     """What cannot be meant is refused, the rest is logged."""
     identity = RunIdentity({**BEFORE, name: value})
     before = repr(BEFORE[name]) if name in BEFORE else "absent"
-    kind = " (digests of the content)" if name.endswith(("annotations", "images")) else ""
-    clause = f"{name} is {value!r}, but was {before} before{kind}"
+    clause = f"{name} is {value!r}, but was {before} before"
+    if name.endswith(("annotations", "images")):
+        clause = f"{name} have changed, from {before} to {value!r} (digests of the content)"
     if is_fixed:
         with pytest.raises(InputError, match="cannot be resumed: .*another output dir") as error:
             identity.load_state_dict(BEFORE)
@@ -223,7 +224,7 @@ def test_other_data():
     """Data under another name, or missing, is other data."""
     now = {k: v for k, v in BEFORE.items() if "training" not in k}
     with pytest.raises(
-        InputError, match=r"data 'a' images is absent, but was '2 .0.' before .*t.\. To"
+        InputError, match=r"data 'a' images have changed, from '2 .0.' to absent .*t.\. To"
     ):
         RunIdentity(now).load_state_dict(BEFORE)
 

@@ -78,14 +78,18 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
         ),
         (
             *("retinanet", "BACKBONE.NAME=build_libra_resnet_fpn_backbone"),
-            f"MODEL.RETINANET.IN_FEATURES {NO_LEVEL.format('p7')}; .* is build_libra_retinanet",
+            f"MODEL.RETINANET.IN_FEATURES {NO_LEVEL.format('p7')}, but p3, p4, p5, p6; .* is build",
         ),
         (
             *("faster_rcnn", "ROI_HEADS.IN_FEATURES=('p2','p9')"),
-            f"^MODEL.ROI_HEADS.IN_FEATURES {NO_LEVEL.format('p9')}$",
+            f"^MODEL.ROI_HEADS.IN_FEATURES {NO_LEVEL.format('p9')}, but p2, p3, p4, p5, p6$",
         ),
         ("faster_rcnn", "RPN.IN_FEATURES=('p2','p9')", "^MODEL.RPN.IN_FEATURES names 'p9', "),
-        ("retinanet", "FPN.IN_FEATURES=('res3','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),
+        (
+            "retinanet",
+            "FPN.IN_FEATURES=('res3','res9')",
+            "^MODEL.FPN.IN_FEATURES names 'res9', .* return$",
+        ),
         ("faster_rcnn", "FPN.FUSE_TYPE=max", "^MODEL: it cannot be built: AssertionError$"),
         ("rpn", "FPN.IN_FEATURES=('res2','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),
         (

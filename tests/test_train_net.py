@@ -290,7 +290,8 @@ def test_resume_with_other_data(small, tmp_path, capsys):
     before = {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")}
     other = own_data(small_data(tmp_path / "other", box=(8, 8, 30, 24)), "train")
     error = fails(capsys, "--resume", *other, *out, config="")
-    assert "cannot be resumed: training data 'own_train' annotations is" in error
+    place = f"training data 'own_train' annotations ({other[1]}) have changed, from '"
+    assert f"cannot be resumed: {place}" in error
     assert {p: p.read_bytes() for p in (tmp_path / "out").glob("*.pth")} == before
 
 

@@ -37,7 +37,8 @@ _FREE = re.compile(
     r"|DATALOADER\.NUM_WORKERS|dataloader\.\w+\.num_workers"
     r"|MODEL\.LIBRA\.INPUT\.CHECK_IMAGES|train\.check_images"
 )
-_DIGEST = re.compile(rf"({'|'.join(_SPLITS.values())}) .* (annotations|images|proposals)")
+_DIGEST = re.compile(rf"(?:{'|'.join(_SPLITS.values())}) '(.*)' (annotations|images|proposals)")
+_PLACES = {"annotations": "json_file", "images": "image_root"}  # in the metadata of a dataset
 # The position in the data order and the weights are meaningless with other data and other parts.
 _FIXED = re.compile(
     rf"{_SPLITS['train']} .*|DATASETS\.TRAIN|dataloader\.train\.dataset\..*"
@@ -98,9 +99,20 @@ def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[st
         old, new = before.get(name, absent), now.get(name, absent)
         if old != new:
             old, new = ("absent" if x is absent else repr(x) for x in (old, new))
-            kind = " (digests of the content)" if _DIGEST.fullmatch(name) else ""
-            found[name] = f"{name} is {new}, but was {old} before{kind}"
+            clause = f"{name} is {new}, but was {old} before"
+            if match := _DIGEST.fullmatch(name):
+                place = _place(*match.groups())
+                clause = f"{name}{place} have changed, from {old} to {new} (digests of the content)"
+            found[name] = clause
     return found
+
+
+def _place(dataset_name: str, what: str) -> str:
+    """Where the annotations or images of a dataset are, in parentheses; "" if it is not known."""
+    is_registered = dataset_name in MetadataCatalog.list()
+    metadata = MetadataCatalog.get(dataset_name).as_dict() if is_registered else {}
+    place = metadata.get(_PLACES.get(what))
+    return f" ({place})" if place else ""
 
 
 class RunIdentity:

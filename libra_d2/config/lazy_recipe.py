@@ -30,7 +30,7 @@ from ..data import LibraDatasetMapper, ResumableLoader, load_dataset
 from ..errors import ArgumentError, InputError, one_line
 from ..evaluation import add_test_time_augmentation
 from ..lazy import disable, target_of
-from ..utils.leaves import leaves, similar_key
+from ..utils.leaves import did_you_mean, leaves
 from .defaults import add_libra_config
 from .ideas import DISABLED
 from .recipe import Recipe, Setting, SettingMissing
@@ -119,8 +119,7 @@ def _unknown_argument(error: Exception, place: str, part: Any) -> str:
     for parent in getattr(target, "__mro__", [target]):
         with suppress(TypeError, ValueError):  # some in C have no signature
             known.update(inspect.signature(parent).parameters)
-    similar = similar_key(match[1], sorted(known))
-    hint = f"; did you mean {similar}?" if similar else ""
+    hint = did_you_mean(match[1], sorted(known))
     return f"{key}: {getattr(target, '__name__', target)} has no such argument{hint}"
 
 
@@ -233,8 +232,8 @@ class LazyRecipe(Recipe):
         """
         section = OmegaConf.to_container(self._select("train") or OmegaConf.create())
         for key in sorted(dict(leaves(section, "train.")).keys() - {*PLACES}):
-            if similar := similar_key(key, PLACES, cutoff=0.9):
-                message = f"{key} is not a setting of libra_d2; did you mean {similar}?"
+            if hint := did_you_mean(key, PLACES, cutoff=0.9):
+                message = f"{key} is not a setting of libra_d2{hint}"
                 log_first_n(logging.WARNING, message, name=__name__, key="message")
         places = _PARTS if train else _PARTS[:1]
         for place in (*places, *(_PARTS_OF_EVALUATION if self.test_datasets else ())):

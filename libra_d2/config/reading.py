@@ -16,7 +16,7 @@ import detectron2
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 
 from ..errors import InputError, one_line
-from ..utils.leaves import leaves, similar_key
+from ..utils.leaves import did_you_mean, leaves
 from .checks import check_values
 from .defaults import add_libra_config
 from .lazy_recipe import PLACES, LazyRecipe
@@ -155,8 +155,8 @@ class _Config(CfgNode):
         # Detectron2 takes a file with an unknown key for one of an old version, with other keys.
         known = dict(leaves(self)) if self.VERSION == get_cfg().VERSION else {}
         for key, _ in leaves(cfg_other):
-            if similar := _meant_key(key, known):
-                raise ValueError(f"{key}: there is no such key; did you mean {similar}?")
+            if hint := _hint(key, known):
+                raise ValueError(f"{key}: there is no such key{hint}")
         super().merge_from_other_cfg(cfg_other)
 
     def merge_from_list(self, cfg_list: Sequence[str]) -> None:
@@ -172,9 +172,9 @@ def _is_section(key: str, known: Mapping[str, Any]) -> bool:
     return any(name.startswith(f"{key}.") for name in known)
 
 
-def _meant_key(key: str, known: Mapping[str, Any]) -> str:
-    """The key that is meant if ``key`` is neither a key nor a section; "" if none is similar."""
-    return "" if key in known or _is_section(key, known) else similar_key(key, known)
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    """Which key is meant if ``key`` is neither a key nor a section; "" if none is similar."""
+    return "" if key in known or _is_section(key, known) else did_you_mean(key, known)
 
 
 def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
@@ -187,8 +187,8 @@ def _check_options(options: Sequence[str], defaults: Mapping[str, Any]) -> None:
             problem = "options like this come before all KEY VALUE pairs"
         elif "=" in key:
             problem = "write what is set in a YAML config as KEY VALUE"
-        elif similar := _meant_key(key, defaults):
-            problem = f"there is no such key; did you mean {similar}?"
+        elif hint := _hint(key, defaults):
+            problem = f"there is no such key{hint}"
         elif key == options[-1] and len(options) % 2:
             problem = "its value is missing"
         if problem:
@@ -308,12 +308,9 @@ def _check_override(lazy: DictConfig, override: str) -> None:
         return
     is_open = key.startswith("train.") and bool(keys)
     known = sorted({*PLACES, *dict(leaves(OmegaConf.to_container(lazy)))})
-    similar = similar_key(key, known, cutoff=0.9 if is_open else 0.8)
-    if is_open and not similar:
+    hint = did_you_mean(key, known, cutoff=0.9 if is_open else 0.8)
+    if is_open and not hint:
         return
-    hint = ""
-    if similar:
-        hint = f"; did you mean {similar}?"
-    elif keys:
+    if keys and not hint:
         hint = f"; {parent or 'it'} has {', '.join(keys)}"
     raise InputError(f"command line: {key}: the LazyConfig has no such key{hint}")

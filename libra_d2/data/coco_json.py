@@ -35,7 +35,7 @@ def _check_mask(segmentation: Any, size: Tuple[int, int], mask_format: str, wher
     for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
         if not are_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2 != 0:
             raise InputError(
-                f"{where}: a polygon must be a list of an even number of numbers, 6 or more, "
+                f"{where}: a polygon must be a list of 6 or more numbers in pairs, "
                 f"[x, y, x, y, ...]; found {shorten(polygon)}"
             )
 

@@ -188,9 +188,10 @@ class ImageChecks:
         found = np.array(found, np.int64).reshape(-1, 2)
         missing = chosen[found[:, 0] == UNKNOWN]
         if len(missing):
-            others = f" (missing in all: {len(missing)})" if len(missing) > 1 else ""
-            path = paths[missing[0]]
-            raise InputError(f"{path}: no such image; {json_file} names it{others}")
+            others = [names[i] for i in missing[1:_MAX_ERRORS]]
+            others += ["..."] if len(missing) > _MAX_ERRORS else []
+            more = f" (missing in all: {len(missing)}; {', '.join(others)})" if others else ""
+            raise InputError(f"{paths[missing[0]]}: no such image; {json_file} names it{more}")
         is_changed = (found != self._states[chosen]).any(axis=1)
         self._changed, self._found = chosen[is_changed], found[is_changed]
         num_changed = len(self._changed)

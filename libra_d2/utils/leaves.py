@@ -2,7 +2,7 @@
 from difflib import get_close_matches
 from typing import Any, Dict, Iterable, Iterator, Tuple
 
-__all__ = ["leaves", "similar_key"]
+__all__ = ["did_you_mean", "leaves"]
 
 
 def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
@@ -14,6 +14,10 @@ def leaves(node: Dict[str, Any], prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def similar_key(key: str, known: Iterable[str], cutoff: float = 0.8) -> str:
-    """The known key that ``key`` resembles most, by a ratio of difflib; "" if none is similar."""
-    return next(iter(get_close_matches(key, known, n=1, cutoff=cutoff)), "")
+def did_you_mean(key: str, known: Iterable[str], cutoff: float = 0.8) -> str:
+    """
+    What to append to a message about an unknown key: the known one that it resembles most, by a
+    ratio of difflib; "" if none is similar.
+    """
+    similar = get_close_matches(key, known, n=1, cutoff=cutoff)
+    return f"; did you mean {similar[0]}?" if similar else ""
