@@ -82,6 +82,13 @@ def test_required_weights(shapes, use, message, tmp_path, caplog):
     assert str(error.value).startswith(f"{path}: these are weights of another model{message}")
     assert not isinstance(error.value, BrokenFileError)
     assert ("not loaded from" in caplog.text) == message.startswith(" than")
+    if message.startswith(" than"):
+        assert str(error.value).endswith("belong to these weights?")
+        config = tmp_path / "config.yaml"
+        config.touch()
+        with pytest.raises(InputError) as error:
+            checkpointer.resume_or_load(path, resume=use == "resume")
+        assert str(error.value).endswith(f"these weights? Try {config}, their own config")
     assert "pyramid, which is trained" not in caplog.text
 
 

@@ -201,10 +201,11 @@ def test_own_variants(trainings, synthetic, tmp_path, capsys):
     assert "AP, less that of all" in capsys.readouterr().out
     compare(synthetic, tmp_path, "--variants", "sampling", "baseline", "--seeds", 1, 2)
     assert "AP, less that of baseline" in capsys.readouterr().out
-    for name in ("all", "summary", "../a", "-"):
+    for name in ("all", "summary", "../a", "-", "a b"):
         with pytest.raises(SystemExit, match="2"):
             compare(synthetic, tmp_path, "--variant", name)
-        assert f"--variant {name}: use a name of letters" in capsys.readouterr().err
+        problem = "this name is taken" if name.isalpha() else "use a name of letters"
+        assert f"--variant '{name}': {problem}" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         compare(synthetic, tmp_path, "--variant", "c", "MODEL.LIBRA.BALANCED_L1.BTA", "1")
     assert "MODEL.LIBRA.BALANCED_L1.BTA" in capsys.readouterr().err

@@ -88,7 +88,7 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
         (
             "retinanet",
             "FPN.IN_FEATURES=('res3','res9')",
-            "^MODEL.FPN.IN_FEATURES names 'res9', .* return$",
+            "^MODEL.FPN.IN_FEATURES names 'res9', which the network below .* return$",
         ),
         ("faster_rcnn", "FPN.FUSE_TYPE=max", "^MODEL: it cannot be built: AssertionError$"),
         ("rpn", "FPN.IN_FEATURES=('res2','res9')", "^MODEL.FPN.IN_FEATURES names 'res9', "),

@@ -187,7 +187,8 @@ def test_sections_of_this_project(option, setting, value):
         (LAZY, "hyper=0", "^command line: hyper: the LazyConfig has no such key; it has "),
         (LAZY, "train.hyper.x=0", "train.hyper.x: the LazyConfig has no such key$"),
         (LAZY, "train.max_itr=5", "^command line: train.max_itr: .* did you mean train.max_iter.$"),
-        (LAZY, "train.max_iter=[1", r"^command line: train.max_iter=\[1: "),
+        (LAZY, "train.max_iter=[1", r"^command line: train.max_iter=\[1: a bracket is not closed$"),
+        (LAZY, "train.max_iter=1]", r"^command line: train.max_iter=1\]: .* input "),
         (
             LAZY,
             "~train.seed",

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
 import pytest
 import torch
 from torchvision.ops import roi_align
@@ -11,6 +13,7 @@ from libra_d2.modeling.roi_align import ParallelROIAlign
 
 pytestmark = pytest.mark.rounding
 
+SEVEN = {"output_size": (7, 7), "spatial_scale": 1 / 8, "sampling_ratio": 0, "aligned": True}
 # At a scale of 1/8 of two maps of 20 x 25 pixels: of several sizes, up to the borders and beyond,
 # long and flat, on the last pixels; with samples that are a pixel in front of the first one, and on
 # the far border; and what counts for nothing: empty, inverted, beyond the upper or lower border.
@@ -43,6 +46,42 @@ def test_values_and_gradients(sampling_ratio, aligned, memory_format, device):
     weight = torch.randn_like(found)
     (grad,), (expected_grad,) = (torch.autograd.grad(y, x, weight) for y in (found, expected))
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
+    assert device == "cpu" or grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whole_bins(device):
+    """Bins of exactly 3 and 6 pixels have as many samples in float32, where 1/7 is rounded up."""
+    x = torch.randn(1, 6, 60, 60, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 40, 40, 208, 208], [0, 40, 0, 376, 168]], dtype=torch.float32)
+    results = []
+    for function in (ParallelROIAlign((7, 7), 1 / 8, 0), partial(roi_align, **SEVEN)):
+        pooled = function(x, rois.to(device))
+        weight = torch.arange(pooled.numel(), device=device).view_as(pooled) / pooled.numel()
+        results.append((pooled, *torch.autograd.grad(pooled, x, weight)))
+    # Sums of up to 49 numbers that are not larger than 5; another sample changes them by 0.01.
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+def test_default_type():
+    """The default type of floating point numbers does not matter."""
+    x, rois = make_input(torch.float32)
+    pooler = ParallelROIAlign((3, 5), 1 / 8, 2)
+    expected = pooler(x, rois)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = pooler(x, rois)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert found.equal(expected)
+
+
+def test_number_of_taps():
+    """Bins that are empty or beyond the borders have none."""
+    rois = torch.tensor(ROIS[:1] + ROIS[10:])
+    bins = module._make_taps(rois, (20, 25), (3, 5), 1 / 8, 0, True).bin
+    assert bins.unique().tolist() == list(range(3 * 5))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -135,13 +174,14 @@ def test_no_other_gradients():
     assert rois.grad is None
 
 
-def test_trace(monkeypatch):
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_trace(sampling_ratio, monkeypatch):
     """
     For features of any size and any number of RoIs; torchvision's operator in compiled graphs, for
     gradients, and for ONNX, which has its own.
     """
     x, rois = (value.detach() for value in make_input(torch.float32))
-    pooler = ParallelROIAlign((7, 5), 1 / 8, 2)
+    pooler = ParallelROIAlign((7, 5), 1 / 8, sampling_ratio)
     traced = torch.jit.trace(pooler, (x, rois))
     for features in (x, x[:, :3, 4:, :11]):
         for some in (rois, rois[3:7] / 2, rois[:0]):

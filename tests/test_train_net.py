@@ -160,6 +160,14 @@ def test_bad_arguments(args, message, capsys, tmp_path, monkeypatch):
     assert re.match(f"error: {message}", fails(capsys, *args.split()))
 
 
+def test_weights_to_evaluate(capsys, tmp_path):
+    """The message names those that a training has left."""
+    weights = tmp_path / "model_final.pth"
+    weights.touch()
+    message = f"error: MODEL.WEIGHTS: name the weights to evaluate, such as {weights}"
+    assert fails(capsys, "--eval-only", "OUTPUT_DIR", tmp_path) == message
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [

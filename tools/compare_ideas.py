@@ -151,11 +151,10 @@ def choose_variants(args: argparse.Namespace, recipe: Recipe) -> List[Variant]:
     for name, *options in args.variant:
         has_config = options and options[0].endswith((".yaml", ".py"))
         config_file = options.pop(0) if has_config else args.config_file
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in {x.name for x in found} | {"summary"}:
-            raise InputError(
-                f"--variant {name}: use a name of letters, digits, _, - and . that no other "
-                "variant has; summary is taken"
-            )
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"--variant {name!r}: use a name of letters, digits, _, - and .")
+        if name in {x.name for x in found} | {"summary"}:
+            raise InputError(f"--variant {name!r}: this name is taken; use another one")
         own = read_config(config_file, [*args.opts, *options])
         found.append(Variant(name, config_file, options, own))
     return found

@@ -257,11 +257,13 @@ class LibraCheckpointer(DetectionCheckpointer):
                 detail = "shape {}, not {}".format(*reshaped[first])
             elif first in incompatible.unexpected_keys:
                 detail = "not in the model"
+            config = os.path.join(os.path.dirname(self._path), "config.yaml")
+            advice = f" Try {config}, their own config" if os.path.isfile(config) else ""
             raise WeightsMismatch(
                 f"{self._path}: these are weights of another model than the config's: "
                 f"{len(absent)} weights are missing, unexpected or of another shape, the first "
                 f"{first!r} ({detail}). Do the config and the number of classes belong to these "
-                "weights?"
+                f"weights?{advice}"
             )
         return incompatible
 

@@ -323,7 +323,9 @@ def _check_weights(recipe: Recipe, train: bool, resume: bool) -> None:
     if resume:
         return
     if not weights and not train:
-        raise InputError(f"{name}: name the weights to evaluate")
+        trained = os.path.join(recipe.output_dir, "model_final.pth")
+        example = f", such as {trained}" if os.path.isfile(trained) else ""
+        raise InputError(f"{name}: name the weights to evaluate{example}")
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise InputError(f"{name}: {weights}: no such file")
 

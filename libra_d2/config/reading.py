@@ -278,7 +278,9 @@ def _read_lazy(path: str, overrides: Sequence[str], name: str) -> DictConfig:
         try:
             lazy = LazyConfig.apply_overrides(lazy, [override])
         except Exception as e:  # the parser raises many kinds
-            raise InputError(f"command line: {override}: {one_line(e)}") from e
+            is_open = any(override.count(a) > override.count(b) for a, b in ("[]", "()", "{}"))
+            problem = "a bracket is not closed" if is_open else one_line(e)
+            raise InputError(f"command line: {override}: {problem}") from e
     return lazy
 
 

@@ -184,13 +184,13 @@ class YamlRecipe(Recipe):
         hint = "; the backbone of a RetinaNet is build_libra_retinanet_resnet_fpn_backbone"
         for section in sections:
             if level in model[section].IN_FEATURES:
-                has = ""
-                if section != "FPN":
-                    has = f", but {', '.join(modeling.build_backbone(self.config).output_shape())}"
+                problem = f"MODEL.{section}.IN_FEATURES names {level!r}, which"
+                if section == "FPN":
+                    return InputError(f"{problem} the network below the pyramid does not return")
+                known = ", ".join(modeling.build_backbone(self.config).output_shape())
                 return InputError(
-                    f"MODEL.{section}.IN_FEATURES names {level!r}, which MODEL.BACKBONE.NAME "
-                    f"{model.BACKBONE.NAME!r} does not return{has}"
-                    + (hint if level in ("p6", "p7") else "")
+                    f"{problem} MODEL.BACKBONE.NAME {model.BACKBONE.NAME!r} does not return, but "
+                    f"{known}{hint if level in ('p6', 'p7') else ''}"
                 )
         return None
 

@@ -145,9 +145,8 @@ class COCOEntries:
         id = annotation["image_id"]
         if id not in self._sizes:
             self._check_lists()
-            raise InputError(
-                f"{self._where(annotation['id'])} names image id {shorten(id)}, which is not there"
-            )
+            where = self._where(annotation["id"])
+            raise InputError(f"{where} names image id {shorten(id)}, which 'images' lacks")
         self._first_uses.setdefault(annotation["category_id"], annotation["id"])
         size = self._sizes[id]
         x, y, width, height = annotation["bbox"]
@@ -190,7 +189,8 @@ class COCOEntries:
         for id, annotation in self._first_uses.items():
             if id not in self._checkers["categories"].ids:
                 raise InputError(
-                    f"{self._where(annotation)} names category id {shorten(id)}, which is not there"
+                    f"{self._where(annotation)} names category id {shorten(id)}, which "
+                    "'categories' lacks"
                 )
         if not self._num_objects:
             raise InputError(

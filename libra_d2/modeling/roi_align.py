@@ -2,7 +2,7 @@
 """
 RoIAlign on all CPU cores, and its gradient on GPUs. torchvision's operator runs on one core, and
 copies features that have their channels last. On GPUs, its gradient adds each feature of each
-sample of a bin to four pixels, in any order, and waits for the memory.
+sample of a bin to four pixels, by atomic additions in any order.
 
 RoIAlign is linear: the value of a bin is a weighted sum of the features of some pixels. With the
 channels last, the features of a pixel are a row, and ``F.embedding_bag`` sums weighted rows in
@@ -34,7 +34,7 @@ __all__ = ["ParallelROIAlign"]
 
 # Where the gradient is this module's.
 _DEVICES = ("cpu", "cuda")
-# The taps of a RoI take up to 1 MB. Gradients need those of all RoIs together.
+# Without gradients. The taps of a RoI take up to 1.5 MB. Parts take less memory, and more time.
 _MAX_ROIS = 128
 
 
@@ -53,11 +53,11 @@ class _Axis(NamedTuple):
     bin_start: torch.Tensor  # (R, P)
     spacing: torch.Tensor  # (R, 1) of the samples in a bin
     num_samples: torch.Tensor  # (R, 1)
-    first: torch.Tensor  # (R, P) the first pixel that can count in each bin
+    first_pixel: torch.Tensor  # (R, P) the first that can count in each bin
     num_pixels: torch.Tensor  # (R, P) from there on
 
 
-def _divide(
+def _place_bins(
     start: torch.Tensor, extent: torch.Tensor, num_bins: int, sampling_ratio: int, length: int
 ) -> _Axis:
     """
@@ -67,16 +67,18 @@ def _divide(
         sampling_ratio: see :class:`ROIAlign`.
         length: number of pixels of the feature map.
     """
-    bin_size = (extent / num_bins)[:, None]
+    # GPUs multiply by the inverse of a number, which can be rounded up to another sample.
+    bin_size = (extent / torch.full_like(extent, num_bins))[:, None]
     num = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
     spacing = bin_size / num
     bin_start = start[:, None] + bin_size * torch.arange(num_bins, device=start.device)
     ends = torch.stack([bin_start + 0.5 * spacing, bin_start + (num - 0.5) * spacing])
-    lowest, highest = ends.amin(dim=0), ends.amax(dim=0)  # inverted RoIs have their samples so, too
-    first = lowest.clamp(0, length - 1).long()
-    last = (highest.clamp(0, length - 1).long() + 1).clamp(max=length - 1)
+    lowest, highest = ends.amin(dim=0), ends.amax(dim=0)  # inverted RoIs begin with the last one
+    first_pixel = lowest.clamp(0, length - 1).long()
+    last_pixel = (highest.clamp(0, length - 1).long() + 1).clamp(max=length - 1)
     counts = (num > 0) & (highest >= -1) & (lowest <= length)
-    return _Axis(bin_start, spacing, num, first, torch.where(counts, last - first + 1, 0))
+    num_pixels = torch.where(counts, last_pixel - first_pixel + 1, 0)
+    return _Axis(bin_start, spacing, num, first_pixel, num_pixels)
 
 
 def _weigh(axis: _Axis, max_pixels: int, sampling_ratio: int, length: int) -> torch.Tensor:
@@ -85,21 +87,23 @@ def _weigh(axis: _Axis, max_pixels: int, sampling_ratio: int, length: int) -> to
 
     Args:
         max_pixels: L.
-        sampling_ratio, length: those of :func:`_divide`.
+        sampling_ratio, length: those of :func:`_place_bins`.
 
     Returns:
-        (R, P, L) weights of the pixels from ``axis.first`` on.
+        (R, P, L) weights of the pixels from ``axis.first_pixel`` on.
     """
-    pixel = axis.first[..., None] + torch.arange(max_pixels, device=axis.first.device)
+    pixel = torch.arange(max_pixels, device=axis.first_pixel.device)
+    pixel = axis.first_pixel[..., None] + pixel
     num, spacing = axis.num_samples[..., None, None], axis.spacing[..., None, None]
     bin_start, pixel = axis.bin_start[..., None, None], pixel[..., None]
     if sampling_ratio > 0:
-        first, max_samples = torch.zeros_like(pixel), sampling_ratio
+        first_sample, max_samples = torch.zeros_like(bin_start), sampling_ratio
     else:
-        # More than half a pixel apart, at most four are less than a pixel away; others by rounding.
-        first, max_samples = ((pixel - 1 - bin_start) / spacing - 0.5).floor(), 6
-        first = first.clamp(min=0)
-    sample = first + torch.arange(max_samples, device=pixel.device)
+        # Unless there is only one, samples are more than half a pixel apart, so that at most four
+        # are within a pixel. The others allow for rounding.
+        first_sample, max_samples = ((pixel - 1 - bin_start) / spacing - 0.5).floor(), 6
+        first_sample = first_sample.clamp(min=0)
+    sample = first_sample + torch.arange(max_samples, device=pixel.device)
     position = bin_start + (sample + 0.5) * spacing  # (R, P, L, samples)
     valid = (sample < num) & (position >= -1) & (position <= length)
     weight = 1 - (position.clamp(0, length - 1) - pixel).abs()
@@ -139,8 +143,8 @@ def _make_taps(
     x1, y1, w, h = boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     if not aligned:
         w, h = w.clamp(min=1), h.clamp(min=1)
-    along_y = _divide(y1, h, rows, sampling_ratio, height)
-    along_x = _divide(x1, w, columns, sampling_ratio, width)
+    along_y = _place_bins(y1, h, rows, sampling_ratio, height)
+    along_x = _place_bins(x1, w, columns, sampling_ratio, width)
     shape = (len(rois), rows, columns)
     num_y = along_y.num_pixels[:, :, None].expand(shape).flatten()
     num_x = along_x.num_pixels[:, None, :].expand(shape).flatten()
@@ -151,10 +155,10 @@ def _make_taps(
     weight_y = _weigh(along_y, max_y, sampling_ratio, height)
     weight_x = _weigh(along_x, max_x, sampling_ratio, width)
 
-    first_row = rois[:, 0].long()[:, None] * height + along_y.first
-    first = (first_row[:, :, None] * width + along_x.first[:, None, :]).flatten()
-    # A strip is what a bin has in one row of pixels. What follows it in memory is counted from its
-    # start, so that a sum with the index of a tap is all it takes.
+    first_row = rois[:, 0].long()[:, None] * height + along_y.first_pixel
+    first_pixel = (first_row[:, :, None] * width + along_x.first_pixel[:, None, :]).flatten()
+    # A strip is what a bin has in one row of pixels. Both its pixels and their weights follow each
+    # other in memory as its taps do: the index of a tap plus a number of the strip gives either.
     bin_of_strip, start_of_bin = _expand(num_y, num_strips)
     y = torch.arange(num_strips, device=rois.device) - start_of_bin[bin_of_strip]
     strip, start_of_strip = _expand(num_x[bin_of_strip], num_taps)
@@ -163,7 +167,7 @@ def _make_taps(
     roi_and_column = bin_of_strip // (rows * columns) * columns + bin_of_strip % columns
     weight = weight_y.flatten(0, 1)[roi_and_row, y][strip]
     weight = weight * weight_x.flatten()[tap + (roi_and_column * max_x - start_of_strip)[strip]]
-    pixel = tap + (first[bin_of_strip] + y * width - start_of_strip)[strip]
+    pixel = tap + (first_pixel[bin_of_strip] + y * width - start_of_strip)[strip]
     return _Taps(pixel, weight, bin_of_strip[strip], num.cumsum(0) - num)
 
 
