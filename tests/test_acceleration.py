@@ -68,6 +68,8 @@ def test_same_numbers(name):
     accelerate(fast)
     missing = set(KINDS.values()) - {type(module) for module in fast.modules()}
     assert missing == ({ParallelROIAlign} if name == "libra_retinanet" else set())
+    folded = [module for module in fast.modules() if isinstance(module, FoldedConv2d)]
+    assert any(isinstance(module, WinogradConv2d) for module in folded)  # those of bottlenecks
     assert list(fast.state_dict()) == list(plain.state_dict())
     inputs = random_inputs(3, 2)
     found, expected = outputs(fast, inputs), outputs(plain, inputs)
@@ -135,6 +137,14 @@ def pretend(monkeypatch):
 
 def conv(kernel=3, channels=64, **kwargs):
     return nn.Conv2d(channels, 64, kernel, padding=kernel // 2, **kwargs)
+
+
+def test_no_nnpack(pretend, monkeypatch):
+    """Some builds of PyTorch lack it."""
+    pretend("linux", "AVX2")
+    monkeypatch.setattr(torch, "_nnpack_available", lambda: False)
+    assert not is_available()
+    assert choose_channels_last(conv(), "cpu", False) == "inference"
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,12 @@ def test_outputs(arguments, message, tmp_path, monkeypatch, capsys):
 
 
 def test_times(monkeypatch):
-    """Medians and quartiles of a clock of our own, in ms, without the first two calls."""
-    now, calls = [0.0], {"a": 0, "b": 0}
+    """Medians and quartiles of a clock of our own, in ms, but for two calls; in random order."""
+    now, calls, order = [0.0], {"a": 0, "b": 0}, []
     durations = {"a": [9, 1, 0.02, 0.01, 0.1, 0.04, 0.03], "b": [9, 1, *[0.007] * 5]}
 
     def step(name):
+        order.append(name)
         now[0] += durations[name][calls[name] % 7]
         calls[name] += 1
 
@@ -91,6 +92,7 @@ def test_times(monkeypatch):
         calls.update(a=0, b=0)
         Meter("cpu", seconds).times("what", steps)
         assert calls == {"a": 2 + number, "b": 2 + number}
+    assert {*zip(order[-4000::2], order[-3999::2])} == {("a", "b"), ("b", "a")}
 
 
 def test_gpu(monkeypatch):

@@ -124,7 +124,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     [
         (["SOLVER.BASE_LR", 0.5], "SOLVER.BASE_LR is 0.5, but was 0.04 before"),
         (["MODEL.WEIGHTS", __file__], "initial weights is '"),
-        ("data", "training data 'own_train' annotations is '"),
+        ("data", "instances.json) have changed, from '"),
         ("forgotten", "a training with unknown settings"),
         ("broken", "run.json: Expecting value"),
     ],

@@ -74,6 +74,10 @@ def test_fast_rcnn(dumped, synthetic, tmp_path):
     config = DEMO / "libra_fast_rcnn_R_18_FPN.yaml"
     printed = run(*own_data(synthetic, "train", "val"), *args, config=config)
     assert any(x.startswith("bbox: AP") for x in printed)
+    flags = ["--eval-only", "--val-proposals", dumped / "own_val.pkl", "OUTPUT_DIR", tmp_path]
+    weights = ["MODEL.WEIGHTS", tmp_path / "model_final.pth"]
+    printed = run(*own_data(synthetic, "val"), *flags, *TINY, *weights, config=config)
+    assert any(x.startswith("bbox: AP") for x in printed)
 
 
 def test_no_rpn(synthetic, tmp_path, refused):

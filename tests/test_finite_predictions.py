@@ -49,6 +49,18 @@ def test_heads(options, part, value, caplog):
     assert hooks(model) == before
 
 
+def test_last_image():
+    """It counts as the others do."""
+    model = torch.nn.Sequential(build_model(demo_cfg()).eval())
+    head = model[0].proposal_generator.rpn_head.objectness_logits
+    images = [{"image": torch.rand(3, 64, 96) * 255}]
+    context = pytest.raises(InputError, match="rpn_head")
+    with context, torch.no_grad(), finite_predictions(model):
+        model(images)
+        head.bias[0] = float("nan")
+        model(images)
+
+
 def test_errors_of_the_body():
     """They are not hidden, and the hooks are taken off. A head may predict nothing."""
     model = torch.nn.Sequential(build_model(demo_cfg()).eval())

@@ -38,7 +38,8 @@ def recipe_for(folder, **overrides):
 
 def test_one_program(tmp_path):
     """A directory in which another program runs is refused, with its name, until it ends."""
-    (tmp_path / f"model_0000001.pth.0-1{UNFINISHED}").touch()
+    unfinished, own = (tmp_path / f"{x}{UNFINISHED}" for x in ("model_0000001.pth.0-1", "chapter"))
+    unfinished.touch(), own.touch()
     lock = tmp_path / ".lock"
     other = subprocess.Popen(
         [sys.executable, "-c", OTHER, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -48,13 +49,13 @@ def test_one_program(tmp_path):
         message = f"^OUTPUT_DIR: {tmp_path}: another program writes into it .process 7 on host.: "
         with pytest.raises(InputError, match=message):
             prepare_output_dir(recipe_for(tmp_path))
-        assert any(tmp_path.glob(f"*{UNFINISHED}"))  # it may be the other's
+        assert unfinished.exists()  # it may be the other's
     finally:
         other.kill()
         other.communicate()
     for _ in range(2):  # also once more in this process
         prepare_output_dir(recipe_for(tmp_path))
-    assert not any(tmp_path.glob(f"*{UNFINISHED}"))
+    assert [*tmp_path.glob(f"*{UNFINISHED}")] == [own]
     second = subprocess.run(
         [sys.executable, "-c", OTHER, lock], stdin=subprocess.DEVNULL, capture_output=True
     )
@@ -100,6 +101,8 @@ def test_no_directory(tmp_path):
 
 
 FILES = ["model_final.pth", "metrics.json", "config.yaml", "last_checkpoint", "inference/a.json"]
+FILES += ["events.out.tfevents.1", "curves.png", "inference_TTA/a.json", "results.md"]
+FILES += ["pictures/1.jpg", "model_best.pth"]
 OTHERS = ["log.txt", "datasets/own_train.json", "proposals/own_train.pkl", "other.pth"]
 
 
@@ -107,18 +110,41 @@ def names(folder):
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
+def test_brackets(tmp_path):
+    """In the name of the directory they stand for themselves."""
+    folder = tmp_path / "lr[0.1]"
+    folder.mkdir()
+    for name in ("metrics.json", f"model_0000001.pth.0-1{UNFINISHED}"):
+        (folder / name).touch()
+    prepare_output_dir(recipe_for(folder))
+    assert names(folder) == {".lock", "log.txt", "metrics.json"}
+    (folder / "metrics.json").write_text("m")
+    set_earlier_run_aside(recipe_for(folder), {}, False)
+    assert names(folder) == {".lock", "log.txt", "earlier_runs/1/metrics.json"}
+
+
+def test_checkpoint_without_metrics(tmp_path):
+    """A run that was killed early is one, too."""
+    for name in ("last_checkpoint", "model_0000001.pth"):
+        (tmp_path / name).write_text("x")
+    set_earlier_run_aside(recipe_for(tmp_path), {}, False)
+    moved = {f"earlier_runs/1/{name}" for name in ("last_checkpoint", "model_0000001.pth")}
+    assert names(tmp_path) == moved
+
+
 def test_earlier_run(tmp_path, caplog):
     """Its files are moved aside, each time to another place; inputs and logs stay."""
     # Without a run: a start that failed, or somebody's own files, which a run may not replace.
     others = {"config.yaml", "model_r18.pth", "chapter.unfinished", "pictures/a.jpg"}
     (tmp_path / "pictures").mkdir()
-    for name in (*others, "metrics.json", "results.md", "model_final.pth"):
+    replaced = ("model_final.pth", "model_final_ema.pth", "model_best.pth", "curves.png")
+    for name in (*others, "metrics.json", "results.md", *replaced):
         (tmp_path / name).touch()
     given = {"--train-json": str(tmp_path / "results.md")}
     with pytest.raises(InputError, match="^--train-json: .*results.md belongs to the run"):
         set_earlier_run_aside(recipe_for(tmp_path), given, False)
     set_earlier_run_aside(recipe_for(tmp_path), {}, False)
-    moved = {f"earlier_runs/1/{name}" for name in ("results.md", "model_final.pth")}
+    moved = {f"earlier_runs/1/{name}" for name in ("results.md", *replaced)}
     assert names(tmp_path) == {*others, *moved, "metrics.json"}
     for name in names(tmp_path):
         (tmp_path / name).unlink()

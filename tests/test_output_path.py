@@ -14,6 +14,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "photo.jpg").write_text("precious")
     (tmp_path / "symbolic.jpg").symlink_to("photo.jpg")
     os.link(tmp_path / "photo.jpg", tmp_path / "hard.jpg")
+    (tmp_path / "what?.jpg").touch()
     (tmp_path / "photos").mkdir()
     (tmp_path / "linked").symlink_to("photos")
     monkeypatch.chdir(tmp_path)
@@ -30,7 +31,7 @@ def content(folder):
         *((x, "photo.jpg") for x in ("photo.jpg", "./photos/../photo.jpg", "{}/photo.jpg")),
         *(("hard.jpg", "photo.jpg"), ("symbolic.jpg", "photo.jpg"), ("symbolic.jpg", "hard.jpg")),
         *(("new.json", "new.json"), ("new.json", "photos/../new.json")),  # two outputs
-        ("photo.jpg", "photo.jpg?matching_heuristics=True"),
+        *(("photo.jpg", "photo.jpg?matching_heuristics=True"), ("what?.jpg", "what?.jpg")),
     ],
 )
 def test_same_file(path, other, folder):

@@ -59,6 +59,14 @@ def test_labels_avoid_each_other():
     assert draw([(10, 40, 90, 150)], [""])[1] == []
 
 
+@pytest.mark.parametrize("box", [(5, 0, 295, 150), (100, 180, 110, 194)])
+def test_labels_avoid_each_other_at_an_edge(box):
+    """They stay in the picture."""
+    areas = draw([box] * 3, [*"aaa"])[1]
+    assert min(y0 for _, y0, _, _ in areas) >= 0
+    assert max(y1 for *_, y1 in areas) <= 400
+
+
 def test_one_color_for_a_class():
     """Of three objects, of the second class the last two."""
     metadata = Metadata(thing_classes=["a", "b"], thing_colors=[(255, 0, 0), (0, 51, 255)])

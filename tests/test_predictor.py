@@ -37,6 +37,7 @@ def test_batch(cfg):
         outputs, alone = predictor(same_size), [predictor(x) for x in same_size]
     for ours, theirs in zip(outputs, alone):
         ours, theirs = ours["instances"], theirs["instances"]
+        assert not ours.scores.requires_grad
         assert len(ours) == len(theirs) > 10
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-9)
         boxes = ours.pred_boxes.tensor, theirs.pred_boxes.tensor

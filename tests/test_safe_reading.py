@@ -43,6 +43,7 @@ def check_refused(path, message):
 def test_arrays(protocol, numpy, tmp_path):
     """Everything that Detectron2 writes, with NumPy 1 and 2 and in old protocols."""
     arrays = {"array": np.arange(6, dtype=np.float32).reshape(2, 3), "empty": np.zeros((0, 4))}
+    arrays.update({code: np.ones(2, code) for code in ("?", "u1", "i8", "c8", "S3")})
     other = [None, True, 3, 0.5, "text", b"\xe9", (1,), {"a": {}}, np.float64(2.5)]
     content = collections.OrderedDict(arrays, mode=BoxMode.XYWH_ABS, other=other)
     path = tmp_path / "a.pkl"

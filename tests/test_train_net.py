@@ -172,6 +172,7 @@ def test_weights_to_evaluate(capsys, tmp_path):
     ("opts", "message"),
     [
         ("INPUT.MIN_SIZE_TRAIN (64,99999) INPUT.MAX_SIZE_TRAIN 99998", "_TRAIN (99999, 99998)"),
+        ("INPUT.MIN_SIZE_TEST 99999 INPUT.MAX_SIZE_TEST 99998", "_TEST (99999, 99998)"),
         (
             "TEST.AUG.ENABLED True TEST.AUG.MIN_SIZES (64,99999) TEST.AUG.MAX_SIZE 99998",
             "with TEST.AUG.MIN_SIZES and TEST.AUG.MAX_SIZE (99999, 99998)",
@@ -218,6 +219,11 @@ def test_weights_of_the_earlier_run(small, tmp_path, capsys):
     for name, value in (("MODEL.WEIGHTS", path), ("DATASETS.PROPOSAL_FILES_TEST", (str(path),))):
         error = fails(capsys, *flags, name, value, config="")
         assert re.search(rf"{name}\S*: {path} belongs to the run in OUTPUT_DIR", error)
+    path = tmp_path / "inference/a.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((small / "instances.json").read_bytes())
+    flags[flags.index("--train-json") + 1] = path
+    assert f"--train-json: {path} belongs to the run" in fails(capsys, *flags, config="")
 
 
 def test_summary(small, tmp_path):

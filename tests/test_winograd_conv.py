@@ -274,4 +274,6 @@ def test_transforms(calls):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert conv(mode.from_tensor(LARGE)).shape == (1, 144, 40, 52)
     assert conv(LARGE[0]).shape == (144, 40, 52)
+    elsewhere = copy.deepcopy(conv).to("meta")
+    assert elsewhere(LARGE.to("meta")).shape == (1, 144, 40, 52)
     assert not calls
