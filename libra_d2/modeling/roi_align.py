@@ -244,7 +244,7 @@ class _ROIAlignFunction(torch.autograd.Function):
             per_sample_weights=taps.weight[order],
         )
         grad_x = sums.view(num_images, height, width, channels).permute(0, 3, 1, 2)
-        if ctx.is_contiguous and grad.device.type != "cpu":
+        if ctx.is_contiguous:  # the gradients of other uses are, too
             grad_x = grad_x.contiguous()
         return grad_x, None, None, None, None, None
 
@@ -269,10 +269,9 @@ class ParallelROIAlign(Replacement, ROIAlign):
         """
         device = input.device.type
         needs_grad = torch.is_grad_enabled() and input.requires_grad
-        if device != "cpu" and not (needs_grad and device in _DEVICES):
-            return super().forward(input, rois)
+        is_own = device in _DEVICES if needs_grad else device == "cpu"
         # ONNX has its own operator.
-        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        if not is_own or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
             return super().forward(input, rois)
         if needs_grad and (len(rois) == 0 or torch.jit.is_tracing()):
             return super().forward(input, rois)
