@@ -54,9 +54,9 @@ $(DATA)/train/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.install
 $(DATA)/val/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
 	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 100 $(CLASSES) --seed 2
 
-# One process for each of two cores, with a thread each.
+# A thread each, and one process more than cores: some tests wait for programs that they start.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
 
 # All that can be said about a GPU only, into output/gpu: each line takes less than ten minutes.
 # `make gpu-report DEVICE=cpu SIZES="--seconds 0.1 --p4-size 4 6 --image-size 64 96"` tries it.

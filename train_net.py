@@ -14,8 +14,7 @@ subclass :class:`libra_d2.engine.Trainer` as you would subclass
 :class:`detectron2.engine.DefaultTrainer`.
 """
 
-from libra_d2.engine import launch
-from libra_d2.engine.main import build_argument_parser, run
+from libra_d2.engine.main import main
 
 if __name__ == "__main__":
-    launch(run, build_argument_parser().parse_args())
+    main()

@@ -34,7 +34,7 @@ from libra_d2.config import VARIANTS, Recipe
 from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
 from libra_d2.data.image_reading import IMAGE_SUFFIXES
-from libra_d2.engine import LibraPredictor, read_config, report_errors
+from libra_d2.engine import LibraPredictor, argument_parser, read_config, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.evaluation.side_by_side import draw_side_by_side
@@ -48,9 +48,7 @@ logger = logging.getLogger("libra_d2.demo")
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--config-file",
         required=True,
@@ -108,7 +106,7 @@ def find_images(inputs: List[str]) -> List[str]:
     files = []
     for name in inputs:
         name = os.path.expanduser(name)
-        if os.path.isdir(name):
+        if os.path.isdir(name) and os.access(name, os.R_OK):
             found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
             found = [x for x in found if x.lower().endswith(IMAGE_SUFFIXES)]
         else:

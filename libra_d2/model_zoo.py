@@ -174,10 +174,8 @@ def get(config_path: str, trained: bool = False, device: Optional[str] = None) -
         InputError: if the weights cannot be loaded; see :class:`LibraCheckpointer`.
     """
     recipe = make_recipe(get_config(config_path, trained))
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"
-    if device is not None:
-        recipe.device = device
+    if device is not None or not torch.cuda.is_available():
+        recipe.device = device or "cpu"
     if trained:
         return recipe.build_trained_model().train()
     model = recipe.build_model()

@@ -60,7 +60,7 @@ def outputs(model, inputs):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["libra_faster_rcnn", "libra_retinanet", "plain"])
+@pytest.mark.parametrize("name", ["libra_retinanet", "plain"])
 def test_same_numbers(name):
     """Losses, gradients and detections in float64, with all levers; checkpoint keys stay."""
     plain = make_model(name)
@@ -220,17 +220,17 @@ def test_compiler_that_fails(caplog):
             raise NotImplementedError("too large")
         return graph.forward
 
-    model, image = make_model("libra_retinanet").eval(), torch.randn(1, 3, 64, 96).double()
+    model, image = nn.Module(), torch.randn(1, 3, 64, 96)
+    model.backbone = nn.Conv2d(3, 2, 1)
     expected = model.backbone(image)
     accelerate(model, **NONE, compile_backbone=True, backend="no such backend")
     assert "The backbone runs without torch.compile" in caplog.text
-    assert model.backbone(image).keys() == expected.keys()
+    assert torch.equal(model.backbone(image), expected)
     caplog.clear()
     torch._dynamo.reset()
     accelerate(model, **NONE, compile_backbone=True, backend="only_small")
     assert "without torch.compile" not in caplog.text
-    for name, feature in model.backbone(image).items():
-        torch.testing.assert_close(feature, expected[name], rtol=1e-12, atol=1e-12)
+    assert torch.equal(model.backbone(image), expected)
     assert "The backbone runs without torch.compile: too large" in caplog.text
 
     @torch._dynamo.register_backend(name="starts_again")

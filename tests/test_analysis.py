@@ -320,6 +320,8 @@ def test_objective_statistics():
         cumulative = gradient.cumsum(0) / gradient.sum()
         assert statistics[name]["inlier_gradient"] == approx(cumulative[0])
         assert statistics[name]["cumulative"] == approx(cumulative[ranks])
+    many = analysis.objective_statistics(torch.arange(1.0, 101))
+    assert many["percentiles"] == [*range(1, 101)]
 
 
 def test_default_objective():

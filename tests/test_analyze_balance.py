@@ -65,7 +65,7 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
 
     def see_title(figure, file, **kwargs):
         titles[Path(file.name).name.partition(".png")[0]] = figure.get_suptitle()
-        save(figure, file, **kwargs)
+        save(figure, file, **kwargs) if system == "fast_rcnn" else file.write(file.name.encode())
 
     monkeypatch.setattr(analyze_balance, "record", see_images)
     monkeypatch.setattr(Figure, "savefig", see_title)
@@ -163,11 +163,11 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
 def test_second_weights(synthetic, tmp_path, monkeypatch):
     """Without another config both have the first one; there are 11 images with objects."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **kwargs: file.write(b"1"))
-    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("retinanet", synthetic, tmp_path)[1])
-    cfg.merge_from_list([*SETTINGS, "MODEL.RETINANET.NUM_CLASSES", 4])
+    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
+    cfg.merge_from_list(SETTINGS)
     torch.save({"model": build_model(cfg).state_dict()}, path)
     extra = ["--weights-b", path, "--num-images", 99, "MODEL.WEIGHTS", path, *SETTINGS]
-    analyze_balance.main(arguments("retinanet", synthetic, tmp_path, *extra))
+    analyze_balance.main(arguments("faster_rcnn", synthetic, tmp_path, *extra))
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
     assert numbers.pop("b") == numbers
     assert numbers["num_images"] == 11
@@ -195,9 +195,15 @@ def test_before_training(synthetic, tmp_path, refused, monkeypatch):
         ("faster_rcnn", ["--before-training"], "MODEL.WEIGHTS: name the weights"),
         ("faster_rcnn", ["--num-images", "0"], "--num-images is 0: use 1 or more"),
         ("fast_rcnn", [], "DATASETS.PROPOSAL_FILES_TEST"),
+        (
+            "fast_rcnn",
+            ["--train-json", "{}/instances.json", "--train-images", "{}/images"],
+            "DATASETS.PROPOSAL_FILES_TRAIN",
+        ),
     ],
 )
 def test_errors(system, extra, message, synthetic, tmp_path, refused):
+    extra = [x.format(synthetic) for x in extra]
     command = arguments(system, synthetic, tmp_path, *extra, "MODEL.DEVICE", "cpu")
     assert message in refused(analyze_balance.main, command)
 

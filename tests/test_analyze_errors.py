@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -120,7 +121,10 @@ def test_two_models(files, tmp_path):
     assert [f"A alone finds {only[0]:.0f} objects, B alone {only[1]:.0f}."] in lines
     worst = images[0]
     assert [str(worst["image_id"]), f"{worst['a']:.1f}"] in [x[:2] for x in lines]
-    assert len(comparison["objects"]) == numbers["models"][0]["ranges"]["all"]["objects"]
+    objects = comparison["objects"]
+    assert len(objects) == numbers["models"][0]["ranges"]["all"]["objects"]
+    for mine, other, found in (("iou_a", "iou_b", only[0]), ("iou_b", "iou_a", only[1])):
+        assert found == sum(x[mine] is not None and x[other] is None for x in objects)
     titles = [line[0] for line in lines if line[0].startswith("## ")]
     assert [title[:4] for title in titles] == ["## B", "## A", "## B"]
 
@@ -165,6 +169,14 @@ def test_no_detections(files, tmp_path):
     assert read(tmp_path / "out")["models"][0]["metrics"]["AP"] == 0
 
 
+def test_object_without_mask(files, tmp_path, refused):
+    dataset = json.loads((tmp_path / "val.json").read_text())
+    del next(x for x in dataset["annotations"] if not x["iscrowd"])["segmentation"]
+    (tmp_path / "val.json").write_text(json.dumps(dataset))
+    error = refused(run, files, tmp_path / "out", "--iou-type", "segm")
+    assert "has no 'segmentation'" in error
+
+
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [
@@ -181,7 +193,8 @@ def test_broken_input(files, tmp_path, refused, option, content, message):
     assert error.count("\n") == 1
 
 
-def test_no_input_is_written_over(files, tmp_path, refused):
-    (tmp_path / "a.json").rename(tmp_path / "errors.json")
-    files["--results"] = str(tmp_path / "errors.json")
+@pytest.mark.parametrize("option", ["--results", "--results-b", "--val-json"])
+def test_no_input_is_written_over(files, tmp_path, refused, option):
+    Path(files[option]).rename(tmp_path / "errors.json")
+    files[option] = str(tmp_path / "errors.json")
     assert "are the same file" in refused(run, files, tmp_path)

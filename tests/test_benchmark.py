@@ -10,12 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from libra_d2.tools import benchmark, benchmark_models
+from libra_d2.tools import benchmark, benchmark_models, benchmark_parts
 from libra_d2.tools.benchmark_models import OURS, PLAIN, REFERENCE
 from libra_d2.utils import meter
 from libra_d2.utils.meter import Meter, Result
 
 RETINANET = ["retinanet"]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """A ResNet-18 in place of the ResNet-50."""
+    read = benchmark_models.model_config
+
+    def model_config(*args):
+        cfg = read(*args)
+        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+        return cfg
+
+    for module in (benchmark_models, benchmark_parts):
+        monkeypatch.setattr(module, "model_config", model_config)
 
 
 def cells(table):
@@ -188,8 +202,19 @@ class Once(Meter):
         return Result(what, "MB", dict.fromkeys(steps, 1.0))
 
 
-def test_whole_models(mmdet):
+def test_whole_models(mmdet, monkeypatch):
     """Inference and training steps beside Detectron2 and mmdetection."""
+    from mmengine.config import Config
+    from oracle import shrink
+
+    read = Config.fromfile
+
+    def read_small(path):
+        config = read(path)
+        shrink(config.model)
+        return config
+
+    monkeypatch.setattr(Config, "fromfile", read_small)
     once, args = Once("cpu", 0), (RETINANET, (64, 64))
     results = list(benchmark_models.whole_models(once, *args, True, ["float32", "bfloat16"], 2))
     steps = ["inference", "training step of 2 images"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import demo_cfg
-from test_safe_reading import Called
 
 from detectron2.modeling import build_model
 
@@ -359,16 +358,6 @@ def test_non_finite_weights(tmp_path, value, names):
         f"Training can be resumed from {path}/before.pth"
     )
     assert set(tmp_path.iterdir()) == files
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_code_is_not_executed(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    content = {"model": {}, "x": Called(os.mkdir, str(tmp_path / "x"))}
-    path.write_bytes(pickle.dumps(content)) if suffix == ".pkl" else torch.save(content, path)
-    with pytest.raises(BrokenFileError, match=rf"a{suffix}: .*mkdir"):
-        LibraCheckpointer(net({"a": (2,)})).load(str(path))
-    assert not (tmp_path / "x").exists()
 
 
 def test_trained_model(tmp_path):

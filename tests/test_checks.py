@@ -19,6 +19,8 @@ from libra_d2.errors import InputError
 RETINANET = ROOT / "configs/Demo/libra_retinanet_R_18_FPN.yaml"
 LAZY = ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py"
 LAZY_RETINANET = ROOT / "configs/COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
+pytestmark = pytest.mark.usefixtures("executed_once")
+
 LEAST, SIDE, CHOICE = "use a whole number, {} or more", "use 8 pixels or more", "use one of {}"
 SIDES = "use a list of sizes, each of 8 pixels or more"
 NORMS = ["", "BN", "FrozenBN", "GN", "SyncBN"]
@@ -118,6 +120,9 @@ def test_values(key, legal, illegal, rule):
 def test_combinations(opts, message):
     with pytest.raises(InputError, match=re.escape(message)):
         read(*opts)
+
+
+def test_legal_combinations():
     evaluated = [f"{TRAINER}.PATIENCE", 1, f"{TRAINER}.BEST_METRIC", "x", "TEST.EVAL_PERIOD", 1]
     sizes = [SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8, 9)"]
     read(*sizes, *evaluated, "SOLVER.STEPS", "(400, 600)")
@@ -363,6 +368,7 @@ def test_places(datasets):
         check(test_datasets=("nowhere",))
     with pytest.raises(InputError, match="no such file"):
         check(weights=str(ROOT))
+    check(weights=f"{__file__}?matching_heuristics=True")
 
 
 @pytest.fixture
@@ -417,7 +423,6 @@ def test_metrics(opts, data, reported, others, classes, datasets):
     """The best model and early stopping look at what evaluations report."""
     key, every = f"{TRAINER}.BEST_METRIC", ["TEST.EVAL_PERIOD", 1]
     settings = {"test_datasets": tuple(data)}
-    DatasetCatalog.get("test_3")
     MetadataCatalog.get("test_3").set(keypoint_names=["nose"])
     for metric in reported.split():
         check(*TWO, *opts, *every, key, metric, **settings)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import DEMO_CONFIG, ROOT, load_cfg
 from matplotlib.figure import Figure
+from PIL import Image
 from test_error_page import read as read_page
 from test_train_net import TINY, own_data
 
@@ -32,6 +33,7 @@ from libra_d2.tools.comparison_summary import (
     plot,
     table,
     uncertainty,
+    weakness,
 )
 
 PLAIN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.NAME"]
@@ -65,6 +67,7 @@ def trainings(monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(compare_ideas, "plot", lambda runs, path: path.touch())
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return started
@@ -82,6 +85,7 @@ def compare(synthetic, out, *options, config="faster_rcnn", jobs=1, opts=()):
 def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     """Seed by seed, with the arguments and the share of the cores; finished trainings are kept."""
     monkeypatch.setattr(sys, "argv", ["compare_ideas.py", "a", "(160,)"])
+    monkeypatch.setattr(compare_ideas, "plot", plot)
     options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
     args = compare(synthetic, tmp_path, *options)
     # Trainings in this process may have turned the log on.
@@ -109,7 +113,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     assert {p.name: p.read_text() for p in (summary / "metrics").iterdir()} == {
         f"{v}_{seed}.json": (tmp_path / v / seed / "metrics.json").read_text() for v, seed in order
     }
-    assert (summary / "curves.png").exists()
+    assert Image.open(summary / "curves.png").format == "PNG"
     (tmp_path / "baseline/seed_7/model_final.pth").unlink()
     with open(tmp_path / "sampling/seed_5/metrics.json", "a") as f:
         f.write('\n{"iteration": 9}')  # trained on, not evaluated
@@ -124,6 +128,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     [
         (["SOLVER.BASE_LR", 0.5], "SOLVER.BASE_LR is 0.5, but was 0.04 before"),
         (["MODEL.WEIGHTS", __file__], "initial weights is '"),
+        ("weights", "initial weights is '"),
         ("data", "instances.json) have changed, from '"),
         ("forgotten", "a training with unknown settings"),
         ("broken", "run.json: Expecting value"),
@@ -133,19 +138,24 @@ def test_other_settings(trainings, synthetic, tmp_path, capsys, change, message)
     """Runs of other settings or data are not taken for those of this command."""
     options, data = ["--variants", "baseline", "baseline", "--seeds", 5, 5], tmp_path / "data"
     shutil.copytree(synthetic, data)
-    compare(data, tmp_path / "out", *options)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": {}}, weights)
+    opts = ["MODEL.WEIGHTS", weights] if change == "weights" else []
+    compare(data, tmp_path / "out", *options, opts=opts)
     folder = tmp_path / "out/baseline/seed_5"
     assert len(trainings) == 1
     if change == "data":
         content = json.loads((data / "instances.json").read_text())
         content["annotations"].pop()
         (data / "instances.json").write_text(json.dumps(content))
+    elif change == "weights":
+        torch.save({"model": {"a": torch.zeros(1)}}, weights)
     elif change == "forgotten":
         (folder / "run.json").unlink()
     elif change == "broken":
         (folder / "run.json").write_text("")
     with pytest.raises(SystemExit, match="2"):
-        compare(data, tmp_path / "out", *options, opts=change if isinstance(change, list) else ())
+        compare(data, tmp_path / "out", *options, opts=change if isinstance(change, list) else opts)
     error = capsys.readouterr().err
     assert f"error: {folder}" in error
     assert message in error
@@ -161,11 +171,13 @@ def test_other_settings(trainings, synthetic, tmp_path, capsys, change, message)
     ],
 )
 def test_default_variants(trainings, synthetic, tmp_path, config, opts, variants, capsys):
-    """All variants that the model can have."""
-    compare(synthetic, tmp_path, config=config, jobs=3, opts=opts)
+    """All variants that the model can have, and five seeds."""
+    seeds = [] if opts else ["--seeds", 1, 2]
+    compare(synthetic, tmp_path, *seeds, config=config, jobs=3, opts=opts)
     printed = capsys.readouterr().out
     assert [row[0] for row in cells(printed)][2 : 2 + len(variants)] == variants
-    assert {x[:2] for x in trainings} == {(v, f"seed_{i}") for v in variants for i in range(1, 6)}
+    seeds = range(1, 6 if opts else 3)
+    assert {x[:2] for x in trainings} == {(v, f"seed_{i}") for v in variants for i in seeds}
     assert {x[3]["OMP_NUM_THREADS"] for x in trainings} == {"2"}
     assert ("has nothing of Libra R-CNN" in printed) == bool(opts)
 
@@ -175,7 +187,7 @@ def test_failed_training(trainings, synthetic, tmp_path, capsys, monkeypatch, ou
     """The error has the last line of its output; no further training starts; no summary."""
     monkeypatch.setenv("FAILS", output)
     with pytest.raises(SystemExit, match="2"):
-        compare(synthetic, tmp_path)
+        compare(synthetic, tmp_path, "--variants", "baseline", "--seeds", *range(1, 13))
     message = "its own message" if output else "CompletedProcess"
     assert re.search(rf"/seed_1: the training failed: {message}", capsys.readouterr().err)
     assert not (tmp_path / "summary").exists()
@@ -276,21 +288,41 @@ def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
         compare(synthetic, tmp_path, "--seeds", 1, -1)
     assert "--seeds -1: use 0 or more" in capsys.readouterr().err
     assert ["2", "more than 1000"] in cells(plan(2, 100, "", 1))
+    compare(synthetic, tmp_path / "other", "--variants", *VARIANTS, "--find", 0.9)
+    text = "a true difference in each of 5 comparisons with a probability of 80%"
+    assert text in capsys.readouterr().out
+
+
+def test_interrupted(trainings, synthetic, tmp_path, capsys, monkeypatch):
+    """By Ctrl-C: no further training starts."""
+    monkeypatch.setenv("FAILS", "")
+
+    def interrupt(jobs, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_ideas, "as_completed", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        compare(synthetic, tmp_path, "--variants", "baseline", "--seeds", *range(1, 13))
+    assert len(trainings) < 10
 
 
 def test_initial_weights(trainings, synthetic, tmp_path, capsys):
-    """Weights with a balanced feature pyramid are unfair to the variants without."""
+    """Weights with a balanced feature pyramid are unfair to the variants without, if there are."""
+    recipe = make_recipe(load_cfg(DEMO_CONFIG))
     keys = {"ours": "backbone.bfp.refine.g.weight", "mmdet": "neck.1.refine.g.weight", "a": "b"}
     for name, key in keys.items():
         state = {"state_dict" if name == "mmdet" else "model": {key: torch.zeros(1)}}
         torch.save(state, tmp_path / name)
-        for variants in (["all"], ["baseline", "all"]):
-            out = tmp_path / f"{name}_{len(variants)}"
-            options = ["--variants", *variants, "--seeds", 1]
-            compare(synthetic, out, *options, opts=["MODEL.WEIGHTS", tmp_path / name])
-            error = capsys.readouterr().err
-            is_unfair = name != "a" and len(variants) == 2
-            assert (f"MODEL.WEIGHTS {tmp_path / name} is a detector with" in error) == is_unfair
+    for name in (*keys, "libra://a", "torchvision://a"):
+        recipe.weights = name if "://" in name else str(tmp_path / name)
+        compare_ideas.warn_of_initial_weights(recipe)
+        found = f"MODEL.WEIGHTS {recipe.weights} is a detector with" in capsys.readouterr().err
+        assert found == (name in ("ours", "mmdet", "libra://a"))
+    opts = ["MODEL.WEIGHTS", tmp_path / "ours"]
+    for variants in (["all"], ["baseline", "all"]):
+        out = tmp_path / f"out_{len(variants)}"
+        compare(synthetic, out, "--variants", *variants, "--seeds", 1, opts=opts)
+        assert ("is a detector with" in capsys.readouterr().err) == (len(variants) == 2)
 
 
 def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
@@ -346,10 +378,12 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
 
 
 def test_no_detections(trainings, synthetic, tmp_path, capsys, monkeypatch):
-    """Their AP is 0, and differences of nothing are none."""
+    """Their AP is 0, which is said first, and differences of nothing are none."""
     monkeypatch.setenv("EMPTY", "1")
     compare(synthetic, tmp_path, "--variants", "baseline", "all", "--seeds", 1, 2)
-    rows = cells(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    rows = cells(printed)
+    assert "highest mean AP is 0.0" in printed.split("|")[0]
     assert ["all", "0.0 ± 0.0"] in rows
     assert ["all", "2", "+0.00", "0.00"] in [row[:4] for row in rows]
 
@@ -390,6 +424,15 @@ def test_uncertainty():
     assert uncertainty(several) == text.format(2, 2.94)
     assert uncertainty({**several, "sampling": runs(1.0)}) == text.format(1, 4.16)
     assert uncertainty({"all": runs(1.0)}).startswith("One run of each does not say")
+
+
+def test_weakness():
+    """A mean of 1 is enough, of one variant."""
+    text = weakness({"baseline": runs(0.25, 0.5), "all": runs(0.0, 1.5)})
+    assert text.startswith(
+        "**No variant has learned to find objects**: the highest mean AP is 0.8."
+    )
+    assert weakness({"baseline": runs(0.0), "all": runs(0.5, 1.5)}) == ""
 
 
 def test_differences():
@@ -476,23 +519,3 @@ def test_plot(tmp_path, monkeypatch):
         *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
     ]
     assert [t.get_text() for t in right.get_yticklabels()] == list(points)
-
-
-def test_seeds_for_two_comparisons(synthetic, tmp_path, capsys):
-    compare(synthetic, tmp_path, "--variants", "baseline", "sampling", "all", "--find", 0.9)
-    text = "a true difference in each of 2 comparisons with a probability of 80%"
-    assert text in capsys.readouterr().out
-
-
-def test_weights_of_the_model_zoo(capsys):
-    recipe = make_recipe(load_cfg(DEMO_CONFIG))
-    for recipe.weights, is_unfair in (("libra://a", True), ("torchvision://a", False)):
-        compare_ideas.warn_of_initial_weights(recipe)
-        assert ("is a detector with" in capsys.readouterr().err) == is_unfair
-
-
-def test_nothing_finished(trainings, synthetic, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compare_ideas, "is_finished", lambda folder: False)
-    with pytest.raises(SystemExit, match="^2$"):
-        compare(synthetic, tmp_path, "--variants", "all", "--seeds", 1)
-    assert "no training has ended with an evaluation in AP" in capsys.readouterr().err

@@ -16,13 +16,11 @@ from libra_d2.tools.convert_mmdet import main
 
 _DCN = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": False}
 _DEFORMABLE = SLOW["libra_mask_rcnn_GN_R_50"]
-# The system, and its number of weights without num_batches_tracked.
+# The system, and its number of weights without num_batches_tracked. The names of the weights of
+# Faster, Fast and Cascade R-CNN are among those of the models with masks.
 CASES = {
-    "Faster R-CNN": (SYSTEMS["libra_faster_rcnn_R_50"], 303),
-    "Fast R-CNN": (SYSTEMS["libra_fast_rcnn_R_50"], 297),
     "RetinaNet": (SYSTEMS["libra_retinanet_R_50"], 309),
     "Mask R-CNN": (SYSTEMS["libra_mask_rcnn_R_50"], 315),
-    "Cascade R-CNN": (SLOW["libra_cascade_rcnn_R_50"], 319),
     "Cascade Mask R-CNN": (SYSTEMS["libra_cascade_mask_rcnn_R_50"], 355),
     "GN, 4 convolutions, deformable": (
         _DEFORMABLE._replace(
@@ -52,6 +50,7 @@ def theirs(request, mmdet):
     torch.manual_seed(1)
     system, _ = CASES[request.param]
     config = reference_model(mmdet, system).model
+    config.backbone.base_channels, config.neck[0].in_channels = 12, [48, 96, 192, 384]
     heads = config.get("roi_head", {}).get("bbox_head", [])
     for head in heads if isinstance(heads, list) else [heads]:
         head.fc_out_channels = 64
@@ -60,6 +59,8 @@ def theirs(request, mmdet):
         value.normal_() if value.is_floating_point() else value.fill_(7)
     cfg = load_cfg(ROOT / "configs" / system.config)
     options = ["MODEL.DEVICE", "cpu", "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+    options += ["MODEL.RESNETS.STEM_OUT_CHANNELS", 12, "MODEL.RESNETS.WIDTH_PER_GROUP", 12]
+    options += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 48]
     cfg.merge_from_list([*options, *system.options])
     return request.param, model, build_model(cfg)
 

@@ -407,10 +407,13 @@ def test_load_dataset(folder, monkeypatch, options, length):  # noqa: F811
     single = load_dataset(NAME)
     assert isinstance(single, MappedRecords)
     assert list(single) == list(load_records(NAME))[1:]
+    assert list(single.select(np.ones(len(single.all_sizes), bool))) == list(single)
     with pytest.raises(InputError, match=f"^{NAME}: no image has an object to train on"):
         load_dataset(NAME, min_keypoints=3)
-    DatasetCatalog.register("test_cache_list", lambda: [{"annotations": []}])
+    loaded = []
+    DatasetCatalog.register("test_cache_list", lambda: loaded.append(1) or [{"annotations": []}])
     assert load_dataset("test_cache_list", filter_empty=False) == [{"annotations": []}]
+    assert len(loaded) == 1
     assert load_dataset([NAME, "test_cache_list"], check_consistency=False) == list(single)
     DatasetCatalog.remove("test_cache_list")
     content["categories"] = [{**x, "name": x["name"] * 2} for x in content["categories"]]

@@ -3,14 +3,13 @@
 
 import errno
 import re
-import resource
 import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_CONFIG, ROOT
+from conftest import DEMO_CONFIG, ROOT, full_disk
 from PIL import Image
 from test_train_net import QUICK, OneNumber, small_data
 
@@ -131,13 +130,9 @@ def test_half_a_video(tmp_path, capsys):
     """On a full disk the one that was there stays, and nothing else is left."""
     source = cv2.VideoCapture(str(video_of(tmp_path / "in.mp4")))
     (tmp_path / "out.mp4").write_text("before")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(InputError, match="out.mp4: 0 of 3 frames could be written: is it an"):
-            process_video(source, "in", str(tmp_path / "out.mp4"), Found(), Metadata())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = "out.mp4: 0 of 3 frames could be written: is it an"
+    with full_disk(), pytest.raises(InputError, match=message):
+        process_video(source, "in", str(tmp_path / "out.mp4"), Found(), Metadata())
     assert (tmp_path / "out.mp4").read_text() == "before"
     assert sorted(x.name for x in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
@@ -264,6 +259,7 @@ def test_unusable_files(small, tmp_path, refused):
         (["--webcam", "--plain-weights", "a.pth"], "two detectors side by side need --input"),
         (["--webcam", "--plain-config-file", "a.yaml"], "goes with --plain-weights"),
         (["--webcam"], "--webcam: not a video"),
+        (["--webcam", "--benchmark"], "--benchmark needs --input"),
         ([*DOCS, "--categories", str(ROOT / "setup.py")], "setup.py: no COCO JSON"),
         ([*DOCS, "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS: name the weights"),
         ([*DOCS, "--opts", "MODEL.LOAD_PROPOSALS", "True"], "a model without RPN needs proposals"),
@@ -273,6 +269,17 @@ def test_errors(args, message, refused):
     lines = refused(main, ["--config-file", str(DEMO_CONFIG), *args]).splitlines()
     (line,) = [x for x in lines if x.startswith("error:")]
     assert message in line
+
+
+def test_window(small, monkeypatch):
+    """In the right colors; any key shows the next image, Escape ends it."""
+    keys, shown = [13, 27], []
+    monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append(picture))
+    monkeypatch.setattr(cv2, "waitKey", lambda wait: keys.pop(0))
+    shutil.copy(small / "images/1.png", small / "images/3.png")
+    run(small, "--input", small / "images")
+    assert len(shown) == 2
+    assert is_drawn(shown[0][:, :, ::-1])
 
 
 def test_no_window(small, refused):

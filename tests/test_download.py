@@ -18,7 +18,7 @@ def serving(path, handler=None):
     folder.mkdir()
     of_folder = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler or of_folder)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FVCORE_CACHE", str(path / "cache"))
         yield folder, f"http://127.0.0.1:{server.server_port}"

@@ -114,6 +114,14 @@ def test_several_processes(monkeypatch):
         assert len(alone) == 2
         for name, loss in alone.items():
             torch.testing.assert_close(together[name], loss * factor)
+    many = Instances((32, 32), proposal_boxes=Boxes(BOXES[:1].expand(259, 4)))
+    many.gt_classes = torch.full((259,), 2)
+    predictions = [x.bfloat16() for x in predictor(torch.randn(259, 8))]
+    with monkeypatch.context() as patch, EventStorage():  # bfloat16 has no 259
+        another_process(patch, 259)
+        together = predictor.losses(predictions, [many])
+        alone = FastRCNNOutputLayers.losses(predictor, predictions, [many])
+    assert torch.equal(together["loss_cls"], alone["loss_cls"])
     another_process(monkeypatch, 0)
     empty = losses(predictor, proposals(0))
     assert [x.item() for x in empty.values()] == [0, 0]

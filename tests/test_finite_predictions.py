@@ -16,15 +16,14 @@ def hooks(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("options", "part", "value"),
     [
-        ({}, "roi_heads.box_predictor.bbox_pred"),
-        ({}, "roi_heads.box_predictor.cls_score"),
-        ({}, "proposal_generator.rpn_head.objectness_logits"),
-        (DENSE, "head.cls_score"),
+        ({}, "roi_heads.box_predictor.bbox_pred", "nan"),
+        ({}, "roi_heads.box_predictor.cls_score", "inf"),
+        ({}, "proposal_generator.rpn_head.objectness_logits", "nan"),
+        (DENSE, "head.cls_score", "inf"),
     ],
 )
-@pytest.mark.parametrize("value", ["nan", "inf"])
 def test_heads(options, part, value, caplog):
     """A head whose outputs are not finite for one of two images is named, once."""
     model = torch.nn.Sequential(build_model(demo_cfg(**options)).eval())

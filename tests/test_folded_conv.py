@@ -51,9 +51,16 @@ class Activated(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), Activated(6).eval()])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *(nn.BatchNorm2d(6), nn.GroupNorm(2, 6), Activated(6).eval()),
+        nn.BatchNorm2d(6, affine=False).eval(),
+        nn.BatchNorm2d(6, track_running_stats=False).eval(),
+    ],
+)
 def test_norms_that_are_called(norm):
-    """Those that compute statistics, and those of other classes."""
+    """Those that compute statistics, have no weights, or are of other classes."""
     plain = make_conv(norm)
     folded = copy.deepcopy(plain)
     FoldedConv2d.replace_in(folded)

@@ -12,7 +12,7 @@ from torch import distributed
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from libra_d2.engine.hooks import Aborted, EarlyStopping, StopOnSignal, Throughput
+from libra_d2.engine.hooks import Aborted, BestModel, EarlyStopping, StopOnSignal, Throughput
 from libra_d2.errors import InputError
 
 
@@ -53,6 +53,13 @@ def test_other_measure(toy_data, tmp_path, metric, data, caplog):
     assert trainer.best.best_iter in [i for i, v in counted.items() if v == max(counted.values())]
     (stopping,) = [h for h in trainer._hooks if isinstance(h, EarlyStopping)]
     assert stopping.best == pytest.approx(max(v for i, v in counted.items() if i < 10))
+
+
+def test_other_measure_before_any_evaluation(caplog):
+    """There is nothing to say."""
+    best = BestModel(1, None, "bbox/AP", {})
+    best.load_state_dict({"measure": {"metric": "x"}, "best_metric": None, "best_iter": None})
+    assert (best.describe(), caplog.messages) == ("", [])
 
 
 def test_number_of_checkpoints(toy_data, tmp_path):
@@ -126,6 +133,7 @@ def test_agreement(monkeypatch):
 
     def all_reduce(number, operation, group, async_op):
         assert (group, async_op) == ({"backend": "gloo"}, True)
+        assert operation == distributed.ReduceOp.MAX
         return SimpleNamespace(wait=lambda: waited.append(number.fill_(signal.SIGUSR1)))
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)

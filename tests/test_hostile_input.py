@@ -43,8 +43,8 @@ def many_references():
 
 
 def write_compressed(path):
-    """A zip bomb: 100 MB of zeros in 100 kB."""
-    torch.save({"model": {"x": torch.zeros(25_000_000)}}, path)
+    """A zip bomb: 10 MB of zeros in 10 kB."""
+    torch.save({"model": {"x": torch.zeros(2_500_000)}}, path)
     with zipfile.ZipFile(path) as source:
         entries = {info.filename: source.read(info) for info in source.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:

@@ -50,7 +50,6 @@ def rename(data):
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        (lambda data: None, set()),
         (lambda data: shutil.copytree(data, data / "elsewhere"), set()),
         (lambda data: edit(data, lambda c: c["annotations"].pop()), {"annotations"}),
         (lambda data: edit(data, lambda c: c["images"].reverse()), {"annotations"}),
@@ -146,9 +145,12 @@ def test_proposals(data, tmp_path):
     recipe.needs_proposals = True
     before = identify(recipe)
     path.write_bytes(b"two")
-    assert [*changed_values(before, identify(recipe))] == [
-        "training data 'identity_train' proposals"
-    ]
+    after = identify(recipe)
+    for what, place in (("proposals", ""), ("images", f" ({data}/images)")):
+        name = f"training data 'identity_train' {what}"
+        changed = changed_values({**after, name: before[name] if not place else "0"}, after)
+        assert list(changed) == [name]
+        assert f"{name}{place} have changed, from '" in changed[name]
 
 
 BEFORE = {

@@ -2,8 +2,10 @@
 import importlib.metadata
 import importlib.util
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,12 +116,13 @@ def test_missing_module(module, monkeypatch):
         installer.check_environment()
 
 
-def test_pip_failure_is_one_error():
+def test_pip_failure_is_one_error(monkeypatch):
     """It has the command, and the last 15 lines of the output."""
-    with pytest.raises(installer.InstallError, match="^`.*pip download --none` failed:\n") as error:
+    done = SimpleNamespace(returncode=1, stdout="\n".join(map(str, range(40))))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    last = "\n".join(map(str, range(25, 40)))
+    with pytest.raises(installer.InstallError, match=f"^`.*pip download --none` failed:\n{last}$"):
         installer.run_pip("download", "--none")
-    assert "no such option: --none" in str(error.value)
-    assert len(str(error.value).splitlines()) <= 16
 
 
 def has_compiled_ops():

@@ -84,7 +84,7 @@ def one(synthetic, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("system", "num_processes", "num_parts"),
-    [("faster_rcnn", 4, 1), ("faster_rcnn", 2, 2), ("retinanet", 2, 1)],
+    [("faster_rcnn", 2, 2), ("retinanet", 4, 1)],
 )
 def test_as_one_process(one, synthetic, tmp_path, system, num_processes, num_parts):
     """
@@ -273,20 +273,22 @@ def arguments(num_gpus, num_machines=1):
     return Namespace(num_gpus=num_gpus, num_machines=num_machines, **machine)
 
 
-def test_launch(monkeypatch):
+def test_launch(monkeypatch, capsys):
     """In this process or by Detectron2's launcher; errors of --num-gpus."""
     called, spawned = [], []
     for number in (1, 0):
         launch(called.append, arguments(number))
     assert called == [arguments(1), arguments(0)]
     for args in (arguments(2), arguments(1, 2)):
-        with pytest.raises(SystemExit, match="error: --num-gpus: this machine has no GPU that"):
+        with pytest.raises(SystemExit, match="^2$"):
             launch(fail, args)
+        assert capsys.readouterr().err.startswith("error: --num-gpus: this machine has no GPU")
     with monkeypatch.context() as m:
         for name, value in torchrun(1, 2, 1, 2).items():
             m.setenv(name, value)
-        with pytest.raises(SystemExit, match="torchrun or SLURM has started the processes already"):
+        with pytest.raises(SystemExit, match="^2$"):
             launch(fail, arguments(2))
+        assert capsys.readouterr().err.startswith("error: --num-gpus: torchrun or SLURM has")
 
     def spawn(function, nprocs, args, **kwargs):
         main, *numbers, given, _ = args

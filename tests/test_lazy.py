@@ -56,6 +56,12 @@ def zoo_model(name):
     return model
 
 
+def build(config):
+    """The model, whose weights take neither memory nor time."""
+    with torch.device("meta"):
+        return instantiate(config)
+
+
 def balanced(name, **kwargs):
     """The same, balanced; a C4 model has no pyramid."""
     kwargs = {"feature_pyramid": False, **kwargs} if name == C4 else kwargs
@@ -121,7 +127,7 @@ def test_balance_twice_and_saved(name, reference, tmp_path):
     LazyConfig.save(OmegaConf.create({"model": model}, flags={"allow_objects": True}), path)
     loaded = LazyConfig.load(path).model
     balance(loaded, feature_pyramid=name != C4, reference=reference)
-    built = [instantiate(config) for config in (model, loaded)]
+    built = [build(config) for config in (model, loaded)]
     assert str(built[0]) == str(built[1])
 
 
@@ -131,9 +137,9 @@ def test_keys_and_references_stay(name):
     plain, model = zoo_model(name), balanced(name)
     config = OmegaConf.create({"model": model}, flags={"allow_objects": True})
     LazyConfig.apply_overrides(config, ["model.backbone.bottom_up.stages.depth=34"])
-    weights = instantiate(config.model).state_dict()
+    weights = build(config.model).state_dict()
     plain.backbone.bottom_up.stages.depth = 34
-    assert instantiate(plain).state_dict().keys() == {k for k in weights if "bfp." not in k}
+    assert build(plain).state_dict().keys() == {k for k in weights if "bfp." not in k}
 
 
 IDEAS = ("sampling", "feature_pyramid", "balanced_l1")
@@ -152,10 +158,10 @@ def what_is_on(model):
 @pytest.mark.parametrize("idea", IDEAS)
 def test_each_idea_alone(name, idea):
     """By the argument of balance(), and by what disable() returns."""
-    by_argument = instantiate(balanced(name, **{x: x == idea for x in IDEAS}))
+    by_argument = build(balanced(name, **{x: x == idea for x in IDEAS}))
     config = OmegaConf.create({"model": balanced(name)}, flags={"allow_objects": True})
     off = disable(config.model, *(x for x in IDEAS if x != idea))
-    by_override = instantiate(LazyConfig.apply_overrides(config, off).model)
+    by_override = build(LazyConfig.apply_overrides(config, off).model)
     pyramid = idea == "feature_pyramid"
     loss = "balanced_l1" if idea == "balanced_l1" else "smooth_l1"
     drawn = ("iou_balanced", "instance_balanced") if idea == "sampling" else ("random", "random")
@@ -187,7 +193,7 @@ class OwnMatcher:
 def test_recipe_without_ideas(name):
     """mmdetection's recipe without the ideas; test_lazy_configs has it with all of them."""
     config = model_zoo.get_config(f"common/models/{name}.py").model
-    model = instantiate(balance(config, reference=True, **dict.fromkeys(IDEAS, False)))
+    model = build(balance(config, reference=True, **dict.fromkeys(IDEAS, False)))
     assert what_is_on(model) == (False, None, {"smooth_l1"})
     assert any(isinstance(m, AffineBatchNorm2d) for m in model.backbone.modules())
     if name == "retinanet":
@@ -215,7 +221,7 @@ def test_what_is_left_alone():
     model.roi_heads.box_predictor.balanced_l1.alpha = 0.3
     before = copy.deepcopy(model)
     assert balance(model) == before
-    assert instantiate(model).roi_heads.proposal_sampler.negative_iou_thresh == 0.4
+    assert build(model).roi_heads.proposal_sampler.negative_iou_thresh == 0.4
 
 
 class OwnLibraROIHeads(BalancedSamplingMixin, StandardROIHeads):
@@ -254,9 +260,9 @@ def test_own_classes():
     model.roi_heads._target_ = OwnLibraROIHeads
     model.roi_heads.box_predictor._target_ = LibraFastRCNNOutputLayers
     model.backbone = L(own_pyramid)(channels=16)
-    assert type(instantiate(balance(model).roi_heads)) is OwnLibraROIHeads
+    assert type(build(balance(model).roi_heads)) is OwnLibraROIHeads
     assert model.roi_heads.box_predictor.box_reg_loss_type == "balanced_l1"
-    assert instantiate(model.backbone).bfp.refine.theta.in_channels == 16
+    assert build(model.backbone).bfp.refine.theta.in_channels == 16
     for loss_type, expected in ((None, "balanced_l1"), ("giou", "giou")):
         model = zoo_model("retinanet")
         model._target_ = LibraRetinaNet
@@ -287,7 +293,7 @@ def test_what_cannot_be_balanced():
             balance(fcos, **{idea: False})
     assert target_of(OmegaConf.create({"_target_": {"name": "a"}})) == {"name": "a"}
     balance(fcos, sampling=False, balanced_l1=False)
-    assert hasattr(instantiate(fcos.backbone), "bfp")
+    assert hasattr(build(fcos.backbone), "bfp")
     model = balanced("mask_rcnn_fpn")
     model.backbone.update(in_features=["res5"], top_block=None)
     with pytest.raises(ValueError, match="no level has a stride of 16"):

@@ -21,6 +21,9 @@ PAIRS = sorted(
 )
 
 
+DEEP = [name for name in PAIRS if "101" in name]
+
+
 @pytest.fixture(params=PAIRS)
 def pair(request):
     """The recipes of a YAML config and a LazyConfig of the same name, on the CPU."""
@@ -93,6 +96,20 @@ def test_same_schedule(pair):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("pair", DEEP, indirect=True)
+def test_same_structure(pair):
+    """Deep backbones below the heads of ResNet-50's: all layers, and which are trained."""
+    found = []
+    for recipe in pair:
+        recipe.device = "meta"
+        with torch.device("meta"):
+            model = recipe.build_model()
+        parameters = {k: (v.shape, v.requires_grad) for k, v in model.named_parameters()}
+        found.append((str(model), parameters))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("pair", [x for x in PAIRS if x not in DEEP], indirect=True)
 def test_same_model(pair):
     """The same weights and seed give bitwise equal losses, gradients and detections."""
     results, all_numbers, weights = [], [], None

@@ -49,12 +49,15 @@ def test_epochs(epochs, period, expected, caplog):
 
 
 def test_no_step_and_no_validation_data():
-    """Steps that become 0 are left out; without data, nothing is evaluated after each epoch."""
-    settings = {"SOLVER__STEPS": (9, 80), "DATASETS__TEST": ()}
+    """
+    Steps that become 0 are left out, and those that become equal are one; without data, nothing is
+    evaluated after each epoch.
+    """
+    settings = {"SOLVER__STEPS": (9, 40, 50, 80), "DATASETS__TEST": ()}
     recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=0.5, **settings)
     before = recipe.checkpoint_period
-    set_length(recipe, 12)  # 0.2 and 1.8 of 2 iterations
-    assert recipe.config.SOLVER.STEPS == ()
+    set_length(recipe, 12)  # 0.2, 0.9, 1.1 and 1.8 of 2 iterations
+    assert recipe.config.SOLVER.STEPS == (1,)
     assert (recipe.eval_period, recipe.checkpoint_period) == (0, before)
 
 

@@ -66,6 +66,7 @@ def test_names(names):
     assert equal(from_mmdetection(theirs), ours)
     assert equal(to_mmdetection(ours), theirs)
     assert not is_mmdetection(ours)
+    assert is_mmdetection({"backbone.layer1.0.conv1.weight": 1})  # of a ResNetV1d
     extra = {"pixel_mean": 1, "pixel_std": 1, "anchor_generator.cell_anchors.0": 1}
     assert equal(to_mmdetection({**extra, **ours}), theirs)
     found = from_mmdetection({**theirs, "ema_backbone_conv1_weight": 1, "mask.weight": theirs})
@@ -86,6 +87,9 @@ def test_names(names):
         ("roi_head.mask_iou_head.fc_mask_iou.bias", "the mask IoU head of Mask Scoring R-CNN"),
         ("roi_head.bbox_head.2.reg_fcs.0.weight", "a box head with two branches"),
         ("bbox_head.cls_convs.0.gn.weight", "a RetinaNet whose head has norms"),
+        ("roi_head.point_head.fcs.0.conv.weight", "the point head of PointRend"),
+        ("roi_head.grid_head.a.weight", "the grid head of Grid R-CNN"),
+        ("backbone.layer3.0.context_block.conv_mask.weight", "a plugin of the backbone"),
         ("backbone.stem.0.weight", r"a stem of three convolutions \(ResNetV1d\)"),
     ],
 )

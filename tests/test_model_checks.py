@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from conftest import ROOT, build_model, demo_cfg, random_inputs
+from conftest import ROOT, demo_cfg, random_inputs
+from conftest import build_model as build_on_device
 from omegaconf import OmegaConf
 
 from detectron2 import model_zoo
@@ -26,18 +27,24 @@ PLAIN = f"BACKBONE.NAME=build_resnet_fpn_backbone PROPOSAL_GENERATOR.NAME=RPN {P
 LIBRA_BACKBONE = "BACKBONE.NAME=build_libra_backbone"
 
 
+def build_model(cfg):
+    """The model, whose weights take neither memory nor time."""
+    with torch.device("meta"):
+        return build_on_device(cfg)
+
+
 def config(name, options=""):
     """Of a small model; with keys below MODEL, as "RPN.NMS_THRESH=0.5 DEVICE=cpu"."""
     if name == "c4":  # Detectron2's
         cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
         add_libra_config(cfg)
         options = (
-            "DEVICE=cpu RESNETS.NORM=BN RESNETS.DEPTH=18 RESNETS.RES2_OUT_CHANNELS=64 "
+            "DEVICE=meta RESNETS.NORM=BN RESNETS.DEPTH=18 RESNETS.RES2_OUT_CHANNELS=64 "
             "RESNETS.STRIDE_IN_1X1=False BACKBONE.FREEZE_AT=0 RPN.POST_NMS_TOPK_TRAIN=60 "
             f"ROI_BOX_HEAD.POOLER_RESOLUTION=4 ROI_HEADS.NUM_CLASSES=4 {options}"
         )
     else:
-        cfg = demo_cfg(ROOT / f"configs/Demo/{CONFIGS[name]}_R_18_FPN.yaml")
+        cfg = demo_cfg(ROOT / f"configs/Demo/{CONFIGS[name]}_R_18_FPN.yaml", MODEL__DEVICE="meta")
     for option in options.split():
         key, _, value = option.partition("=")
         cfg.merge_from_list([f"MODEL.{key}", value])
@@ -144,6 +151,9 @@ def test_unknown_names(name, options, key, example):
     assert start == message
     assert example in known
     assert known == sorted(known)
+
+
+def test_unused_names():
     unused = f"PROPOSAL_GENERATOR.NAME=X ROI_HEADS.NAME=X {BASE}=X"
     assert build_model(config("retinanet", unused)).training
 
@@ -152,7 +162,10 @@ def test_unknown_names(name, options, key, example):
     ("place", "value", "message"),
     [
         ("box_reg_loss_type", "l2", r"\(box_reg_loss_type in a LazyConfig\) is 'l2', but a Libra"),
-        ("backbone.in_features", ["res9"], "^model: it cannot be built: there is no 'res9'$"),
+        (
+            *("backbone.in_features", ["res3", "res9"]),
+            "^model: it .* there is no 'res9', which model.backbone.in_features.1 names$",
+        ),
         (
             "backbone.in_features",
             "res5",
@@ -177,14 +190,15 @@ def test_lazy(place, value, message):
     """Errors of a LazyConfig have its names."""
     cfg = libra_zoo.get_config("COCO-Detection/libra_retinanet_R_50_FPN_1x.py")
     OmegaConf.update(cfg.model, place, value)
-    cfg.train.device = "cpu"
+    cfg.train.device = "meta"
     with pytest.raises(InputError, match=message):
         build_model(cfg)
 
 
 def test_features():
     """Of the RPN and the heads, by their most specific name; own models may have others."""
-    model = build_model(demo_cfg(ROOT / "configs/Demo/libra_mask_rcnn_R_18_FPN.yaml"))
+    path = ROOT / "configs/Demo/libra_mask_rcnn_R_18_FPN.yaml"
+    model = build_model(demo_cfg(path, MODEL__DEVICE="meta"))
     model.proposal_generator.in_features = ["p2", "p1"]
     with pytest.raises(InputError, match="^model.proposal_generator.in_features has 'p1', but"):
         check_features(model)
@@ -278,7 +292,7 @@ def test_own_configs_are_read(path, caplog):
         pytest.skip("built elsewhere, and large")
     detectron2_logger._LOG_COUNTER.clear()
     for enabled in (True, False):
-        build_model(demo_cfg(path, MODEL__LIBRA__BFP__ENABLED=enabled))
+        build_model(demo_cfg(path, MODEL__LIBRA__BFP__ENABLED=enabled, MODEL__DEVICE="meta"))
     assert "reads" not in caplog.text
 
 
@@ -298,13 +312,21 @@ def test_changed_default(options, key, caplog):
     assert caplog.messages[-1] == f"No part of this model reads MODEL.LIBRA.{key}"
 
 
+@pytest.mark.parametrize("name", ["rpn", "fast_rcnn", "retinanet"])
+def test_who_normalizes(name, caplog):
+    """Each of these models reads NORMALIZE_OVER."""
+    detectron2_logger._LOG_COUNTER.clear()
+    build_model(config(name, "LIBRA.NORMALIZE_OVER=process"))
+    assert "reads" not in caplog.text
+
+
 def test_c4():
     """Balanced samples and balanced L1 loss in a C4 model."""
-    cfg = config("c4", f"ROI_HEADS.NAME=LibraRes5ROIHeads {LOSS}=balanced_l1")
+    cfg = config("c4", f"DEVICE=cpu ROI_HEADS.NAME=LibraRes5ROIHeads {LOSS}=balanced_l1")
     torch.manual_seed(1)
-    model = build_model(cfg)
+    model = build_on_device(cfg)
     torch.manual_seed(1)
-    plain = build_model(config("c4"))
+    plain = build_on_device(config("c4", "DEVICE=cpu"))
     assert type(model.roi_heads) is LibraRes5ROIHeads
     for (name, a), (other, b) in zip(model.state_dict().items(), plain.state_dict().items()):
         assert name == other

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LazyConfigs of backbones other than ResNet."""
 
+import re
 import sys
 
 import pytest
@@ -41,6 +42,8 @@ def test_config(name):
     try:
         config = LazyConfig.load(str(ROOT / f"configs/{name}.py"))
     except (ImportError, RuntimeError) as e:
+        if not re.search("vitdet|swin", name):
+            raise
         pytest.skip(f"not in this Detectron2: {e}")
     assert config.train.init_checkpoint.startswith(("https://", "detectron2://"))
     assert config.dataloader.train.mapper.image_format == config.model.input_format

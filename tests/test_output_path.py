@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
-import resource
 
 import pytest
+from conftest import full_disk
 
 from libra_d2.errors import InputError
 from libra_d2.utils.output_path import output_path, output_paths
@@ -107,11 +107,6 @@ def test_unusable(path, is_folder, message, folder):
 
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_full_disk(is_folder):
-    """For which a limit on the size of files stands."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(InputError, match="^--output: out cannot be written: File too large$"):
-            output_path("--output", "out", {}, is_folder=is_folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = "^--output: out cannot be written: File too large$"
+    with full_disk(), pytest.raises(InputError, match=message):
+        output_path("--output", "out", {}, is_folder=is_folder)

@@ -51,6 +51,7 @@ def test_precision(cfg, amp):
     cfg.SOLVER.AMP.ENABLED = amp
     save(cfg)
     predictor, seen = LibraPredictor(cfg), []
+    cfg.SOLVER.AMP.ENABLED = not amp  # later changes have no effect
     note = lambda *args: seen.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
     predictor.model.register_forward_pre_hook(note)
     predictor(np.zeros((48, 64, 3), np.uint8))

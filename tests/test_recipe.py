@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import demo_cfg
 from omegaconf import OmegaConf
+from PIL import Image
 from test_lazy import FPN_MODELS, balanced
 
 from detectron2 import model_zoo
@@ -24,13 +25,10 @@ import libra_d2.config.recipe
 from libra_d2.config import Recipe, SettingMissing, add_libra_config, make_recipe
 from libra_d2.config.recipe import Setting
 from libra_d2.data import LibraDatasetMapper
+from libra_d2.data.proposals import write_proposals
 from libra_d2.data.resize import OpenCVResizeShortestEdge
 from libra_d2.errors import InputError
 from libra_d2.evaluation import TASKS
-from libra_d2.modeling.folded_conv import FoldedConv2d
-from libra_d2.modeling.lean_fpn import LeanFPN
-from libra_d2.modeling.roi_align import ParallelROIAlign
-from libra_d2.modeling.winograd_conv import WinogradConv2d
 
 LANGUAGES = pytest.mark.parametrize("language", ["yaml", "lazy"])
 # Settings, their names in YAML configs and in LazyConfigs, and a value.
@@ -231,31 +229,21 @@ def test_channels_last_in_training(language, monkeypatch):
 
 @LANGUAGES
 def test_levers(language, monkeypatch):
-    """A built model has those that are on."""
-    kept, compiled, accelerate = [], [], libra_d2.config.recipe.accelerate
-
-    def accelerate_uncompiled(model, compile_backbone, **kwargs):
-        compiled.append(compile_backbone)
-        accelerate(model, **kwargs)
-
-    monkeypatch.setattr(libra_d2.config.recipe, "accelerate", accelerate_uncompiled)
-    monkeypatch.setattr(libra_d2.config.recipe, "keep_freed_memory", lambda: kept.append(1))
-    recipe = make(language, "mask_rcnn_fpn")
-    recipe.device = "cpu"
-    if language == "yaml":
-        recipe.config.MODEL.FPN.OUT_CHANNELS = 128
-    for on in (True, False):
-        recipe.fold_norm = recipe.parallel_roi_align = on
-        recipe.winograd = recipe.lean_fpn = recipe.keep_freed_memory = on
-        recipe.compile_backbone = on
-        recipe.channels_last = "auto" if on else "never"
-        model = recipe.build_model().eval()
-        types = {type(x) for x in model.modules()}
-        assert (FoldedConv2d in types, ParallelROIAlign in types) == (on, on)
-        assert (WinogradConv2d in types, LeanFPN in types) == (on, on)
-        assert (len(kept), compiled.pop()) == (1, on)
-        feature = model.backbone(torch.zeros(1, 3, 64, 96))["p2"]
-        assert feature.is_contiguous(memory_format=torch.channels_last) == on
+    """A built model gets each that is on, and no other."""
+    given, kept, recipe, model = [], [], make(language), torch.nn.Linear(1, 1)
+    module = libra_d2.config.recipe
+    monkeypatch.setattr(module, "accelerate", lambda x, **kwargs: given.append((x, kwargs)))
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: kept.append(1))
+    monkeypatch.setattr(type(recipe), "_build_model", lambda self: model)
+    recipe.device, recipe.channels_last = "cpu", "large"
+    names = ("fold_norm", "parallel_roi_align", "winograd", "lean_fpn", "compile_backbone")
+    for on in ("", *names, "keep_freed_memory"):
+        for name in (*names, "keep_freed_memory"):
+            setattr(recipe, name, name == on)
+        recipe.build_model()
+        levers = {name: name == on for name in names}
+        assert given.pop() == (model, {"channels_last": "large", **levers})
+        assert len(kept) == (on == "keep_freed_memory")
 
 
 def test_several_places():
@@ -408,17 +396,6 @@ def own_dataset(names):
     return {"second": names}[names] + 1
 
 
-@pytest.mark.parametrize(
-    ("names", "message"), [("first", "there is no 'first'"), ("second", "can only concatenate str")]
-)
-def test_errors_in_own_code(names, message):
-    """They are in one line, too, with the place in the code."""
-    recipe = make("lazy")
-    recipe.config.dataloader.test.dataset = L(own_dataset)(names=names)
-    with pytest.raises(InputError, match=f"^dataloader.test: .*: {message}.*test_recipe.py, line"):
-        recipe._arguments("dataloader.test")
-
-
 def own_error(kind):
     raise getattr(builtins, kind)
 
@@ -427,26 +404,24 @@ def outer(names):
     return own_dataset(names)
 
 
+LINE = own_dataset.__code__.co_firstlineno + 1
+KINDS = ("AssertionError", "AttributeError", "ImportError", "OSError", "RuntimeError")
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("part", "message"),
     [
-        *("AssertionError", "AttributeError", "ImportError", "OSError", "RuntimeError"),
-        *("TypeError", "ValueError"),
+        (L(own_dataset)(names="first"), "there is no 'first'.*test_recipe.py, line"),
+        (L(own_dataset)(names="second"), "can only concatenate str.*test_recipe.py, line"),
+        (L(outer)(names="first"), rf".*test_recipe.py, line {LINE}\)$"),
+        *((L(own_error)(kind=x), rf"{x} \(") for x in (*KINDS, "TypeError", "ValueError")),
     ],
 )
-def test_kinds_of_errors(kind):
-    """Those without a message are named by their type."""
+def test_errors_in_own_code(part, message):
+    """In one line, with the innermost place in the code; without a message, by their type."""
     recipe = make("lazy")
-    recipe.config.dataloader.test.dataset = L(own_error)(kind=kind)
-    with pytest.raises(InputError, match=rf"^dataloader.test: it cannot be built: {kind} \("):
-        recipe._arguments("dataloader.test")
-
-
-def test_line_of_an_error():
-    """The innermost one of the user's own code."""
-    recipe = make("lazy")
-    recipe.config.dataloader.test.dataset = L(outer)(names="first")
-    with pytest.raises(InputError, match=rf"line {own_dataset.__code__.co_firstlineno + 1}\)$"):
+    recipe.config.dataloader.test.dataset = part
+    with pytest.raises(InputError, match=f"^dataloader.test: it cannot be built: {message}"):
         recipe._arguments("dataloader.test")
 
 
@@ -675,7 +650,7 @@ def test_test_time_augmentation_of_lazy_configs():
     recipe = make("lazy")
     recipe.device, recipe.num_classes, recipe.nms_threshold = "cpu", 3, 0.3
     recipe.tta_min_sizes, recipe.tta_max_size, recipe.tta_flip = (16, 24), 99, False
-    recipe.max_detections, recipe.image_format = 9, "RGB"
+    recipe.max_detections = 9
     test_mapper = recipe.config.dataloader.test.mapper
     test_mapper.augmentations = [L(OpenCVResizeShortestEdge)(short_edge_length=64)]
     model = recipe.add_test_time_augmentation(recipe.build_model())
@@ -685,7 +660,46 @@ def test_test_time_augmentation_of_lazy_configs():
     assert (cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, cfg.MODEL.LOAD_PROPOSALS) == (1, 0, 0)
     heads = cfg.MODEL.ROI_HEADS
     assert (heads.NUM_CLASSES, heads.NMS_THRESH_TEST) == (3, 0.3)
-    assert (cfg.TEST.DETECTIONS_PER_IMAGE, cfg.INPUT.FORMAT) == (9, "RGB")
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 9
+    recipe = make("lazy", "retinanet")
+    recipe.device, recipe.num_classes, recipe.nms_threshold = "cpu", 3, 0.3
+    heads = recipe.add_test_time_augmentation(recipe.build_model()).cfg.MODEL.ROI_HEADS
+    assert (heads.NUM_CLASSES, heads.NMS_THRESH_TEST) == (3, 0.3)
+
+
+@LANGUAGES
+def test_proposals_of_several_datasets(language, tmp_path):
+    """Each dataset has its own, in evaluations and for validation losses."""
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    box = {"bbox": [9, 9, 30, 30], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}
+    record = {"file_name": str(tmp_path / "a.png"), "height": 50, "width": 60}
+    record["annotations"] = [box]
+    recipe = make(language, "retinanet" if language == "yaml" else "mask_rcnn_fpn")
+    if language == "yaml":
+        recipe.needs_proposals = True
+    else:
+        recipe.config.model.proposal_generator = None
+        for split in ("train", "test"):
+            recipe.config.dataloader[split].mapper.precomputed_proposal_topk = 9
+    recipe.num_workers = 0
+    recipe.test_datasets = names = ("recipe_first", "recipe_second")
+    recipe.test_proposals = [str(tmp_path / name) for name in names]
+    for number, (name, path) in enumerate(zip(names, recipe.test_proposals), 1):
+        DatasetCatalog.register(name, lambda i=number: [{**record, "image_id": i}])
+        boxes, logits = np.tile([5.0, 5, 30, 30], (number, 1)), np.zeros(number)
+        write_proposals(path, [number], [boxes], [logits])
+    for number, name in enumerate(names, 1):
+        for loader in (recipe.build_test_loader(name), recipe.build_validation_loader(name)):
+            ((image,),) = loader
+            assert len(image["proposals"]) == number
+        DatasetCatalog.remove(name)
+
+
+def test_evaluator(monkeypatch):
+    monkeypatch.setattr(libra_d2.config.recipe, "build_evaluator", lambda *args: args)
+    recipe = make("yaml")
+    recipe.max_detections = 300
+    assert recipe.build_evaluator("a", "b") == ("a", "b", 300)
 
 
 @pytest.mark.parametrize(

@@ -168,12 +168,14 @@ def test_arguments():
     assert (model.clip_boxes, model.padding_anchors) == (True, False)
     assert model.balanced_l1.arguments == BalancedL1Loss(beta=0.11).arguments
     assert model.anchor_matcher is arguments["anchor_matcher"]
-    model = build(LIBRA__RETINANET__PADDING_ANCHORS=True, LIBRA__RETINANET__LOW_QUALITY_IOU=0.1)
+    keys = {"RETINANET__PADDING_ANCHORS": True, "RETINANET__LOW_QUALITY_IOU": 0.1}
+    keys["NORMALIZE_OVER"] = "process"
+    model = build(**{f"LIBRA__{k}": v for k, v in keys.items()})
     assert model.padding_anchors
     assert model.backbone.bfp.refine_level == 1  # P4
     assert model.anchor_matcher.min_iou == 0.1
     with pytest.raises(ArgumentError, match="^normalizer is 'images': use one of"):
         build(LIBRA__RETINANET__NORMALIZER="images")
-    assert build(LIBRA__NORMALIZE_OVER="process").normalize_over == "process"
+    assert model.normalize_over == "process"
     with pytest.raises(ArgumentError, match="^normalize_over is 'image': use one of"):
         build(LIBRA__NORMALIZE_OVER="image")

@@ -135,18 +135,17 @@ def test_sampler_interface():
 
 
 @pytest.mark.parametrize("config", ["faster", "mask", "cascade"])
-@pytest.mark.parametrize("num_boxes", [(3, 0), (0, 0)])
-def test_train_step(config, num_boxes):
-    """All parameters have finite gradients, also from images without objects."""
+def test_without_objects(config):
+    """All parameters have finite gradients."""
     model = build(config, LIBRA__SAMPLER__MODE="reference")
     with EventStorage():
-        sum(model(random_inputs(*num_boxes)).values()).backward()
+        sum(model(random_inputs(0, 0)).values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("kind", ["", "Cascade", "Res5"])
+@pytest.mark.parametrize("kind", ["", "Cascade"])
 def test_initial_weights(kind):
     """A seed gives the same weights with and without the ideas, apart from the pyramid's."""
     libra = {"ROI_HEADS__NAME": f"Libra{kind}ROIHeads", "ROI_HEADS__IN_FEATURES": ["p2"]}

@@ -22,6 +22,11 @@ def build(**overrides):
     return build_proposal_generator(cfg, build_backbone(cfg).output_shape())
 
 
+@pytest.fixture(scope="module")
+def rpn():
+    return build()
+
+
 def labels(num_positive, num_negative, num_ignored=50):
     counts = {1: num_positive, 0: num_negative, -1: num_ignored}
     label = torch.cat([torch.full((n,), v, dtype=torch.int8) for v, n in counts.items()])
@@ -41,8 +46,8 @@ def labels(num_positive, num_negative, num_ignored=50):
         (0, 0, 5, (0, 0)),
     ],
 )
-def test_cap_of_negatives(num_positive, num_negative, max_neg_per_pos, sampled):
-    rpn = build(LIBRA__RPN__MAX_NEG_PER_POS=max_neg_per_pos)
+def test_cap_of_negatives(rpn, num_positive, num_negative, max_neg_per_pos, sampled, monkeypatch):
+    monkeypatch.setattr(rpn, "max_neg_per_pos", max_neg_per_pos)
     before = labels(num_positive, num_negative)
     after = rpn._subsample_labels(before.clone())
     assert ((after == 1).sum(), (after == 0).sum()) == sampled
@@ -51,9 +56,9 @@ def test_cap_of_negatives(num_positive, num_negative, max_neg_per_pos, sampled):
     assert (after[~kept] == -1).all()
 
 
-def test_negatives_are_drawn_uniformly():
+def test_negatives_are_drawn_uniformly(rpn):
     """10 of 40 negatives are drawn, each equally often (chi-square test at level 1e-4)."""
-    rpn, label = build(), labels(2, 40, 0)
+    label = labels(2, 40, 0)
     times = sum((rpn._subsample_labels(label.clone()) == 0).double() for _ in range(2000))
     times = times[label == 0]
     statistic = ((times - 500) ** 2 / (2000 * 0.25 * 0.75)).sum() * 39 / 40
@@ -114,11 +119,12 @@ def test_arguments():
     assert [getattr(rpn, name) for name in names] == [5, "sampled", False]
     assert type(rpn.anchor_matcher) is Matcher
     keys = {"MAX_NEG_PER_POS": 3, "PADDING_ANCHORS": True, "LOW_QUALITY_IOU": 0.1}
-    rpn = build(LIBRA__RPN__NORMALIZER="batch_size", **{f"LIBRA__RPN__{k}": keys[k] for k in keys})
+    keys = {f"LIBRA__RPN__{k}": v for k, v in {**keys, "NORMALIZER": "batch_size"}.items()}
+    rpn = build(LIBRA__NORMALIZE_OVER="process", **keys)
     assert [getattr(rpn, name) for name in names] == [3, "batch_size", True]
     assert rpn.anchor_matcher.min_iou == 0.1
     with pytest.raises(ArgumentError, match="^normalizer is 'images': use one of"):
         build(LIBRA__RPN__NORMALIZER="images")
-    assert build(LIBRA__NORMALIZE_OVER="process").normalize_over == "process"
+    assert rpn.normalize_over == "process"
     with pytest.raises(ArgumentError, match="^normalize_over is 'image': use one of"):
         build(LIBRA__NORMALIZE_OVER="image")

@@ -74,8 +74,8 @@ def test_learning_rate(mmdet, name):
 def test_training(mmdet, name, pytestconfig):
     """
     Ten steps of the warm-up have the same losses and lead to the same weights, which includes
-    momentum, decay of norms and biases, and frozen layers. Without --slow, systems that differ from
-    those in their heads alone are small and take three steps, and other backbones are left to the
+    momentum, decay of norms and biases, and frozen layers. Without --slow, models are small, those
+    that differ in their heads alone take three steps, and other backbones are left to the
     comparison of gradients.
     """
     from mmengine.optim import build_optim_wrapper
@@ -84,13 +84,12 @@ def test_training(mmdet, name, pytestconfig):
     if name in DEEP and not is_slow:
         pytest.skip("with --slow")
     num_steps = 10 if is_slow or name in TEN_STEPS else 3
-    small = name not in TEN_STEPS and not is_slow
     # Small features and outputs as at the beginning of a training; larger ones diverge.
     spreads = {**{layer: 0.02 * spread for layer, spread in SPREADS.items()}, "others": 0.1}
     few = {"num_tested_proposals": 50, "num_detections": 10}
     seed = 5 + pytestconfig.getoption("seed")
     with double_precision():
-        pair = Pair(mmdet, name, seed, sizes, spreads, num_proposals=30, small=small, **few)
+        pair = Pair(mmdet, name, seed, sizes, spreads, num_proposals=30, small=not is_slow, **few)
         start = {k: v.clone() for k, v in pair.theirs.state_dict().items()}
         batches = [[pair.inputs[i % 4], pair.inputs[(3 * i + 1) % 4]] for i in range(num_steps)]
         optimizer = Trainer.build_optimizer(pair.cfg, pair.ours)

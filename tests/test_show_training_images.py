@@ -49,6 +49,7 @@ def test_program(tmp_path, synthetic, capsys):
     [
         (["--num-images", "0"], "--num-images is 0"),
         (["DATASETS.TRAIN", "()"], "no images: use --train-json"),
+        (["DATASETS.TRAIN", "('none',)"], "'none' is not a registered dataset"),
     ],
 )
 def test_bad_arguments(args, message, tmp_path, refused, monkeypatch):

@@ -69,7 +69,10 @@ def test_groups(dataset):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--val-share", "1"), "--val-share is 1.0: use a value between 0 and 1"),
+        *(
+            (("--val-share", x), f"--val-share is {x}.0: use a value between 0 and 1")
+            for x in ("0", "1")
+        ),
         (("--group-by", "("), "--group-by: ( is no regular expression"),
         (("--group-by", "_"), "its 30 images are one group"),
         (("--val-output", "all.json"), "all.json"),

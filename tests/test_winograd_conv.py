@@ -95,10 +95,12 @@ def frozen(channels):
 
 
 @pytest.mark.parametrize(
-    ("channels", "make_norm"),
-    [(128, frozen), (128, lambda n: nn.GroupNorm(2, n)), (64, frozen), (64, lambda n: None)],
+    ("channels", "make_norm", "is_folded"),
+    [
+        *((128, norm, x) for norm in (frozen, lambda n: nn.GroupNorm(2, n)) for x in (True, False)),
+        (64, lambda n: None, False),
+    ],
 )
-@pytest.mark.parametrize("is_folded", [True, False])
 @pytest.mark.parametrize("format", [torch.contiguous_format, LAST])
 def test_gradient_of_weights(channels, make_norm, is_folded, format, calls, gradients):
     """With a norm or few channels, only that of the weights uses Winograd's algorithm."""

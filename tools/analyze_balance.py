@@ -52,6 +52,7 @@ from libra_d2.engine import (
     register_own_data,
     report_errors,
 )
+from libra_d2.engine.setup import run_inputs
 from libra_d2.errors import InputError
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path, output_paths
@@ -83,7 +84,7 @@ def read_images(recipe: Recipe, dataset: str, split: str, num_images: int) -> Li
     Training inputs without augmentation, for at most ``num_images`` images with annotations, spread
     over a registered dataset. Proposals are those of the ``split``, "train" or "test".
     """
-    files = getattr(recipe, f"{split}_proposals") if recipe.needs_proposals else None
+    files = recipe.proposals_of(dataset, split)
     records = get_detection_dataset_dicts([dataset], proposal_files=files)
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     mapper = recipe.build_mapper(True, augmentations=recipe.build_augmentations(False))
@@ -226,25 +227,17 @@ def prepare_folder(recipe: Recipe, args: argparse.Namespace) -> str:
     Raises:
         InputError: if a file of the report cannot be written, or is an input.
     """
-    splits = [(split, f"--{split}") for split in ("train", "val")]
-    inputs = {
-        "--config-file": args.config_file,
-        "--config-file-b": args.config_file_b,
-        recipe.name_of("weights"): recipe.weights,
-        "--weights-b": args.weights_b,
-        **{f"{name}-json": getattr(args, f"{split}_json") for split, name in splits},
-        **{f"{name}-proposals": getattr(args, f"{split}_proposals") for split, name in splits},
-    }
-    images = {f"{name}-images": getattr(args, f"{split}_images") for split, name in splits}
+    inputs = run_inputs(recipe, args)
+    inputs.update({"--config-file-b": args.config_file_b, "--weights-b": args.weights_b})
     option, folder = recipe.name_of("output_dir"), os.path.join(recipe.output_dir, "balance")
-    output_path(option, folder, images, is_folder=True)
+    output_path(option, folder, inputs, is_folder=True)
     output_paths(option, [os.path.join(folder, name) for name in FILES], inputs)
     return folder
 
 
-def choose_dataset(recipe: Recipe, args: argparse.Namespace) -> str:
+def choose_dataset(recipe: Recipe, args: argparse.Namespace, folder: str) -> str:
     """
-    The registered dataset whose images are analyzed.
+    The registered dataset whose images are analyzed, in a report in ``folder``.
 
     Raises:
         InputError: if there is none, or a file of the report is an image of it.
@@ -256,7 +249,6 @@ def choose_dataset(recipe: Recipe, args: argparse.Namespace) -> str:
         raise InputError(f"no images: use --train-json and --train-images, or set {name}")
     check_datasets([dataset])
     images = {f"an image of {dataset}": [x["file_name"] for x in DatasetCatalog.get(dataset)]}
-    folder = os.path.join(recipe.output_dir, "balance")
     files = [os.path.join(folder, name) for name in FILES]
     output_paths(recipe.name_of("output_dir"), files, images)
     return dataset
@@ -283,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = read_config(args.config_file, args.opts)
     prepare_output_dir(recipe)
     folder = prepare_folder(recipe, args)
-    dataset = choose_dataset(recipe, args)
+    dataset = choose_dataset(recipe, args, folder)
     split = "train" if dataset in recipe.train_datasets else "test"
     data = end_of_path(MetadataCatalog.get(dataset).get("json_file", dataset))
     models = [(args.config_file, recipe, "")]

@@ -23,7 +23,7 @@ from typing import Any, Dict, List, Sequence
 from tabulate import tabulate
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError
 from libra_d2.evaluation.comparison import compare_objects
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
@@ -40,9 +40,7 @@ NUM_IMAGES = 10  # in the table of those that differ most
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     runs = {"nargs": "+", "metavar": "FILE"}
     parser.add_argument("--results", required=True, help="of the first model", **runs)
     parser.add_argument("--results-b", default=[], help="of a second model", **runs)

@@ -28,7 +28,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from tabulate import tabulate
 from tqdm import tqdm
 
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError
 from libra_d2.tools.benchmark_models import (
     LEVERS,
@@ -147,9 +147,7 @@ def plot(results: List[Result], path: str) -> None:
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
     parser.add_argument(

@@ -42,7 +42,6 @@ WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroni
 
 Size = Tuple[int, int]
 Inputs = List[Dict[str, Any]]
-Step = Callable[[nn.Module], Any]
 
 
 def model_config(system: str, name: str, device: str) -> CfgNode:

@@ -32,8 +32,6 @@ from libra_d2.modeling import (
 from libra_d2.tools.benchmark_models import OURS, PLAIN, REFERENCE, model_config, random_boxes
 from libra_d2.utils.meter import Meter, Result
 
-ATTENTION = "attention"
-
 
 def forward_backward(module: Callable, *inputs: torch.Tensor) -> Callable[[], None]:
     """Function that runs both passes, as in training."""
@@ -250,6 +248,6 @@ def attention(meter: Meter, sizes) -> Iterator[Result]:
         shape = (1, 1, height * width, 256)
         qkv = [torch.randn(shape, device=meter.device, requires_grad=True) for _ in range(3)]
         steps = {name: forward_backward(f, *qkv) for name, f in kinds.items()}
-        what = f"{ATTENTION}, {height} x {width}, training"
+        what = f"attention, {height} x {width}, training"
         yield meter.memory(what, steps)
         yield meter.times(what, steps)

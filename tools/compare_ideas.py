@@ -60,6 +60,7 @@ from libra_d2.tools.comparison_summary import (
     plot,
     table,
     uncertainty,
+    weakness,
     write_page,
 )
 from libra_d2.utils.atomic_write import atomic_write
@@ -265,7 +266,8 @@ def train(args: argparse.Namespace, variant: Variant, seed: int, shares: "queue.
         code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
     shares.put(environment)
     if code.returncode != 0:
-        lines = (folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
+        log = (folder / "stdout.txt").read_text(encoding="utf-8", errors="replace")
+        lines = log.splitlines()
         raise InputError(f"{folder}: the training failed: {lines[-1] if lines else code}")
 
 
@@ -275,18 +277,15 @@ def train_all(args: argparse.Namespace, variants: List[Variant]) -> None:
     shares: queue.Queue[Dict[str, str]] = queue.Queue()
     for share in environments(num_jobs):
         shares.put(share)
-    with ThreadPoolExecutor(num_jobs) as pool:
+    pool = ThreadPoolExecutor(num_jobs)
+    try:
         # Seed by seed, so that all variants can be compared early.
         runs = [(variant, seed) for seed in args.seeds for variant in variants]
         jobs = [pool.submit(train, args, *run, shares) for run in runs]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
-            if job.exception():
-                for other in jobs:
-                    other.cancel()
-                break
-    for job in jobs:
-        if not job.cancelled():
             job.result()  # raises its error
+    finally:  # also when interrupted
+        pool.shutdown(cancel_futures=True)
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -360,7 +359,7 @@ def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: s
         detections = Path("inference/coco_instances_results.json")
         results[variant] = {seed: str(x / detections) for seed, x in folders.items()}
     reference = reference_of(variants)
-    parts = [table(runs), uncertainty(runs), differences(runs, reference)]
+    parts = [weakness(runs), table(runs), uncertainty(runs), differences(runs, reference)]
     text = "\n\n".join(filter(None, [*parts, found_differences(runs, reference)]))
     plot(runs, summary / "curves.png")
     arguments = shlex.join(sys.argv[1:]) or "..."

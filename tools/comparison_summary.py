@@ -58,6 +58,17 @@ def table(runs: Runs) -> str:
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 
+def weakness(runs: Runs) -> str:
+    """What to say first of detectors that find next to nothing; "" if one finds more."""
+    best = max(statistics.mean(m[-1]["bbox/AP"] for m in x.values()) for x in runs.values())
+    if best >= 1:
+        return ""
+    return (
+        f"**No variant has learned to find objects**: the highest mean AP is {best:.1f}. What "
+        "follows says nothing about the ideas. Train longer, or start from pretrained weights."
+    )
+
+
 def pooled_deviation(samples: List[List[float]]) -> Tuple[float, int]:
     """The standard deviation within samples, 0 if unknown, and its degrees of freedom."""
     freedom = sum(len(values) - 1 for values in samples)

@@ -23,7 +23,7 @@ from libra_d2.checkpoint.mmdetection import (
     to_mmdetection,
     unwrap_mmdetection,
 )
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path
@@ -32,9 +32,7 @@ from libra_d2.utils.safe_reading import read_weights, reading_weights
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("source", help=".pth file of either framework, or .pkl file of Detectron2")
     parser.add_argument("target", help=".pth file to write; an existing file is replaced")
     return parser

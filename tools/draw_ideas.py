@@ -24,7 +24,7 @@ from matplotlib.patches import ConnectionPatch
 from torch import nn
 
 from libra_d2.analysis.objective_level import loss_and_gradient
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.modeling import BalancedFeaturePyramid, BalancedSampler, balanced_l1_loss
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_paths
@@ -237,9 +237,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv=None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("folder", help="where the three PNG files are written")
     report_errors(run, parser.parse_args(argv))
 

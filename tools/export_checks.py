@@ -8,7 +8,7 @@ small. Thresholds turn small differences into large ones, but only if scores or 
 equal.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
@@ -83,16 +83,11 @@ def hooked(model: nn.Module, hook: Callable) -> Iterator[None]:
     Call ``hook(module, args, output)`` after each module whose outputs thresholds and non-maximum
     suppression choose from: the RPN's head, the box predictors, a dense detector's head.
     """
-    handles = [
-        module.register_forward_hook(hook)
-        for name, module in model.named_modules()
-        if isinstance(module, FastRCNNOutputLayers) or name in DENSE_HEADS
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, FastRCNNOutputLayers) or name in DENSE_HEADS:
+                hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def raw_outputs(model: nn.Module, inputs: List[Sample]) -> List[torch.Tensor]:

@@ -23,7 +23,7 @@ import pycocotools.mask as mask_utils
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.output_path import output_path
 
@@ -228,9 +228,7 @@ def make_synthetic_dataset(
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "output_dir", help="directory to create; an earlier dataset of this program is replaced"
     )

@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 from detectron2.utils.logger import setup_logger
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_name
@@ -31,9 +31,7 @@ from libra_d2.utils.output_path import output_paths
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("json", metavar="FILE", help="annotations in COCO format")
     parser.add_argument(
         "--val-share",

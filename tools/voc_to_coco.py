@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 from libra_d2.data.coco_schema import MAX_SIDE
-from libra_d2.engine import report_errors
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_name
@@ -31,9 +31,7 @@ from libra_d2.utils.output_path import output_path
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The arguments of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--annotations", required=True, metavar="DIR", help="folder of XML files")
     parser.add_argument("--images", required=True, metavar="DIR")
     parser.add_argument("--list", metavar="FILE", help="file names without suffix, one per line")

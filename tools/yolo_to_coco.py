@@ -21,8 +21,13 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from libra_d2.data.image_reading import IMAGE_SUFFIXES, displayed_size
-from libra_d2.engine import report_errors
+from libra_d2.data.image_reading import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    displayed_size,
+    why_unreadable,
+)
+from libra_d2.engine import argument_parser, report_errors
 from libra_d2.errors import InputError, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path
@@ -32,9 +37,7 @@ _SLACK = 0.01  # of the image: corners are rounded
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """The command line arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--labels", required=True, metavar="DIR")
     parser.add_argument("--images", required=True, metavar="DIR")
     names = parser.add_mutually_exclusive_group(required=True)
@@ -56,8 +59,8 @@ def read_names(path: str) -> List[str]:
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = yaml.safe_load(f)["names"]
-        numbers = range(len(names))
-        return [str(names[i]) for i in numbers]
+        names = dict(enumerate(names)) if isinstance(names, list) else {**names}
+        return [str(names[i]) for i in range(len(names))]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as e:
         raise InputError(
             f"--data: {path}: 'names' must be a list, or a map from 0, 1, ... to the class names "
@@ -83,6 +86,7 @@ def read_object(line: str, num_classes: int, size: Tuple[int, int]) -> Dict[str,
         center, extent = points
         points = np.stack([center - extent / 2, center + extent / 2])
     else:
+        points = points.clip(0, size)
         polygon = [points.ravel().tolist()]
     low, high = points.min(0), points.max(0)
     return {
@@ -104,8 +108,8 @@ def read_image_labels(image: Path, labels: Path, num_classes: int) -> Tuple[Dict
     try:
         with Image.open(image) as file:
             size = displayed_size(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{image}: not a readable image ({one_line(e)})") from e
+    except UNREADABLE as e:
+        raise InputError(f"{image}: not a readable image ({why_unreadable(e)})") from e
     objects, place = [], ""
     try:
         text = labels.read_text(encoding="utf-8-sig") if labels.is_file() else ""

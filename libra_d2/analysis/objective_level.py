@@ -61,7 +61,7 @@ def objective_statistics(
         summed absolute gradient, and ``cumulative``, the share of errors up to each percentile.
     """
     errors = errors.sort().values
-    ranks = (torch.linspace(0, 1, 101)[1:] * len(errors)).long().clamp(min=1) - 1
+    ranks = (torch.arange(1, 101) * len(errors) // 100).clamp(min=1) - 1
     statistics: Dict[str, Any] = {
         "beta": beta,
         "smooth_l1_beta": smooth_l1_beta,

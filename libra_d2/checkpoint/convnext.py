@@ -2,11 +2,11 @@
 """ImageNet weights published by the authors of ConvNeXt, renamed to timm's names."""
 
 import re
-from typing import Any, Dict
+from typing import Dict
 
 import torch
 
-__all__ = ["from_convnext", "is_convnext"]
+__all__ = ["from_convnext"]
 
 # Names of github.com/facebookresearch/ConvNeXt and of timm's convnext.py, applied in this order.
 _NAMES = (
@@ -16,11 +16,6 @@ _NAMES = (
     (r"\.dwconv\.", ".conv_dw."),
     (r"\.pwconv([12])\.", r".mlp.fc\1."),
 )
-
-
-def is_convnext(state: Dict[str, Any]) -> bool:
-    """Whether these weights have the names of ConvNeXt's authors."""
-    return "downsample_layers.0.0.weight" in state
 
 
 def from_convnext(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .convnext import from_convnext, is_convnext
+from .convnext import from_convnext
 
 __all__ = [
     "check_weights",
@@ -76,12 +76,9 @@ def _fill(name: str, numbers: List[int]) -> str:
     return re.sub("#", lambda _: next(digits), name)
 
 
-def _conv(theirs: str, ours: str, *shift: int, factor: int = 1) -> Tuple[_Rule, _Rule]:
+def _conv(theirs: str, ours: str, *shift: int) -> Tuple[_Rule, _Rule]:
     """A convolution and its norm, if it has one."""
-    return (
-        _Rule(f"{theirs}.conv", ours, shift, factor),
-        _Rule(f"{theirs}.@", f"{ours}.norm", shift, factor),
-    )
+    return _Rule(f"{theirs}.conv", ours, shift), _Rule(f"{theirs}.@", f"{ours}.norm", shift)
 
 
 _STEM, _BLOCK, _RPN = (
@@ -316,7 +313,7 @@ def to_detectron2_checkpoint(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     state, _ = unwrap_mmdetection(checkpoint["model"])
     if {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys():  # torchvision's ResNet
         state = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
-    if is_convnext(state):
+    if "downsample_layers.0.0.weight" in state:  # of ConvNeXt's authors
         return {"model": from_convnext(state), "matching_heuristics": True}
     if not is_mmdetection(state):
         return {**checkpoint, "model": state}

@@ -318,10 +318,8 @@ def check_datasets(names: Sequence[str]) -> None:
                 )
 
 
-def _check_weights(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_weights(recipe: Recipe, train: bool) -> None:
     name, weights = recipe.name_of("weights"), recipe.weights.split("?")[0]
-    if resume:
-        return
     if not weights and not train:
         trained = os.path.join(recipe.output_dir, "model_final.pth")
         example = f", such as {trained}" if os.path.isfile(trained) else ""
@@ -330,7 +328,7 @@ def _check_weights(recipe: Recipe, train: bool, resume: bool) -> None:
         raise InputError(f"{name}: {weights}: no such file")
 
 
-def _check_named_datasets(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_named_datasets(recipe: Recipe, train: bool) -> None:
     setting, action = ("train_datasets", "train") if train else ("test_datasets", "evaluate")
     if not recipe.get(setting):
         raise InputError(
@@ -340,7 +338,7 @@ def _check_named_datasets(recipe: Recipe, train: bool, resume: bool) -> None:
     check_datasets([*(recipe.train_datasets if train else ()), *recipe.test_datasets])
 
 
-def _check_keypoints(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_keypoints(recipe: Recipe, train: bool) -> None:
     for name in recipe.train_datasets if train and recipe.has_keypoints else ():
         if not MetadataCatalog.get(name).get("keypoint_names"):
             raise InputError(
@@ -349,7 +347,7 @@ def _check_keypoints(recipe: Recipe, train: bool, resume: bool) -> None:
             )
 
 
-def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_number_of_images(recipe: Recipe, train: bool) -> None:
     """Warn of batches or workers that outnumber the training images, if their number is known."""
     counts = [MetadataCatalog.get(name).get("num_images") for name in recipe.train_datasets]
     if not train or not counts or None in counts:
@@ -363,11 +361,7 @@ def _check_number_of_images(recipe: Recipe, train: bool, resume: bool) -> None:
             )
 
 
-def _check_parts(recipe: Recipe, train: bool, resume: bool) -> None:
-    recipe.check_parts(train)
-
-
-def _check_evaluators(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_evaluators(recipe: Recipe, train: bool) -> None:
     for name in () if recipe.has_own_evaluator else recipe.test_datasets:
         if not reported_metrics(name, recipe.tasks):
             raise InputError(
@@ -387,7 +381,7 @@ def _metrics(recipe: Recipe, suffixes: Sequence[str]) -> List[str]:
     return names
 
 
-def _check_metrics(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_metrics(recipe: Recipe, train: bool) -> None:
     """A metric that something looks at must be one that evaluations report."""
     if recipe.has_own_evaluator:
         return
@@ -415,7 +409,7 @@ def _check_metrics(recipe: Recipe, train: bool, resume: bool) -> None:
             )
 
 
-def _check_classes(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_classes(recipe: Recipe, train: bool) -> None:
     """All heads have the classes of all datasets."""
     if recipe.is_proposal_network:
         return
@@ -443,7 +437,7 @@ def _check_classes(recipe: Recipe, train: bool, resume: bool) -> None:
         first, classes = (first, classes) if classes else (dataset, names)
 
 
-def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
+def _check_batch_size(recipe: Recipe, train: bool) -> None:
     """Processes and micro-batches must be able to share the images of a batch equally."""
     if not train:
         return
@@ -479,8 +473,9 @@ def _check_batch_size(recipe: Recipe, train: bool, resume: bool) -> None:
     )
 
 
-_RULES_OF_RUNS: Tuple[Callable[[Recipe, bool, bool], None], ...] = (
-    *(_check_weights, _check_named_datasets, _check_parts, _check_evaluators, _check_classes),
+_RULES_OF_RUNS: Tuple[Callable[[Recipe, bool], None], ...] = (
+    *(_check_named_datasets, lambda recipe, train: recipe.check_parts(train)),
+    *(_check_evaluators, _check_classes),
     *(_check_metrics, _check_keypoints, _check_number_of_images, _check_batch_size),
 )
 
@@ -497,5 +492,7 @@ def check_run(recipe: Recipe, *, train: bool, resume: bool) -> None:
     Raises:
         InputError: if not. What may be a mistake is logged.
     """
+    if not resume:
+        _check_weights(recipe, train)
     for check in _RULES_OF_RUNS:
-        check(recipe, train, resume)
+        check(recipe, train)

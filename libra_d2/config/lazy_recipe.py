@@ -123,6 +123,12 @@ def _unknown_argument(error: Exception, place: str, part: Any) -> str:
     return f"{key}: {getattr(target, '__name__', target)} has no such argument{hint}"
 
 
+def _unknown_name(error: KeyError, place: str, part: Any) -> str:
+    """What to say of a name that nothing has, such as that of a feature map."""
+    used = [x for x, v in _contents(place, part) if isinstance(v, str) and error.args == (v,)]
+    return f"there is no {error}" + (f", which {used[0]} names" if used else "")
+
+
 class LazyRecipe(Recipe):
     """
     The recipe of a LazyConfig with ``model`` and, where they are needed, ``dataloader``,
@@ -253,8 +259,9 @@ class LazyRecipe(Recipe):
         except ArgumentError as e:
             raise InputError(str(e)) from e
         except _BUILDING as e:
-            reason = f"there is no {e}" if isinstance(e, KeyError) else one_line(e)
-            unknown = _unknown_argument(e, place, self._select(place))
+            part = self._select(place)
+            reason = _unknown_name(e, place, part) if isinstance(e, KeyError) else one_line(e)
+            unknown = _unknown_argument(e, place, part)
             message = unknown or f"{place}: it cannot be built: {reason}"
             raise InputError(f"{message}{_own_code(e)}") from e
 
@@ -425,7 +432,10 @@ class LazyRecipe(Recipe):
     def build_test_loader(self, dataset_name: str) -> Iterable:
         """Instantiate the config's ``dataloader.test``, for one of its datasets."""
         recipe, place = self.copy(), "dataloader.test"
+        files = recipe.proposals_of(dataset_name)
         recipe.test_datasets = (dataset_name,)
+        if files:
+            recipe.test_proposals = tuple(files)
         arguments = recipe._arguments(place)
         with self._building(place):
             return target_of(self._part(place))(**arguments, mapper=self.build_mapper(False))
@@ -460,11 +470,9 @@ class LazyRecipe(Recipe):
         # Detectron2's is made for YAML configs: these are the keys that it reads.
         cfg = get_cfg()
         add_libra_config(cfg)
-        cfg.TEST.AUG.ENABLED, cfg.TEST.AUG.FLIP = True, self.tta_flip
+        cfg.TEST.AUG.FLIP = self.tta_flip
         cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = self.tta_min_sizes, self.tta_max_size
         cfg.TEST.DETECTIONS_PER_IMAGE = self.max_detections
-        cfg.INPUT.FORMAT = self.image_format
-        cfg.MODEL.META_ARCHITECTURE = self.architecture
         cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = self.has_masks, self.has_keypoints
         cfg.MODEL.LOAD_PROPOSALS = self.needs_proposals
         for section in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):

@@ -138,11 +138,11 @@ def is_lazy_config(path: str) -> bool:
         return True
     if "://" in path or not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
         return False
-    with open(path, encoding="utf-8") as f:
-        try:
+    try:
+        with open(path, encoding="utf-8") as f:
             tree = yaml.compose(f, Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-            return False
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError):
+        return False  # as which it is read, with a message
     keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
     return "model" in keys and "MODEL" not in keys
 

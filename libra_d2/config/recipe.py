@@ -518,6 +518,16 @@ class Recipe(ABC):
             augmentations: in place of those of :meth:`build_augmentations`.
         """
 
+    def proposals_of(self, dataset_name: str, split: str = "test") -> Optional[List[str]]:
+        """
+        The proposals of a dataset of a split, "train" or "test", as :func:`load_dataset` takes
+        them; None if the model has its own.
+        """
+        if not self.needs_proposals:
+            return None
+        names, files = getattr(self, f"{split}_datasets"), getattr(self, f"{split}_proposals")
+        return [files[names.index(dataset_name)]]
+
     @abstractmethod
     def build_train_loader(self, seed: int) -> Iterable:
         """
@@ -533,10 +543,7 @@ class Recipe(ABC):
 
     def build_validation_loader(self, dataset_name: str) -> Iterable:
         """Build the loader for validation losses: images as in evaluation, with annotations."""
-        files = dict(zip(self.test_datasets, self.test_proposals))
-        records = load_dataset(
-            dataset_name, proposal_files=[files[dataset_name]] if files else None
-        )
+        records = load_dataset(dataset_name, proposal_files=self.proposals_of(dataset_name))
         mapper = self.build_mapper(True, augmentations=self.build_augmentations(False))
         return build_detection_test_loader(records, mapper=mapper, num_workers=self.num_workers)
 

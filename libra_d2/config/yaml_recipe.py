@@ -229,12 +229,8 @@ class YamlRecipe(Recipe):
         return {**arguments, "dataset": dataset}
 
     def build_test_loader(self, dataset_name: str) -> Iterable:
-        files = dict(zip(self.test_datasets, self.test_proposals)) if self.needs_proposals else {}
-        dataset = load_dataset(
-            dataset_name,
-            filter_empty=False,
-            proposal_files=[files[dataset_name]] if files else None,
-        )
+        files = self.proposals_of(dataset_name)
+        dataset = load_dataset(dataset_name, filter_empty=False, proposal_files=files)
         return build_detection_test_loader(
             dataset, mapper=self.build_mapper(False), num_workers=self.num_workers
         )

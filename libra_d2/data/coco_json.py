@@ -61,22 +61,6 @@ def _clip(box: List[float], width: int, height: int) -> List[float]:
     return [left, top, right - left, bottom - top]
 
 
-class _Names:
-    """Checks that no two entries of a list have the same name."""
-
-    def __init__(self, kind: str, field: str, json_file: str):
-        self.kind, self.field, self.json_file = kind, field, json_file
-        self._ids: Dict[str, Any] = {}
-
-    def __call__(self, entry: Dict[str, Any]) -> None:
-        first = self._ids.setdefault(entry[self.field], entry["id"])
-        if first != entry["id"]:
-            raise InputError(
-                f"{self.json_file}: {self.kind} ids {shorten(first)} and {shorten(entry['id'])} "
-                f"have the same {self.field}, {shorten(entry[self.field])}"
-            )
-
-
 class COCOEntries:
     """
     The entries of a file in COCO's format, LVIS' variant of it included, checked and repaired one
@@ -123,22 +107,14 @@ class COCOEntries:
         self._check_all()
 
     def _read(self, is_read: Callable[[str], bool]) -> Iterator[Tuple[str, Dict[str, Any]]]:
-        names = {
-            "images": _Names("image", "file_name", self.json_file),
-            "categories": _Names("category", "name", self.json_file),
-        }
         for key, entry in self.lists:
             if not is_read(key):
                 continue
             entry = self._checkers[key](entry)
-            if key == "annotations":
-                if self._keep(entry):
-                    yield key, entry
-                continue
-            names[key](entry)
             if key == "images":
                 self._sizes[entry["id"]] = entry["width"], entry["height"]
-            yield key, entry
+            if key != "annotations" or self._keep(entry):
+                yield key, entry
 
     def _keep(self, annotation: Dict[str, Any]) -> bool:
         """Check and clip an annotation; False if nothing of it is left."""

@@ -124,6 +124,10 @@ SCHEMA: Dict[str, Dict[str, Field]] = {
 }
 
 
+# What an entry may be found by, beside its id.
+_NAMES = {"image": "file_name", "category": "name"}
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """One line that stands for a value in a message."""
     text = repr(value)
@@ -142,6 +146,8 @@ class EntryChecker:
         """
         self.kind, self.json_file, self.repaired = kind, json_file, repaired
         self._fields = tuple(SCHEMA[kind].items())
+        self._name = _NAMES.get(kind)
+        self._named: Dict[str, Any] = {}  # ids
         #: those of the entries so far
         self.ids: Set[Any] = set()
         #: the number of entries so far
@@ -165,6 +171,8 @@ class EntryChecker:
             if not field.legal(value):
                 self._repair(entry, name, field, value)
         self._check_id(entry["id"])
+        if self._name is not None:
+            self._check_name(entry["id"], entry[self._name])
         self.count += 1
         return entry
 
@@ -192,3 +200,11 @@ class EntryChecker:
                 f"{self.json_file}: {self.kind} id {shorten(id)} occurs more than once"
             )
         self.ids.add(id)
+
+    def _check_name(self, id: Any, name: str) -> None:
+        first = self._named.setdefault(name, id)
+        if first != id:
+            raise InputError(
+                f"{self.json_file}: {self.kind} ids {shorten(first)} and {shorten(id)} have the "
+                f"same {self._name}, {shorten(name)}"
+            )

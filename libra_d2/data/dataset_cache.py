@@ -358,11 +358,12 @@ def load_dataset(
     mapped into memory; with proposals, and beside others, they are loaded.
     """
     names = [names] if isinstance(names, str) else list(names)
-    datasets = [load_records(name) for name in names if proposal_files is None]
-    if not datasets or not all(isinstance(x, MappedRecords) for x in datasets):
+    loaders = [DatasetCatalog.data.get(name) for name in names if proposal_files is None]
+    if not loaders or not all(isinstance(x, _Loader) for x in loaders):
         return get_detection_dataset_dicts(
             names, filter_empty, min_keypoints, proposal_files, check_consistency
         )
+    datasets = [x.records for x in loaders]
     total = sum(map(len, datasets))
     if filter_empty:
         datasets = [x.select(x.num_objects() > 0) for x in datasets]

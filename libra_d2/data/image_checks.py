@@ -15,7 +15,7 @@ from torch.utils import data as torchdata
 from tqdm import tqdm
 
 from ..errors import InputError
-from .image_reading import displayed_size, is_whole, read_image, why_unreadable
+from .image_reading import UNREADABLE, displayed_size, is_whole, read_image, why_unreadable
 from .resize import OpenCVResizeShortestEdge
 
 __all__ = ["ImageChecks", "ResizeLimits", "check_resized"]
@@ -95,7 +95,7 @@ def _check_image(path: str, expected: Tuple[int, int], json_file: str) -> None:
             if file.format != "PNG" or size != expected:
                 size = displayed_size(file)
             whole = is_whole(path, file.format)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise InputError(f"{path}: not a readable image ({why_unreadable(e)})") from None
     if size != expected:
         raise InputError(
@@ -231,6 +231,5 @@ class ImageChecks:
 
 def _spread(amount: int, length: int) -> np.ndarray:
     """Indices of a number of entries in equal distances; of all if it is -1."""
-    if amount < 0 or amount >= length:
-        return np.arange(length)
+    amount = length if amount < 0 else min(amount, length)
     return (np.arange(amount) * length) // max(amount, 1)

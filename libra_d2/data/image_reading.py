@@ -13,12 +13,15 @@ from detectron2.utils.file_io import PathManager
 from ..errors import InputError, one_line
 from .pixels import swap_channels
 
-__all__ = ["IMAGE_SUFFIXES", "displayed_size", "is_whole", "read_image", "why_unreadable"]
+__all__ = ["IMAGE_SUFFIXES", "UNREADABLE", "displayed_size", "is_whole", "read_image"]
+__all__ += ["why_unreadable"]
 
 logger = logging.getLogger(__name__)
 
 #: of the images in a folder, in lower case
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+#: what Pillow raises for files that are no images, or broken
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _EXIF_ORIENTATION = 0x0112
@@ -78,7 +81,7 @@ def read_image(file_name: str, format: str = "BGR") -> np.ndarray:
             image = _decode(file_name, content + _END_MARKERS["JPEG"], format)
             logger.warning(f"{file_name}: the file is cut short; what is missing is gray")
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise InputError(f"{file_name}: the image cannot be used: {why_unreadable(e)}") from e
 
 

@@ -68,6 +68,17 @@ class _Text:
         self._position += 1
         return found
 
+    def items(self, start: str, end: str) -> Iterator[None]:
+        """The items of an object or a list, each of which is read before the next one."""
+        self.take(start)
+        if self.next() == end:
+            self.take(end)
+            return
+        while True:
+            yield
+            if self.take(",", end) == end:
+                return
+
     def value(self) -> Any:
         """The next value."""
         self.next()
@@ -153,35 +164,21 @@ class JSONLists:
     def _entries(self, text: _Text) -> Iterator[Tuple[str, Any]]:
         if text.next() != "{":
             text.value()
-        elif text.take("{") and text.next() == "}":
-            text.take("}")
         else:
             yield from self._members(text)
         text.expect("")
         self.is_complete = True
 
     def _members(self, text: _Text) -> Iterator[Tuple[str, Any]]:
-        end = ","
-        while end == ",":
+        for _ in text.items("{", "}"):
             text.expect('"')
             name = text.value()
             text.take(":")
-            if name in self.names and text.next() == "[":
-                for entry in self._list(text, name):
-                    yield name, entry
-            else:
+            if name not in self.names or text.next() != "[":
                 self.rest[name] = text.value()
-            end = text.take(",", "}")
-
-    def _list(self, text: _Text, name: str) -> Iterator[Any]:
-        if name in self.found:
-            raise InputError(f"{self.path}: there are two lists {name!r}")
-        text.take("[")
-        self.found.append(name)
-        if text.next() == "]":
-            text.take("]")
-            return
-        end = ","
-        while end == ",":
-            yield text.value()
-            end = text.take(",", "]")
+                continue
+            if name in self.found:
+                raise InputError(f"{self.path}: there are two lists {name!r}")
+            self.found.append(name)
+            for _ in text.items("[", "]"):
+                yield name, text.value()

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pickle
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -95,7 +95,9 @@ def _from_mmdetection(path: str, arrays: List, dataset_name: str) -> Tuple[List,
     return ids, [array[:, :4] for array in arrays], logits
 
 
-def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List, List, List]:
+def _from_detectron2(
+    path: str, content: Dict, dataset_name: str, records: Sequence[Dict[str, Any]]
+) -> Tuple[List, List, List]:
     """Ids, boxes and logits of Detectron2's proposals, or of Detectron's, under older names."""
     ids = content.get("ids", content.get("indexes"))
     boxes = content.get("boxes")
@@ -110,7 +112,7 @@ def _from_detectron2(path: str, content: Dict, dataset_name: str) -> Tuple[List,
             f"{path}: its boxes have the mode {content['bbox_mode']!r}; use "
             f"{int(BoxMode.XYXY_ABS)} (absolute XYXY) or {int(BoxMode.XYWH_ABS)} (XYWH)"
         )
-    theirs, ours = content.get("images"), record_fingerprint(load_records(dataset_name))
+    theirs, ours = content.get("images"), record_fingerprint(records)
     if theirs and theirs != ours:
         raise InputError(
             f"{path}: proposals for {theirs} images, which are not the {ours} of dataset "
@@ -159,10 +161,11 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
             f"{path}: not loaded, because a proposal file must not hold anything but arrays, "
             f"numbers and text, or because it is cut short: {one_line(e)}"
         ) from e
+    records = load_records(dataset_name)
     if isinstance(content, list):
         ids, boxes, logits = _from_mmdetection(path, content, dataset_name)
     elif isinstance(content, dict):
-        ids, boxes, logits = _from_detectron2(path, content, dataset_name)
+        ids, boxes, logits = _from_detectron2(path, content, dataset_name, records)
     else:
         raise InputError(
             f"{path}: not proposals, neither Detectron2's dict nor mmdetection's list of arrays"
@@ -173,12 +176,12 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
                 f"{path}: image id {id} has {len(boxes_i)} boxes, but {len(logits_i)} scores"
             )
     # Detectron2 compares ids as text.
-    records = {str(record["image_id"]): record for record in load_records(dataset_name)}
+    by_id = {str(record["image_id"]): record for record in records}
     is_xywh = isinstance(content, dict) and content.get("bbox_mode") == BoxMode.XYWH_ABS
     for id, boxes_i in zip(map(str, ids), boxes):
-        if id in records and len(boxes_i):
-            _check_inside(path, boxes_i, records[id], is_xywh)
-    missing = records.keys() - set(map(str, ids))
+        if id in by_id and len(boxes_i):
+            _check_inside(path, boxes_i, by_id[id], is_xywh)
+    missing = by_id.keys() - set(map(str, ids))
     if missing:
         raise InputError(
             f"{path}: there are no proposals for {len(missing)} images of dataset "

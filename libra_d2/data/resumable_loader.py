@@ -3,7 +3,6 @@
 
 import atexit
 import ctypes
-import itertools
 import multiprocessing
 import os
 import signal
@@ -63,12 +62,6 @@ def _defer_signals(is_over: Any, worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, exit_later)
-
-
-def _in_batches(images: Iterable[Dict[str, Any]], size: int) -> Iterator[List[Dict[str, Any]]]:
-    iterator = iter(images)
-    while len(batch := list(itertools.islice(iterator, size))) == size:
-        yield batch
 
 
 class ResumableLoader:
@@ -180,7 +173,7 @@ class ResumableLoader:
         size = arguments["total_batch_size"] // comm.get_world_size()
         if arguments.get("aspect_ratio_grouping", True):
             return AspectRatioGroupedDataset(images, size)
-        return _in_batches(images, size)
+        return torchdata.BatchSampler(images, size, drop_last=True)
 
     def _advance(self, positions: List[int]) -> None:
         """

@@ -3,14 +3,11 @@
 
 import argparse
 
-__all__ = ["add_data_arguments", "config_argument_parser"]
+__all__ = ["add_data_arguments", "argument_parser", "config_argument_parser"]
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """
-    Add the arguments that :func:`libra_d2.engine.setup.register_own_data` reads; with ``required``,
-    annotations and images of both splits must be given.
-    """
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`libra_d2.engine.setup.register_own_data` reads."""
     data = parser.add_argument_group(
         "your own data", "in COCO format; replaces DATASETS.* and sets the number of classes"
     )
@@ -18,12 +15,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
         data.add_argument(
             f"--{split}-json",
             metavar="FILE",
-            required=required,
             help=f"annotations to {'train' if split == 'train' else 'evaluate'} on",
         )
-        data.add_argument(
-            f"--{split}-images", metavar="DIR", required=required, help="folder of the images"
-        )
+        data.add_argument(f"--{split}-images", metavar="DIR", help="folder of the images")
         data.add_argument(
             f"--{split}-proposals",
             metavar="FILE",
@@ -31,11 +25,15 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
         )
 
 
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows the lines of ``description`` as they are."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
+
+
 def config_argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser with ``--config-file`` and, after all options, the ``opts`` of read_config."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(description)
     parser.add_argument(
         "--config-file",
         required=True,

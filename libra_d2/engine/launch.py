@@ -55,7 +55,7 @@ def read_environment(environment: Mapping[str, str]) -> Optional[Process]:
     Raises:
         InputError: if the machines have different numbers of processes.
     """
-    if "TORCHELASTIC_RUN_ID" in environment or "LOCAL_WORLD_SIZE" in environment:
+    if "LOCAL_WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return Process(*(int(environment[name]) for name in names))
     # Only srun sets this one; a batch script, which is one process, has the others, too.
@@ -235,7 +235,7 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
     process = read_environment(os.environ)
     if process is not None:
         if num_processes > 1:
-            sys.exit("error: --num-gpus: torchrun or SLURM has started the processes already")
+            raise InputError("--num-gpus: torchrun or SLURM has started the processes already")
         join_processes(process)
         try:
             main(args)
@@ -248,8 +248,8 @@ def _launch(main: Callable, args: argparse.Namespace) -> None:
         _leave_processes()
         return
     if num_processes > 1 and not torch.cuda.is_available():
-        sys.exit(
-            "error: --num-gpus: this machine has no GPU that PyTorch can use; for several "
+        raise InputError(
+            "--num-gpus: this machine has no GPU that PyTorch can use; for several "
             "processes on CPUs use torchrun --nproc-per-node N train_net.py ..."
         )
     try:

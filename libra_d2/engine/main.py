@@ -18,6 +18,9 @@ from .trainer import Trainer, pictures_dir
 
 __all__ = ["build_argument_parser", "evaluate", "main", "run", "summarize", "train"]
 
+# Of detections and of proposals.
+_MAIN_METRICS = ("AP", "AP50", "AP75", "AR@100", "AR@1000")
+
 
 def build_argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, and those for your own data."""
@@ -58,11 +61,11 @@ def train(trainer: Trainer, resume: bool) -> Mapping[str, Any]:
 
 
 def print_results(recipe: Recipe, by_dataset: Mapping[str, Any]) -> None:
-    """Print the average precision of each task, in a line."""
+    """Print the average precision, or recall of proposals, of each task, in a line."""
     for dataset, tasks in by_dataset.items():
         prefix = f"{dataset} " if len(recipe.test_datasets) > 1 else ""
         for task, metrics in (tasks or {}).items():
-            numbers = [f"{k} {metrics[k]:.1f}" for k in ("AP", "AP50", "AP75") if k in metrics]
+            numbers = [f"{k} {metrics[k]:.1f}" for k in _MAIN_METRICS if k in metrics]
             print(f"{prefix}{task}: {', '.join(numbers)}")
 
 

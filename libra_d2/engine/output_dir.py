@@ -8,12 +8,10 @@ import logging
 import os
 import re
 import socket
-import tempfile
-from contextlib import contextmanager, suppress
-from typing import IO, Dict, Iterator, List, Mapping, Tuple
+from contextlib import contextmanager
+from typing import IO, Any, Dict, Iterator, List, Mapping
 
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import find_checkpoint
@@ -21,6 +19,7 @@ from ..config import Recipe
 from ..errors import InputError, one_line
 from ..utils.atomic_write import UNFINISHED, atomic_write
 from ..utils.main_process import in_main_process
+from ..utils.output_path import file_identity, output_path
 
 __all__ = ["config_kept", "prepare_output_dir", "set_earlier_run_aside"]
 
@@ -38,8 +37,8 @@ _FILES_OF_A_RUN = (
 _MARKS_OF_A_RUN = ("last_checkpoint", "metrics.json")
 _REPLACED = ("curves.png", "model_best.pth", "model_final*.pth", "results.md")
 
-# Open lock files, by device and inode. Closing one would release its lock.
-_claims: Dict[Tuple[int, int], IO] = {}
+# Open lock files, by what they are on the disk. Closing one would release its lock.
+_claims: Dict[Any, IO] = {}
 
 
 def prepare_output_dir(recipe: Recipe) -> None:
@@ -56,17 +55,11 @@ def prepare_output_dir(recipe: Recipe) -> None:
 
 def _claim(recipe: Recipe) -> None:
     """Lock a directory, and remove what processes that were killed have not finished writing."""
-    folder, name = recipe.output_dir, f"{recipe.name_of('output_dir')}: {recipe.output_dir}"
-    try:
-        PathManager.mkdirs(folder)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(bytes(1 << 16))  # the disk is not full
-    except OSError as e:
-        raise InputError(f"{name}: {one_line(e)}") from e
+    option = recipe.name_of("output_dir")
+    folder = output_path(option, recipe.output_dir, {}, is_folder=True)
     path = os.path.join(folder, ".lock")
-    with suppress(FileNotFoundError):
-        if _inode(os.stat(path)) in _claims:
-            return
+    if file_identity(path) in _claims:
+        return
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     try:
         # Unlike flock(), not inherited by data loading workers, which may outlive this process.
@@ -79,19 +72,15 @@ def _claim(recipe: Recipe) -> None:
             logger.warning(f"{folder}: this file system has no locks ({one_line(e)})")
             return
         raise InputError(
-            f"{name}: another program writes into it ({owner}): use another directory, or wait for "
-            "its end"
+            f"{option}: {folder}: another program writes into it ({owner}): use another directory, "
+            "or wait for its end"
         ) from e
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    _claims[_inode(os.fstat(file.fileno()))] = file
+    _claims[file_identity(path)] = file
     for unfinished in glob.glob(os.path.join(glob.escape(folder), f"model_*.pth.*{UNFINISHED}")):
         os.remove(unfinished)
-
-
-def _inode(status: os.stat_result) -> Tuple[int, int]:
-    return status.st_dev, status.st_ino
 
 
 def set_earlier_run_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
@@ -113,7 +102,7 @@ def set_earlier_run_aside(recipe: Recipe, inputs: Mapping[str, str], resume: boo
 def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
     folder = recipe.output_dir
     aside = os.path.join(folder, EARLIER_RUNS)
-    numbers = [int(name) for name in os.listdir(aside)] if os.path.isdir(aside) else []
+    numbers = [int(x) for x in os.listdir(aside) if x.isdigit()] if os.path.isdir(aside) else []
     earlier = [os.path.join(aside, str(number)) for number in sorted(numbers)]
     if resume:
         message = f"There is no checkpoint to resume from in {folder}"

@@ -76,8 +76,7 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
     """
     names, known_classes = [], None
     for option, split in (("train", "train"), ("val", "test")):
-        values = (getattr(args, f"{option}_{what}") for what in _DATA)
-        json_file, images, proposals = values
+        json_file, images, proposals = (getattr(args, f"{option}_{x}") for x in _DATA)
         if (json_file is None) != (images is None):
             raise InputError(f"--{option}-json and --{option}-images go together")
         if json_file is None:
@@ -145,7 +144,7 @@ def prepare_proposal_files(recipe: Recipe, splits: Sequence[str] = ("train", "te
         setattr(recipe, f"{split}_proposals", tuple(prepared))
 
 
-def _inputs(recipe: Recipe, args: argparse.Namespace) -> Dict[str, str]:
+def run_inputs(recipe: Recipe, args: argparse.Namespace) -> Dict[str, str]:
     """What a run reads, by option or key."""
     options = ("config_file", *(f"{x}_{what}" for x in ("train", "val") for what in _DATA))
     found = {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
@@ -171,7 +170,7 @@ def setup(args: argparse.Namespace) -> Recipe:
     register_own_data(recipe, args)
     splits = ("test",) if args.eval_only else ("train", "test")
     map_registered_data(recipe, splits)
-    inputs = _inputs(recipe, args)
+    inputs = run_inputs(recipe, args)
     resume = args.resume and in_main_process(find_checkpoint, recipe.output_dir) != ""
     check_run(recipe, train=not args.eval_only, resume=resume)
     prepare_proposal_files(recipe, splits)

@@ -60,8 +60,6 @@ __all__ = ["Trainer", "pictures_dir"]
 
 logger = logging.getLogger(__name__)
 
-_LOG_PERIOD = 20  # that of Detectron2
-
 
 def pictures_dir(recipe: Recipe, dataset_name: str) -> str:
     """Directory of the pictures of ``dataset_name``."""
@@ -228,7 +226,7 @@ class Trainer(DefaultTrainer):
     @property
     def _log_period(self) -> int:
         """Logging period: every evaluation is logged, since writers keep only the latest value."""
-        period = self.recipe.get("log_period", _LOG_PERIOD)
+        period = self.recipe.get("log_period", Recipe.log_period.default)
         return min(period, self.recipe.eval_period or period)
 
     def _build_precise_bn(self) -> Optional[HookBase]:
@@ -426,7 +424,8 @@ class Trainer(DefaultTrainer):
                 group.update(own, lr=rate)
 
     def _see_losses(self, model, inputs, losses) -> None:
-        self._losses = losses
+        if model.training:  # detections are large
+            self._losses = losses
 
     def run_step(self) -> None:
         """See :meth:`DefaultTrainer.run_step`. Raises InputError if a loss is not finite."""

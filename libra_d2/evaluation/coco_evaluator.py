@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
@@ -115,11 +116,9 @@ class LibraCOCOEvaluator(COCOEvaluator):
         has_json = self._metadata.get("json_file") is not None
         if not has_json and self._output_dir:
             # The parent would take a dataset that it has converted before, of other data perhaps.
-            if comm.is_main_process():
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(self._output_dir, f"{dataset_name}_coco_format.json"))
-            if not self._distributed:
-                comm.synchronize()
+            path = os.path.join(self._output_dir, f"{dataset_name}_coco_format.json")
+            convert_to_coco_json(dataset_name, path, allow_cached=False)
+            self._metadata.json_file = path
         arguments = (dataset_name, self._tasks, self._distributed, self._output_dir)
         super().__init__(*arguments, max_dets_per_image=max_dets_per_image)
         try:

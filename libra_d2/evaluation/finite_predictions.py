@@ -2,7 +2,7 @@
 """Predictions that are not finite, which Detectron2's models leave out of their detections."""
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator
 
 import torch
@@ -43,19 +43,15 @@ def finite_predictions(model: nn.Module, *, required: bool = True) -> Iterator[N
         InputError: after the body, see ``required``.
     """
     found: Dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, _HEADS):
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, _HEADS):
 
-            def look(module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
-                found[name] = found.get(name, False) | _is_not_finite(outputs)
+                def look(module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
+                    found[name] = found.get(name, False) | _is_not_finite(outputs)
 
-            hooks.append(module.register_forward_hook(look))
-    try:
+                hooks.enter_context(module.register_forward_hook(look))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     names = [name for name, is_bad in found.items() if is_bad]
     if names:
         message = (

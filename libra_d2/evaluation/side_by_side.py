@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of the detections of two models in the same image, with their differences marked."""
 
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -46,21 +46,17 @@ def _draw(image: np.ndarray, metadata, instances: Instances, same: torch.Tensor)
     return panel.output.get_image()
 
 
-def draw_side_by_side(
-    image: np.ndarray,
-    metadata,
-    detections: Sequence[Instances],
-    titles: Tuple[str, str] = ("plain", "Libra"),
-) -> np.ndarray:
+def draw_side_by_side(image: np.ndarray, metadata, detections: Sequence[Instances]) -> np.ndarray:
     """
-    Draw the detections of two models, on the CPU, next to each other: blue if both have found them,
-    orange and labeled otherwise. The captions count them. Images are (H, W, 3) uint8 RGB.
+    Draw the detections of a plain and a Libra model, on the CPU, next to each other: blue if both
+    have found them, orange and labeled otherwise. The captions count them. Images are (H, W, 3)
+    uint8 RGB.
     """
     from .panel import join_panels  # it imports OpenCV
 
     left, right = detections
     panels, captions = [], []
-    for title, ours, theirs in ((titles[0], left, right), (titles[1], right, left)):
+    for title, ours, theirs in (("plain", left, right), ("Libra", right, left)):
         same = match_detections(ours, theirs)
         panels.append(_draw(image, metadata, ours, same))
         captions.append(f"{title}: {len(same)} objects, {int((~same).sum())} only here")

@@ -10,6 +10,8 @@ from scipy import optimize, stats
 __all__ = ["PairedTest", "detectable_difference", "deviation_limit", "holm_correction"]
 __all__ += ["paired_t_test", "pairs_needed", "power", "sign_test", "verdict"]
 
+_POWER = 0.8  # the probability of finding a difference that comparisons are planned for
+
 
 class PairedTest(NamedTuple):
     """Results of :func:`paired_t_test`, arrays of the same shape."""
@@ -65,12 +67,12 @@ def sign_test(test: PairedTest, num: np.ndarray, level: float = 0.95) -> PairedT
     return test._replace(low=low, high=high, p_value=p_value)
 
 
-def deviation_limit(deviation: float, freedom: int, level: float = 0.8) -> float:
+def deviation_limit(deviation: float, freedom: int) -> float:
     """
-    What a standard deviation is at most, with a probability of ``level``, if it was estimated with
-    so many degrees of freedom.
+    What a standard deviation is at most, with a probability of 80%, if it was estimated with so
+    many degrees of freedom.
     """
-    return float(deviation * math.sqrt(freedom / stats.chi2.ppf(1 - level, freedom)))
+    return float(deviation * math.sqrt(freedom / stats.chi2.ppf(0.2, freedom)))
 
 
 def holm_correction(p_values: Sequence[float]) -> List[float]:
@@ -82,12 +84,10 @@ def holm_correction(p_values: Sequence[float]) -> List[float]:
     Args:
         p_values: in 0 to 1; NaN, where nothing could be tested, becomes 1.
     """
-    values = [1.0 if math.isnan(p) else p for p in p_values]
-    corrected, largest = [1.0] * len(values), 0.0
-    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min((len(values) - rank) * values[i], 1.0))
-        corrected[i] = largest
-    return corrected
+    values = np.nan_to_num(p_values, nan=1.0)
+    order = values.argsort(kind="stable")
+    scaled = np.minimum(values[order] * np.arange(len(order), 0, -1), 1)
+    return np.maximum.accumulate(scaled)[order.argsort()].tolist()
 
 
 def verdict(low: float, high: float, p_value: float, level: float = 0.95) -> str:
@@ -107,11 +107,9 @@ def verdict(low: float, high: float, p_value: float, level: float = 0.95) -> str
     return "cannot be told from chance"
 
 
-def power(
-    difference: float, deviation: float, num_pairs: int, num_tests: int = 1, level: float = 0.95
-) -> float:
+def power(difference: float, deviation: float, num_pairs: int, num_tests: int = 1) -> float:
     """
-    The probability that a paired t-test finds a true difference.
+    The probability that a paired t-test finds a true difference, with a p-value of 0.05 at most.
 
     Args:
         difference: of the means.
@@ -119,10 +117,9 @@ def power(
         num_pairs: 2 or more.
         num_tests: of the table. Each is held to the p-value that Holm's method asks of the smallest
             one; where several differences are found, it asks less of the others.
-        level: see :func:`verdict`.
     """
     freedom = num_pairs - 1
-    limit = stats.t.isf((1 - level) / num_tests / 2, freedom)
+    limit = stats.t.isf(0.05 / num_tests / 2, freedom)
     shift = abs(difference) / deviation * math.sqrt(num_pairs)
     # Student's noncentral distribution: given the estimated deviation, the mean is normal.
     # scipy.stats.nct returns NaN for some of these values.
@@ -132,34 +129,26 @@ def power(
 
 
 def pairs_needed(
-    difference: float,
-    deviation: float,
-    num_tests: int = 1,
-    *,
-    wanted_power: float = 0.8,
-    level: float = 0.95,
-    largest: int = 1000,
+    difference: float, deviation: float, num_tests: int = 1, *, largest: int = 1000
 ) -> Optional[int]:
-    """How many pairs :func:`power` needs to be ``wanted_power``; None if more than ``largest``."""
+    """How many pairs :func:`power` needs to be 80%; None if more than ``largest``."""
     low, high = 1, 2  # enough is more than low, and high at most
-    while power(difference, deviation, high, num_tests, level) < wanted_power:
+    while power(difference, deviation, high, num_tests) < _POWER:
         low, high = high, 2 * high
         if low > largest:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        is_enough = power(difference, deviation, middle, num_tests, level) >= wanted_power
+        is_enough = power(difference, deviation, middle, num_tests) >= _POWER
         low, high = (low, middle) if is_enough else (middle, high)
     return high if high <= largest else None
 
 
-def detectable_difference(
-    deviation: float, num_pairs: int, num_tests: int = 1, *, wanted_power: float = 0.8
-) -> float:
-    """The smallest difference for which :func:`power` is ``wanted_power``."""
+def detectable_difference(deviation: float, num_pairs: int, num_tests: int = 1) -> float:
+    """The smallest difference for which :func:`power` is 80%."""
 
     def excess(difference: float) -> float:
-        return power(difference, deviation, num_pairs, num_tests) - wanted_power
+        return power(difference, deviation, num_pairs, num_tests) - _POWER
 
     end = deviation
     while excess(end) < 0:

@@ -61,7 +61,6 @@ class RetinaNetWithTTA(GeneralizedRCNNWithTTA):
         self.cfg = cfg.clone()
         self.cfg.defrost()
         # The parent merges with these.
-        self.cfg.MODEL.MASK_ON = False
         self.cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES
         self.cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = cfg.MODEL.RETINANET.NMS_THRESH_TEST
         self.model = model

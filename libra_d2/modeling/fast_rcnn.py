@@ -65,7 +65,9 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         losses = super().losses(predictions, proposals)
         if not is_batch_divided():
             return losses
-        num_proposals = predictions[0].new_tensor(sum(map(len, proposals)))
+        # Types of mixed precision cannot count this far.
+        dtype = torch.promote_types(predictions[0].dtype, torch.float32)
+        num_proposals = predictions[0].new_tensor(sum(map(len, proposals)), dtype=dtype)
         scale = num_proposals / mean_over_batch(num_proposals, self).clamp(min=1)
         return {name: loss * scale for name, loss in losses.items()}
 

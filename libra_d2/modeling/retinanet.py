@@ -4,6 +4,7 @@
 from typing import Dict, List, Optional, Tuple
 
 import torch
+from torchvision.ops import clip_boxes_to_image
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat, nonzero_tuple
@@ -187,9 +188,6 @@ class LibraRetinaNet(RetinaNet):
             return merged[merged.pred_boxes.nonempty()]
         # Without the host synchronizations of Boxes.clip() and of dropping boxes without area:
         # these get a score of 0, and postprocessing drops them.
-        height, width = image_size
-        x, y = merged.pred_boxes.tensor.view(-1, 2, 2).clamp(min=0).unbind(dim=2)
-        corners = torch.stack([x.clamp(max=width), y.clamp(max=height)], dim=2)
-        merged.pred_boxes = Boxes(corners.flatten(1))
+        merged.pred_boxes = Boxes(clip_boxes_to_image(merged.pred_boxes.tensor, image_size))
         merged.scores = merged.scores.masked_fill(~merged.pred_boxes.nonempty(), 0)
         return merged

@@ -7,7 +7,7 @@ from typing import List, Mapping, Sequence, Tuple, Union
 from ..errors import InputError
 from .atomic_write import atomic_write
 
-__all__ = ["output_path", "output_paths"]
+__all__ = ["file_identity", "output_path", "output_paths"]
 
 Others = Mapping[str, Union[str, Sequence[str], None]]
 
@@ -39,7 +39,7 @@ def output_paths(
     """:func:`output_path` of several paths of one option, no two of which may be the same."""
     wanted, is_wanted = ("folder", os.path.isdir) if is_folder else ("file", os.path.isfile)
     taken = {
-        _identity(path.partition("?")[0] if not os.path.exists(path) else path): (name, path)
+        file_identity(path.partition("?")[0] if not os.path.exists(path) else path): (name, path)
         for name, values in others.items()
         for path in ([values] if isinstance(values, str) else values or ())
         if path  # weights may have options
@@ -51,20 +51,20 @@ def output_paths(
         has_name = path if is_folder else name
         if not has_name or (os.path.exists(path) and not is_wanted(path)):
             raise InputError(f"{option}: {path or repr(path)} is not a {wanted}: choose another")
-        if _identity(path) in taken:
-            other = ", ".join(taken[_identity(path)])
+        if file_identity(path) in taken:
+            other = ", ".join(taken[file_identity(path)])
             raise InputError(
                 f"{option}: {path} and {other}, are the same {wanted}, which would be overwritten: "
                 "choose another"
             )
-        taken[_identity(path)] = (option, path)
+        taken[file_identity(path)] = (option, path)
         if folder not in tried:
             _try_to_write(option, path, folder, name)
         tried.add(folder)
     return list(paths)
 
 
-def _identity(path: str) -> Union[str, Tuple[int, int]]:
+def file_identity(path: str) -> Union[str, Tuple[int, int]]:
     """Equal for all paths of a file, be it through links."""
     try:
         status = os.stat(path)
