@@ -217,6 +217,9 @@ class BalancedFeaturePyramid(nn.Module):
 
         outputs = []
         for level, feature in enumerate(features):
-            resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
-            outputs.append(feature + resized)
+            if level == self.refine_level:
+                outputs.append(feature + balanced)
+            else:  # in place: the largest level has most of the memory
+                resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
+                outputs.append(resized.add_(feature))
         return outputs

@@ -48,5 +48,5 @@ class LeanFPN(Replacement, FPN):
         """Args: lateral: (N, C, H, W). coarser: (N, C, H / 2, W / 2), None at the last."""
         if coarser is None:
             return lateral
-        merged = lateral + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
-        return merged / 2 if self._fuse_type == "avg" else merged
+        merged = F.interpolate(coarser, scale_factor=2.0, mode="nearest").add_(lateral)
+        return merged.div_(2) if self._fuse_type == "avg" else merged
