@@ -54,7 +54,7 @@ $(DATA)/train/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.install
 $(DATA)/val/instances.json: tools/make_synthetic_dataset.py | $(VENV)/.installed
 	$(PY) -m libra_d2.tools.make_synthetic_dataset $(@D) --num-images 100 $(CLASSES) --seed 2
 
-# A thread each, and one process more than cores: some tests wait for programs that they start.
+# Three processes of one thread for two cores: some tests wait for programs that they start.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
 

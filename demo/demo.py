@@ -106,8 +106,11 @@ def find_images(inputs: List[str]) -> List[str]:
     files = []
     for name in inputs:
         name = os.path.expanduser(name)
-        if os.path.isdir(name) and os.access(name, os.R_OK):
-            found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
+        if os.path.isdir(name):
+            try:
+                found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
+            except OSError as e:
+                raise InputError(f"--input: {name}: {e.strerror}") from e
             found = [x for x in found if x.lower().endswith(IMAGE_SUFFIXES)]
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))

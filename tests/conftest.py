@@ -128,7 +128,7 @@ def run_processes(function, args, environments, log):
 
 @contextmanager
 def full_disk(num_bytes=1000):
-    """For which a limit on the size of files stands."""
+    """A limit on the size of files stands in for it."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:

@@ -49,6 +49,15 @@ def test_initial_weights():
     assert not any(x.any() for x in (*biases, block.conv_out.weight))
 
 
+def test_levels_of_different_types():
+    """None of them is rounded to the type of the level that is refined; inputs stay as they are."""
+    bfp = BalancedFeaturePyramid(1, 3, refine_level=1, refine_type="none")
+    types = (torch.float64, torch.float32, torch.bfloat16)
+    features = [torch.full((1, 1, s, s), 3.0, dtype=t) for s, t in zip((4, 2, 1), types)]
+    assert [x.dtype for x in bfp(features)] == [torch.float64, torch.float32, torch.float32]
+    assert all((x == 3).all() for x in features)
+
+
 @pytest.mark.parametrize("refine_type", REFINE_TYPES)
 @pytest.mark.parametrize("refine_level", [0, 2, 4])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())

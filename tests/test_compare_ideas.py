@@ -56,7 +56,7 @@ def trainings(monkeypatch):
         started.append((folder.parent.name, folder.name, command, env))
         if "FAILS" in os.environ:
             time.sleep(0.1)
-            stdout.write(os.environ["FAILS"])
+            stdout.buffer.write(b"\xff\n" + os.environ["FAILS"].encode())
             return subprocess.CompletedProcess("command", 3)
         (folder / "model_final.pth").touch()
         ap = int(folder.name[5:]) * (1 if folder.parent.name == "baseline" else 3)
@@ -188,7 +188,7 @@ def test_failed_training(trainings, synthetic, tmp_path, capsys, monkeypatch, ou
     monkeypatch.setenv("FAILS", output)
     with pytest.raises(SystemExit, match="2"):
         compare(synthetic, tmp_path, "--variants", "baseline", "--seeds", *range(1, 13))
-    message = "its own message" if output else "CompletedProcess"
+    message = "its own message" if output else "\ufffd"
     assert re.search(rf"/seed_1: the training failed: {message}", capsys.readouterr().err)
     assert not (tmp_path / "summary").exists()
     assert len(trainings) < 10
@@ -383,7 +383,7 @@ def test_no_detections(trainings, synthetic, tmp_path, capsys, monkeypatch):
     compare(synthetic, tmp_path, "--variants", "baseline", "all", "--seeds", 1, 2)
     printed = capsys.readouterr().out
     rows = cells(printed)
-    assert "highest mean AP is 0.0" in printed.split("|")[0]
+    assert "highest mean AP is 0.00" in printed.split("|")[0]
     assert ["all", "0.0 ± 0.0"] in rows
     assert ["all", "2", "+0.00", "0.00"] in [row[:4] for row in rows]
 
@@ -430,7 +430,7 @@ def test_weakness():
     """A mean of 1 is enough, of one variant."""
     text = weakness({"baseline": runs(0.25, 0.5), "all": runs(0.0, 1.5)})
     assert text.startswith(
-        "**No variant has learned to find objects**: the highest mean AP is 0.8."
+        "**No variant has learned to find objects**: the highest mean AP is 0.75."
     )
     assert weakness({"baseline": runs(0.0), "all": runs(0.5, 1.5)}) == ""
 
@@ -519,3 +519,10 @@ def test_plot(tmp_path, monkeypatch):
         *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
     ]
     assert [t.get_text() for t in right.get_yticklabels()] == list(points)
+
+
+def test_nothing_finished(trainings, synthetic, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_ideas, "is_finished", lambda folder: False)
+    with pytest.raises(SystemExit, match="^2$"):
+        compare(synthetic, tmp_path, "--variants", "all", "--seeds", 1)
+    assert "no training has ended with an evaluation in AP" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 """The demo, run from its command line."""
 
 import errno
+import os
 import re
 import shutil
 
@@ -269,6 +270,15 @@ def test_errors(args, message, refused):
     lines = refused(main, ["--config-file", str(DEMO_CONFIG), *args]).splitlines()
     (line,) = [x for x in lines if x.startswith("error:")]
     assert message in line
+
+
+def test_unreadable_folder(small, monkeypatch, refused):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    error = refused(run, small, "--input", small / "images")
+    assert f"error: --input: {small}/images: Permission denied" in error
 
 
 def test_window(small, monkeypatch):

@@ -107,7 +107,7 @@ def test_deterministic_algorithms(system, device):
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            model.zero_grad()
+            model.zero_grad(set_to_none=True)
             torch.manual_seed(2)
             with EventStorage():
                 sum(model(copy.deepcopy(make_inputs(False))).values()).backward()

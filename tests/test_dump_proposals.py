@@ -28,7 +28,8 @@ def rpn(synthetic, tmp_path_factory):
     """Options for a trained RPN, and its recipe."""
     out, config = tmp_path_factory.mktemp("rpn"), DEMO / "rpn_R_18_FPN.yaml"
     args = [*own_data(synthetic, "train", "val"), "OUTPUT_DIR", out, *TINY, "SOLVER.MAX_ITER", 1]
-    assert any("AR@1000" in x for x in run(*args, config=config))
+    (line,) = [x for x in run(*args, config=config) if x.startswith("box_proposals")]
+    assert re.fullmatch(r"box_proposals: AR@100 [\d.]+, AR@1000 [\d.]+", line)
     opts = [*TINY, "INPUT.MIN_SIZE_TEST", "144", "MODEL.WEIGHTS", str(out / "model_final.pth")]
     return opts, read_config(str(config), opts)
 

@@ -118,8 +118,13 @@ def test_missing_module(module, monkeypatch):
 
 def test_pip_failure_is_one_error(monkeypatch):
     """It has the command, and the last 15 lines of the output."""
-    done = SimpleNamespace(returncode=1, stdout="\n".join(map(str, range(40))))
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    lines = "\n".join(map(str, range(40)))
+
+    def run(command, stdout, stderr, **kwargs):
+        assert (stdout, stderr) == (subprocess.PIPE, subprocess.STDOUT)
+        return SimpleNamespace(returncode=1, stdout=lines)
+
+    monkeypatch.setattr(subprocess, "run", run)
     last = "\n".join(map(str, range(25, 40)))
     with pytest.raises(installer.InstallError, match=f"^`.*pip download --none` failed:\n{last}$"):
         installer.run_pip("download", "--none")

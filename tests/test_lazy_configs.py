@@ -2,11 +2,13 @@
 """The LazyConfigs of configs/ are equivalent to the YAML configs of the same names."""
 
 import copy
+import re
 from collections import Counter
 
 import pytest
 import torch
 from conftest import ROOT, load_cfg
+from omegaconf import OmegaConf
 from test_devices import make_inputs
 
 from detectron2.config import LazyConfig
@@ -107,6 +109,16 @@ def test_same_structure(pair):
         parameters = {k: (v.shape, v.requires_grad) for k, v in model.named_parameters()}
         found.append((str(model), parameters))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_rest_of_deep_models(name):
+    """It is that of the model with ResNet-50."""
+    other = re.sub("[RX]_101(_64x4d)?", "R_50", name)
+    deep, known = (LazyConfig.load(f"{ROOT}/configs/{x}.py").model for x in (name, other))
+    for model in (deep, known):
+        del model.backbone.bottom_up.stages
+    assert OmegaConf.to_container(deep) == OmegaConf.to_container(known)
 
 
 @pytest.mark.parametrize("pair", [x for x in PAIRS if x not in DEEP], indirect=True)

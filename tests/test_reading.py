@@ -223,6 +223,19 @@ def test_old_config(tmp_path):
         read_config(str(tmp_path / "a.yaml"), [])
 
 
+def test_unreadable_config(tmp_path, monkeypatch):
+    """As which of the two languages it would be read is not known."""
+    path = tmp_path / "a.yaml"
+    path.touch()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match="a.yaml: .*Permission denied"):
+        read_config(str(path), [])
+
+
 def test_is_lazy_config(tmp_path):
     path = tmp_path / "config.yaml"
     LazyConfig.save(LazyConfig.load(LAZY), str(path))

@@ -693,6 +693,9 @@ def test_proposals_of_several_datasets(language, tmp_path):
             ((image,),) = loader
             assert len(image["proposals"]) == number
         DatasetCatalog.remove(name)
+    message = "(?i)^.*proposal_files.*: there is no file for dataset 'other'"
+    with pytest.raises(InputError, match=message):
+        recipe.proposals_of("other")
 
 
 def test_evaluator(monkeypatch):

@@ -351,6 +351,8 @@ def test_end_early(whole, tmp_path, caplog):
     assert "The training ends early: enough" in caplog.text
     assert "images per second (median)" in caplog.text
     assert [x.batch_size for x in trainer._hooks if isinstance(x, Throughput)] == [3]
+    trainer._see_losses(trainer.model.eval(), None, [])
+    assert trainer._losses.keys() == {"loss_out", "loss_weight"}  # rather than detections
     assert trainer.storage.smoothing_hints()["validation/total_loss"] is False
     assert (tmp_path / "model_final_ema.pth").exists()
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 8

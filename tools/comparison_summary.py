@@ -64,7 +64,7 @@ def weakness(runs: Runs) -> str:
     if best >= 1:
         return ""
     return (
-        f"**No variant has learned to find objects**: the highest mean AP is {best:.1f}. What "
+        f"**No variant has learned to find objects**: the highest mean AP is {best:.2f}. What "
         "follows says nothing about the ideas. Train longer, or start from pretrained weights."
     )
 

@@ -522,11 +522,20 @@ class Recipe(ABC):
         """
         The proposals of a dataset of a split, "train" or "test", as :func:`load_dataset` takes
         them; None if the model has its own.
+
+        Raises:
+            InputError: if there are none for this dataset.
         """
         if not self.needs_proposals:
             return None
-        names, files = getattr(self, f"{split}_datasets"), getattr(self, f"{split}_proposals")
-        return [files[names.index(dataset_name)]]
+        setting = f"{split}_proposals"
+        files = dict(zip(getattr(self, f"{split}_datasets"), getattr(self, setting)))
+        if dataset_name not in files:
+            raise InputError(
+                f"{self.name_of(setting)}: there is no file for dataset {dataset_name!r}, which a "
+                "model without RPN needs"
+            )
+        return [files[dataset_name]]
 
     @abstractmethod
     def build_train_loader(self, seed: int) -> Iterable:

@@ -124,7 +124,7 @@ SCHEMA: Dict[str, Dict[str, Field]] = {
 }
 
 
-# What an entry may be found by, beside its id.
+# Fields that identify an entry, besides its id.
 _NAMES = {"image": "file_name", "category": "name"}
 
 

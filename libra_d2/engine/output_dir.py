@@ -37,7 +37,7 @@ _FILES_OF_A_RUN = (
 _MARKS_OF_A_RUN = ("last_checkpoint", "metrics.json")
 _REPLACED = ("curves.png", "model_best.pth", "model_final*.pth", "results.md")
 
-# Open lock files, by what they are on the disk. Closing one would release its lock.
+# Open lock files, by :func:`file_identity`. Closing one would release its lock.
 _claims: Dict[Any, IO] = {}
 
 
@@ -102,7 +102,7 @@ def set_earlier_run_aside(recipe: Recipe, inputs: Mapping[str, str], resume: boo
 def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
     folder = recipe.output_dir
     aside = os.path.join(folder, EARLIER_RUNS)
-    numbers = [int(x) for x in os.listdir(aside) if x.isdigit()] if os.path.isdir(aside) else []
+    numbers = [int(x) for x in os.listdir(aside) if x.isdecimal()] if os.path.isdir(aside) else []
     earlier = [os.path.join(aside, str(number)) for number in sorted(numbers)]
     if resume:
         message = f"There is no checkpoint to resume from in {folder}"

@@ -217,9 +217,8 @@ class BalancedFeaturePyramid(nn.Module):
 
         outputs = []
         for level, feature in enumerate(features):
-            if level == self.refine_level:
-                outputs.append(feature + balanced)
-            else:  # in place: the largest level has most of the memory
-                resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
-                outputs.append(resized.add_(feature))
+            resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
+            # In place where that is the same: the largest level takes most of the memory.
+            is_own = level != self.refine_level and feature.dtype == dtype
+            outputs.append(resized.add_(feature) if is_own else feature + resized)
         return outputs

@@ -65,7 +65,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         losses = super().losses(predictions, proposals)
         if not is_batch_divided():
             return losses
-        # Types of mixed precision cannot count this far.
+        # float16 and bfloat16 cannot represent every number of proposals.
         dtype = torch.promote_types(predictions[0].dtype, torch.float32)
         num_proposals = predictions[0].new_tensor(sum(map(len, proposals)), dtype=dtype)
         scale = num_proposals / mean_over_batch(num_proposals, self).clamp(min=1)
