@@ -12,6 +12,9 @@ from libra_d2.modeling.balanced_feature_pyramid import _gather_max, _max_along, 
 
 pytestmark = pytest.mark.rounding
 
+needs_simulated_gpu = pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="PyTorch 2.6 aborts without a GPU"
+)
 REFINE_TYPES = ("none", "conv", "non_local")
 
 SIZES = {
@@ -149,7 +152,7 @@ def test_autocast(dtype, refine_type, magnitude):
         assert all(torch.isfinite(x.grad).all() for x in (*inputs, *bfp.parameters()))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch 2.6 aborts without a GPU")
+@needs_simulated_gpu
 def test_autocast_of_gpus():
     """All levels keep their type. GPUs repeat values in another one, as do tensors without data."""
     torch.set_autocast_enabled("cuda", True)
@@ -177,6 +180,7 @@ def test_max_in_windows(height):
             torch.testing.assert_close(a, b)
 
 
+@needs_simulated_gpu
 def test_max_in_windows_on_gpus():
     """Of windows that divide the input and of others, whose gradient is that of `gather`."""
     with FakeTensorMode():

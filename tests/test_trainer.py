@@ -415,6 +415,20 @@ def test_batches(toy_data, tmp_path, opts, sizes, amp):
     assert set(multiprocessing.active_children()) <= set(others)
 
 
+def test_predictions_that_are_not_finite(toy_data, tmp_path):
+    """Of which there are no losses; those of the step before are not shown."""
+
+    def spoil(trainer):
+        def forward(batch):
+            raise FloatingPointError("Predicted boxes contain NaN")
+
+        trainer.model.forward = forward
+
+    message = r"not finite at iteration 4 \(Predicted boxes contain NaN\) for the images "
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, until=4, action=spoil)
+
+
 def test_loss_that_is_not_finite(toy_data, tmp_path):
     """The message has the losses, the iteration, the images and the last checkpoint."""
     with pytest.raises(InputError) as error:

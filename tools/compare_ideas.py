@@ -30,6 +30,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from itertools import product
@@ -277,11 +278,21 @@ def train_all(args: argparse.Namespace, variants: List[Variant]) -> None:
     shares: queue.Queue[Dict[str, str]] = queue.Queue()
     for share in environments(num_jobs):
         shares.put(share)
-    pool = ThreadPoolExecutor(num_jobs)
+    pool, failed = ThreadPoolExecutor(num_jobs), threading.Event()
+
+    def train_unless_failed(variant: Variant, seed: int) -> None:
+        if failed.is_set():
+            return
+        try:
+            train(args, variant, seed, shares)
+        except BaseException:
+            failed.set()  # before this thread takes the next one
+            raise
+
     try:
         # Seed by seed, so that all variants can be compared early.
         runs = [(variant, seed) for seed in args.seeds for variant in variants]
-        jobs = [pool.submit(train, args, *run, shares) for run in runs]
+        jobs = [pool.submit(train_unless_failed, *run) for run in runs]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="training"):
             job.result()  # raises its error
     finally:  # also when interrupted

@@ -4,7 +4,7 @@
 import os
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from tabulate import tabulate
@@ -36,6 +36,11 @@ def mean_and_spread(values: List[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
+def number(value: Optional[float]) -> float:
+    """An AP, 0 if it is missing or NaN, because nothing was detected."""
+    return 0.0 if value is None or value != value else value
+
+
 def table(runs: Runs) -> str:
     """A Markdown table of the final results of each variant."""
     final = {
@@ -45,13 +50,14 @@ def table(runs: Runs) -> str:
         ]
         for variant, by_seed in runs.items()
     }
-    first = next(iter(final.values()))[0]
-    # APs, APm or APl without objects of that size is NaN.
-    names = [name for name in first if first[name] == first[name]]
+    # APs, APm or APl without objects of that size is NaN in all runs, and any AP in a run without
+    # detections, which may lack those of classes.
+    everything = [run for runs in final.values() for run in runs]
+    names = list({name for run in everything for name, value in run.items() if value == value})
     order = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
     rows = [
-        [variant, *(mean_and_spread([r[name] for r in results]) for name in names)]
+        [variant, *(mean_and_spread([number(r.get(name)) for r in results]) for name in names)]
         for variant, results in final.items()
     ]
     headers = ["", *(name.replace("AP-", "AP ") for name in names)]

@@ -429,18 +429,19 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """See :meth:`DefaultTrainer.run_step`. Raises InputError if a loss is not finite."""
+        self._losses, reason = {}, ""
         try:
             super().run_step()
             # The main process has checked the mean over all; only this one knows its images.
             finite = comm.is_main_process() or torch.isfinite(sum(self._losses.values()))
-        except FloatingPointError:
-            finite = False
+        except FloatingPointError as e:  # in place of losses if the predictions are not finite
+            finite, reason = False, one_line(e)
         if finite:
             return
         losses = {name: loss.item() for name, loss in self._losses.items()}
         bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
-        terms = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-        elsewhere = not bad and comm.get_world_size() > 1
+        terms = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items()) or reason
+        elsewhere = losses and not bad and comm.get_world_size() > 1
         where = "in another process, not for these images; " if elsewhere else ""
         keys = [self.recipe.name_of("learning_rate")]
         keys += filter(self.recipe.has, ("SOLVER.WARMUP_ITERS", "SOLVER.CLIP_GRADIENTS.ENABLED"))
