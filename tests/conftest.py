@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and small models that the test modules share."""
 
-import copy
-import functools
 import logging
 import multiprocessing
 import os
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detectron2.config import LazyConfig, get_cfg
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -88,15 +86,6 @@ def demo_cfg(config=DEMO_CONFIG, **overrides):
     for key, value in overrides.items():
         cfg.merge_from_list([key.replace("__", "."), value])
     return cfg
-
-
-@pytest.fixture(scope="module")
-def executed_once():
-    """Each LazyConfig is executed once, and copied afterwards, which takes a tenth of the time."""
-    load = functools.lru_cache(None)(LazyConfig.load)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LazyConfig, "load", staticmethod(lambda *args: copy.deepcopy(load(*args))))
-        yield
 
 
 def build_model(cfg):

@@ -22,7 +22,6 @@ nothing. Variants of your own have a name, and a config, KEY VALUE pairs, or bot
 
 import argparse
 import json
-import math
 import os
 import queue
 import re
@@ -56,6 +55,7 @@ from libra_d2.tools.comparison_summary import (
     Runs,
     differences,
     found_differences,
+    number,
     pair_deviation,
     plan,
     plot,
@@ -312,8 +312,8 @@ def finished_runs(args: argparse.Namespace, variants: List[Variant]) -> Runs:
         if is_finished(folder):
             metrics = read_metrics(str(folder / "metrics.json"))
             for entry in metrics:
-                if math.isnan(entry.get("bbox/AP", 0.0)):
-                    entry["bbox/AP"] = 0.0
+                if "bbox/AP" in entry:
+                    entry["bbox/AP"] = number(entry["bbox/AP"])
             runs.setdefault(variant.name, {})[seed] = metrics
     return runs
 
