@@ -16,6 +16,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.logger import setup_logger
 
 from libra_d2 import add_libra_config
 from libra_d2.config import make_recipe
@@ -63,9 +64,11 @@ def reference_config(mmdet, name):
 def _fresh_start(pytestconfig):
     """The same random numbers for each test, and the loggers as before a script set them up."""
     torch.manual_seed(pytestconfig.getoption("seed"))
+    setup_logger.cache_clear()  # or what a script logs would depend on the tests before
     for name in ("detectron2", "fvcore", "libra_d2"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def load_cfg(path):
