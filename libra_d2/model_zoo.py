@@ -128,6 +128,8 @@ def find_config(name: str) -> str:
         return name
     try:
         return get_config_file(name)
+    except PermissionError as e:
+        raise InputError(f"{name}: {e.strerror}") from e
     except RuntimeError as e:
         path = os.path.join(detectron2_configs(), name)
         if os.path.isfile(path):

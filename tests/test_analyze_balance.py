@@ -156,8 +156,13 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     assert page.count("This model has none.") == 1
     assert page.count("<h3>B</h3>") == 6
     assert "<main class=two>" in page
-    command = [str(x) for x in [*b[2:], *first, *opts]]
+    command, count = [str(x) for x in [*b[2:], *first, *opts]], next(number) + 1
     assert "--config-file-b goes with --weights-b" in refused(analyze_balance.main, command)
+    command = [str(x) for x in [*b[:2], *first, *opts]]  # nothing is analyzed before
+    error = refused(analyze_balance.main, command)
+    assert error.startswith(f"error: --weights-b: {paths['retinanet']}: ")
+    assert "; --config-file-b names a config for the second model alone" in error
+    assert number.__reduce__()[1] == (count,)
 
 
 def test_second_weights(synthetic, tmp_path, monkeypatch):

@@ -157,6 +157,7 @@ PREDICTOR = f"{HEADS}.box_predictor"
         ("train.max_iter=null", "train.max_iter is null: leave it out, or give it a value"),
         ("train.output_dir=null", "train.output_dir is null: leave it out"),
         ("train.output_dir=5", "train.output_dir is 5: use a path"),
+        ("train.output_dir='~/a'", "train.output_dir is '~/a': use a path without '~'"),
         ("train.init_checkpoint=5", "train.init_checkpoint is 5: use a path"),
         ("optimizer.lr=-1", "optimizer.lr is -1: use a positive number"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast': use a positive number"),
@@ -353,6 +354,15 @@ def test_keypoints(datasets):
         check("MODEL.KEYPOINT_ON", True)
     MetadataCatalog.get("test_3").set(keypoint_names=["nose"])
     check("MODEL.KEYPOINT_ON", True)
+
+
+def test_unused_proposals(datasets, caplog):
+    """They are for models without an RPN."""
+    files = ["DATASETS.PROPOSAL_FILES_TEST", "('a.pkl',)"]
+    for opts in ([], files, [*files, "MODEL.LOAD_PROPOSALS", True]):
+        check(*opts)
+    used = [x for x in caplog.messages if "PROPOSAL" in x]
+    assert used == [f"{files[0]} is set, but not used: the model makes proposals itself"]
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ def test_other_measure_before_any_evaluation(caplog):
 
 def test_number_of_checkpoints(toy_data, tmp_path):
     """
-    The last three are kept, including those from before the training was resumed. The best model
-    and other files do not count.
+    The last three are kept, including those from before the training was resumed, with a fourth.
+    The best model and other files do not count.
     """
     opts = ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}VALIDATION_LOSS", False]
     trainer = make(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 4, "SOLVER.MAX_ITER", 6)
@@ -76,7 +76,7 @@ def test_number_of_checkpoints(toy_data, tmp_path):
     for name in others:
         (tmp_path / name).touch()
     run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 3, "SOLVER.MAX_ITER", 8)
-    kept = {f"model_{i:07d}.pth" for i in (2, 5, 6, 7)}
+    kept = {f"model_{i:07d}.pth" for i in (5, 6, 7)}
     kept |= {"model_best.pth", "model_final.pth", "model_final_ema.pth"}
     assert {p.name for p in tmp_path.glob("*.pth*")} == kept | others
 

@@ -47,6 +47,15 @@ def test_published_urls(mmdet):
     assert set(model_zoo._URLS.values()) <= set(re.findall(r"https://[^\s\"]+", theirs))
 
 
+def test_unreadable_folder(monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(InputError, match="^locked/a.yaml: Permission denied$"):
+        model_zoo.find_config("locked/a.yaml")
+
+
 def test_unknown_names(tmp_path):
     for name in ("COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml", f"{RETINANET}.pth"):
         with pytest.raises(RuntimeError, match=f"no published weights for '{name}'; there are for"):

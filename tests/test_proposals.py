@@ -134,6 +134,7 @@ def put(key, position, value):
         ([np.zeros((2, 4), np.float32)] * 12, "proposals of image number 0 must .* R x 5"),
         ([Malicious()] * 12, "not loaded, .* refers to .*open, which may run code"),
         (pickle.dumps(arrays(12))[:500], "not loaded, .* cut short"),
+        (b'{"images": []}', "not loaded, .* cut short: it is no pickle file$"),
         (b"<html>", "not loaded"),
         ("text", "not proposals, neither Detectron2's dict nor"),
     ],

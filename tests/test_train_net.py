@@ -39,6 +39,13 @@ def own_data(synthetic, *splits):
     return args
 
 
+def test_no_config(refused):
+    """Detectron2's program would train its default, a model of C4 features on COCO."""
+    assert refused(main, ["--eval-only"]) == (
+        "error: --config-file: name a file, or a config of the model zoo\n"
+    )
+
+
 def run(*args, config=DEMO_CONFIG):
     """The script's main function in this process; returns the lines that it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:

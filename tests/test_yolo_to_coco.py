@@ -74,7 +74,11 @@ def test_convert(yolo, names, capsys):
         ("data.yaml", "names: {1: cat, 2: dog}", "data.yaml: 'names' must be a list, or a map"),
         ("data.yaml", "nc: 2", "data.yaml: 'names' must be"),
         ("data.yaml", "names: ab", "data.yaml: 'names' must be"),
-        ("data.yaml", "[", "data.yaml: 'names' must be"),
+        ("data.yaml", "names: ~", "data.yaml: 'names' must be"),
+        ("data.yaml", "names: {a: cat, b: dog}", "data.yaml: 'names' must be"),
+        ("data.yaml", "names", "data.yaml: 'names' must be"),
+        ("data.yaml", "[", "data.yaml: not a readable YAML file (while parsing a flow node"),
+        ("data.yaml", "names: [a, b, a]", "data.yaml: one of ['a', 'b', 'a'] is there twice"),
     ],
 )
 def test_broken_files(yolo, file, text, message, refused):
@@ -88,6 +92,7 @@ def test_broken_files(yolo, file, text, message, refused):
     [
         (["--labels", "images"], "there are no text files in it"),
         (["--images", "labels"], "there are no images in it"),
+        (["--data", "none.yaml"], "none.yaml: not a readable YAML file ([Errno 2] No such file"),
         (["--output", "data.yaml"], "--output: "),
         (["--output", "labels/a.txt"], "--output: "),
     ],

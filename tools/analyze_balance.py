@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Show what the three ideas of Libra R-CNN do for a model and a dataset: numbers, figures and an HTML
 page about the imbalance of samples, features and losses.
 
@@ -266,6 +266,27 @@ def second_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     return second
 
 
+def build_models(recipes: List[Recipe], args: argparse.Namespace) -> List[torch.nn.Module]:
+    """
+    Build each model with its weights.
+
+    Raises:
+        InputError: if the weights do not fit; for the second model it names --config-file-b.
+    """
+    models: List[torch.nn.Module] = []
+    for recipe in recipes:
+        before = args.before_training
+        try:
+            models.append(recipe.build_initial_model() if before else recipe.build_trained_model())
+        except InputError as e:
+            if not models or args.config_file_b:
+                raise
+            raise InputError(
+                f"--weights-b: {e}; --config-file-b names a config for the second model alone"
+            ) from e
+    return models
+
+
 def run(args: argparse.Namespace) -> None:
     """Load config, data and weights, and write the report."""
     if args.num_images < 1:
@@ -278,21 +299,20 @@ def run(args: argparse.Namespace) -> None:
     dataset = choose_dataset(recipe, args, folder)
     split = "train" if dataset in recipe.train_datasets else "test"
     data = end_of_path(MetadataCatalog.get(dataset).get("json_file", dataset))
-    models = [(args.config_file, recipe, "")]
+    recipes, config_files = [recipe], [args.config_file]
     if args.weights_b:
-        config_file = args.config_file_b or args.config_file
-        models.append((config_file, second_recipe(recipe, args), "_b"))
-    reports = []
-    for config_file, own, suffix in models:
+        recipes.append(second_recipe(recipe, args))
+        config_files.append(args.config_file_b or args.config_file)
+    for own in recipes:
         prepare_proposal_files(own, (split,))
-        before = args.before_training
-        model = own.build_initial_model() if before else own.build_trained_model()
+    models, reports = build_models(recipes, args), []
+    for own, model, config_file, suffix in zip(recipes, models, config_files, ("", "_b")):
         torch.manual_seed(0)
         images = read_images(own, dataset, split, args.num_images)
         weights, count = end_of_path(own.weights), f"{len(images)} images"
         about = f"{end_of_path(config_file)}, {weights},\n{count} of {data}"
         reports.append(Report(folder, about, suffix))
-        analyze(reports[-1], own, model, images, with_box_errors=not before)
+        analyze(reports[-1], own, model, images, with_box_errors=not args.before_training)
     write_page(
         os.path.join(folder, "index.html"),
         "Balance of a detector" if len(reports) == 1 else "Balance of two detectors",

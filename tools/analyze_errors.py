@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Show where a detector loses AP, and where a second one gains or loses on the same images: by type of
 error, IoU, size and crowdedness of the objects, class and image.
 

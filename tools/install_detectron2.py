@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""
+r"""
 Install Detectron2 0.6 with pip alone, without a source repository or a compiler.
 
 Detectron2 itself is not on PyPI, but its Python code is, as the source distribution

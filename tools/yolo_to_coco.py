@@ -54,18 +54,21 @@ def read_names(path: str) -> List[str]:
     The class names in a data.yaml, in the order of their numbers.
 
     Raises:
-        InputError: if there are none, or a number is left out.
+        InputError: if the file cannot be read, there are no names, or a number is left out.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
-            names = yaml.safe_load(f)["names"]
-        names = dict(enumerate(names)) if isinstance(names, list) else {**names}
-        return [str(names[i]) for i in range(len(names))]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as e:
+            content = yaml.safe_load(f)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"--data: {path}: not a readable YAML file ({one_line(e)})") from e
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or {*names} != {*range(len(names))}:
         raise InputError(
-            f"--data: {path}: 'names' must be a list, or a map from 0, 1, ... to the class names "
-            f"({one_line(e)})"
-        ) from e
+            f"--data: {path}: 'names' must be a list, or a map from 0, 1, ... to the class names"
+        )
+    return [str(names[i]) for i in range(len(names))]
 
 
 def read_object(line: str, num_classes: int, size: Tuple[int, int]) -> Dict[str, Any]:
@@ -158,6 +161,9 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
 def run(args: argparse.Namespace) -> None:
     """Read, convert, and write a dataset."""
     names = args.classes or read_names(args.data)
+    if len(set(names)) < len(names):
+        option = "--classes" if args.classes else f"--data: {args.data}"
+        raise InputError(f"{option}: one of {names} is there twice")
     others = {"--data": args.data}
     for option, folder in (("--labels", args.labels), ("--images", args.images)):
         others[option] = [str(x) for x in Path(folder).rglob("*") if x.suffix != ".json"]

@@ -85,7 +85,10 @@ def _are_sides(values: Sequence) -> bool:
 
 
 _RULES: Tuple[Rule, ...] = (
-    *(Rule(name, lambda v: isinstance(v, str), "use a path") for name in ("output_dir", "weights")),
+    *(
+        Rule(name, lambda v: isinstance(v, str) and v[:1] != "~", "use a path without '~'")
+        for name in ("output_dir", "weights")
+    ),
     Rule("best_metric", lambda v: isinstance(v, str), "use the name of a metric, such as bbox/AP"),
     *(_whole(name, 1) for name in ("batch_size", "max_iter", "checkpoint_period")),
     *(_whole(name, 1) for name in ("max_detections", "accumulation_steps", "num_classes")),
@@ -338,6 +341,15 @@ def _check_named_datasets(recipe: Recipe, train: bool) -> None:
     check_datasets([*(recipe.train_datasets if train else ()), *recipe.test_datasets])
 
 
+def _check_unused_proposals(recipe: Recipe, train: bool) -> None:
+    """Warn of proposals that are given to a model that has an RPN."""
+    for setting in ("train_proposals", "test_proposals"):
+        if recipe.get(setting) and not recipe.needs_proposals:
+            logger.warning(
+                f"{recipe.name_of(setting)} is set, but not used: the model makes proposals itself"
+            )
+
+
 def _check_keypoints(recipe: Recipe, train: bool) -> None:
     for name in recipe.train_datasets if train and recipe.has_keypoints else ():
         if not MetadataCatalog.get(name).get("keypoint_names"):
@@ -476,7 +488,8 @@ def _check_batch_size(recipe: Recipe, train: bool) -> None:
 _RULES_OF_RUNS: Tuple[Callable[[Recipe, bool], None], ...] = (
     *(_check_named_datasets, lambda recipe, train: recipe.check_parts(train)),
     *(_check_evaluators, _check_classes),
-    *(_check_metrics, _check_keypoints, _check_number_of_images, _check_batch_size),
+    *(_check_metrics, _check_keypoints, _check_unused_proposals),
+    *(_check_number_of_images, _check_batch_size),
 )
 
 

@@ -63,7 +63,7 @@ class CheckpointHook(PeriodicCheckpointer):
             return
         files = self.checkpointer.get_all_checkpoint_files()
         files = [f for f in files if re.fullmatch(r"model_\d{7}\.pth", os.path.basename(f))]
-        self.recent_checkpoints = sorted(files)[-self.max_to_keep :]
+        self.recent_checkpoints = sorted(files)
 
     def after_step(self) -> None:
         self.max_iter = self.trainer.max_iter  # the training may end early
@@ -75,6 +75,10 @@ class CheckpointHook(PeriodicCheckpointer):
             with self.resume.held():
                 if comm.is_main_process():
                     super().after_step()
+                    # Each step removes one, but an interruption has written one more, and before a
+                    # resumed training more may have been kept.
+                    while len(self.recent_checkpoints) > (self.max_to_keep or math.inf):
+                        os.remove(self.recent_checkpoints.pop(0))
 
 
 class StopOnSignal(HookBase):

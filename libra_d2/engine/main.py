@@ -25,6 +25,7 @@ _MAIN_METRICS = ("AP", "AP50", "AP75", "AR@100", "AR@1000")
 def build_argument_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, and those for your own data."""
     parser = default_argument_parser()
+    parser.set_defaults(config_file=None)  # in place of Detectron2's own, a model of C4 features
     add_data_arguments(parser)
     return parser
 

@@ -4,7 +4,7 @@
 import argparse
 import logging
 import os
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from detectron2.engine import default_setup
 from detectron2.utils import comm
@@ -36,8 +36,16 @@ logger = logging.getLogger(__name__)
 _DATA = ("json", "images", "proposals")  # --train-json, and so on
 
 
-def read_config(config_file: str, options: Sequence[str]) -> Recipe:
-    """:func:`libra_d2.config.read_recipe` of a file or name of a config, see ``find_config``."""
+def read_config(config_file: Optional[str], options: Sequence[str]) -> Recipe:
+    """
+    :func:`libra_d2.config.read_recipe` of a file or name of a config, see ``find_config``; "" for
+    Detectron2's defaults.
+
+    Raises:
+        InputError: if it is None, or cannot be used.
+    """
+    if config_file is None:
+        raise InputError("--config-file: name a file, or a config of the model zoo")
     return read_recipe(find_config(config_file), options, config_file)
 
 

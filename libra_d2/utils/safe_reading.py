@@ -83,7 +83,10 @@ class _ArrayUnpickler(pickle._Unpickler):
         return super().find_class(module, name)
 
     def load(self) -> Any:
-        content = super().load()
+        try:
+            content = super().load()
+        except KeyError as e:  # of a table of instructions, or of what was read before
+            raise pickle.UnpicklingError("it is no pickle file") from e
         # Memo keys are consecutive in real pickles; other unpicklers allocate a list of them.
         if max(self.memo, default=0) > len(self.memo) + 1000:
             raise pickle.UnpicklingError("it declares more references than it has")
