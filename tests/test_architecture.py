@@ -42,6 +42,7 @@ PRIVATE_NAMES = {
     "detectron2.engine.TrainerBase": ("_hooks",),
     "detectron2.engine.SimpleTrainer": ("_data_loader_iter",),
     "detectron2.engine.hooks.BestCheckpointer": ("_checkpointer", "_file_prefix", "_val_metric"),
+    "detectron2.engine.hooks.PreciseBN": ("_data_iter", "_data_loader"),
     "detectron2.evaluation.COCOEvaluator": (
         *("_coco_api", "_cpu_device", "_derive_coco_results", "_distributed", "_do_evaluation"),
         *("_eval_box_proposals", "_eval_predictions", "_max_dets_per_image", "_metadata"),

@@ -24,7 +24,7 @@ TEXT = (ROOT / "docs/own_project.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a name is registered once in a process
 def registered():
     """Run the examples that register a part. Returns: their names and values."""
     namespace = {}

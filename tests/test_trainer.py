@@ -392,6 +392,15 @@ def test_precise_statistics(toy_data, tmp_path):
     assert weights(tmp_path)[1:] == pytest.approx([left, 0])
 
 
+def test_precise_statistics_of_a_resumed_training(toy_data, tmp_path):
+    """They are of the same images, whose number here is not that of a pass over the data."""
+    opts = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3]
+    run(tmp_path / "whole", *opts)
+    run(tmp_path / "resumed", *opts, until=7)
+    run(tmp_path / "resumed", *opts, seed=99)
+    assert_same(tmp_path / "resumed", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("opts", "sizes", "amp"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training hooks: checkpoints, signals, best model, early stopping, averaged weights, speed."""
 
+import copy
 import logging
 import math
 import os
@@ -16,10 +17,11 @@ from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer, PeriodicCheckpointer
+from detectron2.engine.hooks import BestCheckpointer, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
 
 from ..checkpoint import LibraCheckpointer
+from ..data import ResumableLoader
 from ..errors import InputError
 from .launch import Aborted
 from .resuming import ExactResume
@@ -29,6 +31,7 @@ __all__ = [
     "BestModel",
     "CheckpointHook",
     "EarlyStopping",
+    "PreciseStatistics",
     "StopOnSignal",
     "Throughput",
     "TrainingEnded",
@@ -79,6 +82,19 @@ class CheckpointHook(PeriodicCheckpointer):
                     # resumed training more may have been kept.
                     while len(self.recent_checkpoints) > (self.max_to_keep or math.inf):
                         os.remove(self.recent_checkpoints.pop(0))
+
+
+class PreciseStatistics(PreciseBN):
+    """
+    :class:`PreciseBN` that computes the statistics from the same images each time, so that they are
+    the same after a training was resumed.
+    """
+
+    def update_stats(self) -> None:
+        """See :meth:`PreciseBN.update_stats`."""
+        if isinstance(self._data_loader, ResumableLoader):
+            self._data_iter = iter(copy.copy(self._data_loader))  # which starts at its position
+        super().update_stats()
 
 
 class StopOnSignal(HookBase):

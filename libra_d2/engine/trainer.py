@@ -42,13 +42,14 @@ from ..errors import InputError, one_line
 from ..evaluation import PredictionPictures, build_evaluator, finite_predictions
 from ..evaluation.validation_loss import validation_losses
 from ..utils.main_process import in_main_process
-from ..utils.random_state import keep_random_state
+from ..utils.random_state import keep_random_state, seeded
 from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
 from .hooks import (
     AverageWeights,
     BestModel,
     CheckpointHook,
     EarlyStopping,
+    PreciseStatistics,
     StopOnSignal,
     Throughput,
     TrainingEnded,
@@ -235,9 +236,10 @@ class Trainer(DefaultTrainer):
             return None
         recipe = self.recipe.copy()
         recipe.num_workers = 0
-        loader = self.build_train_loader(recipe.config)
+        with seeded(0):
+            loader = self.build_train_loader(recipe.config)
         number = recipe.precise_bn_iterations
-        return hooks.PreciseBN(recipe.eval_period, self.model, loader, number)
+        return PreciseStatistics(recipe.eval_period, self.model, loader, number)
 
     @property
     def results(self) -> Mapping[str, Any]:
