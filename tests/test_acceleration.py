@@ -21,6 +21,7 @@ from libra_d2.modeling.winograd_conv import WinogradConv2d, is_available
 
 pytestmark = pytest.mark.rounding
 
+# R-18 has no bottlenecks; test_fused_bottleneck.py looks at these.
 KINDS = {
     "fold_norm": FoldedConv2d,
     "parallel_roi_align": ParallelROIAlign,
@@ -128,6 +129,7 @@ def pretend(monkeypatch):
     def change(platform, capability):
         monkeypatch.setattr(sys, "platform", platform)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
         monkeypatch.setattr(torch, "_nnpack_available", lambda: True)
         is_available.cache_clear()
 

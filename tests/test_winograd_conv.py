@@ -246,10 +246,36 @@ def test_other_inputs(calls, monkeypatch):
     assert not calls
     conv(LARGE)
     assert len(calls) == 1
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     winograd_conv.is_available.cache_clear()
     assert torch.equal(conv(LARGE), plain.float()(LARGE))
     assert len(calls) == 1
+
+
+ZEN4 = {"avx512_f": True, "sse4a": True, "avx512_vp2intersect": False}
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "gains"),
+    [
+        ("AVX2", {"avx512_f": False, "sse4a": False, "avx512_vp2intersect": False}, True),
+        ("AVX512", ZEN4, True),
+        ("AVX512", {**ZEN4, "sse4a": False}, False),  # Intel
+        ("AVX512", {**ZEN4, "avx512_vp2intersect": True}, False),  # Zen 5
+        ("AVX512", {**ZEN4, "avx512_f": False}, False),
+        ("AVX512", {}, False),
+        ("AVX512", None, False),
+        ("DEFAULT", ZEN4, False),
+    ],
+)
+def test_processors(capability, has, gains, calls, monkeypatch):
+    """NNPACK gains where oneDNN has no instructions of 512 bits that are twice as fast."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    if has is None:  # older versions of PyTorch
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    winograd_conv.is_available.cache_clear()
+    assert winograd_conv.is_available() == gains
 
 
 @pytest.mark.parametrize(

@@ -186,12 +186,14 @@ def add_libra_config(cfg: CN) -> None:
     # mixed precision (known); never on Windows.
     cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
     # Whether to fold batch norms with fixed statistics into the convolutions before them, in
-    # training in layers with fewer weights than features. Checkpoints do not change.
+    # training in layers with fewer weights than features; and whether, on CPUs, the convolutions of
+    # bottlenecks also add the shortcut and apply ReLU. Checkpoints do not change.
     cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
     # Whether RoIAlign uses all cores of a CPU instead of one, and computes its gradient on GPUs in
     # a fixed order and in less time.
     cfg.MODEL.LIBRA.SPEED.PARALLEL_ROI_ALIGN = True
-    # Whether 3x3 convolutions use Winograd's algorithm (float32, CPUs with AVX2 but not AVX-512).
+    # Whether 3x3 convolutions use Winograd's algorithm (float32, on CPUs with AVX2 but not AVX-512,
+    # and on AMD's Zen 4).
     cfg.MODEL.LIBRA.SPEED.WINOGRAD = True
     # Whether Detectron2's FPN frees each feature map after its last use, which saves memory in
     # inference.

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import check_choice, one_line
 from .folded_conv import FoldedConv2d
+from .fused_bottleneck import FusedBottleneck, FusedStage
 from .lean_fpn import LeanFPN
 from .roi_align import ParallelROIAlign
 from .winograd_conv import WinogradConv2d, can_gain, is_available
@@ -38,7 +39,7 @@ def choose_channels_last(
         return "never"
     if device_type != "cpu":
         return "always" if is_mixed_precision else "never"
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
         return "always"
     # Without AVX-512, oneDNN has no fast gradient of a convolution's weights for it.
     has_gradient = winograd and not is_mixed_precision and is_available()
@@ -104,7 +105,7 @@ def accelerate(
             inference, and in training for images of at least 2^19 pixels), "inference" or "never".
             Convolutions and all that follows go on with the format of the image that the backbone
             gets; weights keep theirs.
-        fold_norm: see :class:`FoldedConv2d`.
+        fold_norm: see :class:`FoldedConv2d` and :class:`FusedBottleneck`.
         parallel_roi_align: see :class:`ParallelROIAlign`.
         winograd: see :class:`WinogradConv2d`.
         lean_fpn: see :class:`LeanFPN`, which saves memory, not time.
@@ -118,6 +119,8 @@ def accelerate(
     check_choice("channels_last", channels_last, CHANNELS_LAST)
     replacements = {
         FoldedConv2d: fold_norm,
+        FusedBottleneck: fold_norm,
+        FusedStage: fold_norm,
         ParallelROIAlign: parallel_roi_align,
         WinogradConv2d: winograd,
         LeanFPN: lean_fpn,

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 
 from .batch_norm import AffineBatchNorm2d
-from .replacement import Replacement, is_captured
+from .replacement import Replacement, has_hooks, is_captured
 
 __all__ = ["FoldedConv2d"]
 
@@ -31,14 +31,21 @@ class FoldedConv2d(Replacement, Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
-        norm = self.norm
-        if norm is None or not _can_be_folded(norm) or not self._gains(x):
+        if not self.can_fold() or not self._gains(x):
             return super().forward(x)
+        x = self._conv_forward(x, *self.fold())
+        return x if self.activation is None else self.activation(x)
+
+    def can_fold(self) -> bool:
+        """Whether there is a norm, with fixed statistics and without a hook."""
+        return self.norm is not None and _can_be_folded(self.norm)
+
+    def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Weight (C, ...) and bias (C,) of convolution and norm together."""
+        norm = self.norm
         statistics = (norm.running_mean, norm.running_var, self.bias)
         tensors = (self.weight, norm.weight, norm.bias, *statistics)
-        weight, shift = self._keep("folded", tensors, self._fold)
-        x = self._conv_forward(x, weight, shift)
-        return x if self.activation is None else self.activation(x)
+        return self._keep("folded", tensors, self._fold)
 
     def _gains(self, x: torch.Tensor) -> bool:
         if is_captured() or not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -120,9 +127,7 @@ _FORWARDS = tuple(
 
 
 def _can_be_folded(norm: nn.Module) -> bool:
-    if type(norm).forward not in _FORWARDS or norm._forward_hooks or norm._forward_pre_hooks:
-        return False
-    if norm._backward_hooks or norm._backward_pre_hooks:
+    if type(norm).forward not in _FORWARDS or has_hooks(norm):
         return False
     if isinstance(norm, FrozenBatchNorm2d):
         return True

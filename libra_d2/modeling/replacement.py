@@ -6,13 +6,32 @@ from typing import Type
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["Replacement", "is_captured"]
+__all__ = ["Replacement", "has_hooks", "is_captured", "is_ordinary"]
 
 
 def is_captured() -> bool:
     """Whether operations are being recorded, in a trace or a compiled graph."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def is_ordinary(x: torch.Tensor) -> bool:
+    """
+    Whether operations on ``x`` are computed on the CPU in its own type, and neither recorded nor
+    changed by functorch's transforms or a dispatch mode.
+    """
+    if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
+        return False
+    if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody else sees or changes what a module gets or returns, or its gradients."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 class Replacement:
@@ -49,5 +68,8 @@ class Replacement:
         """What ``torch.jit.script`` compiles instead. Detectron2 gives some modules this method."""
         parent = copy.copy(self)
         parent.__class__ = self._parent()
+        parent._modules = dict(
+            self._modules
+        )  # in which PyTorch replaces those that have the method
         prepare = getattr(parent, "__prepare_scriptable__", None)
         return parent if prepare is None else prepare()

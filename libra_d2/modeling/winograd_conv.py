@@ -4,8 +4,8 @@
 
 For each pixel and each pair of an input and an output channel, a 3x3 convolution takes nine
 multiplications, and Winograd's algorithm with tiles of 6 x 6 pixels less than two. PyTorch contains
-NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too. The gradient
-of the weights is this project's own.
+NNPACK, which implements it, but prefers oneDNN. NNPACK uses AVX2, oneDNN AVX-512, too, which is
+twice as fast on most processors that have it. The gradient of the weights is this project's own.
 """
 
 from functools import cache, partial
@@ -14,12 +14,11 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from detectron2.layers import Conv2d
 
 from .folded_conv import FoldedConv2d
-from .replacement import Replacement, is_captured
+from .replacement import Replacement, is_ordinary
 from .winograd_gradient import weight_gradient
 
 __all__ = ["WinogradConv2d", "can_gain", "is_available"]
@@ -43,8 +42,20 @@ _TILE = 6
 
 @cache
 def is_available() -> bool:
-    """Whether this CPU gains: it has AVX2, but not AVX-512. Asking initializes NNPACK."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" and torch._nnpack_available()
+    """
+    Whether this CPU gains: it has AVX2, and AVX-512 either not at all or as AMD's Zen 4, which
+    executes an instruction of 512 bits in two steps. Asking initializes NNPACK.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    has_slow_avx512 = capability == "AVX512" and _is_zen4()
+    return (capability == "AVX2" or has_slow_avx512) and torch._nnpack_available()
+
+
+def _is_zen4() -> bool:
+    """Of AMD's processors (SSE4a), the first with AVX-512. Old versions of PyTorch do not know."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    is_amd, is_zen5 = has.get("sse4a", False), has.get("avx512_vp2intersect", False)
+    return is_amd and has.get("avx512_f", False) and not is_zen5
 
 
 def _convolve(
@@ -111,13 +122,13 @@ class _WinogradFunction(torch.autograd.Function):
 class WinogradConv2d(Replacement, Conv2d):
     """
     3x3 :class:`Conv2d` of stride 1 that uses Winograd's algorithm where that is faster: in float32,
-    on CPUs with AVX2 but not AVX-512, for features of at least 2^18 numbers and 512 pixels. The
-    gradient of the weights uses it for at least 64 channels, the convolution and the gradient of
-    its input for at least 128, unless there is a norm. The numbers are the same but for rounding
-    errors: those of the gradient of the weights are like the parent's, the others about 1e-5 of the
-    largest number instead of 1e-6. Without a norm, the channels of the result are last in memory
-    only for large images whose channels are. It cannot be differentiated twice, nor in forward
-    mode. NNPACK keeps a buffer in each thread that calls it.
+    on CPUs with AVX2 (see :func:`is_available`), for features of at least 2^18 numbers and 512
+    pixels. The gradient of the weights uses it for at least 64 channels, the convolution and the
+    gradient of its input for at least 128, unless there is a norm. The numbers are the same but for
+    rounding errors: those of the gradient of the weights are like the parent's, the others about
+    1e-5 of the largest number instead of 1e-6. Without a norm, the channels of the result are last
+    in memory only for large images whose channels are. It cannot be differentiated twice, nor in
+    forward mode. NNPACK keeps a buffer in each thread that calls it.
 
     Elsewhere, and in traces, scripts, compiled graphs, functorch's transforms and dispatch modes,
     it is the parent.
@@ -145,11 +156,7 @@ class WinogradConv2d(Replacement, Conv2d):
         return None if convolve is None else _WinogradFunction.apply(x, weight, bias, convolve)
 
     def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
-        if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
-            return None
-        if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
-            return None
-        if torch.is_autocast_enabled("cpu"):
+        if not is_ordinary(x):
             return None
         has_type = x.dtype == weight.dtype == _DTYPE
         is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
