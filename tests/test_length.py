@@ -48,6 +48,16 @@ def test_epochs(epochs, period, expected, caplog):
     assert f"{expected[0]} iterations of 4 images: {found:.3g} epochs of 12 imag" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "expected"), [(7, 58, 7, 58), (1.1, 100, 1, 110)]
+)
+def test_exact_epochs(epochs, images, batch, expected):
+    """In floating point numbers, 58 / 7 * 7 and 1.1 * 100 are a little more than 58 and 110."""
+    recipe = recipe_of(MODEL__LIBRA__TRAINER__EPOCHS=float(epochs), SOLVER__IMS_PER_BATCH=batch)
+    set_length(recipe, images)
+    assert recipe.max_iter == expected
+
+
 def test_no_step_and_no_validation_data():
     """
     Steps that become 0 are left out, and those that become equal are one; without data, nothing is

@@ -15,6 +15,7 @@ from libra_d2.config import make_recipe, read_recipe
 from libra_d2.config.reading import is_lazy_config
 from libra_d2.engine import read_config
 from libra_d2.errors import InputError
+from libra_d2.model_zoo import find_config
 
 LAZY = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
 
@@ -258,6 +259,28 @@ def test_named_length(tmp_path):
     named = ["SOLVER.MAX_ITER", "5"]
     for options, expected in (([], 3), (named, 0), ([*named, epochs, "2"], 2)):
         assert read_config(str(path), options).epochs == expected
+
+
+def test_added_keys():
+    """What Hydra's "+" sets on the command line is named, too."""
+    config = "COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
+    epochs = ["train.epochs=3.0"]
+    assert read_config(config, epochs).epochs == 3
+    assert read_config(config, ["+train.max_iter=5"]).epochs == 0
+    assert read_config(config, [*epochs, "+train.max_iter=5"]).epochs == 3
+    with pytest.raises(InputError, match="train.device is 'cuda'"):
+        read_config(config, ["+train.device=cuda"])
+
+
+@pytest.mark.parametrize(
+    "path", ["a/b", "a(1)", "a,b=c", "x'y", "\\", "a\\\\'b\\'", "5", "null", "~", "$x y"]
+)
+def test_options_of_lazy_configs(path):
+    """A value reaches the config whatever is in it."""
+    config = "COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
+    options = read_config(config, []).options({"weights": path, "seed": 3})
+    config = LazyConfig.apply_overrides(LazyConfig.load(find_config(config)), options)
+    assert (config.train.init_checkpoint, config.train.seed) == (path, 3)
 
 
 def test_base_in_the_home_directory(tmp_path, monkeypatch):

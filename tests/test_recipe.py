@@ -473,7 +473,7 @@ def test_left_out():
     ("language", "line", "options"),
     [
         ("yaml", "\nSEED: 8\n", "OUTPUT_DIR a SEED 3"),
-        ("lazy", "  seed: 8\n", "train.output_dir=a train.seed=3"),
+        ("lazy", "  seed: 8\n", "train.output_dir='a' train.seed=3"),
     ],
 )
 def test_copy_freeze_and_dump(language, line, options):

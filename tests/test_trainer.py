@@ -451,6 +451,14 @@ def test_loss_that_is_not_finite(toy_data, tmp_path):
     assert re.fullmatch(pattern, str(error.value))
 
 
+def test_failure_in_the_last_iteration(toy_data, tmp_path):
+    """Nothing is evaluated, or written as if the training were complete."""
+    with pytest.raises(InputError, match="a loss is not finite at iteration 10 "):
+        run(tmp_path, until=10, action=spoil)
+    assert not list(tmp_path.glob("model_final*"))
+    assert [x["iteration"] for x in lines(tmp_path) if "bbox/AP" in x] == [2, 5, 8]
+
+
 def test_other_optimizer(toy_data, tmp_path):
     """
     A checkpoint of other parameters, or of more iterations, is refused in one line. The config's
@@ -654,8 +662,8 @@ def test_signals(whole, tmp_path, capsys, until, evaluation, saved, number):
     assert printed.endswith(message)
     assert printed.count("stopped after") == 1
     saved_files = {p.name for p in tmp_path.glob("*.pth")} - {"model_best.pth"}
-    last = {f"model_{saved:07d}.pth"} if saved < 10 else {"model_final.pth", "model_final_ema.pth"}
-    assert saved_files == last
+    last = [f"model_{saved:07d}.pth"] if saved < 10 else ["model_final.pth"]
+    assert saved_files == {*last, *(["model_final_ema.pth"] if evaluation == 7 else [])}
     assert not any("bbox/AP" in x for x in lines(tmp_path) if x["iteration"] == saved)
     run(tmp_path, *opts, seed=99)
     assert weights(tmp_path) == weights(whole)

@@ -54,6 +54,14 @@ _NO_LIMIT = 2**31 - 1  # of ResizeShortestEdge, in pixels
 _ARCHITECTURES = ("LibraRetinaNet", "RetinaNet", "ProposalNetwork", "PanopticFPN")
 
 
+def _quoted(value: Any) -> Any:
+    """A value as the command line of a LazyConfig takes it."""
+    if not isinstance(value, str):
+        return value
+    # A quote is escaped by a backslash; those before a quote are doubled.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
 def _mapper(is_train: bool) -> str:
     return f"dataloader.{'train' if is_train else 'test'}.mapper"
 
@@ -229,7 +237,7 @@ class LazyRecipe(Recipe):
                     raise InputError(f"{place} is null: leave it out, or give it a value")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
-        return [f"{self.name_of(name)}={value}" for name, value in settings.items()]
+        return [f"{self.name_of(name)}={_quoted(value)}" for name, value in settings.items()]
 
     def check_parts(self, train: bool) -> None:
         """

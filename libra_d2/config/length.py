@@ -3,6 +3,7 @@
 
 import logging
 import math
+from fractions import Fraction
 
 from .recipe import Recipe
 
@@ -27,11 +28,14 @@ def set_length(recipe: Recipe, num_images: int) -> None:
         recipe: changed in place.
         num_images: that are trained on.
     """
-    per_epoch = num_images / recipe.batch_size
+    per_epoch = Fraction(num_images, recipe.batch_size)
     steps = recipe.get("SOLVER.STEPS", ())
     late = [step for step in steps if step >= recipe.max_iter]
     if recipe.epochs > 0:
-        before, recipe.max_iter = recipe.max_iter, math.ceil(recipe.epochs * per_epoch)
+        before, recipe.max_iter = (
+            recipe.max_iter,
+            math.ceil(Fraction(str(recipe.epochs)) * per_epoch),
+        )
         if recipe.has("SOLVER.STEPS"):
             scaled = {round(step / before * recipe.max_iter) for step in steps}
             recipe.set("SOLVER.STEPS", tuple(sorted(x for x in scaled if 0 < x < recipe.max_iter)))
@@ -41,7 +45,7 @@ def set_length(recipe: Recipe, num_images: int) -> None:
         if recipe.eval_period == 0 and recipe.test_datasets:
             recipe.eval_period = math.ceil(per_epoch)
             recipe.checkpoint_period = recipe.eval_period
-    max_iter, epochs = recipe.max_iter, recipe.max_iter / per_epoch
+    max_iter, epochs = recipe.max_iter, float(recipe.max_iter / per_epoch)
     logger.info(
         f"The training has {max_iter} iterations of {recipe.batch_size} images: {epochs:.3g} "
         f"epochs of {num_images} images"

@@ -123,7 +123,7 @@ def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
             recipe: Recipe = LazyRecipe(_read_lazy(path, options, name))
     else:
         recipe = YamlRecipe(_read_yaml(path, options, name))
-    named = {str(option).split("=")[0] for option in options}
+    named = {str(option).lstrip("+").split("=")[0] for option in options}
     if recipe.device == "cuda" and recipe.name_of("device") not in named:
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.name_of("max_iter") in named and recipe.name_of("epochs") not in named:

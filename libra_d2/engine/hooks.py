@@ -330,7 +330,7 @@ class AverageWeights(HookBase):
 
     def after_train(self) -> None:
         """Write the averaged weights if the training is complete."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
+        if self.trainer.iter >= self.trainer.max_iter:
             checkpointer = LibraCheckpointer(
                 *(self.model, self.output_dir), tag=False, **self.checkpointables
             )

@@ -247,13 +247,13 @@ class Trainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})  # the parent's name
 
     @property
-    def _is_stopping(self) -> bool:
-        """Whether a signal stops the training in its last iteration, which is evaluated later."""
-        return self._stop.received is not None and self.iter == self.max_iter - 1
+    def _is_unfinished(self) -> bool:
+        """Whether an error or a signal has ended the training in its last iteration."""
+        return self.iter == self.max_iter - 1
 
     def _evaluate(self) -> Mapping[str, Any]:
         """Evaluate; if that fails, save the training first, from where it is evaluated again."""
-        if self._evaluated == self.iter or self._is_stopping:
+        if self._evaluated == self.iter or self._is_unfinished:
             return {}  # nothing new
         with self._resume.held():
             try:
@@ -283,7 +283,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def _evaluate_with_tta(self) -> Mapping[str, Any]:
-        if self._is_stopping:
+        if self._is_unfinished:
             return {}
         with keep_random_state():
             results = self.test_with_TTA(self.cfg, self.model)
