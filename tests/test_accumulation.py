@@ -99,6 +99,8 @@ class Sampling(nn.Module):
         storage = get_event_storage()
         storage.put_scalar("number", number)
         storage.put_scalar("early" if x[0] < 5 else "late", x[0])
+        if storage.iter % 20 == 0:
+            storage.put_image(f"{x[0].item()}", torch.zeros(3, 2, 2, dtype=torch.uint8))
         loss = (self.weight * x * used).sum() / mean_over_batch(number, self)
         loss.requires_grad and loss.register_hook(
             lambda gradient: 0 * torch.rand(5).sum() + gradient
@@ -126,8 +128,10 @@ def test_step(amp):
     assert len(set(numbers)) > 1
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(4)
-    with EventStorage() as storage:
+    with EventStorage(40) as storage:
         trainer.run_step()
+    pictures = [(name, iteration) for name, _, iteration in storage._vis_data]
+    assert pictures == [(name, 40) for name in ("1.0", "4.0", "16.0")]
     sums = [(x * u).sum().item() for x, u in zip(parts, used)]
     gradients = [a / (sum(numbers) / 3) + x[0].item() for a, x in zip(sums, parts)]
     assert model.weight.item() == pytest.approx(1.5 - 0.1 * sum(gradients) / 3, rel=1e-6)

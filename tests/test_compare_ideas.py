@@ -337,6 +337,9 @@ def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
         (tmp_path / "summary/results.md").read_text()
     )
     assert "--train-json" not in trainings[0][2]
+    own = own_data(synthetic, "val")  # may also be evaluated on
+    main([str(x) for x in [*own, *command[:3], 2, *command[4:], *opts, "('one',)"]])
+    assert f"on `{own[1]}`" in (tmp_path / "summary/results.md").read_text()
     for test, more, message in (
         ("('one', 'two')", [], "variants are compared on one dataset"),
         ("('two',)", ["--variant", "a", "DATASETS.TEST", "('one',)"], "evaluate all on the same"),

@@ -101,7 +101,14 @@ def test_hash(server, digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model_final_280758.pkl", "a-1234567.pth", "a-12345678-b.pth", "a-1234567g.pth"]
+    "name",
+    [
+        "model_final_280758.pkl",
+        "a-1234567.pth",
+        "a-12345678-b.pth",
+        "a-1234567g.pth",
+        "a-20241231.pth",
+    ],
 )
 def test_names_without_hash(server, name):
     """Such files are not checked."""

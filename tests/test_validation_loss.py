@@ -30,6 +30,7 @@ class Detector(nn.Module):
         self.drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
         assert not self.head(self.backbone(torch.rand(2, 2, 3, 3))).requires_grad
         a, b = (torch.tensor([x[i] for x in batch], dtype=torch.float64) for i in (0, 1))
+        assert get_event_storage().iter % 20 != 0  # or pictures would be drawn
         get_event_storage().put_scalars(**{"roi_head/max": a.max().item(), "other": 1.0})
         if b.max() > 0:
             get_event_storage().put_scalar("roi_head/b", 8.0)

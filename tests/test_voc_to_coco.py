@@ -160,6 +160,16 @@ def test_names_in_other_scripts(encoding, voc):
     assert [category["name"] for category in dataset["categories"]] == ["猫"]
 
 
+def test_subfolders(voc):
+    """Their files are converted, too; the images are in the same subfolders."""
+    for name in ("Annotations/sub/b.xml", "JPEGImages/sub/b.png"):
+        (voc / name).parent.mkdir()
+        shutil.copy(voc / name.replace("sub/", ""), voc / name)
+    names = [x["file_name"] for x in run(voc)["images"]]
+    assert len(names) == 3
+    assert names[1:] == ["b.png", "sub/b.png"]
+
+
 @pytest.mark.parametrize(
     "output",
     [

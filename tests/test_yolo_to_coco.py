@@ -49,6 +49,7 @@ def test_convert(yolo, names, capsys):
     assert box["iscrowd"] == 0
     assert polygon["segmentation"] == [pytest.approx([4, 4, 20, 4, 20, 18, 12, 20])]
     assert polygon["bbox"] == pytest.approx([4, 4, 16, 16])
+    assert polygon["area"] == pytest.approx(16 * 16 - 8 * 16 / 2 - 8 * 2 / 2)  # without its corners
     assert other["bbox"] == pytest.approx([9, 0, 2, 20])
     paths = (str(yolo / "out.json"), str(yolo / "images"), str(yolo))
     assert register_coco_json("test_yolo_to_coco", *paths) == ["cat", "dog"]

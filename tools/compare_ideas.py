@@ -195,8 +195,8 @@ def begin(args: argparse.Namespace, recipe: Recipe, variant: Variant, seed: int)
     """
     folder = run_folder(args, variant.name, seed)
     run = read_config(variant.config_file, run_options(args, variant, seed))
-    names = ("train_datasets", "test_datasets", "train_proposals", "test_proposals")
-    for name in names if args.train_json else ():
+    own = {"train": args.train_json, "test": args.val_json}
+    for name in (f"{split}_{x}" for split in own if own[split] for x in ("datasets", "proposals")):
         if getattr(recipe, name):
             setattr(run, name, getattr(recipe, name))
     if tuple(run.test_datasets) != tuple(recipe.test_datasets):

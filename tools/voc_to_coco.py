@@ -6,9 +6,9 @@ Convert annotations in Pascal VOC's format, with one XML file for each image, to
     python tools/voc_to_coco.py --annotations Annotations/ --list ImageSets/Main/train.txt \
         --images JPEGImages/ --output train.json
 
-Without --list, all XML files are converted. The classes are those in the files, sorted by name. Use
---classes to set them if a split may not contain all of them. Objects marked as difficult become
-crowd regions, which are ignored in training and evaluation.
+Without --list, all XML files are converted, those in subfolders too. The classes are those in the
+files, sorted by name. Use --classes to set them if a split may not contain all of them. Objects
+marked as difficult become crowd regions, which are ignored in training and evaluation.
 """
 
 import argparse
@@ -164,8 +164,7 @@ def convert(
 def run(args: argparse.Namespace) -> None:
     """Read, convert, and write a dataset."""
     annotations, images = Path(args.annotations), Path(args.images)
-    found = find_xml_files(annotations)
-    files = [path for path in found if path.parent == annotations]
+    files = found = find_xml_files(annotations)
     if args.list:
         try:
             # VOC's lists of a single class have a second column.

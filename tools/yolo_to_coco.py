@@ -84,18 +84,20 @@ def read_object(line: str, num_classes: int, size: Tuple[int, int]) -> Dict[str,
     points = np.array(values, dtype=float).reshape(-1, 2)
     if not (np.abs(points - 0.5) <= 0.5 + _SLACK).all():
         raise ValueError("coordinates must be shares of the width and height, from 0 to 1")
-    points, polygon = points * size, []
+    points, polygon, area = points * size, [], None
     if len(points) == 2:
         center, extent = points
         points = np.stack([center - extent / 2, center + extent / 2])
     else:
         points = points.clip(0, size)
         polygon = [points.ravel().tolist()]
+        x, y = points.T
+        area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
     low, high = points.min(0), points.max(0)
     return {
         "category_id": int(number) + 1,
         "bbox": [*low.tolist(), *(high - low).tolist()],
-        "area": float(np.prod(high - low)),
+        "area": float(np.prod(high - low) if area is None else area),
         "segmentation": polygon,
         "iscrowd": 0,
     }

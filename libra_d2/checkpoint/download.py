@@ -13,11 +13,14 @@ from ..utils.digest import sha256
 
 __all__ = ["fetch"]
 
+_DATE = r"20\d\d[01]\d[0-3]\d"  # such as 20240115
+
 
 def fetch(url: str) -> str:
     """
     Download a file to Detectron2's cache unless it is there. If its name ends in a hash, such as
-    ``model-3afee3a9.pth``, its SHA-256 must start with it; otherwise it is removed.
+    ``model-3afee3a9.pth``, its SHA-256 must start with it; otherwise it is removed. Eight digits
+    that are a date are not a hash.
 
     Args:
         url: "http://..." or "https://...".
@@ -36,7 +39,7 @@ def fetch(url: str) -> str:
         raise OSError(
             f"{url} could not be downloaded ({e}). If you fetch it by hand, put it at {cached}"
         ) from e
-    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    match = re.search(rf"-(?!{_DATE}\.)([0-9a-f]{{8,64}})\.\w+$", url)
     if match is None:
         return path
     digest = sha256(path)

@@ -24,6 +24,18 @@ Inputs = List[Dict[str, Any]]
 Losses = Dict[str, torch.Tensor]
 
 
+class _MicroBatchStorage(EventStorage):
+    """Holds the scalars of a micro-batch; pictures are those of the training."""
+
+    def __init__(self) -> None:
+        self._training = get_event_storage()
+        super().__init__(self._training.iter)
+
+    def put_image(self, img_name: str, img_tensor: torch.Tensor) -> None:
+        """See :meth:`EventStorage.put_image`."""
+        self._training.put_image(img_name, img_tensor)
+
+
 class AccumulationTrainer(SimpleTrainer):
     """
     :class:`SimpleTrainer` that splits each batch into micro-batches and accumulates their gradients
@@ -90,7 +102,8 @@ class AccumulationTrainer(SimpleTrainer):
         for i, (micro_batch, state) in enumerate(zip(micro_batches, states)):
             set_random_state(state)
             is_last = i == len(micro_batches) - 1
-            with normalizers.active(), EventStorage() as storage, self._synchronized(is_last):
+            storage = _MicroBatchStorage()
+            with normalizers.active(), storage, self._synchronized(is_last):
                 losses.append(self._forward(micro_batch))
                 self._backward(sum(losses[-1].values()) / len(micro_batches))
             scalars.append({name: value for name, (value, _) in storage.latest().items()})
@@ -110,7 +123,8 @@ class AccumulationTrainer(SimpleTrainer):
         is_parallel = isinstance(self.model, DistributedDataParallel)
         model = self.model.module if is_parallel else self.model
         states: List[Dict[str, Any]] = []
-        with normalizers.active(), EventStorage(), _frozen_statistics(model), self.autocast():
+        # At iteration 0, Detectron2 draws predictions.
+        with normalizers.active(), EventStorage(1), _frozen_statistics(model), self.autocast():
             for micro_batch in micro_batches:
                 states.append(get_random_state())
                 model(micro_batch)

@@ -56,7 +56,7 @@ def validation_losses(
     # Losses are normalized without other processes, which may have another number of batches.
     with _computing_losses(model), seeded(0), Normalizers().active():
         for batch in batches:
-            with EventStorage() as storage:
+            with EventStorage(1) as storage:  # at iteration 0, Detectron2 draws predictions
                 losses = {name: loss.item() for name, loss in model(batch).items()}
             values = {"total_loss": sum(losses.values()), **losses}
             for name, (value, _) in storage.latest().items():
