@@ -72,6 +72,7 @@ def test_convert(yolo, names, capsys):
         ("labels/a.txt", "0 x 0 1 1", "a.txt: line 1: could not convert"),
         ("labels/c.txt", "", "c.txt: there is no image for it"),
         ("images/c.png", "not an image", "c.png: not a readable image"),
+        ("images/a.png", "", "images/a.jpg have the same text file: remove one"),
         ("data.yaml", "names: {1: cat, 2: dog}", "data.yaml: 'names' must be a list, or a map"),
         ("data.yaml", "nc: 2", "data.yaml: 'names' must be"),
         ("data.yaml", "names: ab", "data.yaml: 'names' must be"),

@@ -324,8 +324,8 @@ def say_how_many_seeds(args: argparse.Namespace, variants: List[Variant]) -> Non
         value = vars(args)[option]
         if value is not None and not 0 < value < 100:
             raise InputError(f"--{option} is {value:g}: use a difference in AP above 0")
-    found = sorted(int(x.name[5:]) for x in Path(args.output).glob("*/seed_*") if is_finished(x))
-    args.seeds = list(dict.fromkeys(found))
+    folders = filter(is_finished, Path(args.output).glob("*/seed_*"))
+    args.seeds = sorted({int(x.name[5:]) for x in folders if x.name[5:].isdecimal()})
     own, freedom = pair_deviation(finished_runs(args, variants), reference_of(variants))
     deviation, source = args.deviation, "--deviation"
     if deviation is None and own:

@@ -145,6 +145,10 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
         raise InputError(f"--labels: {labels}: there are no text files in it")
     for path in sorted(found.difference(label_of.values())):
         raise InputError(f"{path}: there is no image for it in {images}")
+    image_of: Dict[Path, Path] = {}
+    for path, label in label_of.items():
+        if image_of.setdefault(label, path) != path:
+            raise InputError(f"{path} and {image_of[label]} have the same text file: remove one")
     dataset = {
         "images": [],
         "annotations": [],

@@ -55,12 +55,18 @@ class PredictionPictures(DatasetEvaluator):
         self.num_images = num_images
         self.score_thresh = score_thresh
         self.min_size = min_size
-        self.metadata = display_metadata(MetadataCatalog.get(dataset_name))
+        metadata = MetadataCatalog.get(dataset_name)
+        self.metadata, self.image_root = display_metadata(metadata), metadata.get("image_root")
         self.ground_truth = {d["image_id"]: d for d in DatasetCatalog.get(dataset_name)}
         self.num_drawn = 0
 
     def reset(self) -> None:
         self.num_drawn = 0
+
+    def _name_of(self, image: str) -> str:
+        """Of a picture: the image's path in the folder of the dataset, if it has one."""
+        path = os.path.relpath(image, self.image_root or os.path.dirname(image))
+        return os.path.splitext(path)[0].replace(os.sep, "-")
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
         """See :meth:`DatasetEvaluator.process`. Outputs without detections are not drawn."""
@@ -79,7 +85,7 @@ class PredictionPictures(DatasetEvaluator):
                 instances[instances.scores >= self.score_thresh]
             )
             truth = Panel(*arguments).draw_dataset_dict(self.ground_truth[input["image_id"]])
-            name = os.path.splitext(os.path.basename(input["file_name"]))[0]
+            name = self._name_of(input["file_name"])
             picture = join_panels(
                 [predictions.get_image(), truth.get_image()], ["detections", "ground truth"]
             )
