@@ -139,12 +139,26 @@ def test_parent(change, parents):
     assert parents == [fused[0]]
 
 
-def test_mixed_precision(parents):
-    _, fused, x = make_stage(1)
-    parents.clear()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert fused(x).dtype == torch.bfloat16
-    assert parents == [fused[0]]
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision(dtype, has_bfloat16, parents, monkeypatch):
+    """In bfloat16 where the processor has it; the input stays."""
+    if has_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no instructions for bfloat16")
+    is_supported = lambda: has_bfloat16  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", is_supported)
+    plain, fused, x = make_stage()
+    before = x.clone()
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        expected = plain(x)
+        parents.clear()
+        found = fused(x)
+    is_fused = has_bfloat16 and dtype == torch.bfloat16
+    assert parents == ([] if is_fused else [*fused])
+    assert found.dtype == expected.dtype == dtype
+    # Eight bits of each number are kept, in each of nine convolutions.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    assert x.equal(before)
 
 
 def test_frozen_in_training(parents):

@@ -21,21 +21,21 @@ def _relu_of(
     The ReLU of a folded convolution, to which ``shortcut`` is added: it is overwritten by the
     result. These operations are those of the graphs that ``torch.compile`` makes for CPUs.
     """
-    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    folded = [tensor.to(x.dtype) for tensor in conv.fold()]
+    arguments = (x, *folded, conv.padding, conv.stride, conv.dilation, conv.groups)
     if shortcut is None:
-        convolve = torch.ops.mkldnn._convolution_pointwise.default
-        return convolve(x, *conv.fold(), *geometry, "relu", [], None)
+        return torch.ops.mkldnn._convolution_pointwise.default(*arguments, "relu", [], None)
     convolve = torch.ops.mkldnn._convolution_pointwise_.binary
-    return convolve(shortcut, x, *conv.fold(), *geometry, "add", None, "relu", [], None)
+    return convolve(shortcut, *arguments, "add", None, "relu", [], None)
 
 
 class FusedBottleneck(Replacement, BottleneckBlock):
     """
     :class:`BottleneckBlock` whose shortcut is added, and whose ReLUs are applied, while oneDNN
-    writes the result of a convolution: each takes a pass over the features otherwise. In float32,
-    on CPUs, where norms can be folded (see :class:`FoldedConv2d`), channels are last in memory,
-    and no gradients are computed. Elsewhere, with hooks on one of its convolutions, and in traces,
-    scripts and compiled graphs, it is the parent.
+    writes the result of a convolution: each takes a pass over the features otherwise. On CPUs, in
+    float32 and bfloat16, where norms can be folded (see :class:`FoldedConv2d`), channels are last
+    in memory, and no gradients are computed. Elsewhere, with hooks on one of its convolutions, and
+    in traces, scripts and compiled graphs, it is the parent.
     """
 
     def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
@@ -46,6 +46,8 @@ class FusedBottleneck(Replacement, BottleneckBlock):
         """
         if not self._can_fuse(x):
             return super().forward(x)
+        own = x.to(_type_of_results(x))
+        x, overwrite = own, overwrite or own is not x
         out = _relu_of(self.conv2, _relu_of(self.conv1, x))
         if self.shortcut is not None:
             shortcut = self.shortcut(x)
@@ -56,7 +58,11 @@ class FusedBottleneck(Replacement, BottleneckBlock):
     def _can_fuse(self, x: torch.Tensor) -> bool:
         if not is_ordinary(x) or not torch.backends.mkldnn.is_available():
             return False
-        if x.dtype != torch.float32 or not x.is_contiguous(memory_format=torch.channels_last):
+        dtype = _type_of_results(x)
+        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16):
+            return False
+        if not x.is_contiguous(memory_format=torch.channels_last):
             return False
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *self.parameters())
@@ -64,6 +70,10 @@ class FusedBottleneck(Replacement, BottleneckBlock):
             return False
         convs = (self.conv1, self.conv2, self.conv3, self.shortcut)
         return all(_is_known(conv) for conv in convs if conv is not None)
+
+
+def _type_of_results(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _is_known(conv: nn.Module) -> bool:

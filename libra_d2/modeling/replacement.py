@@ -18,14 +18,12 @@ def is_captured() -> bool:
 
 def is_ordinary(x: torch.Tensor) -> bool:
     """
-    Whether operations on ``x`` are computed on the CPU in its own type, and neither recorded nor
-    changed by functorch's transforms or a dispatch mode.
+    Whether operations on ``x`` are computed on the CPU, and neither recorded nor changed by
+    functorch's transforms or a dispatch mode.
     """
     if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
         return False
-    if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
-        return False
-    return not torch.is_autocast_enabled("cpu")
+    return not (torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode())
 
 
 def has_hooks(module: nn.Module) -> bool:

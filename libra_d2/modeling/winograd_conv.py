@@ -156,7 +156,7 @@ class WinogradConv2d(Replacement, Conv2d):
         return None if convolve is None else _WinogradFunction.apply(x, weight, bias, convolve)
 
     def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
-        if not is_ordinary(x):
+        if not is_ordinary(x) or torch.is_autocast_enabled("cpu"):
             return None
         has_type = x.dtype == weight.dtype == _DTYPE
         is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
