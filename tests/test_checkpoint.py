@@ -284,7 +284,8 @@ def test_last_checkpoint(tmp_path, tag, found, caplog, monkeypatch):
 @pytest.mark.parametrize("missing", [True, False])
 def test_resume_past_a_broken_file(tmp_path, missing, caplog):
     """The newest of the others is loaded, and the broken one is named."""
-    checkpointer, model, optimizer = checkpoints(tmp_path, "c", "d", "a", "model_best", "b")
+    ema = ["model_final_ema"]
+    checkpointer, model, optimizer = checkpoints(tmp_path, "c", "d", "a", "model_best", *ema, "b")
     broken = tmp_path / "b.pth"
     broken.unlink() if missing else broken.write_bytes(broken.read_bytes()[:800])
     assert checkpointer.resume_or_load("", resume=True)["iteration"] == 30

@@ -122,7 +122,10 @@ def test_values(key, legal, illegal, rule):
         (["SOLVER.LR_SCHEDULER_NAME", "Warmup"], "SOLVER.LR_SCHEDULER_NAME 'Warmup' with SOLVER.S"),
         (["SOLVER.STEPS", "(600, 400)"], "SOLVER.STEPS (600, 400) cannot be used: "),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu': "),
-        ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", "(8,)"], "is (8,): use two sizes"),
+        *(
+            ([SAMPLING, "range", "INPUT.MIN_SIZE_TRAIN", x], f"is {x}: use two sizes")
+            for x in ("(8,)", "(8, 9, 10)")
+        ),
         ([f"{TRAINER}.BEST_METRIC", "bbox/AP"], f"{TRAINER}.BEST_METRIC needs evaluations: set "),
         ([f"{TRAINER}.PATIENCE", 1], f"{TRAINER}.PATIENCE needs evaluations: set TEST.EVAL_PERIOD"),
     ],

@@ -213,7 +213,7 @@ ONE = torch.ones(1)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"meta": {"mmdet_version": "1.2.0"}, "state_dict": STATE}, OLD),
+        *(({"meta": {"mmdet_version": x}, "state_dict": STATE}, OLD) for x in ("1.2.0", "0.6.0")),
         ({**STATE, "bbox_head.fc_cls.weight": ONE}, OLD),
         ({**STATE, "bbox_head.shared_fcs.0.weight": ONE}, OLD),
         ({}, "not a checkpoint: there are no weights in it"),

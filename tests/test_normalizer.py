@@ -22,18 +22,24 @@ def another_process(monkeypatch, number):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(number))
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize(("other", "expected"), [(None, [4.0, 40.0]), (30, [17.0, 35.0])])
-def test_micro_batches(monkeypatch, other, expected):
-    """Each of two heads has its own mean over three micro-batches, in any order of use."""
+def test_micro_batches(monkeypatch, other, expected, is_shared):
+    """
+    Each of two heads has its own mean over three micro-batches, in any order of use; the second one
+    over all processes or its own.
+    """
     if other is not None:
         another_process(monkeypatch, other)
     normalizers, heads = Normalizers(), (nn.Identity(), nn.Identity())
+    heads[1].normalize_over = "batch" if is_shared else "process"
     with normalizers.active():
         for numbers in ((1, 10), (3, 20), (8, 90)):
             assert is_batch_divided()
             for number, head in zip(numbers, heads):
                 assert mean_over_batch(torch.tensor(number), head) == number
     normalizers.finish()
+    expected = expected if is_shared else [expected[0], 40]
     for order in (1, -1):
         with normalizers.active():
             found = [mean_over_batch(torch.tensor(9), head).item() for head in heads[::order]]

@@ -600,7 +600,9 @@ def test_loaders(language, tmp_path):
     expected = cv2.resize(pixels, (42, 35), interpolation=cv2.INTER_LINEAR)
     if recipe.image_format == "RGB":
         expected = expected[:, :, ::-1]
-    for loader in (recipe.build_train_loader(0), recipe.build_test_loader(name)):
+    training = recipe.build_train_loader(7)
+    assert training.state_dict()["seed"] == 7
+    for loader in (training, recipe.build_test_loader(name)):
         (found,) = next(iter(loader))
         assert np.array_equal(found["image"].permute(1, 2, 0).numpy(), expected)
 
@@ -720,6 +722,7 @@ def test_images_to_train_on(filter_empty, keypoint_on, least, expected):
     MetadataCatalog.get("recipe_images").set(keypoint_names=["a", "b"], keypoint_flip_map=[])
     recipe = make("yaml")
     recipe.train_datasets, recipe.batch_size = ("recipe_images",), 1
+    recipe.train_proposals = ("none.pkl",)  # which an RPN does not read
     recipe.config.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
     recipe.config.MODEL.KEYPOINT_ON = keypoint_on
     recipe.config.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = least

@@ -16,11 +16,15 @@ from PIL import Image
 
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 
+import libra_d2.engine.main
 from libra_d2.config import make_recipe
-from libra_d2.engine import read_config, register_own_data
+from libra_d2.engine import Trainer, prepare_proposal_files, read_config, register_own_data
 from libra_d2.engine.arguments import add_data_arguments, config_argument_parser
-from libra_d2.engine.main import main
+from libra_d2.engine.main import evaluate, main
+from libra_d2.engine.setup import run_inputs
+from libra_d2.errors import InputError
 
 TINY = [
     *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "INPUT.MIN_SIZE_TRAIN"),
@@ -324,6 +328,53 @@ def test_files_of_a_training(small, tmp_path):
     assert given.read_text() == "# mine\nVERSION: 2\n"
 
 
+def test_inputs():
+    """All that a run reads, by its option or key; as many proposal files as datasets."""
+    config = "COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml"
+    opts = ["DATASETS.PROPOSAL_FILES_TRAIN", "('x',)", "DATASETS.PROPOSAL_FILES_TEST", "('y', 'z')"]
+    recipe = read_config(config, [*opts, "MODEL.WEIGHTS", "w"])
+    flags = [f"{split}_{x}" for split in ("train", "val") for x in ("json", "images", "proposals")]
+    args = {"config_file": "c", **{name: name for name in flags}}
+    assert run_inputs(recipe, argparse.Namespace(**args)) == {
+        **{f"--{name.replace('_', '-')}": value for name, value in args.items()},
+        **{"MODEL.WEIGHTS": "w", "DATASETS.PROPOSAL_FILES_TRAIN[0]": "x"},
+        **{f"DATASETS.PROPOSAL_FILES_TEST[{i}]": name for i, name in enumerate("yz")},
+    }
+    assert run_inputs(recipe, argparse.Namespace(**dict.fromkeys(args))).keys() == {
+        *(
+            "MODEL.WEIGHTS",
+            *(f"DATASETS.PROPOSAL_FILES_{x}" for x in ("TRAIN[0]", "TEST[0]", "TEST[1]")),
+        )
+    }
+    recipe.test_datasets = ("a",)
+    with pytest.raises(InputError, match=r"must name a file for each of \('a',\)"):
+        prepare_proposal_files(recipe, ("test",))
+
+
+def test_verified_in_the_main_process(monkeypatch):
+    """Other processes have no results; those of test-time augmentation must be finite, too."""
+    active = []
+
+    @contextlib.contextmanager
+    def finite(model):
+        active.append(1)
+        yield
+        active.pop()
+
+    model = torch.nn.Identity()
+    recipe = argparse.Namespace(output_dir="", test_datasets=(), config=None, tta=True)
+    recipe.build_trained_model = lambda *args, **kwargs: model
+    recipe.verify = lambda results: verified.append(results)
+    monkeypatch.setattr(libra_d2.engine.main, "finite_predictions", finite)
+    monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": len(active)})
+    monkeypatch.setattr(Trainer, "test_with_TTA", lambda *args: {"bbox_TTA": len(active)})
+    for is_main in (False, True):
+        verified = []
+        monkeypatch.setattr(comm, "is_main_process", lambda is_main=is_main: is_main)
+        assert evaluate(recipe, resume=False) == {"bbox": 1, "bbox_TTA": 1}
+        assert len(verified) == is_main
+
+
 def test_new_run_in_a_used_directory(small, tmp_path):
     """The earlier run's files are kept aside, and nothing of it shows in the new one's."""
     flags = [*own_data(small, "train", "val"), *QUICK, "OUTPUT_DIR", tmp_path]
@@ -338,6 +389,8 @@ def test_new_run_in_a_used_directory(small, tmp_path):
         for path in tmp_path.glob("model_*.pth"):
             path.unlink()
         (tmp_path / "last_checkpoint").unlink()
+    warning = f"There is no checkpoint to resume from in {tmp_path}"
+    assert (tmp_path / "log.txt").read_text().count(warning) == 1
     earlier = tmp_path / "earlier_runs"
     assert number(earlier / "1/model_final.pth") == 1.5
     assert {p.name for p in earlier.iterdir()} == {"1", "2"}

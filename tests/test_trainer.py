@@ -25,12 +25,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
+import libra_d2.engine.trainer
 from libra_d2.config import Recipe
 from libra_d2.data import register_coco_json
 from libra_d2.engine import Trainer, launch
@@ -39,6 +41,7 @@ from libra_d2.engine.hooks import Throughput
 from libra_d2.engine.resuming import _cut_metrics
 from libra_d2.engine.trainer import _Printer
 from libra_d2.errors import InputError
+from libra_d2.evaluation import build_evaluator
 from libra_d2.utils.random_state import set_random_state
 
 SECTION = "MODEL.LIBRA.TRAINER."
@@ -66,6 +69,7 @@ class Toy(DenseDetector):
 
     def forward(self, batch):
         self.sizes.append(len(batch)), self.types.add(autocast_type())
+        self.files = [x["file_name"] for x in batch]
         left = torch.stack([x["image"][:, :, :20].double().mean() / 255 for x in batch])
         number = sum(len(x["instances"]) for x in batch)
         if self.loss_normalizer:
@@ -218,17 +222,19 @@ def assert_same(out, whole):
 
 
 @pytest.mark.parametrize("until", [7, 9])
-def test_resumed(whole, tmp_path, until):
+def test_resumed(whole, tmp_path, until, caplog):
     """
     Resumed from one iteration before, with or without an evaluation there: average, best model,
     statistics, moving average, images, random numbers and medians are those of the whole training.
     """
     run(tmp_path, until=until)
+    assert "does not say which run" not in caplog.text
     assert not (tmp_path / "model_final_ema.pth").exists()
     assert until - 1 in [x["iteration"] for x in lines(tmp_path)]
     with (tmp_path / "metrics.json").open("a") as f:
         f.write('{"iteration": 1, "loss_o')  # cut short
     run(tmp_path, seed=99)
+    assert "does not say which run" not in caplog.text
     assert_same(tmp_path, whole)
 
 
@@ -395,7 +401,7 @@ def test_precise_statistics(toy_data, tmp_path):
 def test_precise_statistics_of_a_resumed_training(toy_data, tmp_path):
     """They are of the same images, whose number here is not that of a pass over the data."""
     opts = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3]
-    run(tmp_path / "whole", *opts)
+    assert run(tmp_path / "whole", *opts).model.sizes.count(3) == 11 + 4 * 3
     run(tmp_path / "resumed", *opts, until=7)
     run(tmp_path / "resumed", *opts, seed=99)
     assert_same(tmp_path / "resumed", tmp_path / "whole")
@@ -440,11 +446,12 @@ def test_predictions_that_are_not_finite(toy_data, tmp_path):
 
 def test_loss_that_is_not_finite(toy_data, tmp_path):
     """The message has the losses, the iteration, the images and the last checkpoint."""
+    spoiled = []
     with pytest.raises(InputError) as error:
-        run(tmp_path, until=4, action=spoil)
+        run(tmp_path, until=4, action=lambda trainer: (spoiled.append(trainer), spoil(trainer)))
     pattern = (
         r"a loss is not finite at iteration 4 \(loss_out [\d.]+, loss_weight inf\) for the images "
-        r"(\S+/images/\d+\.jpg, ){2}\S+/images/\d+\.jpg\. Training can be resumed "
+        rf"{', '.join(spoiled[0].model.files)}\. Training can be resumed "
         r"from \S+/model_0000003\.pth; a lower learning rate, .* \(SOLVER.BASE_LR, "
         r"SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED\)"
     )
@@ -454,8 +461,11 @@ def test_loss_that_is_not_finite(toy_data, tmp_path):
 def test_failure_in_the_last_iteration(toy_data, tmp_path):
     """Nothing is evaluated, or written as if the training were complete."""
     with pytest.raises(InputError, match="a loss is not finite at iteration 10 "):
-        run(tmp_path, until=10, action=spoil)
-    assert not list(tmp_path.glob("model_final*"))
+        run(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 100, until=10, action=spoil)
+    # The best model is none to resume from.
+    assert [x.name for x in tmp_path.glob("*") if re.search("pth|last", x.name)] == [
+        "model_best.pth"
+    ]
     assert [x["iteration"] for x in lines(tmp_path) if "bbox/AP" in x] == [2, 5, 8]
 
 
@@ -740,11 +750,15 @@ def test_loader_of_its_own(toy_data, tmp_path, caplog):
     assert cfg.SOLVER.MAX_ITER == 11
 
 
-def test_loaders(toy_data, tmp_path):
+def test_loaders(toy_data, tmp_path, monkeypatch):
     """Of training, of evaluation, and of validation losses, with annotations; other parts."""
     opts = ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 80, "DATASETS.TRAIN", ("one",)]
     opts += ["TEST.AUG.MIN_SIZES", (32,)]
-    cfg = make(tmp_path, *opts).cfg
+    cfg, seeds = make(tmp_path, *opts).cfg, set()
+    for seed in (1, 2):
+        np.random.seed(seed)
+        seeds.add(Trainer.build_train_loader(cfg).state_dict()["seed"])
+    assert len(seeds) == 2
     trained = next(iter(Trainer.build_train_loader(cfg)))
     assert [x["image"].shape for x in trained] == [(3, 64, 64)] * 3
     ((tested,),) = Trainer.build_test_loader(cfg, "one")
@@ -763,7 +777,13 @@ def test_loaders(toy_data, tmp_path):
 
     model = Trainer.build_model(cfg)
     Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+    build, limits = build_evaluator, []
+    monkeypatch.setattr(
+        libra_d2.engine.trainer, "build_evaluator", lambda *x: (limits.append(x[2]), build(*x))[1]
+    )
+    cfg.TEST.DETECTIONS_PER_IMAGE = 7
     assert OneImage.test_with_TTA(cfg, model).keys() == {"bbox_TTA"}
+    assert limits == [7]
     assert (tmp_path / "inference_TTA/coco_instances_results.json").exists()
 
 
@@ -771,6 +791,19 @@ def test_float16(toy_data, tmp_path, monkeypatch):
     """The loss is scaled."""
     monkeypatch.setattr(Recipe, "precision", torch.float16)
     assert type(make(tmp_path)._trainer) is AMPAccumulationTrainer
+
+
+class Numbered(DatasetEvaluator):
+    """Its result is its number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def process(self, inputs, outputs):
+        pass
+
+    def evaluate(self):
+        return {"bbox": {"AP": self.number}}
 
 
 @pytest.mark.parametrize(("amp", "names"), [(True, ("toy",)), (False, ("again", "toy"))])
@@ -789,7 +822,8 @@ def test_evaluation(toy_data, tmp_path, amp, names, caplog):
     opts = ["SOLVER.AMP.ENABLED", amp, "MODEL.LIBRA.NUM_PICTURES", 1, "DATASETS.TEST", names]
     model = Toy()
     model.forward = detect
-    results = Trainer.test(make(tmp_path, *opts).cfg, model)
+    cfg = make(tmp_path, *opts).cfg
+    results = Trainer.test(cfg, model)
     several = len(names) > 1
     assert seen == [(torch.bfloat16 if amp else torch.float32, True)] * (12 * len(names))
     assert list(results) == (list(names) if several else ["bbox"])
@@ -798,6 +832,9 @@ def test_evaluation(toy_data, tmp_path, amp, names, caplog):
     folders = [f"inference/{name}" for name in names] if several else ["inference"]
     assert found == {f"{folder}/coco_instances_results.json" for folder in folders}
     assert sorted(p.parent.name for p in tmp_path.glob("pictures/*/*.jpg")) == sorted(names)
+    numbers = [{"bbox": {"AP": i}} for i in range(len(names))]
+    results = Trainer.test(cfg, model, [Numbered(i) for i in range(len(names))])
+    assert (list(results.values()) if several else [results]) == numbers
 
 
 def one_of_two(*paths):
