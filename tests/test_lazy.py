@@ -13,6 +13,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import RetinaNet, StandardROIHeads, build_backbone
+from detectron2.modeling.backbone import RegNet
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
@@ -204,8 +205,11 @@ def test_recipe_without_ideas(name):
     else:
         assert type(model.proposal_generator) is LibraRPN
         assert model.proposal_generator.anchor_matcher.min_iou == 0.3
-    # Trained batch norm is left alone.
+    # Trained batch norm is left alone, and backbones that mmdetection's recipe does not know.
     assert "train_affine" not in balanced(name, reference=True).backbone
+    config = model_zoo.get_config(f"common/models/{name}.py").model
+    config.backbone.bottom_up = L(RegNet)(norm="FrozenBN")
+    assert "train_affine" not in balance(config, reference=True).backbone
 
 
 def test_what_is_left_alone():

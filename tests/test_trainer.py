@@ -337,8 +337,16 @@ def test_evaluation_that_fails(whole, tmp_path, number, iteration):
     assert trainer.results["bbox"] == {"AP": value, "AP50": variance}
 
 
-def test_evaluation_of_each_iteration(toy_data, tmp_path):
-    """Of the first as well, which is made up for; its checkpoint, written again, counts once."""
+def test_evaluation_of_each_iteration(toy_data, tmp_path, monkeypatch):
+    """
+    Of the first as well, which is made up for; its checkpoint, written again, counts once. None of
+    them ends the training because predictions are not finite.
+    """
+    asked = []
+    monkeypatch.setattr(
+        *(libra_d2.engine.trainer, "finite_predictions"),
+        lambda model, required=True: asked.append(required) or nullcontext(),
+    )
     opts = ["TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 3, f"{SECTION}VALIDATION_LOSS", False]
     opts += ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}MAX_CHECKPOINTS", 3]
     Failing.left = 1
@@ -348,6 +356,7 @@ def test_evaluation_of_each_iteration(toy_data, tmp_path):
     assert [x["iteration"] for x in lines(tmp_path) if "bbox/AP" in x] == [0, 1, 3]
     saved = sorted(p.name for p in tmp_path.glob("model_0*"))
     assert saved == [f"model_{i:07d}.pth" for i in range(3)]
+    assert asked == [False] * 4
 
 
 def test_end_early(whole, tmp_path, caplog):
