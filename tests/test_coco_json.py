@@ -318,12 +318,14 @@ def test_paths(folder):
 def test_resized(size, lengths, limit, new):
     """To 1 to 2^26 pixels; a length of 0 keeps the size."""
     limits = {"INPUT.A and INPUT.B": ((0,), 1), "INPUT.C and INPUT.D": (lengths, limit)}
-    arguments = (["a.png"] * 3, np.array([(64, 64), (64, 64), size]), "root")
+    names, sizes = ["a.png", "b.png", "c.png"], np.array([(64, 64), (64, 64), size])
+    arguments = (names, sizes, "root")
     image_checks.check_resized(*arguments, {})
     if new is None:
         image_checks.check_resized(*arguments, limits)
         return
-    message = f"root/a.png: {size[0]} x {size[1]} pixels become {new} with INPUT.C and INPUT.D "
+    name = names[sizes.tolist().index([*size])]
+    message = f"root/{name}: {size[0]} x {size[1]} pixels become {new} with INPUT.C and INPUT.D "
     with pytest.raises(InputError, match=f"{message}.{lengths[-1]}, {limit}., which no network"):
         image_checks.check_resized(*arguments, limits)
 
