@@ -59,7 +59,8 @@ def dataset():
     ]
     for annotation in annotations:
         annotation["area"] = 1
-    return {**DATASET, "images": DATASET["images"][::-1], "annotations": annotations}
+    images = [{**DATASET["images"][1], "file_name": "./b.png"}, DATASET["images"][0]]
+    return {**DATASET, "images": images, "annotations": annotations}
 
 
 def register(folder, content=None, **options):  # noqa: F811
@@ -200,6 +201,9 @@ def test_read_once(folder, counts, monkeypatch):  # noqa: F811
     os.utime(folder / "b.png", (1, 1))
     assert_read(0, ["b.png"])
     assert MetadataCatalog.get(NAME).fingerprint == fingerprint
+    image_checks.Image.new("L", (60, 60)).save(folder / "b.png")
+    os.utime(folder / "b.png", (1, 1))  # only its number of bytes is another one
+    assert_read(0, ["b.png"])
     path, other = cached_files(folder)[".records"], io.BytesIO()
     for _ in mapped_records.LAYOUT:
         np.save(other, np.frombuffer(b"{}", np.uint8))
@@ -208,9 +212,10 @@ def test_read_once(folder, counts, monkeypatch):  # noqa: F811
         assert_read(1, [])
     cached_files(folder)[".npy"].write_bytes(b"")
     assert_read(0, ["a.png", "b.png"])
-    with monkeypatch.context() as patch:  # another version
-        patch.setattr(dataset_cache, "LAYOUT", mapped_records.LAYOUT[::-1])
-        assert_read(1, ["a.png", "b.png"])
+    with monkeypatch.context() as patch:
+        for name in ("LAYOUT", "__version__"):
+            patch.setattr(dataset_cache, name, "another")
+            assert_read(1, ["a.png", "b.png"])
     (folder / "a.png").write_bytes(b"no image")
     with pytest.raises(
         InputError, match=r"a.png: not a readable image \(it has no known image format\)$"
@@ -414,6 +419,8 @@ def test_load_dataset(folder, monkeypatch, options, length):  # noqa: F811
     DatasetCatalog.register("test_cache_list", lambda: loaded.append(1) or [{"annotations": []}])
     assert load_dataset("test_cache_list", filter_empty=False) == [{"annotations": []}]
     assert len(loaded) == 1
+    with pytest.raises(AssertionError, match="No valid data"):
+        load_dataset("test_cache_list", filter_empty=False, min_keypoints=1)
     assert load_dataset([NAME, "test_cache_list"], check_consistency=False) == list(single)
     DatasetCatalog.remove("test_cache_list")
     content["categories"] = [{**x, "name": x["name"] * 2} for x in content["categories"]]
@@ -451,14 +458,19 @@ def test_registered(folder, monkeypatch):  # noqa: F811
         MetadataCatalog.remove(other)
 
 
-def test_registered_again(folder):  # noqa: F811
-    """Once more in this process; with moved images; with what cannot be cached."""
+def test_registered_again(folder, monkeypatch):  # noqa: F811
+    """Once more in this process; moved images; other versions; with what cannot be cached."""
     name, cache, content = "test_cache/again", folder / "cache", dataset()
     for root in ("a", "b"):
         register_coco_instances(name, {}, write(folder, content), root)
         for _ in range(2):
             use_cached(name, cache_registered(name, str(cache)))
         assert load_records(name)[0]["file_name"] == f"{root}/a.png"
+        for module in (dataset_cache, dataset_cache.detectron2):
+            (before,) = cache.iterdir()
+            monkeypatch.setattr(module, "__version__", root)
+            use_cached(name, cache_registered(name, str(cache)))
+            assert before not in cache.iterdir()
         assert len([*cache.iterdir()]) == 1
         DatasetCatalog.remove(name), MetadataCatalog.remove(name)
     lacking = [{k: v for k, v in x.items() if k != "width"} for x in content["images"]]

@@ -69,13 +69,17 @@ def test_training(record):
 
 
 def test_resized(record):
-    """Boxes, also of integers, and masks are scaled; sizes are (height, width) of the new image."""
+    """Boxes, masks and keypoints are scaled; sizes are (height, width) of the new image."""
     mapped = mapper(T.ResizeTransform(2, 3, 3, 9), use_instance_mask=True)(record)
     assert mapped["image"].shape == (3, 3, 9)
     assert mapped["instances"].image_size == (3, 9)
     assert mapped["instances"].gt_boxes.tensor.tolist() == [[0, 0, 3, 1.5], [3, 0.75, 7.5, 2.25]]
     assert mapped["instances"].gt_masks.polygons[1][0].tolist() == [3, 0, 6, 0, 6, 3]
     assert (mapped["height"], mapped["width"], "proposals" in mapped) == (2, 3, False)
+    for annotation in record["annotations"]:
+        annotation["keypoints"] = [1, 0.5, 2]
+    instances = mapper(T.ResizeTransform(2, 3, 3, 9), use_keypoint=True)(record)["instances"]
+    assert instances.gt_keypoints.tensor.tolist() == 2 * [[[3, 0.75, 2]]]
 
 
 @pytest.mark.parametrize("mode", [BoxMode.XYWH_ABS, BoxMode.XYXY_ABS])

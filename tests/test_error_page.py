@@ -204,7 +204,7 @@ def test_pictures(tmp_path):
         assert max(jpeg.quantization[0]) == 61  # half of 121, at a quality of 75
         channel = int(image["file_name"][0]) % 3
         assert np.asarray(jpeg).mean((0, 1)).argmax() == channel
-        assert image["size"] == [300, 300]
+        assert image["size"] == [320, 300]
 
 
 def test_many(tmp_path):

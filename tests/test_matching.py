@@ -18,21 +18,21 @@ from libra_d2.evaluation.ranking import Ranking
 
 def random_dataset(seed, num_images=12, num_classes=3, crowd=0.0, ties=False):
     """
-    Annotations and results in COCO's format with boxes and masks, which are the same rectangles;
-    some objects overlap another one of their class, and detections have errors of all types. The
-    last class has no objects.
+    Annotations and results in COCO's format, in any order, with boxes and masks, which are boxes
+    without a corner; some objects overlap another one of their class, and detections have errors of
+    all types. The last class has no objects.
     """
     random = np.random.default_rng(seed)
-    size = {"width": 300, "height": 300}
+    size = {"width": 320, "height": 300}
     images = [{"id": 3 * i + 1, "file_name": f"{i}.jpg", **size} for i in range(num_images)]
     categories = [{"id": 5 * (k + 1), "name": f"class {k}"} for k in range(num_classes + 1)]
     annotations, results = [], []
 
     def entry(image, label, box):
         x, y, w, h = np.round(np.clip(box, 0, 299)).tolist()
-        x1, y1 = x + w + 1, y + h + 1
+        x1, y1, x_mid, y_mid = x + w + 1, y + h + 1, x + (w + 2) // 2, y + (h + 1) // 2
         place = {"image_id": image["id"], "category_id": 5 * int(label + 1)}
-        polygon = [x, y, x1, y, x1, y1, x, y1]
+        polygon = [x, y, x_mid, y, x_mid, y_mid, x1, y_mid, x1, y1, x, y1]
         return {**place, "bbox": [x, y, w + 1, h + 1], "segmentation": [polygon]}
 
     def random_box():
@@ -58,8 +58,9 @@ def random_dataset(seed, num_images=12, num_classes=3, crowd=0.0, ties=False):
             results.append({**entry(image, label, box), "score": 0.6 * random.random()})
     for result in results:
         result["score"] = round(result["score"], 1) if ties else float(result["score"])
-        rle = masks.merge(masks.frPyObjects(result["segmentation"], 300, 300))
+        rle = masks.merge(masks.frPyObjects(result["segmentation"], 300, 320))
         result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+    random.shuffle(annotations)  # COCO's are in no order, either
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
@@ -168,18 +169,17 @@ def test_ties():
 
 def test_crowdedness():
     """
-    Objects of one class with an IoU of 0.25 are close, and so is a duplicate of one of them; other
-    classes and crowd regions do not crowd.
+    Objects of one class with an IoU of 0.25 or 0.11 are close, with 0.33 crowded. A duplicate of a
+    close one is close; other classes and crowd regions do not crowd.
     """
     boxes = [[0, 0, 10, 10], [0, 6, 10, 10], [50, 50, 10, 10]]
-    objects = [("a", boxes[0]), ("a", boxes[1]), ("a", boxes[2]), ("b", boxes[2])]
-    objects.append(("crowd a", boxes[2]))
+    objects = [("a", boxes[0]), ("a", boxes[1]), ("a", boxes[2]), ("crowd a", boxes[2])]
+    objects += [(x, [50, y, 10, 10]) for x, y in (("b", 50), ("b", 55), ("c", 50), ("c", 58))]
     detections = [("a", boxes[0], 0.9), ("a", [0, 0, 10, 9], 0.8), ("a", [80, 0, 9, 9], 0.7)]
     m = match_detections(*by_hand(objects, detections))
-    parts = dict(zip(RANGES, m.object_counts.tolist()))
-    assert parts["apart"] == [False, False, True, True, False]
-    assert parts["close"] == [True, True, False, False, False]
-    assert parts["crowded"] == [False] * 5
+    found = dict(zip(RANGES, map(np.flatnonzero, m.object_counts)))
+    parts = {name: found[name].tolist() for name in ("apart", "close", "crowded")}
+    assert parts == {"apart": [2], "close": [0, 1, 6, 7], "crowded": [4, 5]}
     parts = dict(zip(RANGES, m.status[:, 0].tolist()))
     assert parts["all"] == [1, 0, 0]
     assert parts["close"] == [1, 0, -1]

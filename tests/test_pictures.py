@@ -63,6 +63,7 @@ def test_evaluation(tmp_path, halves, monkeypatch):
     assert not (tmp_path / "p").exists()
     pictures.process(records[:2], outputs)
     pictures.process(records[2:], outputs)  # not drawn: it is the third
+    assert len(halves) == 4
     with EventStorage():
         pictures.reset()
         pictures.process(records[2:], outputs)

@@ -19,13 +19,13 @@ NAME = "test_proposals"
 
 @pytest.fixture
 def ids(synthetic, tmp_path, tmp_path_factory):
-    """Image ids of a registered dataset, in descending order as in its JSON."""
+    """Image ids of a registered dataset of 96 x 100 pixels, in descending order as in its JSON."""
     dataset = json.loads((synthetic / "instances.json").read_text())
-    dataset["images"].reverse()
+    dataset["images"] = [{**image, "height": 100} for image in dataset["images"][::-1]]
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(dataset))
     cache = tmp_path_factory.mktemp("cache")
-    register_coco_json(NAME, str(path), str(synthetic / "images"), str(cache))
+    register_coco_json(NAME, str(path), str(synthetic / "images"), str(cache), amount=0)
     yield [image["id"] for image in dataset["images"]]
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
@@ -80,7 +80,7 @@ def test_from_mmdetection(ids, tmp_path):
         # At the borders, and partly outside.
         lambda c: c["boxes"].__setitem__(
             slice(1, 4),
-            [np.full((11, 4), 96.0), np.zeros((10, 4)), np.tile([-3.0, 0, 2, 1], (9, 1))],
+            [np.tile([96.0, 100], (11, 2)), np.zeros((10, 4)), np.tile([-3.0, 0, 2, 1], (9, 1))],
         ),
     ],
 )
@@ -119,7 +119,7 @@ def put(key, position, value):
         (lambda c: c.update(bbox_mode=2), "have the mode 2; use 0 .absolute XYXY. or 1 .XYWH"),
         (
             lambda c: c["boxes"][1].__setitem__(slice(3, 5), [[96.5, 0, 97, 1], [0, 99, 1, 99]]),
-            "id 11 has a box, .96.5, 0.0, 97.0, 1.0., .*outside of its 96 x 96",
+            "id 11 has a box, .96.5, 0.0, 97.0, 1.0., .*outside of its 96 x 100",
         ),
         (lambda c: c["boxes"][1].__iadd__(-1), "id 11 has a box, .-.* outside of its"),
         (
@@ -154,7 +154,11 @@ def test_bad_file(ids, tmp_path, monkeypatch, content, message):
 
 def test_other_images(ids, tmp_path):
     """Proposals that say for which images they are: only for these."""
-    known = record_fingerprint(DatasetCatalog.get(NAME))
+    records = DatasetCatalog.get(NAME)
+    known = record_fingerprint(records)
+    moved = [{**x, "file_name": x["file_name"].replace("images", "moved")} for x in records[::-1]]
+    renumbered = [{**records[0], "image_id": 99}, *records[1:]]
+    assert record_fingerprint(moved) == known != record_fingerprint(renumbered)
     columns = (detectron2s(ids)[name] for name in ("ids", "boxes", "objectness_logits"))
     path = str(tmp_path / "written.pkl")
     write_proposals(path, *columns, images=known)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from test_matching import match_detections, random_dataset
 
-from libra_d2.evaluation.comparison import compare_images, compare_metrics
+from libra_d2.evaluation.comparison import compare_images, compare_metrics, compare_runs
 from libra_d2.evaluation.detection_metrics import METRICS, DetectionMetrics
 from libra_d2.evaluation.runs import compare_models, describe_runs
 
@@ -65,6 +65,9 @@ def test_pairs():
     for x, y in zip(one["metrics"], alone):
         assert (x["low"], x["high"]) == (y["low"], y["high"])
         assert x["p_value"] >= y["p_value"]  # corrected for both tables
+    options = {"level": 0.5, "seed": 1}
+    (alone,) = compare_runs([[(RUNS[1], RUNS[3])]], **options)
+    assert alone == compare_metrics(RUNS[1], RUNS[3], **options)
     rows = {x["image_id"]: x for x in two["images"]}
     pairs = [(RUNS[0], RUNS[1]), (RUNS[1], RUNS[2])]
     for each in zip(*(sorted(compare_images(x), key=lambda r: r["image_id"]) for x in pairs)):

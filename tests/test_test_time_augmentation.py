@@ -96,6 +96,7 @@ def test_retinanet_merges():
     assert merged.pred_boxes.tensor.tolist() == [same, same, [80, 40, 160, 120]]
     assert merged.scores.tolist() == [0.875, 0.625, 0.375]
     assert merged.pred_classes.tolist() == [5, 2, 5]
+    assert merged.image_size == (192, 256)
     assert cfg == before
 
 
