@@ -99,7 +99,7 @@ class Sampling(nn.Module):
         storage = get_event_storage()
         storage.put_scalar("number", number)
         storage.put_scalar("early" if x[0] < 5 else "late", x[0])
-        if storage.iter % 20 == 0:
+        if storage.iter == 40:
             storage.put_image(f"{x[0].item()}", torch.zeros(3, 2, 2, dtype=torch.uint8))
         loss = (self.weight * x * used).sum() / mean_over_batch(number, self)
         loss.requires_grad and loss.register_hook(

@@ -64,11 +64,11 @@ def test_other_measure_before_any_evaluation(caplog):
 
 def test_number_of_checkpoints(toy_data, tmp_path):
     """
-    The last three are kept, including those from before the training was resumed, with a fourth.
-    The best model and other files do not count.
+    The last three are kept, including those from before the training was resumed, which had kept
+    five. The best model and other files do not count.
     """
     opts = ["SOLVER.CHECKPOINT_PERIOD", 1, f"{SECTION}VALIDATION_LOSS", False]
-    trainer = make(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 4, "SOLVER.MAX_ITER", 6)
+    trainer = make(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 5, "SOLVER.MAX_ITER", 6)
     (tmp_path / "model_0000050.pth").touch()  # not of this training
     trainer.train()
     (tmp_path / "model_0000050.pth").unlink()

@@ -66,8 +66,6 @@ class Replacement:
         """What ``torch.jit.script`` compiles instead. Detectron2 gives some modules this method."""
         parent = copy.copy(self)
         parent.__class__ = self._parent()
-        parent._modules = dict(
-            self._modules
-        )  # in which PyTorch replaces those that have the method
+        parent._modules = dict(self._modules)  # PyTorch replaces some in it
         prepare = getattr(parent, "__prepare_scriptable__", None)
         return parent if prepare is None else prepare()
