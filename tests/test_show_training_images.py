@@ -43,7 +43,7 @@ def test_draw(image_format, monkeypatch):
     assert picture[:, :, 1].max() < 100
 
 
-def test_program(tmp_path, capsys):
+def test_program(tmp_path, capsys, refused):
     """
     Pictures of the training images, twice as large for the model, in the order of the seed, and the
     sizes of the objects in them: the root of 64 x 48 and, in the second image, of 16 x 12.
@@ -67,6 +67,8 @@ def test_program(tmp_path, capsys):
         text = "2 objects; square roots of their areas: median 35 pixels, 90% of them between 16 and 53"
         assert text in capsys.readouterr().out
     assert orders == {(False, True), (True, False)}
+    command = ["--config-file", str(DEMO_CONFIG), *map(str, args), "MODEL.LOAD_PROPOSALS", "True"]
+    assert "DATASETS.PROPOSAL_FILES_TRAIN" in refused(main, command)
 
 
 @pytest.mark.parametrize(
