@@ -57,7 +57,9 @@ def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch):
     """A file's name is no pattern; the number of classes, and their names, are --categories'."""
     images, out, draw, texts = small / "images", tmp_path / "out", Visualizer.draw_text, []
     monkeypatch.setattr(
-        Visualizer, "draw_text", lambda *args, **kwargs: texts.append(args[1]) or draw(*args, **kwargs)
+        Visualizer,
+        "draw_text",
+        lambda *args, **kwargs: texts.append(args[1]) or draw(*args, **kwargs),
     )
     monkeypatch.setenv("HOME", str(small))
     (images / "1.png").rename(images / "1.PNG")
