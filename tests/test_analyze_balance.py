@@ -32,6 +32,14 @@ SETTINGS = [
 ]
 
 
+def proposals(folder):
+    """The options for two proposals in each image, which are written to a file."""
+    content = {"ids": [*range(1, 13)], "objectness_logits": [np.zeros(2, np.float32)] * 12}
+    content["boxes"] = [np.array([[0, 0, 20, 20], [30, 30, 90, 80]], np.float32)] * 12
+    (folder / "proposals").write_bytes(pickle.dumps({**content, "bbox_mode": 0}))
+    return ["--val-proposals", folder / "proposals"]
+
+
 def arguments(system, synthetic, folder, *extra):
     (config,) = ROOT.glob(f"configs/Demo/*{system}_R_18_FPN.yaml")
     data = ["--val-json", synthetic / "instances.json", "--val-images", synthetic / "images"]
@@ -44,15 +52,12 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
     """Numbers, figures and the text of the page, for the records of all images together."""
     beta = 0.1 if system == "retinanet" else 0.25  # the plain detector's
     settings = [*SETTINGS, "MODEL.LIBRA.BFP.ENABLED", system != "rpn"]
-    proposals = {"ids": [*range(1, 13)], "objectness_logits": [np.zeros(2, np.float32)] * 12}
-    proposals["boxes"] = [np.array([[0, 0, 20, 20], [30, 30, 90, 80]], np.float32)] * 12
-    (tmp_path / "proposals").write_bytes(pickle.dumps({**proposals, "bbox_mode": 0}))
-    extra = ["--val-proposals", tmp_path / "proposals"] if system == "fast_rcnn" else []
-    extra += ["MODEL.WEIGHTS", tmp_path / "weights.pth", *settings]
+    extra = proposals(tmp_path) if system == "fast_rcnn" else []
+    extra += ["MODEL.WEIGHTS", tmp_path / "&lt;.pth", *settings]
     command = arguments(system, synthetic, tmp_path, *extra)
     cfg = load_cfg(command[1])
     cfg.merge_from_list([*settings, "MODEL.RETINANET.NUM_CLASSES", 4])
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "weights.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "&lt;.pth")
     images, recordings, record = [], [], analyze_balance.record
 
     def see_images(model, batches):
@@ -104,7 +109,7 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
     page = html.unescape((folder / "index.html").read_text())
     config, weights, data = (
         "/".join(Path(x).parts[-4:])
-        for x in (command[1], tmp_path / "weights.pth", synthetic / "instances.json")
+        for x in (command[1], tmp_path / "&lt;.pth", synthetic / "instances.json")
     )
     about = f"{config}, {weights},\n4 images of {data}"
     assert f"<p>{about}</p>" in page
@@ -166,26 +171,35 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
 
 
 def test_second_weights(synthetic, tmp_path, monkeypatch):
-    """Without another config both have the first one; there are 11 images with objects."""
+    """
+    Without another config both have the first one, and the same proposals; there are 11 images with
+    objects.
+    """
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **kwargs: file.write(b"1"))
-    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
+    path, cfg = tmp_path / "weights.pth", load_cfg(arguments("fast_rcnn", synthetic, tmp_path)[1])
     cfg.merge_from_list(SETTINGS)
     torch.save({"model": build_model(cfg).state_dict()}, path)
-    extra = ["--weights-b", path, "--num-images", 99, "MODEL.WEIGHTS", path, *SETTINGS]
-    analyze_balance.main(arguments("faster_rcnn", synthetic, tmp_path, *extra))
+    extra = ["--weights-b", path, "--num-images", 99, *proposals(tmp_path)]
+    extra += ["MODEL.WEIGHTS", path, *SETTINGS]
+    analyze_balance.main(arguments("fast_rcnn", synthetic, tmp_path, *extra))
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
     assert numbers.pop("b") == numbers
     assert numbers["num_images"] == 11
 
 
 def test_before_training(synthetic, tmp_path, refused, monkeypatch):
-    """Weights of a model with other classes are analyzed but for what depends on the classes."""
+    """
+    Weights of a model with other classes are analyzed but for what depends on the classes, here on
+    a dataset of the config.
+    """
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **kwargs: file.write(b"1"))
     path, cfg = tmp_path / "weights.pth", load_cfg(arguments("faster_rcnn", synthetic, tmp_path)[1])
     cfg.merge_from_list([*SETTINGS, "MODEL.ROI_HEADS.NUM_CLASSES", 7])
     torch.save({"model": build_model(cfg).state_dict()}, path)
     command = arguments("faster_rcnn", synthetic, tmp_path, "MODEL.WEIGHTS", path, *SETTINGS)
     assert "weights of another model" in refused(analyze_balance.main, command)
+    start = command.index("--val-json")
+    command[start : start + 4] = ["DATASETS.TRAIN", "('own_val',)"]  # of the call before
     analyze_balance.main(["--before-training", *command])
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
     assert sorted(numbers) == ["features", "judgments", "num_images", "samples"]
@@ -218,6 +232,7 @@ def test_errors(system, extra, message, synthetic, tmp_path, refused):
     [
         *(("--val-images", ""), ("--val-json", "balance.json"), ("MODEL.WEIGHTS", "levels.png")),
         *(("--weights-b", "losses_b.png"), ("--val-proposals", "index.html")),
+        ("--config-file-b", "samples_b.png"),
     ],
 )
 def test_inputs_stay(option, name, synthetic, tmp_path, refused):
@@ -226,7 +241,7 @@ def test_inputs_stay(option, name, synthetic, tmp_path, refused):
     path = tmp_path / "balance" / name
     if name:
         path.write_text("precious")
-    extra = [option, path, "MODEL.DEVICE", "cpu"]
+    extra = ["--weights-b", "none", option, path, "MODEL.DEVICE", "cpu"]
     error = refused(analyze_balance.main, arguments("faster_rcnn", synthetic, tmp_path, *extra))
     kind = "file" if name else "folder"
     assert f"OUTPUT_DIR: {path} and {option}, {path}, are the same {kind}" in error

@@ -44,8 +44,12 @@ def lines_of(folder):
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_one_model(files, tmp_path, capsys, iou_type):
-    """All numbers, and tables of them; what is compared is not there."""
+    """All numbers, and tables of them; what is compared, or of the other type, is not there."""
     files.pop("--results-b")
+    other = "bbox" if iou_type == "segm" else "segmentation"
+    results = json.loads((tmp_path / "a.json").read_text())
+    results = [{k: v for k, v in x.items() if k != other} for x in results]
+    (tmp_path / "a.json").write_text(json.dumps(results))
     run(files, tmp_path / "new/out", "--iou-type", iou_type)
     written = [str(tmp_path / "new/out" / name) for name in ("errors.md", "index.html")]
     assert capsys.readouterr().out.splitlines() == written
@@ -82,7 +86,7 @@ def test_several_runs(files, tmp_path, refused):
     args = ["--val-json", files["--val-json"], "--output", str(tmp_path / "out"), "--results"]
     for results, message in (
         ([a, b, "--results-b", b], "--results-b names 1 files, but --results 2"),
-        ([a, a, "--results-b", a, b], "error: --results names the same file twice"),
+        ([a, f"{tmp_path}/./a.json", "--results-b", a, b], "error: --results names the same file"),
         ([a, b, "--results-b", b, b], "error: --results-b names the same file twice"),
     ):
         assert message in refused(main, [*args, *results])

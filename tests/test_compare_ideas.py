@@ -24,7 +24,7 @@ from libra_d2.evaluation.significance import (
     pairs_needed,
     power,
 )
-from libra_d2.tools import compare_ideas
+from libra_d2.tools import compare_ideas, comparison_summary
 from libra_d2.tools.compare_ideas import main
 from libra_d2.tools.comparison_summary import (
     differences,
@@ -38,6 +38,7 @@ from libra_d2.tools.comparison_summary import (
 
 PLAIN = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.NAME"]
 PLAIN += ["StandardROIHeads"]
+OTHER = ["--variant", "b", "SOLVER.BASE_LR", "0.1"]
 
 
 def options_of(variant):
@@ -54,6 +55,7 @@ def trainings(monkeypatch):
     def run(command, stdout, stderr, env):
         folder = Path(command[command.index("OUTPUT_DIR") + 1])
         started.append((folder.parent.name, folder.name, command, env))
+        time.sleep(float(os.environ.get("SECONDS", 0)))
         if "FAILS" in os.environ:
             time.sleep(0.1)
             stdout.buffer.write(b"\xff\n" + os.environ["FAILS"].encode())
@@ -130,18 +132,22 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
         (["MODEL.WEIGHTS", __file__], "initial weights is '"),
         ("weights", "initial weights is '"),
         ("data", "instances.json) have changed, from '"),
+        ("proposals", "validation data 'own_val' proposals have changed, from '"),
         ("forgotten", "a training with unknown settings"),
         ("broken", "run.json: Expecting value"),
     ],
 )
-def test_other_settings(trainings, synthetic, tmp_path, capsys, change, message):
+def test_other_settings(trainings, synthetic, tmp_path, capsys, monkeypatch, change, message):
     """Runs of other settings or data are not taken for those of this command."""
     options, data = ["--variants", "baseline", "baseline", "--seeds", 5, 5], tmp_path / "data"
     shutil.copytree(synthetic, data)
     weights = tmp_path / "weights.pth"
     torch.save({"model": {}}, weights)
     opts = ["MODEL.WEIGHTS", weights] if change == "weights" else []
-    compare(data, tmp_path / "out", *options, opts=opts)
+    config = "fast_rcnn" if change == "proposals" else "faster_rcnn"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.pkl").write_text("1")
+    compare(data, tmp_path / "out", *options, opts=opts, config=config)
     folder = tmp_path / "out/baseline/seed_5"
     assert len(trainings) == 1
     if change == "data":
@@ -150,12 +156,15 @@ def test_other_settings(trainings, synthetic, tmp_path, capsys, change, message)
         (data / "instances.json").write_text(json.dumps(content))
     elif change == "weights":
         torch.save({"model": {"a": torch.zeros(1)}}, weights)
+    elif change == "proposals":
+        (tmp_path / "p.pkl").write_text("2")
     elif change == "forgotten":
         (folder / "run.json").unlink()
     elif change == "broken":
         (folder / "run.json").write_text("")
+    opts = change if isinstance(change, list) else opts
     with pytest.raises(SystemExit, match="2"):
-        compare(data, tmp_path / "out", *options, opts=change if isinstance(change, list) else opts)
+        compare(data, tmp_path / "out", *options, opts=opts, config=config)
     error = capsys.readouterr().err
     assert f"error: {folder}" in error
     assert message in error
@@ -262,9 +271,9 @@ def test_shares_are_given_back(trainings, synthetic, tmp_path, monkeypatch):
 def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
     """From the runs that are there, or a given deviation, or that on BCCD; nothing is trained."""
     variants = ["--variants", "baseline", "all"]
-    compare(synthetic, tmp_path, *variants, "--seeds", 1, 2, 4)
+    compare(synthetic, tmp_path, *variants, "--seeds", 11, 12, 14)
     for options, deviation, source in (
-        ([], "3.06", f"of the runs in {tmp_path}"),  # of differences 2, 4 and 8
+        ([], "3.06", f"of the runs in {tmp_path}"),  # of differences 22, 24 and 28
         (["--deviation", 1.1], "1.10", "--deviation"),
         ([], "1.10", "of a small detector on BCCD"),
     ):
@@ -278,6 +287,7 @@ def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
             assert "an estimate" not in printed
         else:  # with 2 degrees of freedom, chi-squared is above 0.446 with a probability of 80%
             assert ["AP", "seeds", "seeds if it is 6.47"] in cells(printed)
+            assert [row[0] for row in cells(printed)[2:]] == ["0.9", "1.5", "3.1", "6.1"]
             assert ["6.1", "5", str(pairs_needed(6.1, 6.467))] in cells(printed)
     assert len(trainings) == 6
     for option in ("--find", "--deviation"):
@@ -295,7 +305,7 @@ def test_how_many_seeds(trainings, synthetic, tmp_path, capsys):
 
 def test_interrupted(trainings, synthetic, tmp_path, capsys, monkeypatch):
     """By Ctrl-C: no further training starts."""
-    monkeypatch.setenv("FAILS", "")
+    monkeypatch.setenv("SECONDS", "0.1")
 
     def interrupt(jobs, **kwargs):
         raise KeyboardInterrupt
@@ -310,19 +320,21 @@ def test_initial_weights(trainings, synthetic, tmp_path, capsys):
     """Weights with a balanced feature pyramid are unfair to the variants without, if there are."""
     recipe = make_recipe(load_cfg(DEMO_CONFIG))
     keys = {"ours": "backbone.bfp.refine.g.weight", "mmdet": "neck.1.refine.g.weight", "a": "b"}
+    keys["bare"] = keys["ours"]
     for name, key in keys.items():
         state = {"state_dict" if name == "mmdet" else "model": {key: torch.zeros(1)}}
-        torch.save(state, tmp_path / name)
+        torch.save(state["model"] if name == "bare" else state, tmp_path / name)
     for name in (*keys, "libra://a", "torchvision://a"):
         recipe.weights = name if "://" in name else str(tmp_path / name)
         compare_ideas.warn_of_initial_weights(recipe)
         found = f"MODEL.WEIGHTS {recipe.weights} is a detector with" in capsys.readouterr().err
-        assert found == (name in ("ours", "mmdet", "libra://a"))
+        assert found == (name in ("ours", "mmdet", "bare", "libra://a"))
     opts = ["MODEL.WEIGHTS", tmp_path / "ours"]
-    for variants in (["all"], ["baseline", "all"]):
-        out = tmp_path / f"out_{len(variants)}"
-        compare(synthetic, out, "--variants", *variants, "--seeds", 1, opts=opts)
-        assert ("is a detector with" in capsys.readouterr().err) == (len(variants) == 2)
+    for i, (variants, more) in enumerate(
+        [(["--variants", "all"], []), (["--variants", "baseline", "all"], []), (OTHER, PLAIN)]
+    ):
+        compare(synthetic, tmp_path / f"out_{i}", *variants, "--seeds", 1, opts=[*opts, *more])
+        assert ("is a detector with" in capsys.readouterr().err) == (i == 1)
 
 
 def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
@@ -350,7 +362,10 @@ def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
 
 
 def test_page(trainings, synthetic, tmp_path, monkeypatch):
-    """All variants, the reference first, by seed; not without detections or Plotly."""
+    """
+    All variants with pairs, the reference first, by seed; not without detections, the reference or
+    Plotly, nor of too many.
+    """
     options = ["--variants", "all", "baseline", "--seeds", 3, 4]
     compare(synthetic, tmp_path, *options)
     assert not (tmp_path / "summary/index.html").exists()
@@ -374,10 +389,20 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
     }  # fmt: skip
     assert len(pictures[0]["detections"][1]) > 0
     assert pictures[0]["jpeg"]
-    (tmp_path / "summary/index.html").unlink()
-    monkeypatch.setattr(compare_ideas, "find_spec", lambda name: None)
+    for module, name, value in (
+        (compare_ideas, "is_finished", lambda x: x.parts[-2:] == ("all", "seed_4")),
+        (compare_ideas, "find_spec", lambda name: None),
+        (comparison_summary, "MAX_MODELS", 1),
+    ):
+        (tmp_path / "summary/index.html").unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            compare(synthetic, tmp_path, *options)
+        assert not (tmp_path / "summary/index.html").exists()
+    pair = ("all", "seed_4"), ("baseline", "seed_3")
+    monkeypatch.setattr(compare_ideas, "is_finished", lambda x: x.parts[-2:] in pair)
     compare(synthetic, tmp_path, *options)
-    assert not (tmp_path / "summary/index.html").exists()
+    assert read_page(tmp_path / "summary/index.html")[0]["names"] == ["baseline"]
 
 
 def test_no_detections(trainings, synthetic, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from test_train_net import QUICK, OneNumber, small_data
 
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
 
 from libra_d2.demo.demo import build_argument_parser, main, process_video, setup
 from libra_d2.errors import InputError
@@ -51,13 +53,25 @@ def is_drawn(picture):
     return (lines[0] > 40).all()
 
 
-def test_folder_and_pattern(small, tmp_path, capsys):
-    images, out = small / "images", tmp_path / "out"
-    run(small, "--input", images / "2.png", images, f"{images}/*1.png", "--output", out)
-    logged = re.findall(f"{images}/(.).png: 1 objects", capsys.readouterr().out)
-    assert logged == ["2", "1"]
-    assert sorted(x.name for x in out.iterdir()) == ["1.png", "2.png"]
-    assert is_drawn(np.array(Image.open(out / "1.png")))
+def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch):
+    """A file's name is no pattern; the number of classes, and their names, are --categories'."""
+    images, out, draw, texts = small / "images", tmp_path / "out", Visualizer.draw_text, []
+    monkeypatch.setattr(
+        Visualizer,
+        "draw_text",
+        lambda *args, **kwargs: texts.append(args[1]) or draw(*args, **kwargs),
+    )
+    monkeypatch.setenv("HOME", str(small))
+    (images / "1.png").rename(images / "1.PNG")
+    (images / "2.png").rename(images / "[2].png")
+    run(small, "--input", "~/images/[2].png", images, f"{images}/*2*", "--output", out)
+    logged = re.findall(f"{images}/(.*): 1 objects", capsys.readouterr().out)
+    assert logged == ["[2].png", "1.PNG"]
+    assert sorted(x.name for x in out.iterdir()) == ["1.PNG", "[2].png"]
+    assert is_drawn(np.array(Image.open(out / "1.PNG")))
+    assert texts == ["a 100%"] * 2
+    heads = OneNumber.cfg.MODEL.ROI_HEADS
+    assert (heads.NUM_CLASSES, heads.SCORE_THRESH_TEST) == (2, 0.5)
 
 
 def test_benchmark(small, capsys, monkeypatch):
@@ -81,12 +95,14 @@ def test_benchmark(small, capsys, monkeypatch):
     assert lines[2] == "plain detector: 50.0 ± 0.5 ms for an image, 20.0 images per second"
 
 
-def test_side_by_side(small, tmp_path):
-    """The plain detector, which finds nothing, is on the left."""
+def test_side_by_side(small, tmp_path, refused):
+    """The plain detector, which finds nothing, is on the left; its weights are not written over."""
     args = ["--plain-weights", small / "0.pth", "--input", small / "images/1.png"]
     run(small, *args, "--output", tmp_path / "a.PNG")
     picture = np.array(Image.open(tmp_path / "a.PNG"))[-480:]  # below the captions
     assert [is_drawn(half) for half in (picture[:, :640], picture[:, -640:])] == [False, True]
+    args[1] = tmp_path / "a.PNG"
+    assert f"and --plain-weights, {args[1]}, are" in refused(run, small, *args, "--output", args[1])
 
 
 def video_of(path):
@@ -109,6 +125,22 @@ def test_video(small, tmp_path):
     off = np.abs(video.read()[1][:, :, ::-1].astype(int) - COLOR).max(axis=2)
     assert off[:40, :50].max() > 40  # the box, from (8, 8) to (40, 32)
     assert off[100:].max() < 20
+
+
+def test_webcam(small, tmp_path, monkeypatch, refused):
+    """In a window until Escape; in a video, at an assumed rate as it has none; without frames."""
+    frames, waits, open_source = [np.zeros((48, 64, 3), np.uint8)] * 3, [], cv2.VideoCapture
+    camera = SimpleNamespace(isOpened=lambda: True, get=lambda name: 0, release=lambda: None)
+    camera.read = lambda: (True, frames.pop()) if frames else (False, None)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda x: open_source(x) if x else camera)
+    monkeypatch.setattr(cv2, "imshow", lambda title, picture: None)
+    monkeypatch.setattr(cv2, "waitKey", lambda wait: waits.append(wait) or 13 + 14 * len(waits[1:]))
+    run(small, "--webcam")
+    assert (waits, len(frames)) == ([1, 1], 1)
+    (tmp_path / "v.1").mkdir()
+    run(small, "--webcam", "--output", tmp_path / "v.1")
+    assert open_source(str(tmp_path / "v.1/webcam.mp4")).get(cv2.CAP_PROP_FPS) == 25
+    assert "webcam: it has no frames" in refused(run, small, "--webcam")
 
 
 class Found:
@@ -173,6 +205,7 @@ def test_model_input(small, tmp_path, monkeypatch):
         (["a/1.png", "a/../b/1.png", "b/x/2.png"], ["a/1.png", "b/1.png", "b/x/2.png"]),
         (["a/1", "a/1.gif"], ["1.gif.png", "1.png"]),  # with a suffix that can be written
         (["a/1.png", "b/1"], ["a/1.png", "b/1.png"]),
+        (["a/1.png"], ["1.png"]),  # in a folder, whatever its name
     ],
 )
 def test_names_of_pictures(files, pictures, small, tmp_path, monkeypatch):
@@ -182,7 +215,8 @@ def test_names_of_pictures(files, pictures, small, tmp_path, monkeypatch):
         (small / name).mkdir(parents=True)
     for name in files:
         shutil.copy(small / "images/1.png", name)
-    out = tmp_path / "out"
+    out = tmp_path / "out.png"
+    out.mkdir()
     run(small, "--input", *files, "--output", out)
     assert sorted(str(x.relative_to(out)) for x in out.rglob("*.*")) == pictures
     assert {Image.open(x).size for x in out.rglob("*.*")} == {(640, 480)}
@@ -319,9 +353,12 @@ def test_name_of_the_model_zoo(suffix, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", ["yaml", "py"])
-def test_names_of_detectron2(suffix):
-    """They imply the weights of Detectron2's model zoo."""
+@pytest.mark.parametrize(
+    ("suffix", "own"), [("yaml", ["MODEL.WEIGHTS", "a"]), ("py", ["train.init_checkpoint=a"])]
+)
+def test_names_of_detectron2(suffix, own):
+    """They imply the weights of Detectron2's model zoo, unless others are named."""
     args = build_argument_parser().parse_args(["--config-file", "", "--webcam"])
     recipe = setup(args, f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}", [])
     assert recipe.weights.startswith("https://")
+    assert setup(args, f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}", own).weights == "a"

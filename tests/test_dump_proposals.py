@@ -19,8 +19,8 @@ from libra_d2.tools.dump_proposals import main
 DEMO = ROOT / "configs/Demo"
 
 
-def dump(*args):
-    main(["--config-file", str(DEMO / "rpn_R_18_FPN.yaml"), *map(str, args)])
+def dump(*args, config="rpn"):
+    main(["--config-file", str(DEMO / f"{config}_R_18_FPN.yaml"), *map(str, args)])
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,17 @@ def test_proposals_are_those_of_the_model(rpn, dumped):
 
 
 def test_which_datasets(rpn, synthetic, dumped, tmp_path):
-    """Those of --dataset, or else one's own, or else the config's, each of them once."""
-    sets = ["DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "('own_train', 'own_train')"]
-    dump(*rpn[0], *sets, "MODEL.ROI_HEADS.NUM_CLASSES", 4, "OUTPUT_DIR", tmp_path)
-    (path,) = (tmp_path / "proposals").iterdir()
-    assert path.read_bytes() == (dumped / "own_train.pkl").read_bytes()
-    assert (tmp_path / "log.txt").read_text().count(f"Proposals: {path}") == 1
+    """
+    Those of --dataset, or else one's own, or else the config's, each of them once; by the RPN of a
+    Faster R-CNN, too.
+    """
+    sets = ["DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "('own_val', 'own_train')"]
+    sets += ["MODEL.ROI_HEADS.NUM_CLASSES", 4, "OUTPUT_DIR", tmp_path]
+    dump(*rpn[0], *sets, config="libra_faster_rcnn")
+    for name in ("own_train", "own_val"):
+        path = tmp_path / f"proposals/{name}.pkl"
+        assert path.read_bytes() == (dumped / path.name).read_bytes()
+        assert (tmp_path / "log.txt").read_text().count(f"Proposals: {path}") == 1
     own = own_data(synthetic, "train", "val")
     dump("--dataset", "own_val", *own, *rpn[0], "OUTPUT_DIR", tmp_path / "val")
     assert [p.name for p in (tmp_path / "val/proposals").iterdir()] == ["own_val.pkl"]

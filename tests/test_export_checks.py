@@ -34,6 +34,7 @@ class Constant(nn.Module):
         self.fields = fields
 
     def forward(self, inputs):
+        assert (inputs[0]["height"], inputs[0]["width"]) == inputs[0]["image"].shape[-2:]
         found = dict(zip(FIELDS, self.fields), pred_boxes=Boxes(self.fields[0]))
         return [{"instances": Instances(inputs[0]["image"].shape[-2:], **found)}]
 

@@ -59,15 +59,19 @@ def export(system, synthetic, output, *extra, image="images/000001.jpg"):
     main([str(x) for x in [*args, *SIZE, *LOW, *FOUR, *extra]])
 
 
-@pytest.mark.parametrize("system", ["retinanet", "mask_rcnn"])
-def test_export(system, synthetic, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("system", "channels", "interpolation"),
+    [("retinanet", "RGB", "pillow"), ("mask_rcnn", "BGR", "opencv")],
+)
+def test_export(system, channels, interpolation, synthetic, tmp_path, capsys):
     """TorchScript detects the same in an image of another size, in a process without Detectron2."""
     model = weights_of(system, tmp_path)
-    export(system, synthetic, tmp_path / "model.ts")
+    images = ["INPUT.FORMAT", channels, "MODEL.LIBRA.INPUT.INTERPOLATION", interpolation]
+    export(system, synthetic, tmp_path / "model.ts", *images)
     raw, line, path = capsys.readouterr().out.splitlines()[-3:]
     with torch.no_grad():
         image = str(synthetic / "images/000001.jpg")
-        sample = read_sample(read_config(str(config_of(system)), SIZE), image)
+        sample = read_sample(read_config(str(config_of(system)), [*SIZE, *images]), image)
         counts = [len(detect(model, [{"image": x}])[0]) for x in (sample, *other_images(sample))]
     assert re.fullmatch(r"before thresholds: the same to \S+ of the largest value", raw)
     pattern = r"detections: the same (.*) in images of other sizes(; rounding decides on \d+ more)?"
@@ -80,9 +84,9 @@ def test_export(system, synthetic, tmp_path, capsys):
     assert (path, counts[0] > 0) == (f"{tmp_path}/model.ts", True)
     description = json.loads((tmp_path / "model.ts.json").read_text())
     assert "MIN_SIZE_TEST: 96\n" in description.pop("config")
-    sizes = {"shorter_side": 96, "longer_side_at_most": 128, "interpolation": "pillow"}
+    sizes = {"shorter_side": 96, "longer_side_at_most": 128, "interpolation": interpolation}
     assert description == {
-        "input": {**sizes, "names": ["image"], "format": "RGB", "device": "cpu"},
+        "input": {**sizes, "names": ["image"], "format": channels, "device": "cpu"},
         "output": ["pred_boxes", "pred_classes", "scores", "pred_masks"][: 3 + ("mask" in system)],
         "classes": ["square", "triangle", "circle", "star"],
     }
@@ -176,11 +180,15 @@ model = LazyCall(OneNumber)(num_classes=1, proposal_generator=0)
 
 @pytest.mark.parametrize("is_lazy", [False, True])
 def test_own_architecture(is_lazy, tmp_path, synthetic, capsys):
-    """One that reads "height" and has no known head, and images that are resized by own rules."""
+    """
+    One that reads "height" and has no known head, and images that are resized by own rules; it
+    knows the class that it has learned.
+    """
     weights, output = tmp_path / "a.pth", tmp_path / "model.ts"
-    torch.save({"model": {"number": torch.ones(())}}, weights)
+    run = {"training data 'a' classes": ["cat"]}
+    torch.save({"model": {"number": torch.ones(())}, "run": run}, weights)
     (tmp_path / "lazy.py").write_text(LAZY)
-    options = [*map(str, QUICK), "MODEL.WEIGHTS", str(weights)]
+    options = [*map(str, QUICK), "MODEL.WEIGHTS", str(weights), *FOUR[:1], "1"]
     if is_lazy:
         options = [f"train.init_checkpoint={weights}"]
     image = str(synthetic / "images/000001.jpg")
@@ -189,9 +197,10 @@ def test_own_architecture(is_lazy, tmp_path, synthetic, capsys):
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert lines[0] == "before thresholds: nothing was compared: this model has no known head"
     assert lines[1] == "detections: the same 1, and 1, 1, 1, 1, 1 in images of other sizes"
-    description = json.loads((tmp_path / "model.ts.json").read_text())["input"]
-    sides = (description["shorter_side"], description["longer_side_at_most"])
+    description = json.loads((tmp_path / "model.ts.json").read_text())
+    sides = tuple(description["input"][x] for x in ("shorter_side", "longer_side_at_most"))
     assert (sides == (None, None)) == is_lazy
+    assert description["classes"] == ["cat"]
 
 
 def test_other_images():
@@ -279,6 +288,7 @@ def test_errors(image, extra, message, synthetic, tmp_path, refused):
         ("weights.pth", "weights.pth and MODEL.WEIGHTS, {}/weights.pth, are the same file"),
         ("link", "link.json and --categories, {}/a.json, are the same file"),
         ("000001.jpg", "000001.jpg and --sample-image, {}/000001.jpg, are the same file"),
+        ("a.yaml", "a.yaml and --config-file, {}/a.yaml, are the same file"),
         ("dir.onnx", "dir.onnx is not a file"),
     ],
 )
@@ -288,10 +298,11 @@ def test_inputs_stay(output, message, synthetic, tmp_path, monkeypatch, refused)
     shutil.copy(synthetic / "instances.json", tmp_path / "a.json")
     (tmp_path / "weights.pth").write_text("weights")
     (tmp_path / "link.json").symlink_to("a.json")
+    (tmp_path / "a.yaml").write_text(f"_BASE_: {config_of('retinanet')}")
     (tmp_path / "dir.onnx").mkdir()
     before = {x: x.is_dir() or x.read_bytes() for x in tmp_path.iterdir()}
     extra = ["--categories", tmp_path / "a.json", "MODEL.WEIGHTS", tmp_path / "weights.pth"]
-    args = ["--config-file", config_of("retinanet"), "--sample-image", tmp_path / "000001.jpg"]
+    args = ["--config-file", tmp_path / "a.yaml", "--sample-image", tmp_path / "000001.jpg"]
     expected = f"--output: {tmp_path}/{message.format(tmp_path)}"
     assert expected in refused(
         main, [str(x) for x in [*args, "--output", tmp_path / output, *extra]]

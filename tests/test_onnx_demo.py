@@ -10,9 +10,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, example, full_disk
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from libra_d2.demo.onnx_demo import main
+from detectron2.data.transforms import ResizeShortestEdge
+
+from libra_d2.data.resize import OpenCVResizeShortestEdge
+from libra_d2.demo.onnx_demo import main, resize
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -88,8 +91,10 @@ def is_red(path):
 
 
 @pytest.mark.parametrize("output", ["out.png", "new/folder/ö.PNG"])
-def test_picture(output, folder, capsys):
+def test_picture(output, folder, capsys, monkeypatch):
     """Resized by one half; the box is drawn in the pixels of the image, around the sure object."""
+    texts = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *args, fill: texts.append(args[1:]))
     main(["model.onnx", "ä.png", output])
     assert capsys.readouterr().out == f"1 objects: {output}\n"
     red = is_red(folder / output)
@@ -97,6 +102,20 @@ def test_picture(output, folder, capsys):
     assert red[2, 2:79].all()
     assert not red[:2].any()
     assert not red[20:50, 10:70].any()
+    assert texts == [([2, 2], "猫 90%")]
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "augmentation"),
+    [("opencv", OpenCVResizeShortestEdge), ("pillow", ResizeShortestEdge)],
+)
+def test_resize(interpolation, augmentation):
+    """To the nearest size, 30 x 39 here, as in training."""
+    pixels = np.random.default_rng(0).integers(0, 255, (47, 61, 3), np.uint8)
+    wanted = {**INPUT, "interpolation": interpolation, "format": "RGB"}
+    expected = augmentation(30, 1000).get_transform(pixels).apply_image(pixels)
+    found, _ = resize(Image.fromarray(pixels), wanted)
+    np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
 
 
 def test_orientation(folder):

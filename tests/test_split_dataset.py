@@ -62,7 +62,8 @@ def test_groups(dataset):
         _, val = run(dataset, *GROUPS, "--val-share", "0.3", "--seed", str(seed))
         assert len(val) == 10
         assert len({name.split("_")[0] for name in val}) == 1
-    assert len(run(dataset, *GROUPS, "--val-share", "0.01")[1]) == 10
+    for share, number in (("0.01", 10), ("0.6", 20)):  # the nearest, but for none
+        assert len(run(dataset, *GROUPS, "--val-share", share)[1]) == number
     assert len(run(dataset, "--group-by", "^street", "--val-share", "0.9")[1]) > 20
 
 

@@ -100,6 +100,7 @@ def test_command(tmp_path, capsys):
     assert "2 images" in capsys.readouterr().out
     dataset = json.loads((target / "instances.json").read_text())
     assert [c["name"] for c in dataset["categories"]] == ["star", "square"]
+    assert {a["category_id"] for a in dataset["annotations"]} == {1, 2}
     assert [p.name for p in target.parent.iterdir()] == ["er"]  # nothing unfinished is left
     # It replaces the other one, through a link as well.
     (tmp_path / "link").symlink_to("deep/er")

@@ -41,9 +41,11 @@ def run(voc, *args):
 def test_convert(voc, tmp_path, capsys):
     """Boxes count from 0 and contain both corners; difficult objects, if any, are crowds."""
     path = voc / "Annotations/b.xml"
-    path.write_text(path.read_text().replace("<difficult>0</difficult>", ""))
+    text = path.read_text().replace("<difficult>0</difficult>", "")
+    path.write_text(text.replace("cat", "\n cat "))
     dataset = run(voc)
-    assert "2 images, 3 objects, 1 of them difficult; nothing is" in capsys.readouterr().out
+    text = "2 images, 3 objects, 1 of them difficult; nothing is annotated in 0 of the images"
+    assert text in capsys.readouterr().out
     assert [c["name"] for c in dataset["categories"]] == ["cat", "dog"]
     assert [i["file_name"] for i in dataset["images"]] == ["other.bmp", "b.png"]
     boxes = [(a["category_id"], a["image_id"], a["bbox"]) for a in dataset["annotations"]]
@@ -126,6 +128,8 @@ def test_two_files_of_one_image(names, voc, refused):
     [
         (["b.jpg", "b.png"], "b.png"),  # <filename>
         (["b.JPG", "b.jpg"], "b.jpg"),
+        (["b.JPG", "b.jpeg"], "b.jpeg"),
+        (["b.JPG"], "b.JPG"),
         (["b.jpg", "stale.png"], "b.jpg"),  # renamed, unlike the text of its XML file
     ],
 )

@@ -29,14 +29,17 @@ def yolo(tmp_path):
 
 def run(yolo, *args):
     folders = ["--labels", yolo / "labels", "--images", yolo / "images"]
-    main([str(x) for x in [*folders, "--output", yolo / "out.json", *args]])
-    return json.loads((yolo / "out.json").read_text())
+    main([str(x) for x in [*folders, "--output", yolo / "images/out.json", *args]])
+    return json.loads((yolo / "images/out.json").read_text())
 
 
-@pytest.mark.parametrize("names", ["--data", "--classes"])
+@pytest.mark.parametrize("names", ["{0: cat, 1: dog}", "[cat, dog]", None])
 def test_convert(yolo, names, capsys):
-    values = [yolo / "data.yaml"] if names == "--data" else ["cat", "dog"]
-    dataset = run(yolo, names, *values)
+    """With each kind of names; the output of an earlier run is replaced, beside the images, too."""
+    (yolo / "data.yaml").write_text(f"train: images\nnames: {names}\n")
+    values = ["--data", yolo / "data.yaml"] if names else ["--classes", "cat", "dog"]
+    (yolo / "images/out.json").write_text("{}")
+    dataset = run(yolo, *values)
     assert "3 images, 3 objects; nothing is annotated in 1" in capsys.readouterr().out
     images = [(x["file_name"], x["width"], x["height"]) for x in dataset["images"]]
     assert images == [("a.jpg", 40, 20), ("day/b.JPG", 20, 40), ("empty.png", 8, 8)]
@@ -51,7 +54,7 @@ def test_convert(yolo, names, capsys):
     assert polygon["bbox"] == pytest.approx([4, 4, 16, 16])
     assert polygon["area"] == pytest.approx(16 * 16 - 8 * 16 / 2 - 8 * 2 / 2)  # without its corners
     assert other["bbox"] == pytest.approx([9, 0, 2, 20])
-    paths = (str(yolo / "out.json"), str(yolo / "images"), str(yolo))
+    paths = (str(yolo / "images/out.json"), str(yolo / "images"), str(yolo))
     assert register_coco_json("test_yolo_to_coco", *paths) == ["cat", "dog"]
 
 
@@ -86,7 +89,7 @@ def test_convert(yolo, names, capsys):
 def test_broken_files(yolo, file, text, message, refused):
     (yolo / file).write_text(text)
     assert message in refused(run, yolo, "--data", yolo / "data.yaml")
-    assert not (yolo / "out.json").exists()
+    assert not (yolo / "images/out.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,7 @@ def test_broken_files(yolo, file, text, message, refused):
         (["--data", "none.yaml"], "none.yaml: not a readable YAML file ([Errno 2] No such file"),
         (["--output", "data.yaml"], "--output: "),
         (["--output", "labels/a.txt"], "--output: "),
+        (["--output", "images/a.jpg"], "--output: "),
     ],
 )
 def test_bad_arguments(yolo, args, message, refused):
