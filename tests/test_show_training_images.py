@@ -71,6 +71,21 @@ def test_program(tmp_path, capsys, refused):
     assert "DATASETS.PROPOSAL_FILES_TRAIN" in refused(main, command)
 
 
+def test_images_stay(tmp_path, refused):
+    """Pictures are not written over the images that they are of."""
+    data, images = small_data(tmp_path / "data"), tmp_path / "training_images"
+    (data / "images").rename(images)
+    (images / "1.png").rename(images / "000.jpg")
+    text = (data / "instances.json").read_text().replace("1.png", "000.jpg")
+    (data / "instances.json").write_text(text)
+    args = ["--config-file", DEMO_CONFIG, "--train-json", data / "instances.json"]
+    args += ["--train-images", images, *TINY, "OUTPUT_DIR", tmp_path]
+    before = (images / "000.jpg").read_bytes()
+    error = refused(main, [str(x) for x in args])
+    assert f"{images}/000.jpg and an image of own_train, {images}/000.jpg, are the same" in error
+    assert (images / "000.jpg").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

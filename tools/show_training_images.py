@@ -20,7 +20,7 @@ from typing import Any, Dict
 import numpy as np
 from PIL import Image
 
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 
 from libra_d2.config import check_datasets
@@ -81,7 +81,11 @@ def run(args: argparse.Namespace) -> None:
     prepare_proposal_files(recipe, ("train",))
     folder = os.path.join(recipe.output_dir, "training_images")
     paths = [os.path.join(folder, f"{i:03d}.jpg") for i in range(args.num_images)]
-    output_paths(recipe.name_of("output_dir"), paths, {"--train-images": args.train_images})
+    images = {
+        f"an image of {name}": [record["file_name"] for record in DatasetCatalog.get(name)]
+        for name in recipe.train_datasets
+    }
+    output_paths(recipe.name_of("output_dir"), paths, images)
     metadata = display_metadata(MetadataCatalog.get(recipe.train_datasets[0]))
     batches = iter(recipe.build_train_loader(max(recipe.seed, 0)))
     sides = []

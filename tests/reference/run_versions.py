@@ -47,6 +47,7 @@ TESTS = (
     *("tests/test_balanced_l1_loss.py", "tests/test_balanced_sampling.py"),
     *("tests/test_balanced_feature_pyramid.py", "tests/test_fast_rcnn.py", "tests/test_rpn.py"),
     *("tests/test_retinanet.py", "tests/test_focal_loss.py", "tests/test_folded_conv.py"),
+    "tests/test_fused_bottleneck.py",
     *("tests/test_roi_align.py", "tests/test_acceleration.py", "tests/test_resize.py"),
     *("tests/test_backbone.py", "tests/test_compile.py", "tests/test_lean_fpn.py"),
     "tests/test_winograd_conv.py",
