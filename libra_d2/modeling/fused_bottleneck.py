@@ -13,6 +13,8 @@ from .replacement import Replacement, has_hooks, is_captured, is_ordinary
 
 __all__ = ["FusedBottleneck", "FusedStage"]
 
+_DTYPES = (torch.float32, torch.bfloat16)  # that oneDNN has on CPUs, the latter not on all
+
 
 def _relu_of(
     conv: FoldedConv2d, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None
@@ -58,9 +60,8 @@ class FusedBottleneck(Replacement, BottleneckBlock):
     def _can_fuse(self, x: torch.Tensor) -> bool:
         if not is_ordinary(x) or not torch.backends.mkldnn.is_available():
             return False
-        dtype = _type_of_results(x)
         has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if dtype != torch.float32 and not (dtype == torch.bfloat16 and has_bfloat16):
+        if _type_of_results(x) not in (_DTYPES if has_bfloat16 else _DTYPES[:1]):
             return False
         if not x.is_contiguous(memory_format=torch.channels_last):
             return False
