@@ -365,7 +365,7 @@ def test_unused_proposals(datasets, caplog):
     for opts in ([], files, [*files, "MODEL.LOAD_PROPOSALS", True]):
         check(*opts)
     used = [x for x in caplog.messages if "PROPOSAL" in x]
-    assert used == [f"{files[0]} is set, but not used: the model makes proposals itself"]
+    assert used == [f"{files[0]} is set, but this model reads no proposals from files"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def trainings(monkeypatch):
     started = []
 
     def run(command, stdout, stderr, env):
-        folder = Path(command[command.index("OUTPUT_DIR") + 1])
+        lazy = [x[len("train.output_dir='") : -1] for x in command if "train.output_dir" in x]
+        folder = Path(*lazy or [command[command.index("OUTPUT_DIR") + 1]])
         started.append((folder.parent.name, folder.name, command, env))
         time.sleep(float(os.environ.get("SECONDS", 0)))
         if "FAILS" in os.environ:
@@ -359,6 +360,14 @@ def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main([str(x) for x in [*more, *command, *opts, test]])
         assert message in capsys.readouterr().err
+
+
+def test_output_of_a_lazy_config(trainings, synthetic, tmp_path):
+    """The value of an option can be anything."""
+    config, out = ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py", tmp_path / "a (1), b=c"
+    command = ["--config-file", config, *own_data(synthetic, "train", "val"), "--output", out]
+    main([str(x) for x in [*command, "--variants", "all", "--seeds", 1]])
+    assert trainings[0][:2] == ("all", "seed_1")
 
 
 def test_page(trainings, synthetic, tmp_path, monkeypatch):

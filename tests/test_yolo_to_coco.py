@@ -80,10 +80,11 @@ def test_convert(yolo, names, capsys):
         ("data.yaml", "nc: 2", "data.yaml: 'names' must be"),
         ("data.yaml", "names: ab", "data.yaml: 'names' must be"),
         ("data.yaml", "names: ~", "data.yaml: 'names' must be"),
+        ("data.yaml", "names: []", "data.yaml: 'names' must be"),
         ("data.yaml", "names: {a: cat, b: dog}", "data.yaml: 'names' must be"),
         ("data.yaml", "names", "data.yaml: 'names' must be"),
         ("data.yaml", "[", "data.yaml: not a readable YAML file (while parsing a flow node"),
-        ("data.yaml", "names: [a, b, a]", "data.yaml: one of ['a', 'b', 'a'] is there twice"),
+        ("data.yaml", "names: [a, b, a]", "data.yaml: the class 'a' is there twice"),
     ],
 )
 def test_broken_files(yolo, file, text, message, refused):

@@ -177,7 +177,7 @@ def is_finished(folder: Path) -> bool:
 
 def run_options(args: argparse.Namespace, variant: Variant, seed: int) -> List[str]:
     """The command line options of a training."""
-    own = {"output_dir": run_folder(args, variant.name, seed), "seed": seed}
+    own = {"output_dir": str(run_folder(args, variant.name, seed)), "seed": seed}
     return list(map(str, [*args.opts, *variant.options, *variant.recipe.options(own)]))
 
 

@@ -15,7 +15,7 @@ easy to see.
 import argparse
 import os
 from itertools import chain, islice
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import numpy as np
 from PIL import Image
@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> None:
     prepare_proposal_files(recipe, ("train",))
     folder = os.path.join(recipe.output_dir, "training_images")
     paths = [os.path.join(folder, f"{i:03d}.jpg") for i in range(args.num_images)]
-    images = {
-        f"an image of {name}": [record["file_name"] for record in DatasetCatalog.get(name)]
-        for name in recipe.train_datasets
-    }
+    images: Dict[str, List[str]] = {}
+    if any(map(os.path.exists, paths)):
+        for name in recipe.train_datasets:
+            files = (record.get("file_name", "") for record in DatasetCatalog.get(name))
+            images[f"an image of {name}"] = [x for x in files if x.endswith(".jpg")]
     output_paths(recipe.name_of("output_dir"), paths, images)
     metadata = display_metadata(MetadataCatalog.get(recipe.train_datasets[0]))
     batches = iter(recipe.build_train_loader(max(recipe.seed, 0)))

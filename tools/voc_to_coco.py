@@ -15,6 +15,7 @@ import argparse
 import glob
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 from xml.etree import ElementTree
@@ -97,8 +98,12 @@ def read_xml(path: Path) -> Dict[str, Any]:
 
 
 def find_xml_files(folder: Path) -> List[Path]:
-    """The XML files in a folder, whatever the case of their suffix, and in the folders in it."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".xml")
+    """
+    The XML files in a folder, whatever the case of their suffix, and in the folders in it but for
+    hidden ones, such as .ipynb_checkpoints.
+    """
+    found = (path for path in folder.rglob("*") if path.suffix.lower() == ".xml")
+    return sorted(x for x in found if not re.search(r"(^|/)\.", x.relative_to(folder).as_posix()))
 
 
 def find_image(folder: Path, stem: str, file_name: Optional[str]) -> str:

@@ -64,7 +64,7 @@ def read_names(path: str) -> List[str]:
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or {*names} != {*range(len(names))}:
+    if not isinstance(names, dict) or not names or {*names} != {*range(len(names))}:
         raise InputError(
             f"--data: {path}: 'names' must be a list, or a map from 0, 1, ... to the class names"
         )
@@ -147,7 +147,7 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
         raise InputError(f"{path}: there is no image for it in {images}")
     image_of: Dict[Path, Path] = {}
     for path, label in label_of.items():
-        if image_of.setdefault(label, path) != path:
+        if label in found and image_of.setdefault(label, path) != path:
             raise InputError(f"{path} and {image_of[label]} have the same text file: remove one")
     dataset = {
         "images": [],
@@ -169,7 +169,8 @@ def run(args: argparse.Namespace) -> None:
     names = args.classes or read_names(args.data)
     if len(set(names)) < len(names):
         option = "--classes" if args.classes else f"--data: {args.data}"
-        raise InputError(f"{option}: one of {names} is there twice")
+        twice = next(x for x in names if names.count(x) > 1)
+        raise InputError(f"{option}: the class {twice!r} is there twice")
     others = {"--data": args.data}
     for option, folder in (("--labels", args.labels), ("--images", args.images)):
         others[option] = [str(x) for x in Path(folder).rglob("*") if x.suffix != ".json"]

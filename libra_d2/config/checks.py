@@ -85,8 +85,9 @@ def _are_sides(values: Sequence) -> bool:
 
 
 _RULES: Tuple[Rule, ...] = (
+    *(Rule(name, lambda v: isinstance(v, str), "use a path") for name in ("output_dir", "weights")),
     *(
-        Rule(name, lambda v: isinstance(v, str) and v[:1] != "~", "use a path without '~'")
+        Rule(name, lambda v: v[:1] != "~", "use a path without '~'")
         for name in ("output_dir", "weights")
     ),
     Rule("best_metric", lambda v: isinstance(v, str), "use the name of a metric, such as bbox/AP"),
@@ -342,11 +343,11 @@ def _check_named_datasets(recipe: Recipe, train: bool) -> None:
 
 
 def _check_unused_proposals(recipe: Recipe, train: bool) -> None:
-    """Warn of proposals that are given to a model that has an RPN."""
+    """Warn of proposals that are given to a model that makes its own, or needs none."""
     for setting in ("train_proposals", "test_proposals"):
         if recipe.get(setting) and not recipe.needs_proposals:
             logger.warning(
-                f"{recipe.name_of(setting)} is set, but not used: the model makes proposals itself"
+                f"{recipe.name_of(setting)} is set, but this model reads no proposals from files"
             )
 
 

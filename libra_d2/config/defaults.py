@@ -186,8 +186,8 @@ def add_libra_config(cfg: CN) -> None:
     # mixed precision (known); never on Windows.
     cfg.MODEL.LIBRA.SPEED.CHANNELS_LAST = "auto"
     # Whether to fold batch norms with fixed statistics into the convolutions before them, in
-    # training in layers with fewer weights than features; and whether, on CPUs, the convolutions of
-    # bottlenecks also add the shortcut and apply ReLU. Checkpoints do not change.
+    # training in layers with fewer weights than features; and whether, on CPUs, bottlenecks add the
+    # result of their last convolution to the shortcut in place. Checkpoints do not change.
     cfg.MODEL.LIBRA.SPEED.FOLD_NORM = True
     # Whether RoIAlign uses all cores of a CPU instead of one, and computes its gradient on GPUs in
     # a fixed order and in less time.

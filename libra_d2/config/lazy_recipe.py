@@ -59,7 +59,7 @@ def _quoted(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     # A quote is escaped by a backslash; those before a quote are doubled.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _mapper(is_train: bool) -> str:

@@ -25,15 +25,16 @@ Losses = Dict[str, torch.Tensor]
 
 
 class _MicroBatchStorage(EventStorage):
-    """Holds the scalars of a micro-batch; pictures are those of the training."""
+    """Holds the scalars of a micro-batch; the pictures of one of them are the training's."""
 
-    def __init__(self) -> None:
-        self._training = get_event_storage()
+    def __init__(self, keeps_pictures: bool) -> None:
+        self._training, self._keeps_pictures = get_event_storage(), keeps_pictures
         super().__init__(self._training.iter)
 
     def put_image(self, img_name: str, img_tensor: torch.Tensor) -> None:
         """See :meth:`EventStorage.put_image`."""
-        self._training.put_image(img_name, img_tensor)
+        if self._keeps_pictures:
+            self._training.put_image(img_name, img_tensor)
 
 
 class AccumulationTrainer(SimpleTrainer):
@@ -102,7 +103,7 @@ class AccumulationTrainer(SimpleTrainer):
         for i, (micro_batch, state) in enumerate(zip(micro_batches, states)):
             set_random_state(state)
             is_last = i == len(micro_batches) - 1
-            storage = _MicroBatchStorage()
+            storage = _MicroBatchStorage(is_last)
             with normalizers.active(), storage, self._synchronized(is_last):
                 losses.append(self._forward(micro_batch))
                 self._backward(sum(losses[-1].values()) / len(micro_batches))

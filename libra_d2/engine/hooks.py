@@ -78,10 +78,13 @@ class CheckpointHook(PeriodicCheckpointer):
             with self.resume.held():
                 if comm.is_main_process():
                     super().after_step()
-                    # Each step removes one, but an interruption has written one more, and before a
-                    # resumed training more may have been kept.
+                    # Each step removes one, but an interruption writes one more, and a run that is
+                    # resumed may have kept more.
                     while len(self.recent_checkpoints) > (self.max_to_keep or math.inf):
-                        os.remove(self.recent_checkpoints.pop(0))
+                        outdated = self.recent_checkpoints.pop(0)
+                        logger.info(f"Removing {outdated}, an older checkpoint than are kept")
+                        with suppress(FileNotFoundError):
+                            os.remove(outdated)
 
 
 class PreciseStatistics(PreciseBN):
@@ -92,7 +95,7 @@ class PreciseStatistics(PreciseBN):
 
     def update_stats(self) -> None:
         """See :meth:`PreciseBN.update_stats`."""
-        if isinstance(self._data_loader, ResumableLoader):
+        if not self._disabled and isinstance(self._data_loader, ResumableLoader):
             self._data_iter = iter(copy.copy(self._data_loader))  # which starts at its position
         super().update_stats()
 

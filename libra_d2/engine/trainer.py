@@ -248,7 +248,10 @@ class Trainer(DefaultTrainer):
 
     @property
     def _is_unfinished(self) -> bool:
-        """Whether an error or a signal has ended the training in its last iteration."""
+        """
+        After the training: whether an error or a signal has ended it in its last iteration, which
+        is counted when it is done.
+        """
         return self.iter == self.max_iter - 1
 
     def _evaluate(self) -> Mapping[str, Any]:

@@ -64,9 +64,12 @@ class PredictionPictures(DatasetEvaluator):
         self.num_drawn = 0
 
     def _name_of(self, image: str) -> str:
-        """Of a picture: the image's path in the folder of the dataset, if it has one."""
-        path = os.path.relpath(image, self.image_root or os.path.dirname(image))
-        return os.path.splitext(path)[0].replace(os.sep, "-")
+        """Of a picture: the path of its image in the folder of the dataset, if it is in it."""
+        folder, name = os.path.split(os.path.abspath(image))
+        root = os.path.join(os.path.abspath(self.image_root or folder), "")
+        if folder.startswith(root) and root != os.sep:
+            name = os.path.join(folder[len(root) :], name)
+        return os.path.splitext(name)[0].replace(os.sep, "-")
 
     def process(self, inputs: List[Dict], outputs: List[Dict]) -> None:
         """See :meth:`DatasetEvaluator.process`. Outputs without detections are not drawn."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottlenecks whose convolutions add the shortcut and apply ReLU, on CPUs."""
-
-from typing import Optional
+"""Bottlenecks whose last convolution adds its result to the shortcut, on CPUs."""
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as global_hooks
 
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
@@ -16,28 +17,15 @@ __all__ = ["FusedBottleneck", "FusedStage"]
 _DTYPES = (torch.float32, torch.bfloat16)  # that oneDNN has on CPUs, the latter not on all
 
 
-def _relu_of(
-    conv: FoldedConv2d, x: torch.Tensor, shortcut: Optional[torch.Tensor] = None
-) -> torch.Tensor:
-    """
-    The ReLU of a folded convolution, to which ``shortcut`` is added: it is overwritten by the
-    result. These operations are those of the graphs that ``torch.compile`` makes for CPUs.
-    """
-    folded = [tensor.to(x.dtype) for tensor in conv.fold()]
-    arguments = (x, *folded, conv.padding, conv.stride, conv.dilation, conv.groups)
-    if shortcut is None:
-        return torch.ops.mkldnn._convolution_pointwise.default(*arguments, "relu", [], None)
-    convolve = torch.ops.mkldnn._convolution_pointwise_.binary
-    return convolve(shortcut, *arguments, "add", None, "relu", [], None)
-
-
 class FusedBottleneck(Replacement, BottleneckBlock):
     """
-    :class:`BottleneckBlock` whose shortcut is added, and whose ReLUs are applied, while oneDNN
-    writes the result of a convolution: each takes a pass over the features otherwise. On CPUs, in
-    float32 and bfloat16, where norms can be folded (see :class:`FoldedConv2d`), channels are last
-    in memory, and no gradients are computed. Elsewhere, with hooks on one of its convolutions, and
-    in traces, scripts and compiled graphs, it is the parent.
+    :class:`BottleneckBlock` whose last convolution adds its result to the shortcut, in place, which
+    saves a pass over the features and the memory for them. The operation is that of the graphs
+    which ``torch.compile`` makes. (It could apply ReLU, too, but would turn NaN into 0.)
+
+    On x86 CPUs, in float32 and bfloat16, where the norm can be folded (see :class:`FoldedConv2d`),
+    channels are last in memory, and no gradients are computed. Elsewhere, with hooks on the last
+    convolution or the shortcut's, and in traces, scripts and compiled graphs, it is the parent.
     """
 
     def forward(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
@@ -48,20 +36,20 @@ class FusedBottleneck(Replacement, BottleneckBlock):
         """
         if not self._can_fuse(x):
             return super().forward(x)
+        out = F.relu_(self.conv2(F.relu_(self.conv1(x))))
         own = x.to(_type_of_results(x))
-        x, overwrite = own, overwrite or own is not x
-        out = _relu_of(self.conv2, _relu_of(self.conv1, x))
         if self.shortcut is not None:
-            shortcut = self.shortcut(x)
+            result = self.shortcut(x)
+        elif overwrite or own is not x:
+            result = own
         else:
-            shortcut = x if overwrite else x.clone(memory_format=torch.channels_last)
-        return _relu_of(self.conv3, out, shortcut)
+            result = x.clone(memory_format=torch.channels_last)
+        return F.relu_(_add_convolution(result, self.conv3, out))
 
     def _can_fuse(self, x: torch.Tensor) -> bool:
-        if not is_ordinary(x) or not torch.backends.mkldnn.is_available():
+        if not is_ordinary(x) or forward_ad.unpack_dual(x).tangent is not None:
             return False
-        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if _type_of_results(x) not in (_DTYPES if has_bfloat16 else _DTYPES[:1]):
+        if not (_has_onednn() and _type_of_results(x) in _types()):
             return False
         if not x.is_contiguous(memory_format=torch.channels_last):
             return False
@@ -69,8 +57,16 @@ class FusedBottleneck(Replacement, BottleneckBlock):
             tensor.requires_grad for tensor in (x, *self.parameters())
         ):
             return False
-        convs = (self.conv1, self.conv2, self.conv3, self.shortcut)
-        return all(_is_known(conv) for conv in convs if conv is not None)
+        return all(_is_known(conv) for conv in (self.conv3, self.shortcut) if conv is not None)
+
+
+def _has_onednn() -> bool:
+    is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return is_x86 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def _types() -> tuple:
+    return _DTYPES if torch.ops.mkldnn._is_mkldnn_bf16_supported() else _DTYPES[:1]
 
 
 def _type_of_results(x: torch.Tensor) -> torch.dtype:
@@ -82,21 +78,38 @@ def _is_known(conv: nn.Module) -> bool:
     return is_folded and conv.activation is None and not has_hooks(conv)
 
 
+def _add_convolution(result: torch.Tensor, conv: FoldedConv2d, x: torch.Tensor) -> torch.Tensor:
+    """Add the folded convolution of ``x`` to ``result``, in place."""
+    folded = (tensor.to(x.dtype) for tensor in conv.fold())
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    add = torch.ops.mkldnn._convolution_pointwise_.binary
+    return add(result, x, *folded, *geometry, "add", None, None, [], None)
+
+
 class FusedStage(Replacement, nn.Sequential):
-    """Bottlenecks each of which, but for the first, overwrites the result of the one before."""
+    """
+    Bottlenecks each of which, but for the first, overwrites the result of the one before, unless
+    somebody may have kept it: through hooks, or by replacing a block or its ``forward``.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W), which is not overwritten. Returns: the last one's result."""
-        if is_captured():
+        if is_captured() or not all(map(_is_unchanged, self)) or _has_global_hooks():
             return super().forward(x)
-        before = None
-        for block in self:
-            # A hook may have kept what the block before has returned.
-            is_own = before is not None and not has_hooks(before) and not has_hooks(block)
-            x, before = block(x, overwrite=is_own), block
+        for i, block in enumerate(self):
+            x = block(x, overwrite=i > 0)
         return x
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
         """Sequences of bottlenecks only."""
         return super().can_replace(module) and {*map(type, module)} == {FusedBottleneck}
+
+
+def _is_unchanged(block: nn.Module) -> bool:
+    is_own = type(block) is FusedBottleneck and "forward" not in vars(block)
+    return is_own and not any(map(has_hooks, block.modules()))
+
+
+def _has_global_hooks() -> bool:
+    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
