@@ -89,9 +89,17 @@ def test_evaluation(tmp_path, halves, monkeypatch):
     assert (halves[2][2] == (200, 50, 20)).all()
     PredictionPictures(*arguments, num_images=1).process(records[:1], outputs)
     assert Image.open(tmp_path / "p/0.jpg").size == (812, 328)
-    MetadataCatalog.get("test_pictures").set(image_root=str(tmp_path.parent))  # and subfolders
-    PredictionPictures(*arguments, num_images=1).process(records[:1], outputs)
-    assert (tmp_path / f"p/{tmp_path.name}-0.jpg").exists()
+    for root, name in (
+        (str(tmp_path.parent), f"{tmp_path.name}-1"),
+        ("/elsewhere", "1"),
+        ("/", "1"),
+    ):
+        pictures = PredictionPictures(*arguments, num_images=1)
+        pictures.image_root = root
+        for path in (tmp_path / "p").iterdir():
+            path.unlink()
+        pictures.process(records[1:2], outputs)
+        assert [x.name for x in (tmp_path / "p").iterdir()] == [f"{name}.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from libra_d2.config import Recipe
 from libra_d2.data import register_coco_json
 from libra_d2.engine import Trainer, launch
 from libra_d2.engine.accumulation import AccumulationTrainer, AMPAccumulationTrainer
-from libra_d2.engine.hooks import Throughput
+from libra_d2.engine.hooks import PreciseStatistics, Throughput
 from libra_d2.engine.resuming import _cut_metrics
 from libra_d2.engine.trainer import _Printer
 from libra_d2.errors import InputError
@@ -414,6 +414,7 @@ def test_precise_statistics_of_a_resumed_training(toy_data, tmp_path):
     run(tmp_path / "resumed", *opts, until=7)
     run(tmp_path / "resumed", *opts, seed=99)
     assert_same(tmp_path / "resumed", tmp_path / "whole")
+    PreciseStatistics(1, nn.Linear(1, 1), [], 3).update_stats()  # nothing to do
 
 
 @pytest.mark.parametrize(

@@ -165,10 +165,10 @@ def test_names_in_other_scripts(encoding, voc):
 
 
 def test_subfolders(voc):
-    """Their files are converted, too; the images are in the same subfolders."""
-    for name in ("Annotations/sub/b.xml", "JPEGImages/sub/b.png"):
+    """Their files are converted, too; the images are in the same subfolders. Not hidden ones."""
+    for name in ("Annotations/sub/b.xml", "JPEGImages/sub/b.png", "Annotations/.sub/b.xml"):
         (voc / name).parent.mkdir()
-        shutil.copy(voc / name.replace("sub/", ""), voc / name)
+        shutil.copy(voc / re.sub(r"\.?sub/", "", name), voc / name)
     names = [x["file_name"] for x in run(voc)["images"]]
     assert len(names) == 3
     assert names[1:] == ["b.png", "sub/b.png"]

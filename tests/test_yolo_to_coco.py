@@ -58,6 +58,12 @@ def test_convert(yolo, names, capsys):
     assert register_coco_json("test_yolo_to_coco", *paths) == ["cat", "dog"]
 
 
+def test_images_without_labels(yolo):
+    """They may have the same name."""
+    Image.new("RGB", (8, 8)).save(yolo / "images/empty.jpg")
+    assert len(run(yolo, "--classes", "cat", "dog")["images"]) == 4
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
