@@ -84,20 +84,19 @@ def read_object(line: str, num_classes: int, size: Tuple[int, int]) -> Dict[str,
     points = np.array(values, dtype=float).reshape(-1, 2)
     if not (np.abs(points - 0.5) <= 0.5 + _SLACK).all():
         raise ValueError("coordinates must be shares of the width and height, from 0 to 1")
-    points, polygon, area = points * size, [], None
+    points, polygon = points * size, []
     if len(points) == 2:
         center, extent = points
         points = np.stack([center - extent / 2, center + extent / 2])
     else:
         points = points.clip(0, size)
         polygon = [points.ravel().tolist()]
-        x, y = points.T
-        area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
-    low, high = points.min(0), points.max(0)
+    (x, y), low, high = points.T, points.min(0), points.max(0)
+    area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2 if polygon else np.prod(high - low)
     return {
         "category_id": int(number) + 1,
         "bbox": [*low.tolist(), *(high - low).tolist()],
-        "area": float(np.prod(high - low) if area is None else area),
+        "area": float(area),
         "segmentation": polygon,
         "iscrowd": 0,
     }
@@ -167,9 +166,8 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
 def run(args: argparse.Namespace) -> None:
     """Read, convert, and write a dataset."""
     names = args.classes or read_names(args.data)
-    if len(set(names)) < len(names):
+    for twice in (x for x in names if names.count(x) > 1):
         option = "--classes" if args.classes else f"--data: {args.data}"
-        twice = next(x for x in names if names.count(x) > 1)
         raise InputError(f"{option}: the class {twice!r} is there twice")
     others = {"--data": args.data}
     for option, folder in (("--labels", args.labels), ("--images", args.images)):

@@ -32,10 +32,8 @@ def set_length(recipe: Recipe, num_images: int) -> None:
     steps = recipe.get("SOLVER.STEPS", ())
     late = [step for step in steps if step >= recipe.max_iter]
     if recipe.epochs > 0:
-        before, recipe.max_iter = (
-            recipe.max_iter,
-            math.ceil(Fraction(str(recipe.epochs)) * per_epoch),
-        )
+        before = recipe.max_iter
+        recipe.max_iter = math.ceil(Fraction(str(recipe.epochs)) * per_epoch)
         if recipe.has("SOLVER.STEPS"):
             scaled = {round(step / before * recipe.max_iter) for step in steps}
             recipe.set("SOLVER.STEPS", tuple(sorted(x for x in scaled if 0 < x < recipe.max_iter)))

@@ -37,13 +37,10 @@ class FusedBottleneck(Replacement, BottleneckBlock):
         if not self._can_fuse(x):
             return super().forward(x)
         out = F.relu_(self.conv2(F.relu_(self.conv1(x))))
-        own = x.to(_type_of_results(x))
         if self.shortcut is not None:
             result = self.shortcut(x)
-        elif overwrite or own is not x:
-            result = own
         else:
-            result = x.clone(memory_format=torch.channels_last)
+            result = x.to(_type_of_results(x), copy=not overwrite)
         return F.relu_(_add_convolution(result, self.conv3, out))
 
     def _can_fuse(self, x: torch.Tensor) -> bool:
