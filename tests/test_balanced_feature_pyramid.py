@@ -61,6 +61,21 @@ def test_levels_of_different_types():
     assert all((x == 3).all() for x in features)
 
 
+@pytest.mark.parametrize("num_last", [0, 1, 2, 3])
+def test_memory_format(num_last):
+    """Each level keeps its own; NNPACK's convolutions change that of all but the largest."""
+    bfp = randomized(BalancedFeaturePyramid(4, 3, refine_level=1))
+    features = [torch.randn(1, 4, s, s) for s in (16, 8, 4)]
+    expected = bfp(features)
+    for i in range(num_last):
+        features[i] = features[i].contiguous(memory_format=torch.channels_last)
+    found = bfp(features)
+    for i, (x, y) in enumerate(zip(found, expected)):
+        torch.testing.assert_close(x, y)  # sums of the attention may have another order
+        assert x.is_contiguous(memory_format=torch.channels_last) == (i < num_last)
+        assert x.is_contiguous() == (i >= num_last)
+
+
 @pytest.mark.parametrize("refine_type", REFINE_TYPES)
 @pytest.mark.parametrize("refine_level", [0, 2, 4])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())

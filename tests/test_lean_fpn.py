@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import detectron2.export  # noqa: F401 (makes FPN scriptable)
 from detectron2.modeling import FPN, Backbone
@@ -66,6 +68,64 @@ def test_same_bits(top_block, fuse_type):
     for (name, expected), (found_name, found) in zip(*results):
         assert name == found_name
         assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("fuse_type", ["sum", "avg"])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("seen", ["nothing", "convolution", "norm", "everything"])
+def test_in_place(seen, fuse_type, format):
+    """Without gradients there are no copies, and what others have seen is not overwritten."""
+    fpn, lean, image = build(fuse_type=fuse_type)
+    image, kept = image.contiguous(memory_format=format), []
+
+    def keep(module, args, output):
+        if module in (conv, conv.norm):
+            kept.append((output, output.clone()))
+
+    conv = lean.fpn_lateral3
+    registers = {
+        "convolution": conv.register_forward_hook,
+        "norm": conv.norm.register_forward_hook,
+        "everything": register_module_forward_hook,
+    }
+    with torch.no_grad(), ExitStack() as hooks:
+        expected = fpn(image)
+        if seen != "nothing":
+            hooks.enter_context(registers[seen](keep))
+        found = lean(image)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(kept) == {"nothing": 0, "everything": 2}.get(seen, 1)
+    assert all(torch.equal(output, then) for output, then in kept)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_results(has_gradients, dtype):
+    """A coarser level in float32 makes the finer ones float32, as in the parent."""
+    _, lean, _ = build()
+    lateral, coarser = torch.ones(1, 2, 4, 4, dtype=dtype), torch.full((1, 2, 2, 2), 0.001)
+    with torch.set_grad_enabled(has_gradients):
+        merged = lean._merge(lateral, coarser, lean.fpn_lateral3)
+    assert torch.equal(merged, torch.full((1, 2, 4, 4), 1.001))
+    assert (merged is lateral) == (not has_gradients and dtype == torch.float32)
+    if merged is not lateral:
+        assert (lateral == 1).all()
+
+
+def test_features_of_others():
+    """What is no convolution may return its input, a feature map of the backbone."""
+    _, lean, _ = build()
+    lateral = torch.ones(1, 2, 4, 4)
+    with torch.no_grad():
+        assert lean._merge(lateral, torch.ones(1, 2, 2, 2), nn.Identity()) is not lateral
+
+
+@pytest.mark.parametrize("size", [(2, 3), (1, 1), (3, 3)])
+def test_levels_that_do_not_fit(size):
+    """Refused, and never broadcast."""
+    _, lean, _ = build()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        lean._merge(torch.ones(1, 2, 4, 4), torch.ones(1, 2, *size), lean.fpn_lateral3)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,32 @@ def test_batches(size, expected, calls):
     torch.testing.assert_close(y[-1:].double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
 
 
+@pytest.mark.parametrize("hook", [None, "forward", "forward_pre"])
+@pytest.mark.parametrize("norm", [None, nn.Identity()])
+def test_activation_in_place(norm, hook, calls, monkeypatch):
+    """Unless somebody may have seen what it is applied to."""
+    conv = make_conv(activation=nn.ReLU(), norm=norm)
+    results, seen = [], []
+    apply = winograd_conv._WinogradFunction.apply
+    monkeypatch.setattr(
+        winograd_conv._WinogradFunction,
+        "apply",
+        lambda *args: results.append(apply(*args)) or results[-1],
+    )
+    if hook is not None:
+        hook = getattr(conv.activation, f"register_{hook}_hook")
+        hook(lambda module, args, *output: seen.append(args[0].clone()))
+    x = torch.randn(1, 128, 50, 45)
+    y = conv(x)
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(y, expected.relu(), rtol=0, atol=1e-4)
+    assert calls or norm is not None
+    assert all(torch.equal(x, results[0]) and (x < 0).any() for x in seen)
+    assert len(seen) == (hook is not None)
+    is_in_place = y.data_ptr() == results[0].data_ptr()
+    assert is_in_place == (norm is None and hook is None)
+
+
 def test_few_pixels(calls, gradients):
     """With many channels, transforms of the weights take longer than they save."""
     for pixels, expected in ((16 * 16, 0), (16 * 32, 1)):

@@ -81,6 +81,12 @@ def _resize(x: torch.Tensor, size: List[int], num_halvings: int) -> torch.Tensor
     return x if num_halvings == 0 else F.interpolate(x, size=size, mode="nearest").to(x.dtype)
 
 
+def _like(feature: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the memory format of ``feature``: sums of two formats take three times as long."""
+    is_last = feature.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
 class NonLocalBlock(nn.Module):
     """
     Embedded Gaussian non-local block (arXiv 1711.07971), the refinement of the paper.
@@ -217,7 +223,8 @@ class BalancedFeaturePyramid(nn.Module):
 
         outputs = []
         for level, feature in enumerate(features):
-            resized = _resize(balanced, feature.shape[-2:], level - self.refine_level)
+            semantic = _like(feature, balanced)
+            resized = _resize(semantic, feature.shape[-2:], level - self.refine_level)
             # In place where that is the same: the largest level takes most of the memory.
             is_own = level != self.refine_level and feature.dtype == dtype
             outputs.append(resized.add_(feature) if is_own else feature + resized)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules import module as global_hooks
 
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
@@ -91,7 +90,7 @@ class FusedStage(Replacement, nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W), which is not overwritten. Returns: the last one's result."""
-        if is_captured() or not all(map(_is_unchanged, self)) or _has_global_hooks():
+        if is_captured() or not all(map(_is_unchanged, self)):
             return super().forward(x)
         for i, block in enumerate(self):
             x = block(x, overwrite=i > 0)
@@ -106,7 +105,3 @@ class FusedStage(Replacement, nn.Sequential):
 def _is_unchanged(block: nn.Module) -> bool:
     is_own = type(block) is FusedBottleneck and "forward" not in vars(block)
     return is_own and not any(map(has_hooks, block.modules()))
-
-
-def _has_global_hooks() -> bool:
-    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)

@@ -4,19 +4,21 @@
 from typing import Dict, List, Optional
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from detectron2.modeling import FPN
 
-from .replacement import Replacement, is_captured
+from .replacement import Replacement, has_hooks, is_captured, is_ordinary
 
 __all__ = ["LeanFPN"]
 
 
 class LeanFPN(Replacement, FPN):
     """
-    :class:`FPN` that lets go of each feature map after its last use: the same operations, with less
-    memory where no gradients are computed.
+    :class:`FPN` that lets go of each feature map after its last use, and on CPUs adds features to
+    those of the next level in place: the same numbers, with less memory where no gradients are
+    computed.
 
     The variables of the parent's ``forward`` hold all feature maps of the backbone and two
     intermediate results of the largest level until it returns. No hook can reach them, so this
@@ -35,7 +37,7 @@ class LeanFPN(Replacement, FPN):
         for name, lateral_conv, output_conv in zip(
             reversed(self.in_features), self.lateral_convs, self.output_convs
         ):
-            merged = self._merge(lateral_conv(features.pop(name)), merged)
+            merged = self._merge(lateral_conv(features.pop(name)), merged, lateral_conv)
             levels.insert(0, output_conv(merged))
         if top_block is not None:
             if of_top_block is None:
@@ -44,9 +46,27 @@ class LeanFPN(Replacement, FPN):
         assert len(levels) == len(self._out_features)
         return dict(zip(self._out_features, levels))
 
-    def _merge(self, lateral: torch.Tensor, coarser: Optional[torch.Tensor]) -> torch.Tensor:
-        """Args: lateral: (N, C, H, W). coarser: (N, C, H / 2, W / 2), None at the last."""
+    def _merge(
+        self, lateral: torch.Tensor, coarser: Optional[torch.Tensor], lateral_conv: nn.Module
+    ) -> torch.Tensor:
+        """
+        Args:
+            lateral: (N, C, H, W), the result of ``lateral_conv``. On CPUs it is overwritten where
+                no gradients are computed and no hook has seen it.
+            coarser: (N, C, H / 2, W / 2), None at the last level.
+        """
         if coarser is None:
             return lateral
-        merged = F.interpolate(coarser, scale_factor=2.0, mode="nearest").add_(lateral)
+        if lateral.dtype == coarser.dtype and _is_unseen(lateral, lateral_conv):
+            height, width = coarser.shape[2:]
+            blocks = lateral.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+            blocks.add_(coarser[:, :, :, None, :, None])
+            merged = lateral
+        else:
+            merged = F.interpolate(coarser, scale_factor=2.0, mode="nearest").add_(lateral)
         return merged.div_(2) if self._fuse_type == "avg" else merged
+
+
+def _is_unseen(x: torch.Tensor, conv: nn.Module) -> bool:
+    is_own = isinstance(conv, nn.Conv2d) and not any(map(has_hooks, conv.modules()))
+    return is_own and is_ordinary(x) and not torch.is_grad_enabled()

@@ -6,6 +6,7 @@ from typing import Type
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["Replacement", "has_hooks", "is_captured", "is_ordinary"]
@@ -29,7 +30,8 @@ def is_ordinary(x: torch.Tensor) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody else sees or changes what a module gets or returns, or its gradients."""
     forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward or _has_any_global_hook())
 
 
 class Replacement:

@@ -14,11 +14,12 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from detectron2.layers import Conv2d
 
 from .folded_conv import FoldedConv2d
-from .replacement import Replacement, is_ordinary
+from .replacement import Replacement, has_hooks, is_ordinary
 from .winograd_gradient import weight_gradient
 
 __all__ = ["WinogradConv2d", "can_gain", "is_available"]
@@ -139,8 +140,11 @@ class WinogradConv2d(Replacement, Conv2d):
         convolved = self._convolve_faster(x, self.weight, self.bias)
         if convolved is None:
             return super().forward(x)
-        x = convolved if self.norm is None else self.norm(convolved)
-        return x if self.activation is None else self.activation(x)
+        if self.norm is not None:
+            convolved = self.norm(convolved)
+        elif type(self.activation) is nn.ReLU and not has_hooks(self.activation):
+            return F.relu_(convolved)  # nobody else has seen it
+        return convolved if self.activation is None else self.activation(convolved)
 
     def _conv_forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]
