@@ -35,7 +35,7 @@ from libra_d2.data import read_image
 from libra_d2.data.coco_json import read_categories
 from libra_d2.data.image_reading import IMAGE_SUFFIXES
 from libra_d2.engine import LibraPredictor, argument_parser, read_config, report_errors
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, counted
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.evaluation.side_by_side import draw_side_by_side
 from libra_d2.utils.atomic_write import UNFINISHED, atomic_write
@@ -204,7 +204,7 @@ def process_images(
             unreadable.append(str(e))
             continue
         picture, num_detections = draw(image)
-        logger.info(f"{path}: {num_detections} objects")
+        logger.info(f"{path}: {counted(num_detections, 'object')}")
         if outputs:
             suffix = os.path.splitext(outputs[i])[1].lower()
             with atomic_write(outputs[i]) as f:

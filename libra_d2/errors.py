@@ -8,6 +8,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "check_choice",
+    "counted",
     "one_line",
 ]
 
@@ -53,6 +54,12 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
     """Raise ArgumentError if ``value`` is none of ``choices``."""
     if value not in choices:
         raise ArgumentError(argument, value, f"use one of {tuple(choices)}")
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with the noun, such as "1 image" or "2 boxes"."""
+    plural = noun + ("es" if noun.endswith(("s", "x")) else "s")
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def one_line(error: Exception) -> str:

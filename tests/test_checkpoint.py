@@ -46,7 +46,7 @@ SMALL = {FIRST: (1,), **RPN, **BFP, CLS: (4, 2)}
 OTHER = {**SMALL, CLS: (8, 2)}
 LIBRA = {name: shape for name, shape in SMALL.items() if name not in BFP}
 LACKING = {name: shape for name, shape in SMALL.items() if name not in RPN}
-BUT = " than the config's: {} weights are missing, unexpected or of another shape, the first "
+BUT = " than the config's. Missing, unexpected or of another shape: {}, the first "
 NONE = ": none of its names or shapes is one of this model's (the model has, e.g., "
 
 
@@ -55,12 +55,16 @@ NONE = ": none of its names or shapes is one of this model's (the model has, e.g
     [
         *((SMALL, "evaluate", ""), (SMALL, "resume", ""), (LIBRA, "fine-tune", "")),
         *((OTHER, "fine-tune", ""), (LACKING, "fine-tune", "")),
-        (OTHER, "evaluate", f"{BUT.format(1)}'{CLS}' (shape (8, 2), not (4, 2)). Do"),
-        ({**LACKING, CLS: (8, 2)}, "evaluate", f"{BUT.format(2)}'{[*RPN][0]}' (missing)"),
+        (OTHER, "evaluate", f"{BUT.format('1 weight')}'{CLS}' (shape (8, 2), not (4, 2)). Do"),
+        ({**LACKING, CLS: (8, 2)}, "evaluate", f"{BUT.format('2 weights')}'{[*RPN][0]}' (missing)"),
         ({"x": (1,), "y": (1,)}, "fine-tune", f"{NONE}'{FIRST}'; the file has 'x')"),
         ({k: (*v, 1) for k, v in SMALL.items()}, "fine-tune", f"{NONE}'{FIRST}'; the file has 'no"),
-        (LIBRA, "resume", f"{BUT.format(1)}'{[*BFP][0]}' (missing)"),
-        ({**SMALL, "a.more": (1,)}, "resume", f"{BUT.format(1)}'a.more' (not in the model)"),
+        (LIBRA, "resume", f"{BUT.format('1 weight')}'{[*BFP][0]}' (missing)"),
+        (
+            {**SMALL, "a.more": (1,)},
+            "resume",
+            f"{BUT.format('1 weight')}'a.more' (not in the model)",
+        ),
     ],
 )
 def test_required_weights(shapes, use, message, tmp_path, caplog):
@@ -149,10 +153,10 @@ def test_table(tmp_path, caplog):
     assert lines[0] == f"Weights that were not loaded from {path}:"
     assert [[x.strip() for x in line.split("|")[1:-1]] for line in lines[3:]] == [
         ["other shape", "a.b.weight", "(4, 1) in the file, (3, 1) in the model"],
-        ["missing", "a.b.*", "1 weights"],
+        ["missing", "a.b.*", "1 weight"],
         ["missing", "a.b.c.*", "2 weights"],
-        ["missing", "g.h.*", "1 weights"],
-        ["not used", "i.*", "1 weights"],
+        ["missing", "g.h.*", "1 weight"],
+        ["not used", "i.*", "1 weight"],
         ["not used", "i.j.k.*", "2 weights"],
     ]
 

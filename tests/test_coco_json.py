@@ -139,11 +139,12 @@ def test_changed_data(folder, caplog, box, clipped, counts):
     dataset = with_box(box, iscrowd=None)
     dataset["images"][0]["width"] = 100.0
     path, caplog.handler.level = write(folder, dataset), logging.WARNING
+    boxes = ("0 boxes", "1 box")
     for _ in range(2):  # it is read only once
         register_coco_json("test_changed", path, str(folder), str(folder / "cache"))
     assert [record.getMessage() for record in caplog.records] == 2 * [
-        f"{path}: {counts[0]} boxes reached out of their image and were clipped, "
-        f"{counts[1]} boxes had no area in their image and were dropped.",
+        f"{path}: clipped {boxes[counts[0]]} that reached out of the image, and dropped "
+        f"{boxes[counts[1]]} without an area in the image",
         f"{path}: repaired or filled in: image width of 1, annotation iscrowd of 1",
     ]
     coco = COCO(MetadataCatalog.get("test_changed").json_file)

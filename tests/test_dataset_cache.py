@@ -157,7 +157,7 @@ def test_changed_file(folder, caplog):  # noqa: F811
     found = json.loads(cached_files(folder)[".json"].read_text())
     content["annotations"][-1]["bbox"] = [50, 0, 50, 80]
     assert found == content
-    assert "1 boxes reached out of their image and were clipped" in caplog.text
+    assert "clipped 1 box that reached out of the image, and dropped 0 boxes" in caplog.text
 
 
 OBJECT = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 2, "bbox": [50, -9, 60, 99]}

@@ -65,7 +65,7 @@ def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch):
     (images / "1.png").rename(images / "1.PNG")
     (images / "2.png").rename(images / "[2].png")
     run(small, "--input", "~/images/[2].png", images, f"{images}/*2*", "--output", out)
-    logged = re.findall(f"{images}/(.*): 1 objects", capsys.readouterr().out)
+    logged = re.findall(f"{images}/(.*): 1 object\n", capsys.readouterr().out)
     assert logged == ["[2].png", "1.PNG"]
     assert sorted(x.name for x in out.iterdir()) == ["1.PNG", "[2].png"]
     assert is_drawn(np.array(Image.open(out / "1.PNG")))

@@ -9,6 +9,7 @@ from test_train_net import QUICK, own_data, run, small_data
 
 from libra_d2 import model_zoo
 from libra_d2.config import make_recipe, set_length
+from libra_d2.errors import counted
 
 EPOCHS = "MODEL.LIBRA.TRAINER.EPOCHS"
 SCHEDULE = {"SOLVER__LR_SCHEDULER_NAME": "WarmupMultiStepLR", "SOLVER__WARMUP_ITERS": 2}
@@ -45,7 +46,10 @@ def test_epochs(epochs, period, expected, caplog):
     assert min(4, expected[0] // 10 if epochs else 4) == solver.WARMUP_ITERS
     assert (3 if epochs and not period else before) == solver.CHECKPOINT_PERIOD
     found = expected[0] * 4 / 12
-    assert f"{expected[0]} iterations of 4 images: {found:.3g} epochs of 12 imag" in caplog.text
+    assert (
+        f"{counted(expected[0], 'iteration')} of 4 images: {found:.3g} epochs of 12 imag"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_lazy_config():
         ({"SOLVER__STEPS": (60, 90), "SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}, 12, ""),
         ({"DATASETS__TEST": (), "TEST__EVAL_PERIOD": 0}, 12, ""),
         ({"SOLVER__MAX_ITER": 401}, 8, "MAX_ITER 401 is 200 epochs of 8 images"),
-        ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 images"),
+        ({}, 1, "SOLVER.MAX_ITER 90 is 360 epochs of 1 image:"),
         ({}, 400, "SOLVER.MAX_ITER 90 is 0.9 epochs of 400 images"),
         ({"SOLVER__STEPS": (60, 90)}, 12, "the learning rate is not reduced at 90"),
         (
@@ -121,4 +125,10 @@ def test_training(tmp_path):
     assert [x["iteration"] for x in metrics if "bbox/AP50" in x] == [1, 3, 6]
     assert len([*out.glob("model_0*.pth")]) == 3
     run(*data, *opts, EPOCHS, 3, "OUTPUT_DIR", tmp_path / "both", config="")
-    assert "6 iterations of 1 images: 3 epochs" in (tmp_path / "both/log.txt").read_text()
+    assert "6 iterations of 1 image: 3 epochs" in (tmp_path / "both/log.txt").read_text()
+
+
+def test_counted():
+    assert counted(1, "box") == "1 box"
+    assert [counted(n, "iteration") for n in (0, 2)] == ["0 iterations", "2 iterations"]
+    assert [counted(2, noun) for noun in ("box", "process")] == ["2 boxes", "2 processes"]

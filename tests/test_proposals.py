@@ -128,7 +128,7 @@ def put(key, position, value):
             ),
             "id 11 has a box, .-3.0, 0.0, 2.0, 1.0., that is outside",
         ),
-        (put("ids", 0, 99), "no proposals for 1 images .* first of them id 12"),
+        (put("ids", 0, 99), "no proposals for 1 image of .* first of them id 12"),
         (put("ids", slice(4, 9), [99] * 5), "for 5 images .*, the first of them id 4$"),
         *(([np.zeros((2, 5))] * n, f"proposals for {n} images, but .* has 12$") for n in (11, 13)),
         ([np.zeros((2, 4), np.float32)] * 12, "proposals of image number 0 must .* R x 5"),

@@ -96,5 +96,5 @@ def test_changed_boxes(dataset, capsys):
     (dataset / "all.json").write_text(json.dumps(content))
     run(dataset)
     out = capsys.readouterr().out
-    assert "1 boxes reached out of their image" in out
+    assert "clipped 1 box that reached out" in out
     assert sum(map(int, re.findall(r"(?:cat|dog) (\d+)", out))) == 29

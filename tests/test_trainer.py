@@ -736,7 +736,7 @@ def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
     assert drawn[3] == drawn[4]
     set_random_state(process["random"])
     assert drawn[0] == (torch.rand(()).item(), np.random.rand(), random.random())
-    assert "had 1 processes and has 4 now: it continues in the same order" in caplog.text
+    assert "had 1 process and has 4 now: it continues in the same order" in caplog.text
 
 
 def test_loader_of_its_own(toy_data, tmp_path, caplog):

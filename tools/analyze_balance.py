@@ -53,7 +53,7 @@ from libra_d2.engine import (
     report_errors,
 )
 from libra_d2.engine.setup import run_inputs
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, counted
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path, output_paths
 
@@ -309,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
     for own, model, config_file, suffix in zip(recipes, models, config_files, ("", "_b")):
         torch.manual_seed(0)
         images = read_images(own, dataset, split, args.num_images)
-        weights, count = end_of_path(own.weights), f"{len(images)} images"
+        weights, count = end_of_path(own.weights), counted(len(images), "image")
         about = f"{end_of_path(config_file)}, {weights},\n{count} of {data}"
         reports.append(Report(folder, about, suffix))
         analyze(reports[-1], own, model, images, with_box_errors=not args.before_training)

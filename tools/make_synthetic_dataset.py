@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from libra_d2.engine import argument_parser, report_errors
-from libra_d2.errors import InputError, one_line
+from libra_d2.errors import InputError, counted, one_line
 from libra_d2.utils.output_path import output_path
 
 __all__ = ["CLASSES", "make_synthetic_dataset"]
@@ -257,7 +257,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(one_line(e)) from e
     except OSError as e:
         raise InputError(f"{args.output_dir} cannot be written: {e.strerror or one_line(e)}") from e
-    print(f"{len(dataset['images'])} images, {len(dataset['annotations'])} objects")
+    num_images, num_objects = (len(dataset[kind]) for kind in ("images", "annotations"))
+    print(f"{counted(num_images, 'image')}, {counted(num_objects, 'object')}")
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -33,7 +33,7 @@ from libra_d2.engine import (
     register_own_data,
     report_errors,
 )
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, counted
 from libra_d2.evaluation.pictures import picture_scale
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_metadata
@@ -95,12 +95,12 @@ def run(args: argparse.Namespace) -> None:
             picture = draw(image, recipe.image_format, metadata)
             Image.fromarray(picture).save(f, "JPEG", quality=92)
         sides += image["instances"].gt_boxes.area().sqrt().tolist()
-    print(f"{len(paths)} images: {folder}")
+    print(f"{counted(len(paths), 'image')}: {folder}")
     if sides:
         small, middle, large = np.percentile(sides, (5, 50, 95))
         print(
-            f"{len(sides)} objects; square roots of their areas: median {middle:.0f} pixels, "
-            f"90% of them between {small:.0f} and {large:.0f}"
+            f"{counted(len(sides), 'object')}; square roots of their areas: median {middle:.0f} "
+            f"pixels, 90% of them between {small:.0f} and {large:.0f}"
         )
 
 

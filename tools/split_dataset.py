@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
 from libra_d2.engine import argument_parser, report_errors
-from libra_d2.errors import InputError
+from libra_d2.errors import InputError, counted
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_name
 from libra_d2.utils.output_path import output_paths
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         count = Counter(x["category_id"] for x in split["annotations"] if not x["iscrowd"])
         classes = {display_name(x["name"]): count[x["id"]] for x in dataset["categories"]}
         numbers = ", ".join(f"{name} {number}" for name, number in classes.items())
-        print(f"{path}: {len(ids)} images; objects: {numbers}")
+        print(f"{path}: {counted(len(ids), 'image')}; objects: {numbers}")
         for name in (name for name, number in classes.items() if not number):
             print(f"warning: {path} has no object of the class {name}: try another --seed")
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from libra_d2.data.coco_schema import MAX_SIDE
 from libra_d2.engine import argument_parser, report_errors
-from libra_d2.errors import InputError, one_line
+from libra_d2.errors import InputError, counted, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import display_name
 from libra_d2.utils.output_path import output_path
@@ -195,7 +195,8 @@ def run(args: argparse.Namespace) -> None:
     num_difficult = sum(x["iscrowd"] for x in dataset["annotations"])
     num_empty = len(dataset["images"]) - len({x["image_id"] for x in dataset["annotations"]})
     print(
-        f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects, "
+        f"{args.output}: {counted(len(dataset['images']), 'image')}, "
+        f"{counted(len(dataset['annotations']), 'object')}, "
         f"{num_difficult} of them difficult; nothing is annotated in {num_empty} of the images"
     )
 

@@ -28,7 +28,7 @@ from libra_d2.data.image_reading import (
     why_unreadable,
 )
 from libra_d2.engine import argument_parser, report_errors
-from libra_d2.errors import InputError, one_line
+from libra_d2.errors import InputError, counted, one_line
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.output_path import output_path
 
@@ -178,7 +178,8 @@ def run(args: argparse.Namespace) -> None:
         json.dump(dataset, f, allow_nan=False)
     num_empty = len(dataset["images"]) - len({x["image_id"] for x in dataset["annotations"]})
     print(
-        f"{args.output}: {len(dataset['images'])} images, {len(dataset['annotations'])} objects; "
+        f"{args.output}: {counted(len(dataset['images']), 'image')}, "
+        f"{counted(len(dataset['annotations']), 'object')}; "
         f"nothing is annotated in {num_empty} of the images"
     )
 

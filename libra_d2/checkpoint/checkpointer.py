@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..errors import BrokenFileError, InputError, one_line
+from ..errors import BrokenFileError, InputError, counted, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.safe_reading import check_declared_sizes, load_arrays, reading_weights
 from .download import fetch
@@ -260,8 +260,8 @@ class LibraCheckpointer(DetectionCheckpointer):
             config = os.path.join(os.path.dirname(self._path), "config.yaml")
             advice = f" Try {config}, their own config" if os.path.isfile(config) else ""
             raise WeightsMismatch(
-                f"{self._path}: these are weights of another model than the config's: "
-                f"{len(absent)} weights are missing, unexpected or of another shape, the first "
+                f"{self._path}: these are weights of another model than the config's. Missing, "
+                f"unexpected or of another shape: {counted(len(absent), 'weight')}, the first "
                 f"{first!r} ({detail}). Do the config and the number of classes belong to these "
                 f"weights?{advice}"
             )
@@ -277,7 +277,7 @@ class LibraCheckpointer(DetectionCheckpointer):
         for status, keys in (("missing", missing), ("not used", unused)):
             # By the first three parts of the name, such as backbone.bottom_up.res3.
             groups = Counter(".".join(key.split(".")[:-1][:3]) for key in keys)
-            rows += [(status, f"{group}.*", f"{n} weights") for group, n in groups.items()]
+            rows += [(status, f"{group}.*", counted(n, "weight")) for group, n in groups.items()]
         if rows:
             table = tabulate(rows, headers=("", "weights", ""), tablefmt="pipe")
             self.logger.warning(f"Weights that were not loaded from {self._path}:\n{table}")

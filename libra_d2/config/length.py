@@ -5,6 +5,7 @@ import logging
 import math
 from fractions import Fraction
 
+from ..errors import counted
 from .recipe import Recipe
 
 __all__ = ["set_length"]
@@ -45,13 +46,14 @@ def set_length(recipe: Recipe, num_images: int) -> None:
             recipe.checkpoint_period = recipe.eval_period
     max_iter, epochs = recipe.max_iter, float(recipe.max_iter / per_epoch)
     logger.info(
-        f"The training has {max_iter} iterations of {recipe.batch_size} images: {epochs:.3g} "
-        f"epochs of {num_images} images"
+        f"The training has {counted(max_iter, 'iteration')} of "
+        f"{counted(recipe.batch_size, 'image')}: {epochs:.3g} epochs of "
+        f"{counted(num_images, 'image')}"
     )
     name = recipe.name_of("max_iter")
     if not _FEW_EPOCHS <= epochs <= _MANY_EPOCHS:
         logger.warning(
-            f"{name} {max_iter} is {epochs:.3g} epochs of {num_images} images: "
+            f"{name} {max_iter} is {epochs:.3g} epochs of {counted(num_images, 'image')}: "
             f"{recipe.name_of('epochs')} sets the length in epochs"
         )
     if late and recipe.get("SOLVER.LR_SCHEDULER_NAME") == "WarmupMultiStepLR":
@@ -70,5 +72,5 @@ def set_length(recipe: Recipe, num_images: int) -> None:
     if recipe.test_datasets and not 0 < period < max_iter:
         logger.warning(
             f"{recipe.name_of('eval_period')} is {period}: the model is evaluated only at the end "
-            f"of the training, after {max_iter} iterations"
+            f"of the training, after {counted(max_iter, 'iteration')}"
         )

@@ -576,8 +576,11 @@ class Recipe(ABC):
 
     @property
     def ddp_options(self) -> Dict[str, Any]:
-        """Arguments of ``DistributedDataParallel``."""
-        return {"broadcast_buffers": False}
+        """
+        Arguments of ``DistributedDataParallel``. Gradients are views of the buckets that processes
+        exchange, which saves as much memory as the trained weights take, and a copy in each step.
+        """
+        return {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 
     def scaled_to(self, world_size: int) -> "Recipe":
         """

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from ..errors import InputError
+from ..errors import InputError, counted
 from .coco_schema import EntryChecker, are_numbers, shorten
 from .json_lists import JSONLists
 from .run_lengths import check_run_lengths
@@ -198,8 +198,8 @@ def log_changes(json_file: str, changes: Counter) -> None:
     """Log the changes that :func:`read_coco_json` has made as warnings."""
     if changes["clipped"] or changes["dropped"]:
         logger.warning(
-            f"{json_file}: {changes['clipped']} boxes reached out of their image and were clipped, "
-            f"{changes['dropped']} boxes had no area in their image and were dropped."
+            f"{json_file}: clipped {counted(changes['clipped'], 'box')} that reached out of the "
+            f"image, and dropped {counted(changes['dropped'], 'box')} without an area in the image"
         )
     repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
     if repaired:

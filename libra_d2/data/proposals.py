@@ -18,7 +18,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ..errors import InputError, one_line
+from ..errors import InputError, counted, one_line
 from ..utils.atomic_write import atomic_write
 from ..utils.safe_reading import load_arrays
 from .dataset_cache import load_records
@@ -184,7 +184,7 @@ def prepare_proposals(path: str, dataset_name: str, cache_dir: str) -> str:
     missing = by_id.keys() - set(map(str, ids))
     if missing:
         raise InputError(
-            f"{path}: there are no proposals for {len(missing)} images of dataset "
+            f"{path}: there are no proposals for {counted(len(missing), 'image')} of dataset "
             f"{dataset_name!r}, the first of them id {min(missing)}"
         )
     if isinstance(content, list):

@@ -18,6 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from ..data import ResumableLoader
+from ..errors import counted
 from ..utils.random_state import get_random_state, set_random_state
 
 __all__ = ["ExactResume"]
@@ -132,8 +133,8 @@ class ExactResume(HookBase):
             seed_all_rng(int(torch.randint(1 << 30, ())) + rank)
         if number != len(processes):
             logger.info(
-                f"The training had {len(processes)} processes and has {number} now: it continues "
-                "in the same order of images"
+                f"The training had {counted(len(processes), 'process')} and has {number} now: it "
+                "continues in the same order of images"
             )
 
 
