@@ -278,17 +278,16 @@ def test_other_inputs(calls, monkeypatch):
     assert len(calls) == 1
 
 
-ZEN4 = {"avx512_f": True, "sse4a": True, "avx512_vp2intersect": False}
+ZEN4 = {"sse4a": True, "avx512_vp2intersect": False}
 
 
 @pytest.mark.parametrize(
     ("capability", "has", "gains"),
     [
-        ("AVX2", {"avx512_f": False, "sse4a": False, "avx512_vp2intersect": False}, True),
+        ("AVX2", {"sse4a": False, "avx512_vp2intersect": False}, True),
         ("AVX512", ZEN4, True),
         ("AVX512", {**ZEN4, "sse4a": False}, False),  # Intel
         ("AVX512", {**ZEN4, "avx512_vp2intersect": True}, False),  # Zen 5
-        ("AVX512", {**ZEN4, "avx512_f": False}, False),
         ("AVX512", {}, False),
         ("AVX512", None, False),
         ("DEFAULT", ZEN4, False),
