@@ -451,6 +451,19 @@ def test_table():
     assert found[3] == ["all", "30.0", "4.0", "3.0", "5.0", "1.0", "2.0"]
 
 
+def test_class_names_in_tables():
+    """Classes whose names begin alike are not one, and "|" does not end a cell."""
+    metrics = {"bbox/AP-a/b": 1.0, "bbox/AP-a/c": 2.0, "bbox/AP-AP-d|e": 3.0}
+    lines = table({"all": runs(4.0, **metrics)}).splitlines()
+    assert [x.strip() for x in lines[0].split(" |")[1:-1]] == [
+        "AP",
+        r"AP AP-d\|e",
+        "AP a/b",
+        "AP a/c",
+    ]
+    assert [x.strip() for x in lines[2].split(" |")[1:-1]] == ["4.0", "3.0", "1.0", "2.0"]
+
+
 def test_uncertainty():
     """Variances of 8 and 9, with 1 and 2 degrees of freedom: the root of (8 + 18) / 3."""
     several = {"baseline": runs(40.0, 44.0), "all": runs(10.0, 13.0, 16.0)}

@@ -188,6 +188,34 @@ def test_numbering(registered, tmp_path, coco_eval):
         assert json.loads((out / "coco_instances_results.json").read_text()) == written
 
 
+def test_order_of_classes(registered, tmp_path):
+    """
+    That which the dataset was registered with, as in Detectron2, which names the AP of classes in
+    the order of their ids, though.
+    """
+    name, other, ids = registered("test_order"), "test_other_order", [2, 4, 1, 3]
+    metadata = MetadataCatalog.get(name)
+    names = dict(zip(sorted(metadata.thing_dataset_id_to_contiguous_id), metadata.thing_classes))
+    assert sorted(names) == sorted(ids)
+    MetadataCatalog.get(other).set(
+        json_file=metadata.json_file,
+        thing_classes=[names[id] for id in ids],
+        thing_dataset_id_to_contiguous_id={id: i for i, id in enumerate(ids)},
+    )
+    found = {r["image_id"]: detections(r) for r in DatasetCatalog.get(name)}
+    of_ids = torch.tensor([0, 0, 3, 1])  # those of 1 are taken for those of 2
+    for instances in found.values():
+        instances.pred_classes = of_ids[instances.pred_classes]
+    options = {"tasks": None, "distributed": False}
+    theirs = evaluate(COCOEvaluator(other, use_fast_impl=False, **options), found)["bbox"]
+    ours = evaluate(LibraCOCOEvaluator(other, **options), found)["bbox"]
+    keys = [f"AP-{names[id]}" for id in ids]
+    by_id = [theirs.pop(key) for key in keys]
+    assert [ours.pop(f"AP-{names[id]}") for id in sorted(ids)] == pytest.approx(by_id)
+    assert len({*by_id}) == 3  # 0, 100, and that of the class which has false positives
+    assert ours == pytest.approx(theirs, nan_ok=True)
+
+
 def test_reported_metrics(registered, tmp_path):
     """They are just those of the evaluators: of boxes, masks and proposals, of classes."""
     name = registered("test_reported", mask_format="bitmask")

@@ -25,6 +25,7 @@ from libra_d2.evaluation.significance import (
     power,
     verdict,
 )
+from libra_d2.utils.display import table_cell
 
 # Metrics of each run, by variant and seed.
 Runs = Dict[str, Dict[int, List[Dict[str, float]]]]
@@ -45,7 +46,7 @@ def table(runs: Runs) -> str:
     """A Markdown table of the final results of each variant."""
     final = {
         variant: [
-            {k.split("/")[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
+            {k.split("/", 1)[1]: v for k, v in metrics[-1].items() if k.startswith("bbox/AP")}
             for metrics in by_seed.values()
         ]
         for variant, by_seed in runs.items()
@@ -60,7 +61,7 @@ def table(runs: Runs) -> str:
         [variant, *(mean_and_spread([number(r.get(name)) for r in results]) for name in names)]
         for variant, results in final.items()
     ]
-    headers = ["", *(name.replace("AP-", "AP ") for name in names)]
+    headers = ["", *(table_cell(name.replace("AP-", "AP ", 1)) for name in names)]
     return tabulate(rows, headers, "github", disable_numparse=True)
 
 

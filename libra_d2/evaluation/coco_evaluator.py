@@ -68,11 +68,6 @@ def choose_coco_eval() -> Callable:
     return COCOeval
 
 
-def _numbers(ids: List[Any]) -> Dict[Any, int]:
-    """Maps ids, in ascending order, to 1, 2, ..."""
-    return {id: number for number, id in enumerate(sorted(ids), 1)}
-
-
 class LibraCOCOEvaluator(COCOEvaluator):
     """
     :class:`COCOEvaluator` with a choice of the implementation, and with AP of as many detections
@@ -129,9 +124,14 @@ class LibraCOCOEvaluator(COCOEvaluator):
 
     def _read_dataset(self, dataset: Dict[str, Any]) -> None:
         """Prepare the ground truth, the content of a COCO JSON, for evaluations."""
-        self._images = _numbers([image["id"] for image in dataset["images"]])
-        self._categories = _numbers([category["id"] for category in dataset["categories"]])
-        self._class_ids = sorted(self._categories)
+        ids = sorted(image["id"] for image in dataset["images"])
+        self._images = {id: number for number, id in enumerate(ids, 1)}
+        # Classes are in the order of their ids, also in LVIS, which lacks Detectron2's map, unless
+        # the dataset was registered with another.
+        classes = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        others = {category["id"] for category in dataset["categories"]} - classes.keys()
+        self._class_ids = [*sorted(classes, key=classes.get), *sorted(others)]
+        self._categories = {id: number for number, id in enumerate(self._class_ids, 1)}
         self._image_entries = [{**x, "id": self._images[x["id"]]} for x in dataset["images"]]
         self._image_entries.sort(key=itemgetter("id"))
         self._category_entries = [{"id": number} for number in self._categories.values()]
@@ -187,7 +187,6 @@ class LibraCOCOEvaluator(COCOEvaluator):
             return
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
-            # Classes are in the order of their ids, also in LVIS, which lacks Detectron2's map.
             write_results_json(path, found, self._class_ids)
         if not self._do_evaluation:
             logger.info("There are no annotations to evaluate the detections with.")
