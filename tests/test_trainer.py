@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 from argparse import Namespace
+from collections import defaultdict
 from contextlib import nullcontext
 
 import numpy as np
@@ -575,7 +576,15 @@ def test_average_and_best(toy_data, tmp_path, names, averaged):
     several, ema = len(names) > 1, "_EMA" * averaged
     metric = f"one{ema}/bbox/AP" if several else f"bbox{ema}/AP"
     opts = ["DATASETS.TEST", names, f"{SECTION}BEST_METRIC", metric, "TEST.EVAL_PERIOD", 2]
-    trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    folders = defaultdict(list)
+
+    class Noting(ToyTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            folders[cfg.OUTPUT_DIR].append(getattr(model, "module", model).weight.item())
+            return super().test(cfg, model, evaluators)
+
+    trainer = run(tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", 1, trainer=Noting)
     states = [weights(tmp_path, f"model_{i:07d}") for i in range(11)]
     averages = [states[0][0]]
     for weight, *_ in states[1:]:
@@ -583,8 +592,11 @@ def test_average_and_best(toy_data, tmp_path, names, averaged):
     # Buffers are copies.
     assert weights(tmp_path, "model_final_ema") == pytest.approx([averages[-1], *states[-1][1:]])
     evaluated = {min(x["iteration"], 10): x[metric] for x in lines(tmp_path) if metric in x}
+    every = (1, 3, 5, 7, 9, 10)
     values = averages if averaged else [weight for weight, *_ in states]
-    assert evaluated == pytest.approx({i: values[i] for i in (1, 3, 5, 7, 9, 10)})
+    assert evaluated == pytest.approx({i: values[i] for i in every})
+    assert folders[str(tmp_path)] == [states[i][0] for i in every]
+    assert folders[f"{tmp_path}/EMA"] == pytest.approx([averages[i] for i in every])
     best = max(evaluated, key=evaluated.get)
     assert weights(tmp_path, "model_best") == pytest.approx([values[best], *states[best][1:]])
     line = f"best: {metric} {evaluated[best]:.1f} after {best + 1} iterations, "

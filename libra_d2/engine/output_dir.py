@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 EARLIER_RUNS = "earlier_runs"
 # What trainings and evaluations write; logs go on.
 _FILES_OF_A_RUN = (
-    *("config.yaml", "curves.png", "events.out.tfevents.*", "inference", "inference_TTA"),
+    *("config.yaml", "curves.png", "events.out.tfevents.*", "inference", "inference_TTA", "EMA"),
     *("last_checkpoint", "metrics.json", "model_*.pth", "pictures", "results.md"),
 )
 

@@ -272,7 +272,9 @@ class Trainer(DefaultTrainer):
         with finite_predictions(self.model, required=False):
             results = self.test(self.cfg, self.model)
         if self.average is not None:
-            averaged = self.test(self.cfg, self.average.model)
+            recipe = self.recipe.copy()
+            recipe.output_dir = os.path.join(recipe.output_dir, "EMA")
+            averaged = self.test(recipe.config, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
         if self.recipe.validation_loss:
             datasets = self.recipe.test_datasets
