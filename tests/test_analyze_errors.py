@@ -99,11 +99,11 @@ def test_images_that_differ_most():
     """Ten at each end; those without objects are left out."""
     names = ("image_id", "a", "b", "difference", "only_a", "only_b")
     rows = [dict(zip(names, (i, 0.0, 1.0, i - 11.0, 1, 0))) for i in range(21)]
-    rows.append(dict(zip(names, (99, None, None, None, 0, 0))))
+    rows.append(dict(zip(names, (99, None, None, None, 200_000.26, 1 / 3))))
     for pairs, chance in ((1, "the choice of the images only"), (2, "means of 2 pairs of runs")):
         found = describe_comparison({"pairs": pairs, "metrics": [], "images": rows})
         assert chance in found[1]
-        assert found[2] == "A alone finds 21 objects, B alone 0."
+        assert found[2] == "A alone finds 200,021.3 objects, B alone 0.3."
         ids = [x.split("|")[1].strip() for x in found[3].splitlines()[2:]]
         assert ids == [str(i) for i in (*range(10), *range(11, 21))]
 

@@ -90,7 +90,7 @@ def test_timm_backbone(tmp_path):
         assert features[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
     assert max(getattr(x, "drop_prob", 0) for x in backbone.modules()) == 0.5
     assert backbone.size_divisibility == 32
-    shapes = TimmBackbone("convnext_atto").output_shape()
+    shapes = TimmBackbone("convnext_atto.d2_in1k").output_shape()
     strides = {name: shape.stride for name, shape in shapes.items()}
     assert strides == {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
     model, path = torch.nn.Module(), tmp_path / "timm.pth"

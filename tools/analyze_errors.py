@@ -104,7 +104,8 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
         interval = "" if x["low"] is None else f"{x['low']:+.1f} to {x['high']:+.1f}"
         difference = "" if x["difference"] is None else f"{x['difference']:+.1f}"
         rows.append((x["metric"], x["a"], x["b"], difference, interval, x["says"]))
-    only = {k: sum(x[k] for x in comparison["images"]) for k in ("only_a", "only_b")}
+    only = [sum(x[k] for x in comparison["images"]) for k in ("only_a", "only_b")]
+    only_a, only_b = (f"{round(x, 1):,.10g}" for x in only)  # means, if there are several runs
     worst = [x for x in comparison["images"] if x["difference"] is not None]
     ends = worst if len(worst) <= 2 * NUM_IMAGES else worst[:NUM_IMAGES] + worst[-NUM_IMAGES:]
     headers = ["", "A", "B", "B less A", "95% confidence interval", "which says that B"]
@@ -112,7 +113,7 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
         table(headers, rows),
         "The last column is corrected for the number of rows. Of errors, fewer are better. "
         + chance,
-        f"A alone finds {only['only_a']:.5g} objects, B alone {only['only_b']:.5g}.",
+        f"A alone finds {only_a} objects, B alone {only_b}.",
         table(
             ["image id", "AP of A", "AP of B", "B less A", "only A finds", "only B finds"],
             [[table_cell(x["image_id"]), *list(x.values())[1:]] for x in ends],

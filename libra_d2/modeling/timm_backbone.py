@@ -27,7 +27,8 @@ class TimmBackbone(Backbone):
     ):
         """
         Args:
-            name: a timm model with features at several strides, such as "convnext_tiny".
+            name: a timm model with features at several strides, such as "convnext_tiny", possibly
+                with the tag of pretrained weights, such as "convnext_tiny.fb_in1k".
             out_features: the levels to return, "res2" to "res5" for strides of 4 to 32.
             in_chans: number of image channels.
             kwargs: other arguments of the network, such as ``drop_path_rate``.
@@ -41,7 +42,7 @@ class TimmBackbone(Backbone):
         except ImportError as e:
             rule = "the package timm is missing; `pip install timm`"
             raise ArgumentError("name", name, rule) from e
-        if name not in timm.list_models():
+        if not timm.is_model(name):
             similar = timm.list_models(f"*{name[:5]}*")[:5]
             raise ArgumentError("name", name, f"use a model of timm, such as {similar}")
         # "getter" keeps timm's parameter names.
