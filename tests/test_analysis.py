@@ -21,7 +21,10 @@ from libra_d2.modeling import BalancedSampler, balanced_l1_loss
 pytestmark = pytest.mark.rounding
 
 NAMES = ["candidates", "random", "balanced, paper's bins", "balanced, mmdetection's bins"]
-SYSTEMS = [("libra_faster_rcnn", 3, 2), ("libra_cascade_rcnn", 3, 6), ("libra_retinanet", 0, 2)]
+SYSTEMS = [
+    *(("libra_faster_rcnn", 3, 2), ("libra_cascade_rcnn", 3, 6), ("libra_retinanet", 0, 2)),
+    ("libra_cascade_rcnn MODEL.LIBRA.CASCADE.RESAMPLE True", 3, 6),
+]
 
 
 def approx(values, **tolerance):
@@ -49,8 +52,11 @@ def build(system, *options):
 @pytest.mark.parametrize("balanced", [True, False])
 @torch.no_grad()
 def test_record(system, num_candidates, num_errors, balanced):
-    """Candidates, errors and levels are recorded; the model does not change."""
-    model = build(system, *([] if balanced else BASELINE))
+    """
+    Candidates, of the first stage of a cascade, errors and levels are recorded; the model does not
+    change.
+    """
+    model = build(*system.split(), *([] if balanced else BASELINE))
     weights = copy.deepcopy(model.state_dict())
     attributes = [dict(vars(module)) for module in model.modules()]
     batches = [random_inputs(3, 2), random_inputs(1)]

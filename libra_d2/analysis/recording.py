@@ -79,8 +79,11 @@ def record(model: nn.Module, batches: Iterable[List[Dict[str, Any]]]) -> Recordi
         input, target = inputs
         recording.box_errors.append((input - target).abs().float().flatten())
 
+    first_stages = []
+
     def see_candidates(module, inputs):
-        recording.candidates.append(Candidates(*inputs))
+        if module in first_stages:  # not that of a later stage of a cascade, a copy with this hook
+            recording.candidates.append(Candidates(*inputs))
 
     model = copy.deepcopy(model)
     model.train()  # it computes no losses otherwise
@@ -96,6 +99,7 @@ def record(model: nn.Module, batches: Iterable[List[Dict[str, Any]]]) -> Recordi
         elif isinstance(module, BalancedL1Loss):
             module.register_forward_pre_hook(see_errors)
         if isinstance(module, BalancedSamplingMixin):
+            first_stages.append(module.proposal_sampler)
             module.proposal_sampler.register_forward_pre_hook(see_candidates)
     if not any(isinstance(module, BalancedFeaturePyramid) for module in modules):
         model.backbone.register_forward_hook(see_plain_levels)
