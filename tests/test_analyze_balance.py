@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, load_cfg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from detectron2.modeling import build_model
 
@@ -72,7 +73,14 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
         titles[Path(file.name).name.partition(".png")[0]] = figure.get_suptitle()
         save(figure, file, **kwargs) if system == "fast_rcnn" else file.write(file.name.encode())
 
+    heat_maps, draw = [], analyze_balance.plot_heat_maps
+
+    def see_heat_maps(*args):
+        heat_maps.append(args)
+        return draw(*args)
+
     monkeypatch.setattr(analyze_balance, "record", see_images)
+    monkeypatch.setattr(analyze_balance, "plot_heat_maps", see_heat_maps)
     monkeypatch.setattr(Figure, "savefig", see_title)
     torch.manual_seed(7)
     analyze_balance.main(command)
@@ -82,6 +90,9 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
     files = [str(synthetic / f"images/{i:06}.jpg") for i in (0, 3, 8, 11)]
     assert [image["file_name"] for (image,) in images] == files
     assert {image["image"].shape for (image,) in images} == {(3, 64, 64)}
+    ((drawn, _, photograph),) = heat_maps
+    assert drawn is recordings[0].levels[0]
+    assert np.array_equal(photograph, Image.open(files[0]))
 
     levels, candidates, errors = (
         getattr(recordings[0], name) for name in ("levels", "candidates", "box_errors")
@@ -134,7 +145,12 @@ def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, mo
 def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     """Each with its own config and weights, on the same images; what one lacks is said."""
     paths, number = {}, itertools.count()
-    draw = lambda figure, file, **kwargs: file.write(b"%d" % next(number))  # noqa: E731
+    titles = {}
+
+    def draw(figure, file, **kwargs):
+        titles[Path(file.name).name.partition(".png")[0]] = figure.get_suptitle()
+        file.write(b"%d" % next(number))
+
     monkeypatch.setattr(Figure, "savefig", draw)
     for system in ("faster_rcnn", "retinanet"):
         cfg = load_cfg(arguments(system, synthetic, tmp_path)[1])
@@ -146,6 +162,11 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     b = ["--weights-b", paths["retinanet"], "--config-file-b", second[1]]
     analyze_balance.main([str(x) for x in [*b, *first, *opts]])
     numbers = json.loads((tmp_path / "balance/balance.json").read_text())
+    for side, command, name in (("", first, "faster_rcnn"), ("_b", second, "retinanet")):
+        config = "/".join(Path(command[1]).parts[-4:])
+        about = titles[f"levels{side}"]
+        assert about.startswith(f"{config}, ")
+        assert f"/{name}.pth,\n" in about
     alone = {}
     for name, command in (("faster_rcnn", first), ("retinanet", second)):
         own = ["MODEL.WEIGHTS", paths[name], *SETTINGS, "OUTPUT_DIR", tmp_path / name]

@@ -142,7 +142,7 @@ def test_resampling():
     """
     The second stage is given what the first has made of 309 proposals, but not of the object: 100
     with an IoU of 0.01, 0.3 and 0.55, and 9 with 0.7. Its 23 negatives are from all bins of
-    [0, 0.6).
+    [0, 0.6). Another image has a single proposal.
     """
     heads = build("cascade", LIBRA__CASCADE__RESAMPLE=True).roi_heads
     matcher, sampler = heads.proposal_matcher, heads.proposal_sampler
@@ -154,15 +154,18 @@ def test_resampling():
     targets.gt_classes = torch.tensor([2])
     with EventStorage() as storage:
         heads.batch_size_per_image, heads.positive_fraction = 1000, 1.0
-        (sampled,) = heads.label_and_sample_proposals([proposals], [targets])
-        assert len(sampled) == 310
+        images = [proposals[-1:], proposals], [targets, targets]
+        other, sampled = heads.label_and_sample_proposals(*images)
+        assert (len(other), len(sampled)) == (2, 310)
         predicted = sampled.proposal_boxes.tensor.clone()
         predicted[predicted[:, 2] == 100, 2] = 140  # outside of the image
         predicted[predicted[:, 2] == 1, 0] = -9  # also outside
         heads.batch_size_per_image, heads.positive_fraction = 30, 0.25
-        (found,) = heads._refine([predicted], [sampled], 1, [targets])
+        boxes = [other.proposal_boxes.tensor, predicted]
+        others, found = heads._refine(boxes, [other, sampled], 1, images[1])
         scalars = {name: value for name, (value, _) in storage.latest().items()}
-    assert torch.equal(heads._objectness[0].sort().values, right)
+    assert torch.equal(heads._objectness[1].sort().values, right)
+    assert len(others) == 2
     assert found.proposal_boxes.tensor.min() == 0
     edges = found.proposal_boxes.tensor[:, 2]
     assert set(edges[:7].tolist()) <= {70, 100}
@@ -170,7 +173,9 @@ def test_resampling():
     in_bins = [(edges == x).sum().item() for x in (1, 30, 55)]
     assert sum(in_bins) == 23
     assert min(in_bins) >= 7
-    assert [scalars[f"stage1/roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == in_bins
+    assert [scalars[f"stage1/roi_head/num_bg_iou_bin_{k}"] for k in range(3)] == [
+        n / 2 for n in in_bins
+    ]
     assert (heads.proposal_matcher, heads.proposal_sampler) == (matcher, sampler)
     assert sampler.negative_iou_thresh == 0.5
 

@@ -231,6 +231,9 @@ def test_own_variants(trainings, synthetic, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare(synthetic, tmp_path, "--variant", "c", "MODEL.LIBRA.BALANCED_L1.BTA", "1")
     assert "MODEL.LIBRA.BALANCED_L1.BTA" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        compare(synthetic, tmp_path, "--variant", "c", "none.py")
+    assert "'none.py' is neither a file nor a config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,6 +253,7 @@ def test_gpus(monkeypatch, visible, jobs, expected):
     shares = compare_ideas.environments(jobs or max(len(gpus), 1))
     assert [x.get("CUDA_VISIBLE_DEVICES") for x in shares] == list(expected)[: len(shares)]
     assert {x["OMP_NUM_THREADS"] for x in shares} == {str(8 // len(shares))}
+    assert compare_ideas.environments(9)[0]["OMP_NUM_THREADS"] == "1"
 
 
 def test_shares_are_given_back(trainings, synthetic, tmp_path, monkeypatch):
@@ -385,6 +389,8 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
         folder.mkdir()
         own = detections[int(seed[5:]) :] if variant == "all" else detections[:9]
         (folder / "coco_instances_results.json").write_text(json.dumps(own))
+    path = tmp_path / "all/seed_3/metrics.json"  # without detections at first
+    path.write_text(path.read_text().replace('"bbox/AP": 4}', '"bbox/AP": NaN}'))
     compare(synthetic, tmp_path, *options)
     numbers = json.loads((tmp_path / "summary/errors.json").read_text())
     assert [(x["name"], x["seeds"]) for x in numbers["models"]] == [
@@ -394,9 +400,12 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
     data, pictures = read_page(tmp_path / "summary/index.html")
     assert data["names"] == ["baseline", "all"]
     assert data["curves"][1] == {
-        "iterations": [4, 8], "mean": [5.5, 10.5], "low": [4, 9], "high": [7, 12]
+        "iterations": [4, 8], "mean": [3.5, 10.5], "low": [0, 9], "high": [7, 12]
     }  # fmt: skip
     assert len(pictures[0]["detections"][1]) > 0
+    for picture in pictures:  # of the first run of each variant, all right
+        for *box, label, score, kind, number in picture["detections"][1]:
+            assert (score, kind, picture["objects"][number][:5]) == (0.9, "right", [*box, label])
     assert pictures[0]["jpeg"]
     for module, name, value in (
         (compare_ideas, "is_finished", lambda x: x.parts[-2:] == ("all", "seed_4")),

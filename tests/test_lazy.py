@@ -244,6 +244,11 @@ def test_reference_cascade():
     assert heads.stage_loss_weights == [1, 0.5, 0.25]
     assert (heads.resample, heads.average, heads.pad_masks) == (True, "logits", True)
     assert "low_quality_iou" not in heads
+    model = zoo_model("cascade_rcnn")
+    for stages in ("box_heads", "box_predictors", "proposal_matchers"):
+        model.roi_heads[stages].pop()
+    heads = balance(model, reference=True).roi_heads
+    assert (heads.mask_head.num_stages, heads.stage_loss_weights) == (2, [1, 0.5])
     for name, expected in (("mask_rcnn_fpn", (0.5, True)), ("keypoint_rcnn_fpn", (None, None))):
         heads = balanced(name, reference=True).roi_heads
         assert (heads.get("low_quality_iou"), heads.get("pad_masks")) == expected

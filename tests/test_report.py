@@ -42,9 +42,11 @@ def test_curves(tmp_path, monkeypatch):
         {"iteration": 39, "total_loss": 1.0, "loss_cls": 0.5, "validation/loss_cls": 0.75},
         {"iteration": 40, "bbox/AP": 20.0, "bbox/AP50": 40.0, "segm/AP": 15.0, "bbox/APs": 1.0},
     ]
+    metrics[4]["val/bbox/AP"] = 6.0  # of one of several datasets
     losses = {"loss cls": ([1, 20, 40], [2.0, 1.5, 0.5]), "validation/loss cls": ([40], [0.75])}
     precisions = {"bbox/AP": ([30, 40], [10.0, 20.0]), "bbox/AP50": ([40], [40.0])}
     precisions.update({"bbox/AP75": ([30], [4.0]), "segm/AP": ([40], [15.0])})
+    precisions["val/bbox/AP"] = ([40], [6.0])
     monkeypatch.setitem(rcParams, "savefig.format", "svg")  # a PNG whatever the user prefers
     drawn = panels(metrics, tmp_path, monkeypatch)
     assert {axis.get_ylabel(): curves for axis, curves in drawn} == {

@@ -58,13 +58,15 @@ def test_low_quality_matches_and_padded_masks():
     assert (heads.low_quality_iou, heads.pad_masks) == (0.25, True)
     boxes = Boxes(torch.tensor([[0.0, 0, 25, 10], [0, 0, 10, 10]]))
     proposals = Instances((100, 128), proposal_boxes=boxes, objectness_logits=torch.zeros(2))
+    none = torch.zeros(2, dtype=torch.bool)  # another image
     targets = Instances((100, 128), gt_boxes=Boxes(torch.tensor([[0.0, 0, 100, 10]])))
     targets.gt_classes = torch.tensor([2])
     targets.gt_masks = BitMasks(torch.ones(1, 100, 128, dtype=torch.bool))
     for min_iou, best, pad in ((0.25, 2, True), (0.3, 4, False), (0.0, 2, False)):
         heads.low_quality_iou, heads.pad_masks = min_iou, pad
         with EventStorage():
-            (found,) = heads.label_and_sample_proposals([proposals], [targets])
+            images = [proposals[none], proposals], [targets, targets]
+            _, found = heads.label_and_sample_proposals(*images)
         edges = found.proposal_boxes.tensor[:, 2].tolist()
         assert dict(zip(edges, found.gt_classes.tolist())) == {25: best, 10: 4, 100: 2}
         assert found.gt_masks.image_size == (128 if pad else 100, 128)
