@@ -182,7 +182,14 @@ def test_annotation_ids(folder, ids, expected):
         (changed(("categories", 1, "name", "cat")), "category ids 20 and 3 have the same name"),
         (changed(("categories", 1, "id", 20)), "category id 20 occurs more than once"),
         (changed(("annotations", 1, "id", 1)), "annotation id 1 occurs more than once"),
-        (changed(("annotations", 0, "image_id", 8)), "annotation id 1 names image id 8"),
+        (
+            changed(("annotations", 0, "image_id", 8)),
+            "id 1 names image id 8, which 'images' lacks$",
+        ),
+        (
+            changed(("annotations", 0, "image_id", "7")),
+            "names image id '7', which 'images' lacks; it has 7: use numbers in both, or text$",
+        ),
         (changed(("annotations", 0, "category_id", 1)), "annotation id 1 names category id 1"),
         (changed(("annotations", 0, "iscrowd", 1)), "there are no objects in it"),
         ({**DATASET, "annotations": []}, "there are no objects in it"),

@@ -100,7 +100,7 @@ def test_lazy_config():
             *(12, "the learning rate is not reduced at 90"),
         ),
         ({"SOLVER__WARMUP_ITERS": 30}, 12, ""),
-        ({"SOLVER__WARMUP_ITERS": 31}, 12, "WARMUP_ITERS 31 is more than a third of the 90 iterat"),
+        ({"SOLVER__WARMUP_ITERS": 31}, 12, "WARMUP_ITERS 31 is more than a third of the training"),
         ({"TEST__EVAL_PERIOD": 0}, 12, "TEST.EVAL_PERIOD is 0: the model is evaluated only"),
         ({"TEST__EVAL_PERIOD": 90}, 12, "the model is evaluated only at the end"),
     ],

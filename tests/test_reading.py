@@ -23,7 +23,7 @@ LAZY = str(ROOT / "configs/Demo/libra_mask_rcnn_regnetx_FPN.py")
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        ("SOLVER: {BASE_LR: null}", "", "^SOLVER.BASE_LR is null: leave it out for its default, 0"),
+        ("SOLVER: {BASE_LR: null}", "", "^SOLVER.BASE_LR is null: set a value, such as 0"),
         ("SEED: 1\nSEED: 2", "", "a.yaml: SEED is set twice, the second time in line 2"),
         (
             "_BASE_: b.yaml",

@@ -496,7 +496,7 @@ def test_nulls_of_yaml_configs():
     recipe = make("yaml")
     recipe.check_keys()
     recipe.config.SOLVER.STEPS = None
-    with pytest.raises(InputError, match="^SOLVER.STEPS is null: leave it out for its default, "):
+    with pytest.raises(InputError, match="^SOLVER.STEPS is null: set a value, such as "):
         recipe.check_keys()
 
 

@@ -213,6 +213,6 @@ def test_repeated_class(voc, refused):
 def test_missing_files(voc, refused):
     for name, message in (
         ("--list", "--list: /none: "),
-        ("--annotations", "/none: there are no XML files"),
+        ("--annotations", "/none: no such folder"),
     ):
         assert message in refused(run, voc, name, "/none")

@@ -104,6 +104,8 @@ def test_broken_files(yolo, file, text, message, refused):
     [
         (["--labels", "images"], "there are no text files in it"),
         (["--images", "labels"], "there are no images in it"),
+        (["--images", "none"], "/none: no such folder"),
+        (["--labels", "none"], "/none: no such folder"),
         (["--data", "none.yaml"], "none.yaml: not a readable YAML file ([Errno 2] No such file"),
         (["--output", "data.yaml"], "--output: "),
         (["--output", "labels/a.txt"], "--output: "),

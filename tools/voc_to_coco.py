@@ -169,6 +169,9 @@ def convert(
 def run(args: argparse.Namespace) -> None:
     """Read, convert, and write a dataset."""
     annotations, images = Path(args.annotations), Path(args.images)
+    for option, folder in (("--annotations", annotations), ("--images", images)):
+        if not folder.is_dir():
+            raise InputError(f"{option}: {folder}: no such folder")
     files = found = find_xml_files(annotations)
     if args.list:
         try:

@@ -135,6 +135,9 @@ def convert(labels: Path, images: Path, names: Sequence[str]) -> Dict[str, List]
         InputError: if a file is broken, there are no images or labels, or a text file belongs to no
             image.
     """
+    for option, folder in (("--images", images), ("--labels", labels)):
+        if not folder.is_dir():
+            raise InputError(f"{option}: {folder}: no such folder")
     files = sorted(x for x in images.rglob("*") if x.suffix.lower() in IMAGE_SUFFIXES)
     label_of = {x: (labels / x.relative_to(images)).with_suffix(".txt") for x in files}
     found = {x for x in labels.rglob("*.txt") if x.name != "classes.txt"}

@@ -258,7 +258,7 @@ class LibraCheckpointer(DetectionCheckpointer):
             elif first in incompatible.unexpected_keys:
                 detail = "not in the model"
             config = os.path.join(os.path.dirname(self._path), "config.yaml")
-            advice = f" Try {config}, their own config" if os.path.isfile(config) else ""
+            advice = f" Their own config is {config}." if os.path.isfile(config) else ""
             raise WeightsMismatch(
                 f"{self._path}: these are weights of another model than the config's. Missing, "
                 f"unexpected or of another shape: {counted(len(absent), 'weight')}, the first "

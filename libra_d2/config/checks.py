@@ -21,7 +21,7 @@ from detectron2.utils import comm
 
 from ..data import class_names
 from ..data.resize import INTERPOLATIONS
-from ..errors import InputError, one_line
+from ..errors import InputError, counted, one_line
 from ..evaluation import check_evaluator_type, reported_metrics
 from ..modeling.acceleration import CHANNELS_LAST
 from .recipe import Recipe, SettingMissing
@@ -318,7 +318,8 @@ def check_datasets(names: Sequence[str]) -> None:
             if path is not None and "://" not in path and not os.path.exists(path):
                 raise InputError(
                     f"{path}: dataset {name!r} is not there. The environment variable "
-                    "DETECTRON2_DATASETS names the directory of Detectron2's builtin datasets"
+                    "DETECTRON2_DATASETS names the directory of Detectron2's builtin datasets; for "
+                    "your own data use --train-json, --train-images, --val-json and --val-images"
                 )
 
 
@@ -482,7 +483,7 @@ def _check_batch_size(recipe: Recipe, train: bool) -> None:
     rate = scaled.get("learning_rate")
     logger.info(
         f"Training with {scaled.batch_size} images in each iteration, {local} in each of "
-        f"{world_size} processes" + (f", and a learning rate of {rate:g}" if rate else "")
+        f"{counted(world_size, 'process')}" + (f", and a learning rate of {rate:g}" if rate else "")
     )
 
 

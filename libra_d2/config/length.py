@@ -64,9 +64,10 @@ def set_length(recipe: Recipe, num_images: int) -> None:
     warmup = recipe.get("SOLVER.WARMUP_ITERS", 0)
     if warmup > max_iter * _LONG_WARMUP:
         logger.warning(
-            f"SOLVER.WARMUP_ITERS {warmup} is more than a third of the {max_iter} iterations of "
-            "the training: the learning rate reaches "
-            f"{recipe.name_of('learning_rate')} late or never"
+            f"SOLVER.WARMUP_ITERS {warmup} is more than a third of the training, which has "
+            f"{counted(max_iter, 'iteration')}: the learning rate reaches "
+            f"{recipe.name_of('learning_rate')} late or never, and the model may learn next to "
+            f"nothing. Use {math.ceil(max_iter * _LONGEST_WARMUP)} or fewer"
         )
     period = recipe.eval_period
     if recipe.test_datasets and not 0 < period < max_iter:

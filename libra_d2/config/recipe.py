@@ -471,8 +471,8 @@ class Recipe(ABC):
             plain = " ".join(self.variant_options(["feature_pyramid"]))
             raise InputError(f"{e}; to evaluate them as they are, add {plain}") from None
         except WeightsMismatch as e:
-            counts = ", ".join(f"{name} is {n}" for name, n in self.class_counts.items())
-            raise InputError(f"{e} {counts}".rstrip()) from None
+            counts = ", ".join(f"{name} {n}" for name, n in self.class_counts.items())
+            raise InputError(f"{e} This one has {counts}." if counts else str(e)) from None
         run = content.get("run") or {}
         check_classes(run, datasets)
         return model.eval(), (learned_classes(run) or [[]])[0]
@@ -485,14 +485,14 @@ class Recipe(ABC):
         Raises:
             InputError: if no weights are named, or they are unreadable or of another model.
         """
-        self._check_weights_are_named()
+        self._check_weights_are_named("weights that the training starts from")
         model = self.build_model()
         LibraCheckpointer(model).load(self.weights)
         return model.eval()
 
-    def _check_weights_are_named(self) -> None:
+    def _check_weights_are_named(self, which: str = "weights of a trained model") -> None:
         if not self.weights:
-            raise InputError(f"{self.name_of('weights')}: name the weights of a trained model")
+            raise InputError(f"{self.name_of('weights')}: name the {which}")
 
     @abstractmethod
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

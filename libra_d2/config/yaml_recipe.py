@@ -89,7 +89,8 @@ class YamlRecipe(Recipe):
         for key, value in leaves(self.config):
             if value is None and defaults.get(key) is not None:
                 default = defaults[key]
-                raise InputError(f"{key} is null: leave it out for its default, {default!r}")
+                advice = f"set a value, such as {default!r}, or leave it out"
+                raise InputError(f"{key} is null: {advice}")
 
     def options(self, settings: Dict[str, Any]) -> List[str]:
         return [str(x) for name, value in settings.items() for x in (self.name_of(name), value)]

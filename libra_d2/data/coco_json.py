@@ -122,7 +122,10 @@ class COCOEntries:
         if id not in self._sizes:
             self._check_lists()
             where = self._where(annotation["id"])
-            raise InputError(f"{where} names image id {shorten(id)}, which 'images' lacks")
+            alike = [x for x in self._sizes if str(x) == str(id)]
+            hint = f"; it has {alike[0]!r}: use numbers in both, or text" if alike else ""
+            shown = repr(id) if alike else shorten(id)
+            raise InputError(f"{where} names image id {shown}, which 'images' lacks{hint}")
         self._first_uses.setdefault(annotation["category_id"], annotation["id"])
         size = self._sizes[id]
         x, y, width, height = annotation["bbox"]

@@ -52,9 +52,10 @@ def output_paths(
         if not has_name or (os.path.exists(path) and not is_wanted(path)):
             raise InputError(f"{option}: {path or repr(path)} is not a {wanted}: choose another")
         if file_identity(path) in taken:
-            other = ", ".join(taken[file_identity(path)])
+            name, other = taken[file_identity(path)]
+            others = other if name == option else f"{name}, {other},"
             raise InputError(
-                f"{option}: {path} and {other}, are the same {wanted}, which would be overwritten: "
+                f"{option}: {path} and {others} are the same {wanted}, which would be overwritten: "
                 "choose another"
             )
         taken[file_identity(path)] = (option, path)
