@@ -255,7 +255,7 @@ def test_summary(small, tmp_path):
     weights = ["MODEL.WEIGHTS", tmp_path / "model_final.pth", "MODEL.LIBRA.NUM_PICTURES", 1]
     printed = run(*flags, *QUICK, *out, *weights, config=config)
     assert printed[-4:-2] == ["bbox: AP 100.0, AP50 100.0, AP75 100.0", files[1]]
-    assert printed[-2:] == [*results, f"pictures: {tmp_path}/pictures/own_val"]
+    assert printed[-2:] == [*results, f"pictures: {tmp_path}/evaluation/pictures/own_val"]
     text = (tmp_path / "evaluation.md").read_text()
     assert text.startswith("# a.b\n\n## bbox on own_val\n")
     assert "| precision | float32 |" in " ".join(text.split())
@@ -299,6 +299,7 @@ def test_resume(small, tmp_path):
         "SOLVER.MAX_ITER is 4, but was 2 before",
         "SOLVER.STEPS is [3, 9], but was [3] before",
     ]
+    assert read_config(str(tmp_path / "config.yaml"), []).config.SOLVER.GAMMA == 0.5
     (tmp_path / "config.yaml").write_text("")  # not read
     (tmp_path / "last_checkpoint").unlink()
     run("--resume", *flags, *out, "(3, 9)", "SOLVER.GAMMA", 0.5, "SOLVER.MAX_ITER", 5, config="")
@@ -308,7 +309,17 @@ def test_resume(small, tmp_path):
     assert not (tmp_path / "earlier_runs").exists()
 
 
-def test_files_of_a_training(small, tmp_path):
+def files_in(folder):
+    """The contents of all files but the log."""
+    files = [x for x in folder.rglob("*") if x.is_file() and x.name != "log.txt"]
+    return {str(x): x.read_bytes() for x in files}
+
+
+def broken(*args, **kwargs):
+    raise InputError("a part is wrong")
+
+
+def test_files_of_a_training(small, tmp_path, capsys, monkeypatch):
     """An evaluation leaves them alone, and a config that is read is not written over."""
     flags = [*own_data(small, "train", "val"), *QUICK, "OUTPUT_DIR", tmp_path / "out"]
     given = tmp_path / "out/config.yaml"
@@ -321,11 +332,17 @@ def test_files_of_a_training(small, tmp_path):
         assert number(tmp_path / "out/model_final.pth") == 4 * 0.5
         assert given.read_text() == "# mine\nVERSION: 2\n"
     assert (tmp_path / "out/earlier_runs/1/model_final.pth").exists()
-    results = (tmp_path / "out/results.md").read_bytes()
-    run("--eval-only", "--resume", *flags, "SEED", 5, config=given)
-    assert (tmp_path / "out/results.md").read_bytes() == results
+    before = files_in(tmp_path / "out")
+    run("--eval-only", "--resume", *flags, "SEED", 5, "MODEL.LIBRA.NUM_PICTURES", 1, config=given)
+    assert before.items() <= files_in(tmp_path / "out").items()
     assert (tmp_path / "out/evaluation.md").exists()
-    assert given.read_text() == "# mine\nVERSION: 2\n"
+    for name in ("inference/coco_instances_results.json", "pictures/own_val"):
+        assert (tmp_path / "out/evaluation" / name).exists()
+    # What cannot be built moves nothing.
+    with monkeypatch.context() as patch:
+        patch.setattr(OneNumber, "__init__", broken)
+        assert "error: a part is wrong" in fails(capsys, *flags, config=given)
+    assert before.items() <= files_in(tmp_path / "out").items()
 
 
 def test_inputs():

@@ -5,7 +5,7 @@ import argparse
 import os
 from typing import Any, List, Mapping, Optional
 
-from detectron2.engine import default_argument_parser
+from detectron2.engine import default_argument_parser, hooks
 from detectron2.utils import comm
 
 from ..config import Recipe, describe
@@ -13,6 +13,7 @@ from ..errors import Interrupted
 from ..evaluation import finite_predictions, plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
+from .output_dir import evaluation_recipe, save_config
 from .setup import setup
 from .trainer import Trainer, pictures_dir
 
@@ -43,10 +44,11 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     """
     checkpoint_dir = recipe.output_dir if resume else ""
     model = recipe.build_trained_model(checkpoint_dir, datasets=recipe.test_datasets)
+    config = evaluation_recipe(recipe).config
     with finite_predictions(model):
-        results = Trainer.test(recipe.config, model)
+        results = Trainer.test(config, model)
         if recipe.tta:
-            results = {**results, **Trainer.test_with_TTA(recipe.config, model)}
+            results = {**results, **Trainer.test_with_TTA(config, model)}
     if comm.is_main_process():
         recipe.verify(results)
     return results
@@ -102,7 +104,8 @@ def summarize(
     for what, name in files.items():
         print(f"{what}: {os.path.join(recipe.output_dir, name)}")
     if recipe.num_pictures and by_dataset:
-        print(f"pictures: {', '.join(pictures_dir(recipe, name) for name in datasets)}")
+        own = recipe if trainer else evaluation_recipe(recipe)
+        print(f"pictures: {', '.join(pictures_dir(own, name) for name in datasets)}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -112,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
         results = evaluate(recipe, args.resume)
     else:
         trainer = Trainer(recipe)
+        save = lambda _: save_config(recipe, args.config_file)  # noqa: E731 (once it may begin)
+        trainer.register_hooks([hooks.CallbackHook(before_train=save)])
         results = train(trainer, args.resume)
     if comm.is_main_process():
         name = os.path.splitext(os.path.basename(args.config_file))[0]

@@ -20,16 +20,31 @@ from ..errors import InputError, one_line
 from ..utils.atomic_write import UNFINISHED, atomic_write
 from ..utils.main_process import in_main_process
 from ..utils.output_path import file_identity, output_path
+from ..utils.random_state import keep_random_state
 
-__all__ = ["config_kept", "prepare_output_dir", "set_earlier_run_aside"]
+__all__ = [
+    "config_kept",
+    "evaluation_recipe",
+    "prepare_output_dir",
+    "save_config",
+    "set_earlier_run_aside",
+]
 
 logger = logging.getLogger(__name__)
 
 EARLIER_RUNS = "earlier_runs"
 # What trainings and evaluations write; logs go on.
 _FILES_OF_A_RUN = (
-    *("config.yaml", "curves.png", "events.out.tfevents.*", "inference", "inference_TTA", "EMA"),
-    *("last_checkpoint", "metrics.json", "model_*.pth", "pictures", "results.md"),
+    *("config.yaml", "curves.png", "events.out.tfevents.*", "evaluation", "inference"),
+    *(
+        "inference_TTA",
+        "EMA",
+        "last_checkpoint",
+        "metrics.json",
+        "model_*.pth",
+        "pictures",
+        "results.md",
+    ),
 )
 
 # A directory without them has no run that could be continued, or mixed with another: only what a
@@ -127,6 +142,8 @@ def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
             )
     if not found:
         return
+    with keep_random_state():  # what cannot be built is refused before anything is moved
+        recipe.build_optimizer(recipe.build_model())
     aside = os.path.join(aside, str(max(numbers, default=0) + 1))
     os.makedirs(aside)
     for path in found:
@@ -159,3 +176,28 @@ def config_kept(recipe: Recipe) -> Iterator[None]:
         if is_kept:
             with atomic_write(path) as f:
                 f.write(content)
+
+
+def save_config(recipe: Recipe, config_file: str) -> None:
+    """
+    Write the ``config.yaml`` of a training, which may have been resumed with another config, unless
+    it is ``config_file``, which was read.
+    """
+    path = os.path.join(recipe.output_dir, "config.yaml")
+    if comm.is_main_process() and not _is_inside(config_file, path):
+        with atomic_write(path, "w") as f:
+            f.write(recipe.dump())
+
+
+def evaluation_recipe(recipe: Recipe) -> Recipe:
+    """
+    That of an evaluation alone: if a training has the output directory, the detections and pictures
+    in it are those of the training, and others have a directory in it.
+    """
+    folder = recipe.output_dir
+    if not any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN):
+        return recipe
+    own = recipe.copy()
+    own.output_dir = os.path.join(folder, "evaluation")
+    own.freeze()
+    return own

@@ -6,7 +6,7 @@ from typing import Type
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["Replacement", "has_hooks", "is_captured", "is_ordinary"]
@@ -31,7 +31,8 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether somebody else sees or changes what a module gets or returns, or its gradients."""
     forward = module._forward_hooks or module._forward_pre_hooks
     backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(forward or backward or _has_any_global_hook())
+    of_all = of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
+    return bool(forward or backward or of_all)
 
 
 class Replacement:
