@@ -14,8 +14,7 @@ from libra_d2.tools.analyze_errors import describe_comparison, main
 @pytest.fixture
 def files(tmp_path):
     """The arguments for annotations and two results."""
-    dataset, results = random_dataset(2)
-    dataset["categories"][0]["name"] = "red|cell"
+    dataset, results = random_dataset(2, name="red|cell")
     contents = {"val": dataset, "a": results[::2], "b": results}
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -93,19 +92,21 @@ def test_several_runs(files, tmp_path, refused):
     main([*args, a, b, "--results-b", b, a])
     (comparison,) = read(tmp_path / "out")["comparisons"]
     assert (comparison["pairs"], comparison["metrics"][0]["difference"]) == (2, 0)
+    run(files, tmp_path / "first")
+    assert comparison["objects"] == read(tmp_path / "first")["comparisons"][0]["objects"]
 
 
 def test_images_that_differ_most():
     """Ten at each end; those without objects are left out."""
     names = ("image_id", "a", "b", "difference", "only_a", "only_b")
-    rows = [dict(zip(names, (i, 0.0, 1.0, i - 11.0, 1, 0))) for i in range(21)]
+    rows = [dict(zip(names, (f"{i}|b", 0.0, 1.0, i - 11.0, 1, 0))) for i in range(21)]
     rows.append(dict(zip(names, (99, None, None, None, 200_000.26, 1 / 3))))
     for pairs, chance in ((1, "the choice of the images only"), (2, "means of 2 pairs of runs")):
         found = describe_comparison({"pairs": pairs, "metrics": [], "images": rows})
         assert chance in found[1]
         assert found[2] == "A alone finds 200,021.3 objects, B alone 0.3."
-        ids = [x.split("|")[1].strip() for x in found[3].splitlines()[2:]]
-        assert ids == [str(i) for i in (*range(10), *range(11, 21))]
+        ids = [x.split(" | ")[0].strip("| ") for x in found[3].splitlines()[2:]]
+        assert ids == [f"{i}\\|b" for i in (*range(10), *range(11, 21))]
 
 
 def test_two_models(files, tmp_path):

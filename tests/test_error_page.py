@@ -86,8 +86,7 @@ def read(path):
 
 def test_data(tmp_path):
     """All numbers are in the file as they were, but the images of each model, which are no use."""
-    dataset, results = random_dataset(2)
-    dataset["categories"][0]["name"] = NASTY
+    dataset, results = random_dataset(2, name=NASTY)
     path = tmp_path / "index.html"
     numbers = write(
         path, dataset, results[::2], results, results[::3], names=(NASTY, "b", "c"), title=NASTY
@@ -120,8 +119,8 @@ def test_names_are_no_markup(tmp_path):
     """The same elements as with plain names."""
     tags = []
     for name in (NASTY, "plain"):
-        dataset, results = random_dataset(2)
-        dataset["categories"][0]["name"] = dataset["images"][0]["file_name"] = name
+        dataset, results = random_dataset(2, name=name)
+        dataset["images"][0]["file_name"] = name
         path = tmp_path / "index.html"
         write(path, dataset, results, names=[name], title=name)
         tags.append(Scripts(path).tags)
@@ -135,8 +134,8 @@ def test_boxes(tmp_path):
     for another class; B finds neither, and has a detection in the crowd region.
     """
     objects = [(0, "c", OBJECT), (1, "a", OBJECT), (1, "b", ELSEWHERE), (1, "a", [60, 0, 30, 30])]
-    first = [(0, "c", OBJECT, 0.2), (1, "a", [0, 0, 10, 5.16], 0.91234)]
-    first += [(1, "b", [50, 50, 40, 16], 0.7), (1, "a", [50, 50, 40, 38], 0.6)]
+    first = [(1, "a", [50, 50, 40, 38], 0.6), (1, "a", [0, 0, 10, 5.16], 0.91234)]
+    first += [(0, "c", OBJECT, 0.2), (1, "b", [50, 50, 40, 16], 0.7)]
     dataset, results = by_hand(objects, first, 2)
     dataset["annotations"][3]["iscrowd"] = 1
     others = by_hand(objects, [(1, "a", [62, 2, 20, 20], 0.4)], 2)[1]
@@ -160,10 +159,11 @@ def test_boxes(tmp_path):
 def test_masks(tmp_path):
     """Of masks without boxes, the boxes are in the file."""
     dataset, results = random_dataset(3)
-    boxes = [x.pop("bbox") for x in results]
+    boxes = [[x["image_id"], *x.pop("bbox")] for x in results]
     write(tmp_path / "index.html", dataset, results, iou_type="segm")
-    _, pictures = read(tmp_path / "index.html")
-    found = [x[:4] for picture in pictures for x in picture["detections"][0]]
+    data, pictures = read(tmp_path / "index.html")
+    ids = [image["image_id"] for image in data["images"]]
+    found = [[i, *x[:4]] for i, own in zip(ids, pictures) for x in own["detections"][0]]
     assert sorted(found) == sorted(boxes)
 
 
@@ -184,10 +184,10 @@ def test_worst_images_of_one_model(tmp_path):
     assert read(tmp_path / "index.html")[0]["images"] == []
 
 
-def save_images(folder, dataset, size=(960, 480)):
-    """Noise, in a different color for each image."""
+def save_images(folder, dataset, portraits=()):
+    """Each of another color than the one before."""
     for i, image in enumerate(dataset["images"]):
-        pixels = np.zeros((*size[::-1], 3), dtype=np.uint8)
+        pixels = np.zeros((960, 480, 3) if i in portraits else (480, 960, 3), dtype=np.uint8)
         pixels[:, :, i % 3] = 200
         Image.fromarray(pixels).save(folder / image["file_name"])
 
@@ -195,16 +195,16 @@ def save_images(folder, dataset, size=(960, 480)):
 def test_pictures(tmp_path):
     """JPEG files with a longest side of 480 pixels."""
     dataset, results = random_dataset(2, num_images=2)
-    save_images(tmp_path, dataset)
+    save_images(tmp_path, dataset, portraits=[1])
     write(tmp_path / "index.html", dataset, results, image_root=str(tmp_path))
     data, pictures = read(tmp_path / "index.html")
     for image, picture in zip(data["images"], pictures):
         jpeg = Image.open(io.BytesIO(base64.b64decode(picture["jpeg"])))
-        assert (jpeg.format, jpeg.size) == ("JPEG", (480, 240))
+        i = int(image["file_name"][0])
+        assert (jpeg.format, jpeg.size) == ("JPEG", ((480, 240), (240, 480))[i])
         assert max(jpeg.quantization[0]) == 61  # half of 121, at a quality of 75
-        channel = int(image["file_name"][0]) % 3
-        assert np.asarray(jpeg).mean((0, 1)).argmax() == channel
-        assert image["size"] == [320, 300]
+        assert np.asarray(jpeg).mean((0, 1)).argmax() == i
+        assert image["size"] == [320 + i, 300 + i]
 
 
 def test_many(tmp_path):
@@ -259,8 +259,7 @@ def browser():
 def files(tmp_path_factory):
     """Pages of two models and of one."""
     folder = tmp_path_factory.mktemp("pages")
-    dataset, results = random_dataset(2)
-    dataset["categories"][0]["name"] = NASTY
+    dataset, results = random_dataset(2, name=NASTY)
     save_images(folder, dataset)
     options = {"image_root": str(folder), "title": NASTY}
     write(folder / "two.html", dataset, results[::2], results, names=(NASTY, "b" * 90), **options)

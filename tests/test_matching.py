@@ -16,16 +16,19 @@ from libra_d2.evaluation.matching import RANGES, match_detections, read_results
 from libra_d2.evaluation.ranking import Ranking
 
 
-def random_dataset(seed, num_images=12, num_classes=3, crowd=0.0, ties=False):
+def random_dataset(seed, num_images=12, num_classes=3, crowd=0.0, ties=False, name="class 0"):
     """
     Annotations and results in COCO's format, in any order, with boxes and masks, which are boxes
     without a corner; some objects overlap another one of their class, and detections have errors of
-    all types. The last class has no objects.
+    all types. The first class has a ``name``, the last one no objects.
     """
     random = np.random.default_rng(seed)
-    size = {"width": 320, "height": 300}
-    images = [{"id": 3 * i + 1, "file_name": f"{i}.jpg", **size} for i in range(num_images)]
+    images = [
+        {"id": 3 * i + 1, "file_name": f"{i}.jpg", "width": 320 + i, "height": 300 + i}
+        for i in range(num_images)
+    ]
     categories = [{"id": 5 * (k + 1), "name": f"class {k}"} for k in range(num_classes + 1)]
+    categories[0]["name"] = name
     annotations, results = [], []
 
     def entry(image, label, box):
@@ -58,19 +61,23 @@ def random_dataset(seed, num_images=12, num_classes=3, crowd=0.0, ties=False):
             results.append({**entry(image, label, box), "score": 0.6 * random.random()})
     for result in results:
         result["score"] = round(result["score"], 1) if ties else float(result["score"])
-        rle = masks.merge(masks.frPyObjects(result["segmentation"], 300, 320))
+        size = (images[result["image_id"] // 3][k] for k in ("height", "width"))
+        rle = masks.merge(masks.frPyObjects(result["segmentation"], *size))
         result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
     random.shuffle(annotations)  # COCO's are in no order, either
+    random.shuffle(categories)
+    results.reverse()
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
 def by_hand(objects, detections, num_images=1):
     """
     Annotations and results of (class, box) and (class, box, score), or with the number of the image
-    in front; a class "crowd a" is a crowd region of class "a".
+    in front; a class "crowd a" is a crowd region of class "a". Images and classes descend.
     """
     images = [
-        {"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 100} for i in range(num_images)
+        {"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 100}
+        for i in reversed(range(num_images))
     ]
     names, annotations, results = ["a", "b", "c"], [], []
     for *image, label, box in objects:
@@ -81,7 +88,7 @@ def by_hand(objects, detections, num_images=1):
     for *image, label, box, score in detections:
         place = {"image_id": image[0] if image else 0, "category_id": names.index(label)}
         results.append({**place, "bbox": box, "score": score})
-    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    categories = [{"id": i, "name": names[i]} for i in (2, 1, 0)]
     return {"images": images, "annotations": annotations, "categories": categories}, results
 
 
@@ -125,6 +132,11 @@ def test_same_as_pycocotools(seed, ties, iou_type):
         assert (precision[:, absent, area] == -1).all()
         np.testing.assert_allclose(ap, precision[:, ranking.groups, area], rtol=0, atol=1e-14)
         np.testing.assert_array_equal(own_recall, recall[:, ranking.groups, area])
+    by_id = {x["id"]: x for x in dataset["annotations"]}
+    assert sorted(m.object_ids) == sorted(by_id)
+    for id, image, label in zip(m.object_ids, m.object_image, m.object_class):
+        place = (m.image_ids[image], m.class_ids[label])
+        assert place == (by_id[id]["image_id"], by_id[id]["category_id"])
 
 
 def test_many_detections():

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -45,11 +45,13 @@ def detections(*rows):
 
 def test_evaluation(tmp_path, halves, monkeypatch):
     """Detections above the threshold and ground truth, in the colors of the classes."""
-    shown, records = [], []
+    shown, records, exif = [], [], Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the rows of the file are columns
     monkeypatch.setattr(EventStorage, "put_image", lambda self, *a: shown.append(a))
     for i in range(3):
-        path = tmp_path / f"{i}.png"
-        Image.fromarray(np.full((60, 80, 3), (200, 50 * i, 20), np.uint8)).save(path)
+        path = tmp_path / f"a.{i}.png"
+        image = Image.fromarray(np.full((80, 60, 3), (200, 50 * i, 20), np.uint8))
+        image.save(path, exif=exif)
         truth = {"bbox": [5.0, 6, 20 + i, 30], "bbox_mode": BoxMode.XYXY_ABS, "category_id": i}
         records.append({"image_id": 9 - i, "file_name": str(path), "annotations": [truth]})
     DatasetCatalog.register("test_pictures", lambda: records)
@@ -68,9 +70,9 @@ def test_evaluation(tmp_path, halves, monkeypatch):
         pictures.reset()
         pictures.process(records[2:], outputs)
     assert (pictures.num_drawn, pictures.evaluate()) == (1, None)
-    assert sorted(x.name for x in (tmp_path / "p").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert sorted(x.name for x in (tmp_path / "p").iterdir()) == [f"a.{i}.jpg" for i in range(3)]
     ((name, image),) = shown
-    assert name == "validation/2"
+    assert name == "validation/a.2"
     captions = ["detections", "ground truth"]
     last = join_panels([halves[4][2], halves[5][2]], captions)
     assert np.array_equal(image, last.transpose(2, 0, 1))
@@ -85,14 +87,14 @@ def test_evaluation(tmp_path, halves, monkeypatch):
         file = io.BytesIO()
         picture = join_panels([halves[2 * i][2], halves[2 * i + 1][2]], captions)
         Image.fromarray(picture).save(file, "JPEG", quality=92)
-        assert (tmp_path / f"p/{i}.jpg").read_bytes() == file.getvalue()
+        assert (tmp_path / f"p/a.{i}.jpg").read_bytes() == file.getvalue()
     assert (halves[2][2] == (200, 50, 20)).all()
     PredictionPictures(*arguments, num_images=1).process(records[:1], outputs)
-    assert Image.open(tmp_path / "p/0.jpg").size == (812, 328)
+    assert Image.open(tmp_path / "p/a.0.jpg").size == (812, 328)
     for root, name in (
-        (str(tmp_path.parent), f"{tmp_path.name}-1"),
-        ("/elsewhere", "1"),
-        ("/", "1"),
+        (str(tmp_path.parent), f"{tmp_path.name}-a.1"),
+        ("/elsewhere", "a.1"),
+        ("/", "a.1"),
     ):
         pictures = PredictionPictures(*arguments, num_images=1)
         pictures.image_root = root
