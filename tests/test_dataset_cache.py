@@ -216,13 +216,17 @@ def test_read_once(folder, counts, monkeypatch):  # noqa: F811
         for name in ("LAYOUT", "__version__"):
             patch.setattr(dataset_cache, name, "another")
             assert_read(1, ["a.png", "b.png"])
-    (folder / "a.png").write_bytes(b"no image")
-    with pytest.raises(
-        InputError, match=r"a.png: not a readable image \(it has no known image format\)$"
-    ):
-        register(folder)
-    (folder / "a.png").unlink()
-    with pytest.raises(InputError, match="a.png: no such image"):
+    monkeypatch.setattr(image_checks, "_BATCH", 1)
+    (folder / "b.png").write_bytes(b"no image")
+    for opened in (["a.png", "b.png"], ["b.png"]):
+        counts["opened"].clear()
+        with pytest.raises(
+            InputError, match=r"b.png: not a readable image \(it has no known image format\)$"
+        ):
+            register(folder)
+        assert counts["opened"] == opened
+    (folder / "b.png").unlink()
+    with pytest.raises(InputError, match="b.png: no such image"):
         register(folder)
 
 
@@ -390,7 +394,10 @@ def test_number_of_processes(method, is_daemon, cores, num_images, expected, mon
 
 @pytest.mark.parametrize(
     ("options", "length"),
-    [({}, 2), ({"filter_empty": False}, 4), ({"filter_empty": False, "min_keypoints": 1}, 2)],
+    [
+        *(({}, 2), ({"filter_empty": False}, 4), ({"min_keypoints": 2}, 1)),
+        ({"filter_empty": False, "min_keypoints": 1}, 2),
+    ],
 )
 def test_load_dataset(folder, monkeypatch, options, length):  # noqa: F811
     """As Detectron2's function: filtered images, table of classes; and repeat factors."""
@@ -413,6 +420,7 @@ def test_load_dataset(folder, monkeypatch, options, length):  # noqa: F811
     assert isinstance(single, MappedRecords)
     assert list(single) == list(load_records(NAME))[1:]
     assert list(single.select(np.ones(len(single.all_sizes), bool))) == list(single)
+    assert list(pickle.loads(pickle.dumps(single))) == list(single)
     with pytest.raises(InputError, match=f"^{NAME}: no image has an object to train on"):
         load_dataset(NAME, min_keypoints=3)
     loaded = []

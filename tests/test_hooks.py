@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Best model, early stopping, number of checkpoints, speed, signals; see also test_trainer.py."""
 
+import os
 import signal
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def test_other_measure_before_any_evaluation(caplog):
     assert (best.describe(), caplog.messages) == ("", [])
 
 
-def test_number_of_checkpoints(toy_data, tmp_path):
+def test_number_of_checkpoints(toy_data, tmp_path, monkeypatch):
     """
     The last three are kept, including those from before the training was resumed, which had kept
     five. The best model and other files do not count.
@@ -75,8 +76,10 @@ def test_number_of_checkpoints(toy_data, tmp_path):
     others = {"model_0000003.pth.0", "model_00000100.pth", "other_0000007.pth"}
     for name in others:
         (tmp_path / name).touch()
-    run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 3, "SOLVER.MAX_ITER", 8)
-    kept = {f"model_{i:07d}.pth" for i in (5, 6, 7)}
+    listed = os.listdir  # in any order
+    monkeypatch.setattr(os, "listdir", lambda *path: sorted(listed(*path), reverse=True))
+    run(tmp_path, *opts, f"{SECTION}MAX_CHECKPOINTS", 3, "SOLVER.MAX_ITER", 7)
+    kept = {f"model_{i:07d}.pth" for i in (4, 5, 6)}
     kept |= {"model_best.pth", "model_final.pth", "model_final_ema.pth"}
     assert {p.name for p in tmp_path.glob("*.pth*")} == kept | others
 

@@ -142,21 +142,22 @@ def test_earlier_run(tmp_path, caplog):
     assert names(tmp_path) == {*others, *moved, "metrics.json"}
     for name in names(tmp_path):
         (tmp_path / name).unlink()
-    (tmp_path / "earlier_runs/1").rmdir()
+    (tmp_path / "earlier_runs/1").rename(tmp_path / "earlier_runs/9")  # those before were deleted
     expected = set(OTHERS)
-    for number, files in ((1, FILES), (2, FILES[:3]), (3, FILES)):
+    for number, files in ((10, FILES), (11, FILES[:3]), (12, FILES)):
         for name in files + OTHERS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(name[0])
         with caplog.at_level("WARNING"):
             given = {"MODEL.WEIGHTS": str(tmp_path / "other.pth")}
+            given["--train-json"] = str(tmp_path / "pictures_of_mine/a.json")
             set_earlier_run_aside(recipe_for(tmp_path), given, False)
         aside = f"earlier_runs/{number}"
         message = f"{tmp_path} held an earlier run, which is in {tmp_path / aside} now"
         assert caplog.messages[-1] == message
         expected |= {f"{aside}/{name}" for name in files}
         assert names(tmp_path) == expected
-    assert (tmp_path / "earlier_runs/1/inference/a.json").read_text() == "i"
+    assert (tmp_path / "earlier_runs/10/inference/a.json").read_text() == "i"
 
 
 def test_inputs_in_the_earlier_run(tmp_path):
@@ -193,12 +194,14 @@ def test_nothing_to_resume(tmp_path, caplog):
     assert caplog.messages[1] == f"{caplog.messages[0]}{hint} as OUTPUT_DIR"
 
 
+@pytest.mark.parametrize("is_main", [True, False])
 @pytest.mark.parametrize("existed", [True, False])
-def test_config(tmp_path, existed):
-    """What was there before is kept."""
+def test_config(tmp_path, monkeypatch, existed, is_main):
+    """What was there before is kept, by the main process alone."""
+    monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: is_main)
     path, recipe = tmp_path / "config.yaml", recipe_for(tmp_path)
     if existed:
         path.write_text("before")
     with config_kept(recipe):
         path.write_text("after")
-    assert path.read_text() == ("before" if existed else "after")
+    assert path.read_text() == ("before" if existed and is_main else "after")

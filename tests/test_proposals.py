@@ -86,7 +86,7 @@ def test_from_mmdetection(ids, tmp_path):
 )
 def test_from_detectron2(ids, tmp_path, change):
     """The file is used unchanged; it may have more images than the dataset."""
-    content = detectron2s([*ids, 99])
+    content = detectron2s([99, *ids])
     change(content)
     path = write(tmp_path, content)
     assert prepare_proposals(path, NAME, str(tmp_path / "cache")) == path

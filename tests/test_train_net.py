@@ -14,6 +14,8 @@ import torch
 from conftest import DEMO_CONFIG, build_model, demo_cfg
 from PIL import Image
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -281,8 +283,11 @@ def test_weights_that_are_evaluated(small, tmp_path, capsys):
     assert "no test-time augmentation of a OneNumber" in fails(capsys, *augmented, config="")
     names = ("own_val", "own_train")  # registered above
     out += ["[]", "DATASETS.TEST", names, "MODEL.ROI_HEADS.NUM_CLASSES", 2]
-    printed = run("--eval-only", "--resume", *out, config="")
+    register_coco_instances("unread", {}, str(small / "instances.json"), str(small / "images"))
+    printed = run("--eval-only", "--resume", *out, "DATASETS.TRAIN", ("unread",), config="")
+    DatasetCatalog.remove("unread"), MetadataCatalog.remove("unread")
     assert [x for x in printed if "bbox" in x] == [f"{name} {ap[1]}" for name in names]
+    assert not [*tmp_path.glob("datasets/unread*")]
 
 
 def test_resume(small, tmp_path):
@@ -456,7 +461,12 @@ def test_own_data(tmp_path):
     given = ["--train-proposals", tmp_path / "p.pkl", *out, "MODEL.LOAD_PROPOSALS", True]
     run(*own_data(small, "train"), *given, config="")
     (path,) = read_config(str(tmp_path / "config.yaml"), []).train_proposals
-    assert path.startswith(f"{tmp_path}/proposals/")
+    assert path.startswith(f"{tmp_path}/proposals/own_train-")
+    recipe.needs_proposals, recipe.test_datasets = True, ("own_val", "own_train")
+    recipe.test_proposals = (str(tmp_path / "p.pkl"),) * 2
+    prepare_proposal_files(recipe, ("test",))
+    found = [path.rpartition("-")[0] for path in recipe.test_proposals]
+    assert found == [f"{tmp_path}/proposals/{name}" for name in recipe.test_datasets]
 
 
 def test_arguments(refused):
