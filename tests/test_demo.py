@@ -19,7 +19,7 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
-from libra_d2.demo.demo import build_argument_parser, main, process_video, setup
+from libra_d2.demo.demo import build_argument_parser, find_images, main, process_video, setup
 from libra_d2.errors import InputError
 from libra_d2.utils.meter import Meter, Result
 
@@ -29,13 +29,27 @@ COLOR = (30, 60, 90)  # RGB
 
 @pytest.fixture
 def small(tmp_path):
-    """`small_data` with images of one color, and weights that detect no object and all objects."""
+    """`small_data` in one color; weights of the classes x and y that find no object, and all."""
     folder = small_data(tmp_path / "data")
     for path in (folder / "images").iterdir():
         Image.new("RGB", (64, 48), COLOR).save(path)
+    learned = {"training data 'a' classes": ["x", "y"]}
     for number in (0.0, 1.0):
-        torch.save({"model": {"number": torch.tensor(number)}}, folder / f"{number:.0f}.pth")
+        content = {"model": {"number": torch.tensor(number)}, "run": learned}
+        torch.save(content, folder / f"{number:.0f}.pth")
     return folder
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The labels that are drawn in a test."""
+    texts, draw = [], Visualizer.draw_text
+    monkeypatch.setattr(
+        Visualizer,
+        "draw_text",
+        lambda *args, **kwargs: texts.append(args[1]) or draw(*args, **kwargs),
+    )
+    return texts
 
 
 def run(small, *args, opts=()):
@@ -53,14 +67,11 @@ def is_drawn(picture):
     return (lines[0] > 40).all()
 
 
-def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch):
+def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch, texts):
     """A file's name is no pattern; the number of classes, and their names, are --categories'."""
-    images, out, draw, texts = small / "images", tmp_path / "out", Visualizer.draw_text, []
-    monkeypatch.setattr(
-        Visualizer,
-        "draw_text",
-        lambda *args, **kwargs: texts.append(args[1]) or draw(*args, **kwargs),
-    )
+    images, out, colors, devices = small / "images", tmp_path / "out", [], []
+    monkeypatch.setattr(Visualizer, "_jitter", lambda self, color: colors.append(color) or color)
+    monkeypatch.setattr(Instances, "to", lambda self, device: devices.append(device) or self)
     monkeypatch.setenv("HOME", str(small))
     (images / "1.png").rename(images / "1.PNG")
     (images / "2.png").rename(images / "[2].png")
@@ -70,8 +81,17 @@ def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch):
     assert sorted(x.name for x in out.iterdir()) == ["1.PNG", "[2].png"]
     assert is_drawn(np.array(Image.open(out / "1.PNG")))
     assert texts == ["a 100%"] * 2
+    assert colors == [[0, 113 / 255, 188 / 255]] * 2  # that of the class
+    assert devices == ["cpu"] * 2  # where objects are drawn
     heads = OneNumber.cfg.MODEL.ROI_HEADS
     assert (heads.NUM_CLASSES, heads.SCORE_THRESH_TEST) == (2, 0.5)
+
+
+def test_images_of_a_folder(tmp_path, monkeypatch):
+    """Those with the suffix of an image, in the order of their names."""
+    names = ["1.bmp", "2.jpeg", "3.jpg", "4.png", "5.tif", "6.tiff", "7.webp"]
+    monkeypatch.setattr(os, "listdir", lambda path: ["a.txt", *names[::-1]])
+    assert find_images([str(tmp_path)]) == [str(tmp_path / x) for x in names]
 
 
 def test_benchmark(small, capsys, monkeypatch):
@@ -95,10 +115,16 @@ def test_benchmark(small, capsys, monkeypatch):
     assert lines[2] == "plain detector: 50.0 ± 0.5 ms for an image, 20.0 images per second"
 
 
-def test_side_by_side(small, tmp_path, refused):
+def test_side_by_side(small, tmp_path, capsys, texts, refused):
     """The plain detector, which finds nothing, is on the left; its weights are not written over."""
     args = ["--plain-weights", small / "0.pth", "--input", small / "images/1.png"]
-    run(small, *args, "--output", tmp_path / "a.PNG")
+    (small / "a.yaml").write_text("INPUT: {MAX_SIZE_TEST: 77}")
+    plain_config = ["--plain-config-file", small / "a.yaml"]
+    run(small, *args, *plain_config, "--output", tmp_path / "a.PNG")
+    assert "images/1.png: 1 object\n" in capsys.readouterr().out
+    assert texts == ["a 100%"]
+    plain = OneNumber.cfg  # the last model that was built
+    assert (plain.MODEL.ROI_HEADS.NUM_CLASSES, plain.INPUT.MAX_SIZE_TEST) == (2, 77)
     picture = np.array(Image.open(tmp_path / "a.PNG"))[-480:]  # below the captions
     assert [is_drawn(half) for half in (picture[:, :640], picture[:, -640:])] == [False, True]
     args[1] = tmp_path / "a.PNG"
@@ -106,22 +132,23 @@ def test_side_by_side(small, tmp_path, refused):
 
 
 def video_of(path):
-    """Write a video of three frames, ten in a second."""
+    """Write a video of three frames, 12.5 in a second."""
     codec = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(path), codec, 10, (640, 480))
+    writer = cv2.VideoWriter(str(path), codec, 12.5, (640, 480))
     for _ in range(3):
         writer.write(np.full((480, 640, 3), COLOR[::-1], dtype=np.uint8))
     writer.release()
     return path
 
 
-def test_video(small, tmp_path):
-    """The output has the number of frames, the frame rate and the colors of the input."""
-    path = video_of(tmp_path / "in.mp4")
+def test_video(small, tmp_path, texts):
+    """The output has the name, the number of frames, their rate and the colors of the input."""
+    path = video_of(tmp_path / "in.1.mp4")
     run(small, "--video-input", path, "--output", tmp_path / "out")
-    video = cv2.VideoCapture(str(tmp_path / "out/in.mp4"))
+    video = cv2.VideoCapture(str(tmp_path / "out/in.1.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 3
-    assert video.get(cv2.CAP_PROP_FPS) == 10
+    assert video.get(cv2.CAP_PROP_FPS) == 12.5
+    assert texts == ["a 100%"] * 3
     off = np.abs(video.read()[1][:, :, ::-1].astype(int) - COLOR).max(axis=2)
     assert off[:40, :50].max() > 40  # the box, from (8, 8) to (40, 32)
     assert off[100:].max() < 20
@@ -315,14 +342,15 @@ def test_unreadable_folder(small, monkeypatch, refused):
     assert f"error: --input: {small}/images: Permission denied" in error
 
 
-def test_window(small, monkeypatch):
-    """In the right colors; any key shows the next image, Escape ends it."""
+def test_window(small, monkeypatch, texts):
+    """In the right colors, with learned names; any key shows the next image, Escape ends it."""
     keys, shown = [13, 27], []
     monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append(picture))
     monkeypatch.setattr(cv2, "waitKey", lambda wait: keys.pop(0))
     shutil.copy(small / "images/1.png", small / "images/3.png")
-    run(small, "--input", small / "images")
+    run(small, "--input", small / "images", "--categories", "")
     assert len(shown) == 2
+    assert texts == ["x 100%"] * 2
     assert is_drawn(shown[0][:, :, ::-1])
 
 
@@ -348,7 +376,7 @@ def test_name_of_the_model_zoo(suffix, tmp_path, monkeypatch):
     for plain_config, has_pyramid in ((None, False), (args.config_file, True)):
         args.plain_config_file = plain_config
         recipe = setup(args, args.config_file, own, "plain.pth")
-        assert recipe.weights == "plain.pth"
+        assert (recipe.weights, recipe.score_threshold) == ("plain.pth", 0.25)
         assert has_pyramid == recipe.config.MODEL.LIBRA.BFP.ENABLED
     assert not list(tmp_path.iterdir())
 

@@ -135,6 +135,19 @@ def test_onnx(system, synthetic, tmp_path, capsys):
         assert capsys.readouterr().out.endswith(f"0 objects: {tmp_path}/out.jpg\n")
 
 
+@pytest.mark.parametrize(("suffix", "device"), [("onnx", "cpu"), ("ts", "cuda")])
+def test_device(suffix, device, synthetic, tmp_path, monkeypatch, refused):
+    """ONNX files are exported on the CPU."""
+
+    def fail(recipe, path):
+        raise InputError(f"on {recipe.device}")
+
+    monkeypatch.setattr("libra_d2.tools.export_model.read_sample", fail)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    args = ["retinanet", synthetic, tmp_path / f"model.{suffix}", "MODEL.DEVICE", "cuda"]
+    assert refused(export, *args).endswith(f"error: on {device}\n")
+
+
 def test_wrong_export(tmp_path):
     """An exported model with another weight, or other thresholds, is refused."""
     pytest.importorskip("onnxruntime")

@@ -109,9 +109,10 @@ def test_picture(output, folder, capsys, monkeypatch):
     ("interpolation", "augmentation"),
     [("opencv", OpenCVResizeShortestEdge), ("pillow", ResizeShortestEdge)],
 )
-def test_resize(interpolation, augmentation):
-    """To the nearest size, 30 x 39 here, as in training."""
-    pixels = np.random.default_rng(0).integers(0, 255, (47, 61, 3), np.uint8)
+@pytest.mark.parametrize("size", [(47, 61), (61, 47)])
+def test_resize(interpolation, augmentation, size):
+    """To the nearest size, 30 x 39 or 39 x 30 here, as in training."""
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     wanted = {**INPUT, "interpolation": interpolation, "format": "RGB"}
     expected = augmentation(30, 1000).get_transform(pixels).apply_image(pixels)
     found, _ = resize(Image.fromarray(pixels), wanted)
@@ -119,13 +120,18 @@ def test_resize(interpolation, augmentation):
 
 
 def test_orientation(folder):
-    """As cameras note it in the file."""
+    """As cameras note it in the file; its lower left becomes the upper left."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    image = Image.new("RGB", (60, 80), (20, 10, 90))
+    image = Image.new("RGB", (60, 80))
+    image.paste((20, 10, 90), (0, 40, 30, 80))
     image.save(folder / "turned.png", exif=exif)
     main(["model.onnx", "turned.png", "out.png"])
-    assert Image.open(folder / "out.png").size == (80, 60)
+    blue = np.array(Image.open(folder / "out.png"))[:, :, 2]
+    assert blue.shape == (60, 80)
+    assert (blue[20:30, 10:40] == 90).all()
+    assert not blue[:, 40:].any()
+    assert not blue[30:].any()
 
 
 @pytest.mark.parametrize(
