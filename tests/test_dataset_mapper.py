@@ -27,7 +27,7 @@ RED = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
 def record(tmp_path):
     """An image with two objects and a crowd, three proposals and a segmentation map."""
     Image.fromarray(np.stack([RED, RED + 10, RED + 20], axis=2)).save(tmp_path / "a.png")
-    Image.fromarray(RED).save(tmp_path / "map.png")
+    Image.fromarray(RED.astype(np.uint16)).save(tmp_path / "map.png")
     boxes = [[0, 0, 1, 1], [1, 0.5, 1.5, 1], [0, 0, 3, 2]]
     polygons = [[[x, 0, x + 1, 0, x + 1, 2]] for x, *_ in boxes]
     objects = [

@@ -53,8 +53,10 @@ def test_several_paths(folder):
         output_paths("--output", [*paths, "hard.jpg"], {"--input": ["none.jpg", "photo.jpg"]})
     with pytest.raises(InputError, match="--output: photos is not a file"):
         output_paths("--output", [*paths, "photos"], {})
-    with pytest.raises(InputError, match="new/../new/b/1 and new/b/1 are the same file"):
+    with pytest.raises(InputError, match="new/../new/b/1 and --output, new/b/1, are the same file"):
         output_paths("--output", [*paths, "new/../new/b/1"], {})
+    with pytest.raises(InputError, match="^--output: new/b/1 would be written twice"):
+        output_paths("--output", [*paths, "new/b/1"], {})
 
 
 def test_same_folder():

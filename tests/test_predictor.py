@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import build_model, demo_cfg
 from oracle import double_precision
+from PIL import Image
 
 from detectron2.data import MetadataCatalog
 
+from libra_d2.config import make_recipe
 from libra_d2.engine import LibraPredictor
 
 LEARNED = "training data 'a' classes"
@@ -43,6 +45,22 @@ def test_batch(cfg):
         boxes = ours.pred_boxes.tensor, theirs.pred_boxes.tensor
         torch.testing.assert_close(*boxes, rtol=0, atol=1e-7)
     assert not torch.equal(*(x["instances"].scores[:10] for x in outputs))
+
+
+@pytest.mark.parametrize("format", ["BGR", "RGB", "L", "YUV-BT.601"])
+def test_formats(cfg, format, tmp_path):
+    """The model gets what an evaluation reads from the file."""
+    cfg.INPUT.FORMAT = format
+    if format == "L":
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0], [1.0]
+    save(cfg)
+    path, image = str(tmp_path / "a.png"), np.random.default_rng(0).integers(0, 256, (48, 64, 3))
+    Image.fromarray(image.astype(np.uint8)).save(path)
+    predictor, seen = LibraPredictor(cfg), []
+    predictor.model.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    predictor(image[:, :, ::-1].astype(np.uint8))
+    mapped = make_recipe(cfg).build_mapper(False)({"file_name": path, "image_id": 1})
+    torch.testing.assert_close(seen[0]["image"], mapped["image"].float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -246,6 +246,13 @@ def test_levers(language, monkeypatch):
         assert len(kept) == (on == "keep_freed_memory")
 
 
+@LANGUAGES
+def test_device_of_the_model(language):
+    recipe = make(language).rpn_only()
+    recipe.device = "meta"
+    assert {x.device.type for x in recipe._build_model().parameters()} == {"meta"}
+
+
 def test_several_places():
     """All places that the config has are written, and none that its model does not read."""
     recipe = make("lazy", "cascade_rcnn")

@@ -88,6 +88,14 @@ def test_bad_arguments(dataset, args, message, refused, monkeypatch):
     assert (dataset / "all.json").read_text() == before
 
 
+def test_infinite_numbers(dataset, refused):
+    content = json.loads((dataset / "all.json").read_text())
+    content["annotations"][3]["segmentation"] = [[1, 2, float("nan"), 4, 5, 6]]
+    (dataset / "all.json").write_text(json.dumps(content))
+    assert "all.json: it has a number that is NaN or infinite" in refused(run, dataset)
+    assert not (dataset / "train.json").exists()
+
+
 def test_changed_boxes(dataset, capsys):
     """What was put right in the annotations is said; crowd regions are not counted."""
     content = json.loads((dataset / "all.json").read_text())

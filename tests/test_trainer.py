@@ -807,6 +807,10 @@ def test_loaders(toy_data, tmp_path, monkeypatch):
     assert OneImage.test_with_TTA(cfg, model).keys() == {"bbox_TTA"}
     assert limits == [7]
     assert (tmp_path / "inference_TTA/coco_instances_results.json").exists()
+    cfg.DATASETS.TEST = ("toy", "again")
+    assert OneImage.test_with_TTA(cfg, model).keys() == {"toy_TTA", "again_TTA"}
+    for name in cfg.DATASETS.TEST:
+        assert (tmp_path / f"inference_TTA/{name}/coco_instances_results.json").exists()
 
 
 def test_float16(toy_data, tmp_path, monkeypatch):

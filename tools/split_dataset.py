@@ -97,7 +97,10 @@ def run(args: argparse.Namespace) -> None:
     for path, ids in zip(outputs, (names.keys() - val, val)):
         split = part(dataset, ids)
         with atomic_write(path, "w") as f:
-            json.dump(split, f, allow_nan=False)
+            try:
+                json.dump(split, f, allow_nan=False)
+            except ValueError as e:  # in a part that is not checked, such as a polygon
+                raise InputError(f"{args.json}: it has a number that is NaN or infinite") from e
         count = Counter(x["category_id"] for x in split["annotations"] if not x["iscrowd"])
         classes = {display_name(x["name"]): count[x["id"]] for x in dataset["categories"]}
         numbers = ", ".join(f"{name} {number}" for name, number in classes.items())

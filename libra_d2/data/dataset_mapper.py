@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import (
     SizeMismatchError,
@@ -52,7 +52,8 @@ class LibraDatasetMapper(DatasetMapper):
             raise InputError(f"{path}: the image cannot be used: {one_line(e)}") from e
         segmentation = dataset_dict.pop("sem_seg_file_name", None)
         if segmentation is not None:
-            segmentation = read_image(segmentation, "L").squeeze(2)
+            # Its 16-bit numbers are labels, which are not scaled.
+            segmentation = detection_utils.read_image(segmentation, "L").squeeze(2)
         augmented = T.AugInput(image, sem_seg=segmentation)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]

@@ -3,8 +3,10 @@ from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 import torch
+from PIL import Image
 
 from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.engine import DefaultPredictor
 
 from ..config import make_recipe
@@ -72,7 +74,10 @@ class LibraPredictor(DefaultPredictor):
 
     def _input(self, original_image: np.ndarray) -> Dict[str, Any]:
         """The input of the model for an image."""
-        image = original_image[:, :, ::-1] if self.input_format == "RGB" else original_image
+        image = original_image
+        if self.input_format != "BGR":
+            rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+            image = convert_PIL_to_numpy(rgb, self.input_format)
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
         image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))

@@ -113,6 +113,9 @@ def register_own_data(recipe: Recipe, args: argparse.Namespace) -> List[str]:
         if proposals or getattr(recipe, f"{split}_proposals"):
             setattr(recipe, f"{split}_proposals", (proposals,) if proposals else ())
     if known_classes is not None:
+        for name, number in recipe.class_counts.items():
+            if number != len(known_classes):
+                logger.info(f"{name} is {len(known_classes)}, as in the data, instead of {number}")
         recipe.num_classes = len(known_classes)
         if args.train_json and not args.val_json:
             recipe.test_datasets = ()

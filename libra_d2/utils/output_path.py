@@ -53,10 +53,11 @@ def output_paths(
             raise InputError(f"{option}: {path or repr(path)} is not a {wanted}: choose another")
         if file_identity(path) in taken:
             name, other = taken[file_identity(path)]
-            others = other if name == option else f"{name}, {other},"
+            if (name, other) == (option, path):
+                raise InputError(f"{option}: {path} would be written twice: choose another")
             raise InputError(
-                f"{option}: {path} and {others} are the same {wanted}, which would be overwritten: "
-                "choose another"
+                f"{option}: {path} and {name}, {other}, are the same {wanted}, which would be "
+                "overwritten: choose another"
             )
         taken[file_identity(path)] = (option, path)
         if folder not in tried:
