@@ -265,6 +265,7 @@ def disable(model: DictConfig, *ideas: str) -> List[str]:
         nodes = {f"model.roi_heads.{key}": node for key, node in _box_predictors(heads)}
         nodes["model"] = model
         for key, node in nodes.items():
-            if _is(node, LibraRetinaNet, LibraFastRCNNOutputLayers):
+            is_own = _is(node, LibraRetinaNet, LibraFastRCNNOutputLayers)
+            if is_own and node.get("box_reg_loss_type") == "balanced_l1":
                 overrides.append(f"{key}.box_reg_loss_type=smooth_l1")
     return overrides

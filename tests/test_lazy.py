@@ -178,6 +178,9 @@ def test_disable():
     sampler = [f"{heads}.proposal_sampler.{x}=random" for x in ("negatives", "positives")]
     losses = [f"{heads}.box_predictors.{i}.box_reg_loss_type=smooth_l1" for i in range(3)]
     assert disable(balanced("cascade_rcnn"), *IDEAS) == [pyramid, *sampler, *losses]
+    other = balanced("retinanet")
+    other.box_reg_loss_type = "giou"
+    assert disable(other, "balanced_l1") == []
     for name in (*FPN_MODELS, C4):
         assert disable(zoo_model(name), *IDEAS) == disable(balanced(name)) == []
 

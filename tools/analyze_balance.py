@@ -132,7 +132,7 @@ def report_samples(report: Report, recipe: Recipe, recording: Recording) -> None
         f"{candidates} of the negative proposals, and {random} of those sampled at random, overlap "
         f"with an object by less than {samples['interval_ends'][0]:.2f} IoU. With "
         f"balanced sampling and the paper's bins it is {paper}: the same number is drawn from each "
-        "bin, as far as the bin holds enough. Dotted lines are the borders of bins. Positives are "
+        "bin, if the bin has enough. Dotted lines are the borders of bins. Positives are "
         "drawn equally often for each object.",
     )
 

@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> None:
             except ValueError as e:  # in a part that is not checked, such as a polygon
                 raise InputError(f"{args.json}: it has a number that is NaN or infinite") from e
         count = Counter(x["category_id"] for x in split["annotations"] if not x["iscrowd"])
-        classes = {display_name(x["name"]): count[x["id"]] for x in dataset["categories"]}
-        numbers = ", ".join(f"{name} {number}" for name, number in classes.items())
+        classes = [(display_name(x["name"]), count[x["id"]]) for x in dataset["categories"]]
+        numbers = ", ".join(f"{name} {number}" for name, number in classes)
         print(f"{path}: {counted(len(ids), 'image')}; objects: {numbers}")
-        for name in (name for name, number in classes.items() if not number):
+        for name in (name for name, number in classes if not number):
             print(f"warning: {path} has no object of the class {name}: try another --seed")
 
 
