@@ -61,6 +61,17 @@ def test_levels_of_different_types():
     assert all((x == 3).all() for x in features)
 
 
+@pytest.mark.parametrize("refine_type", ["none", "conv"])
+def test_functorch(refine_type):
+    """In its transforms, the memory format is unknown."""
+    bfp = BalancedFeaturePyramid(4, 2, refine_level=1, refine_type=refine_type)
+    features = [torch.randn(3, 1, 4, s, s) for s in (4, 2)]
+    outputs = torch.func.vmap(lambda *x: tuple(bfp(x)))(*features)
+    for i in range(3):
+        for x, y in zip(outputs, bfp([x[i] for x in features])):
+            torch.testing.assert_close(x[i], y)
+
+
 @pytest.mark.parametrize("num_last", [0, 1, 2, 3])
 def test_memory_format(num_last):
     """Each level keeps its own; NNPACK's convolutions change that of all but the largest."""

@@ -92,7 +92,7 @@ def test_what_is_trained(trainings, synthetic, tmp_path, capsys, monkeypatch):
     options = ["--variants", "baseline", "sampling", "--seeds", 5, 7]
     args = compare(synthetic, tmp_path, *options)
     # Trainings in this process may have turned the log on.
-    printed = re.sub(".*dataset_cache.*\n", "", capsys.readouterr().out)
+    printed = re.sub(".*(dataset_cache|engine.setup).*\n", "", capsys.readouterr().out)
     order = [(v, f"seed_{seed}") for seed in (5, 7) for v in ("baseline", "sampling")]
     assert [x[:2] for x in trainings] == order
     for variant, seed, command, env in trainings:

@@ -128,6 +128,9 @@ def test_evaluation(record):
     mapped = mapper(is_train=False, precomputed_proposal_topk=3)(record)
     assert not mapped.keys() & {"annotations", "instances"}
     assert len(mapped["proposals"]) == 3
+    broken = {**record, "sem_seg_file_name": __file__}
+    with pytest.raises(InputError, match=f"^{__file__}: the image cannot be used: it has no known"):
+        mapper()(broken)
     del record["annotations"], record["sem_seg_file_name"]
     assert not mapper()(record).keys() & {"annotations", "instances", "sem_seg"}
     message = r"a.png: the image cannot be used: Mismatched .* got \(3, 2\), expect \(2, 2\)"

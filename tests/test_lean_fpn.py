@@ -72,7 +72,7 @@ def test_same_bits(top_block, fuse_type):
 
 @pytest.mark.parametrize("fuse_type", ["sum", "avg"])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("seen", ["nothing", "convolution", "norm", "everything"])
+@pytest.mark.parametrize("seen", ["nothing", "convolution", "norm", "forward", "everything"])
 def test_in_place(seen, fuse_type, format):
     """Without gradients there are no copies, and what others have seen is not overwritten."""
     fpn, lean, image = build(fuse_type=fuse_type)
@@ -83,6 +83,12 @@ def test_in_place(seen, fuse_type, format):
             kept.append((output, output.clone()))
 
     conv = lean.fpn_lateral3
+    forward = conv.forward
+
+    def keep_result(x):
+        keep(conv, x, result := forward(x))
+        return result
+
     registers = {
         "convolution": conv.register_forward_hook,
         "norm": conv.norm.register_forward_hook,
@@ -90,7 +96,9 @@ def test_in_place(seen, fuse_type, format):
     }
     with torch.no_grad(), ExitStack() as hooks:
         expected = fpn(image)
-        if seen != "nothing":
+        if seen == "forward":
+            conv.forward = keep_result
+        elif seen != "nothing":
             hooks.enter_context(registers[seen](keep))
         found = lean(image)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

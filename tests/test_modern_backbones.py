@@ -101,5 +101,9 @@ def test_timm_backbone(tmp_path):
         assert torch.equal(value, weights[key]), key
     with pytest.raises(ArgumentError, match=r"a model of timm, such as .('\w*convn\w+',? ?){5}.$"):
         TimmBackbone("convnxt_tiny")
+    with pytest.raises(
+        ArgumentError, match="^name is 'convnext_atto.none': Invalid pretrained tag"
+    ):
+        TimmBackbone("convnext_atto.none")
     with pytest.raises(ArgumentError, match="has the levels"):
         TimmBackbone("convnext_atto", out_features=["res9"])

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as of_all_modules
 from torch.utils.flop_counter import FlopCounterMode
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
 from libra_d2.modeling import winograd_conv
 from libra_d2.modeling.folded_conv import FoldedConv2d
+from libra_d2.modeling.replacement import has_hooks
 from libra_d2.modeling.winograd_conv import WinogradConv2d
 from libra_d2.modeling.winograd_gradient import weight_gradient
 
@@ -168,6 +170,18 @@ def test_batches(size, expected, calls):
     assert calls == [(number, *x.shape[1:]) for number in expected]
     value = conv.double()(x[-1:].double())
     torch.testing.assert_close(y[-1:].double(), value, rtol=0, atol=1e-4 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_has_hooks(kind, of_all):
+    """Hooks of this module or of all."""
+    linear = nn.Linear(1, 1)
+    owner, prefix = (of_all_modules, "register_module_") if of_all else (linear, "register_")
+    assert not has_hooks(linear)
+    with getattr(owner, f"{prefix}{kind}_hook")(lambda *args: None):
+        assert has_hooks(linear)
+    assert not has_hooks(linear)
 
 
 @pytest.mark.parametrize("hook", [None, "forward", "forward_pre"])

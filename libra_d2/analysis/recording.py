@@ -82,7 +82,7 @@ def record(model: nn.Module, batches: Iterable[List[Dict[str, Any]]]) -> Recordi
     first_stages = []
 
     def see_candidates(module, inputs):
-        if module in first_stages:  # not that of a later stage of a cascade, a copy with this hook
+        if module in first_stages:  # later stages of a cascade have copies of it, with this hook
             recording.candidates.append(Candidates(*inputs))
 
     model = copy.deepcopy(model)

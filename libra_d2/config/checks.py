@@ -319,7 +319,7 @@ def check_datasets(names: Sequence[str]) -> None:
                 raise InputError(
                     f"{path}: dataset {name!r} is not there. The environment variable "
                     "DETECTRON2_DATASETS names the directory of Detectron2's builtin datasets; for "
-                    "your own data use --train-json, --train-images, --val-json and --val-images"
+                    "your own COCO JSON use --train-json, --train-images, --val-json, --val-images"
                 )
 
 

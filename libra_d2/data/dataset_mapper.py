@@ -17,11 +17,19 @@ from detectron2.data.detection_utils import (
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..errors import InputError, one_line
-from .image_reading import read_image
+from .image_reading import UNREADABLE, read_image, why_unreadable
 from .pixels import to_planes
 from .resize import with_interpolation
 
 __all__ = ["LibraDatasetMapper"]
+
+
+def _read_labels(path: str) -> np.ndarray:
+    """(H, W) uint8 labels of pixels; those of 16 bits are not scaled, as gray values would be."""
+    try:
+        return detection_utils.read_image(path, "L").squeeze(2)
+    except UNREADABLE as e:
+        raise InputError(f"{path}: the image cannot be used: {why_unreadable(e)}") from e
 
 
 class LibraDatasetMapper(DatasetMapper):
@@ -52,8 +60,7 @@ class LibraDatasetMapper(DatasetMapper):
             raise InputError(f"{path}: the image cannot be used: {one_line(e)}") from e
         segmentation = dataset_dict.pop("sem_seg_file_name", None)
         if segmentation is not None:
-            # Its 16-bit numbers are labels, which are not scaled.
-            segmentation = detection_utils.read_image(segmentation, "L").squeeze(2)
+            segmentation = _read_labels(segmentation)
         augmented = T.AugInput(image, sem_seg=segmentation)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]

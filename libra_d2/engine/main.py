@@ -44,11 +44,11 @@ def evaluate(recipe: Recipe, resume: bool) -> Mapping[str, Any]:
     """
     checkpoint_dir = recipe.output_dir if resume else ""
     model = recipe.build_trained_model(checkpoint_dir, datasets=recipe.test_datasets)
-    config = evaluation_recipe(recipe).config
+    own = evaluation_recipe(recipe)
     with finite_predictions(model):
-        results = Trainer.test(config, model)
-        if recipe.tta:
-            results = {**results, **Trainer.test_with_TTA(config, model)}
+        results = Trainer.test(own.config, model)
+        if own.tta:
+            results = {**results, **Trainer.test_with_TTA(own.config, model)}
     if comm.is_main_process():
         recipe.verify(results)
     return results

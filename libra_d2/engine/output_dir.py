@@ -35,16 +35,8 @@ logger = logging.getLogger(__name__)
 EARLIER_RUNS = "earlier_runs"
 # What trainings and evaluations write; logs go on.
 _FILES_OF_A_RUN = (
-    *("config.yaml", "curves.png", "events.out.tfevents.*", "evaluation", "inference"),
-    *(
-        "inference_TTA",
-        "EMA",
-        "last_checkpoint",
-        "metrics.json",
-        "model_*.pth",
-        "pictures",
-        "results.md",
-    ),
+    *("EMA", "config.yaml", "curves.png", "evaluation", "events.out.tfevents.*", "inference"),
+    *("inference_TTA", "last_checkpoint", "metrics.json", "model_*.pth", "pictures", "results.md"),
 )
 
 # A directory without them has no run that could be continued, or mixed with another: only what a
@@ -143,7 +135,8 @@ def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
     if not found:
         return
     with keep_random_state():  # what cannot be built is refused before anything is moved
-        recipe.build_optimizer(recipe.build_model())
+        trial = recipe.copy()
+        trial.build_optimizer(trial.build_model())
     aside = os.path.join(aside, str(max(numbers, default=0) + 1))
     os.makedirs(aside)
     for path in found:
@@ -181,7 +174,7 @@ def config_kept(recipe: Recipe) -> Iterator[None]:
 def save_config(recipe: Recipe, config_file: str) -> None:
     """
     Write the ``config.yaml`` of a training, which may have been resumed with another config, unless
-    it is ``config_file``, which was read.
+    the config was read from it, as ``config_file``: then its overrides are not saved.
     """
     path = os.path.join(recipe.output_dir, "config.yaml")
     if comm.is_main_process() and not _is_inside(config_file, path):
@@ -191,13 +184,14 @@ def save_config(recipe: Recipe, config_file: str) -> None:
 
 def evaluation_recipe(recipe: Recipe) -> Recipe:
     """
-    That of an evaluation alone: if a training has the output directory, the detections and pictures
-    in it are those of the training, and others have a directory in it.
+    The recipe of an evaluation without training. If the output directory is that of a training,
+    detections and pictures go to a directory in it, which is made.
     """
     folder = recipe.output_dir
     if not any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN):
         return recipe
     own = recipe.copy()
     own.output_dir = os.path.join(folder, "evaluation")
+    os.makedirs(own.output_dir, exist_ok=True)
     own.freeze()
     return own

@@ -74,9 +74,9 @@ class LibraPredictor(DefaultPredictor):
 
     def _input(self, original_image: np.ndarray) -> Dict[str, Any]:
         """The input of the model for an image."""
-        image = original_image
-        if self.input_format != "BGR":
-            rgb = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        image = original_image if self.input_format == "BGR" else original_image[:, :, ::-1]
+        if self.input_format not in ("BGR", "RGB"):
+            rgb = Image.fromarray(np.ascontiguousarray(image))
             image = convert_PIL_to_numpy(rgb, self.input_format)
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)

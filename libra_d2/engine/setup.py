@@ -21,7 +21,7 @@ from ..data import (
 from ..errors import InputError, one_line
 from ..model_zoo import find_config
 from ..utils.main_process import in_main_process
-from .output_dir import config_kept, prepare_output_dir, set_earlier_run_aside
+from .output_dir import config_kept, prepare_output_dir, save_config, set_earlier_run_aside
 
 __all__ = [
     "map_registered_data",
@@ -191,6 +191,8 @@ def setup(args: argparse.Namespace) -> Recipe:
     path = find_config(args.config_file)
     with config_kept(recipe):
         default_setup(recipe.config, argparse.Namespace(**{**vars(args), "config_file": path}))
+    if not (resume or args.eval_only):
+        save_config(recipe, args.config_file)
     recipe.freeze()
     if recipe.device == "cpu":
         logger.warning("Running on the CPU, which is slow for anything but small images.")

@@ -274,6 +274,7 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             recipe = self.recipe.copy()
             recipe.output_dir = os.path.join(recipe.output_dir, "EMA")
+            os.makedirs(recipe.output_dir, exist_ok=True)
             averaged = self.test(recipe.config, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
         if self.recipe.validation_loss:

@@ -87,7 +87,7 @@ class LibraLVISEvaluator(LibraCOCOEvaluator):
             for key in _REQUIRED["images"]:
                 entry[key] = [self._categories[id] for id in entry[key]]
         frequencies = {x["id"]: x["frequency"] for x in dataset["categories"]}
-        self._frequencies = np.array([frequencies[id] for id in self._class_ids])
+        self._frequencies = np.array([frequencies.get(id, "") for id in self._class_ids])
         for entry, frequency in zip(self._category_entries, self._frequencies):
             entry["frequency"] = frequency
 

@@ -21,6 +21,7 @@ from detectron2.layers import Conv2d
 from detectron2.utils.registry import Registry
 
 from ..errors import ArgumentError, check_choice
+from .replacement import is_ordinary
 
 __all__ = ["REFINEMENT_REGISTRY", "BalancedFeaturePyramid", "NonLocalBlock"]
 
@@ -82,9 +83,16 @@ def _resize(x: torch.Tensor, size: List[int], num_halvings: int) -> torch.Tensor
 
 
 def _like(feature: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``x`` in the memory format of ``feature``: sums of two formats take three times as long."""
-    is_last = feature.is_contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+    """On CPUs, ``x`` in the memory format of ``feature``: sums of two formats take much longer."""
+    if torch.jit.is_scripting():
+        return x
+    else:  # noqa: RET505 (see _is_autocast_enabled)
+        if not is_ordinary(feature):
+            return x
+        is_last = feature.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(
+            memory_format=torch.channels_last if is_last else torch.contiguous_format
+        )
 
 
 class NonLocalBlock(nn.Module):

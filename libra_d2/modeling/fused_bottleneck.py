@@ -103,5 +103,4 @@ class FusedStage(Replacement, nn.Sequential):
 
 
 def _is_unchanged(block: nn.Module) -> bool:
-    is_own = type(block) is FusedBottleneck and "forward" not in vars(block)
-    return is_own and not any(map(has_hooks, block.modules()))
+    return type(block) is FusedBottleneck and not any(map(has_hooks, block.modules()))

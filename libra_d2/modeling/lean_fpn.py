@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from detectron2.layers import Conv2d
 from detectron2.modeling import FPN
 
+from .folded_conv import FoldedConv2d
 from .replacement import Replacement, has_hooks, is_captured, is_ordinary
 
 __all__ = ["LeanFPN"]
@@ -68,5 +70,6 @@ class LeanFPN(Replacement, FPN):
 
 
 def _is_unseen(x: torch.Tensor, conv: nn.Module) -> bool:
-    is_own = isinstance(conv, nn.Conv2d) and not any(map(has_hooks, conv.modules()))
+    is_known = type(conv) in (nn.Conv2d, Conv2d, FoldedConv2d)
+    is_own = is_known and not any(map(has_hooks, conv.modules()))
     return is_own and is_ordinary(x) and not torch.is_grad_enabled()

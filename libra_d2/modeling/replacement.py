@@ -6,7 +6,7 @@ from typing import Type
 
 import torch
 from torch import nn
-from torch.nn.modules import module as of_all_modules
+from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["Replacement", "has_hooks", "is_captured", "is_ordinary"]
@@ -28,11 +28,17 @@ def is_ordinary(x: torch.Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody else sees or changes what a module gets or returns, or its gradients."""
-    forward = module._forward_hooks or module._forward_pre_hooks
-    backward = module._backward_hooks or module._backward_pre_hooks
-    of_all = of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks
-    return bool(forward or backward or of_all)
+    """
+    Whether somebody else sees or changes what a module gets or returns, or its gradients: by hooks,
+    also those of all modules, or by a ``forward`` of this module alone.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    of_all = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    of_all = (
+        of_all or global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks
+    )
+    return bool(hooks or of_all) or "forward" in module.__dict__
 
 
 class Replacement:

@@ -5,7 +5,7 @@ import torch
 
 from detectron2.modeling import Backbone
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, one_line
 
 __all__ = ["TimmBackbone"]
 
@@ -46,9 +46,11 @@ class TimmBackbone(Backbone):
             similar = timm.list_models(f"*{name[:5]}*")[:5]
             raise ArgumentError("name", name, f"use a model of timm, such as {similar}")
         # "getter" keeps timm's parameter names.
-        self.net = timm.create_model(
-            name, features_only=True, feature_cls="getter", in_chans=in_chans, **kwargs
-        )
+        kwargs.update(features_only=True, feature_cls="getter", in_chans=in_chans)
+        try:
+            self.net = timm.create_model(name, **kwargs)
+        except RuntimeError as e:  # there is no such tag
+            raise ArgumentError("name", name, one_line(e)) from e
         info = self.net.feature_info
         strides = {f"res{stride.bit_length() - 1}": stride for stride in info.reduction()}
         missing = [level for level in out_features if level not in strides]

@@ -53,7 +53,10 @@ def is_available() -> bool:
 
 
 def _is_zen4() -> bool:
-    """Of AMD's processors (SSE4a) with AVX-512, the first. Old versions of PyTorch do not know."""
+    """
+    Whether this is the first of AMD's processors (SSE4a) that have AVX-512, if it has AVX-512. Old
+    versions of PyTorch do not know.
+    """
     has = getattr(torch.cpu, "get_capabilities", dict)()
     is_amd, is_zen5 = has.get("sse4a", False), has.get("avx512_vp2intersect", False)
     return is_amd and not is_zen5
