@@ -52,7 +52,7 @@ def arguments(system, synthetic, folder, *extra):
 def test_page(system, first, num_candidates, num_errors, synthetic, tmp_path, monkeypatch, capsys):
     """Numbers, figures and the text of the page, for the records of all images together."""
     beta = 0.1 if system == "retinanet" else 0.25  # the plain detector's
-    settings = [*SETTINGS, "MODEL.LIBRA.BFP.ENABLED", system != "rpn"]
+    settings = [*SETTINGS, "MODEL.LIBRA.BFP.ENABLED", system != "rpn", "INPUT.FORMAT", "BGR"]
     extra = proposals(tmp_path) if system == "fast_rcnn" else []
     extra += ["MODEL.WEIGHTS", tmp_path / "&lt;.pth", *settings]
     command = arguments(system, synthetic, tmp_path, *extra)

@@ -24,8 +24,8 @@ import libra_d2.engine.main
 from libra_d2.config import make_recipe
 from libra_d2.engine import Trainer, prepare_proposal_files, read_config, register_own_data
 from libra_d2.engine.arguments import add_data_arguments, config_argument_parser
-from libra_d2.engine.main import evaluate, main
-from libra_d2.engine.setup import run_inputs
+from libra_d2.engine.main import build_argument_parser, evaluate, main
+from libra_d2.engine.setup import run_inputs, setup
 from libra_d2.errors import InputError
 
 TINY = [
@@ -318,6 +318,17 @@ def files_in(folder):
     """The contents of all files but the log."""
     files = [x for x in folder.rglob("*") if x.is_file() and x.name != "log.txt"]
     return {str(x): x.read_bytes() for x in files}
+
+
+def test_config_of_a_script(small, tmp_path):
+    """Which calls `setup`: the config that was there is replaced by that of a new training."""
+    path, flags = tmp_path / "config.yaml", [*own_data(small, "train", "val"), *QUICK]
+    flags = ["--config-file", DEMO_CONFIG, *flags, "OUTPUT_DIR", tmp_path]
+    flags += ["MODEL.WEIGHTS", __file__]
+    for option, is_kept in ((["--eval-only"], True), ([], False)):
+        path.write_text("VERSION: 2\n")
+        setup(build_argument_parser().parse_args([str(x) for x in (*option, *flags)]))
+        assert (path.read_text() == "VERSION: 2\n") == is_kept
 
 
 def broken(*args, **kwargs):
