@@ -232,7 +232,7 @@ def test_before_training(synthetic, tmp_path, refused, monkeypatch):
     ("system", "extra", "message"),
     [
         ("faster_rcnn", [], "MODEL.WEIGHTS: name the weights"),
-        ("faster_rcnn", ["--before-training"], "MODEL.WEIGHTS: name the weights"),
+        ("faster_rcnn", ["--before-training"], "name the weights that the training starts from"),
         ("faster_rcnn", ["--num-images", "0"], "--num-images is 0: use 1 or more"),
         ("fast_rcnn", [], "DATASETS.PROPOSAL_FILES_TEST"),
         (

@@ -94,9 +94,11 @@ def test_no_directory(tmp_path):
         prepare_output_dir(recipe_for(tmp_path / "file"))
 
 
-FILES = ["model_final.pth", "metrics.json", "config.yaml", "last_checkpoint", "inference/a.json"]
-FILES += ["events.out.tfevents.1", "curves.png", "inference_TTA/a.json", "results.md"]
-FILES += ["pictures/1.jpg", "model_best.pth"]
+FILES = [
+    *("model_final.pth", "metrics.json", "config.yaml", "last_checkpoint", "inference/a.json"),
+    *("EMA/a.json", "evaluation/a.json", "events.out.tfevents.1", "curves.png", "results.md"),
+    *("inference_TTA/a.json", "pictures/1.jpg", "model_best.pth"),
+]
 OTHERS = ["log.txt", "datasets/own_train.json", "proposals/own_train.pkl", "other.pth"]
 
 

@@ -465,6 +465,7 @@ def test_own_data(tmp_path):
     changed = json.loads(path.read_text())
     assert changed["annotations"][0]["bbox"] == [8, 8, 32, 40]
     log = (tmp_path / "log.txt").read_text()
+    assert "ROI_HEADS.NUM_CLASSES is 2, as in the data, instead of 4" in log
     assert "SOLVER.IMS_PER_BATCH is" not in log
     assert "Running on the CPU" in log
     proposals = pickle.dumps([np.array([[0.0, 0, 9, 9, 0.5]])] * 2)

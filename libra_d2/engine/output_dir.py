@@ -20,7 +20,6 @@ from ..errors import InputError, one_line
 from ..utils.atomic_write import UNFINISHED, atomic_write
 from ..utils.main_process import in_main_process
 from ..utils.output_path import file_identity, output_path
-from ..utils.random_state import keep_random_state
 
 __all__ = [
     "config_kept",
@@ -134,9 +133,8 @@ def _set_aside(recipe: Recipe, inputs: Mapping[str, str], resume: bool) -> None:
             )
     if not found:
         return
-    with keep_random_state():  # what cannot be built is refused before anything is moved
-        trial = recipe.copy()
-        trial.build_optimizer(trial.build_model())
+    trial = recipe.copy()  # what cannot be built is refused before anything is moved
+    trial.build_optimizer(trial.build_model())
     aside = os.path.join(aside, str(max(numbers, default=0) + 1))
     os.makedirs(aside)
     for path in found:
