@@ -115,8 +115,9 @@ def run(args: argparse.Namespace) -> None:
         results = evaluate(recipe, args.resume)
     else:
         trainer = Trainer(recipe)
-        save = lambda _: save_config(recipe, args.config_file)  # noqa: E731 (once it may begin)
-        trainer.register_hooks([hooks.CallbackHook(before_train=save)])
+        trainer.register_hooks(  # the training may begin only then, if it is resumed
+            [hooks.CallbackHook(before_train=lambda _: save_config(recipe, args.config_file))]
+        )
         results = train(trainer, args.resume)
     if comm.is_main_process():
         name = os.path.splitext(os.path.basename(args.config_file))[0]

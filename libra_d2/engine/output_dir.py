@@ -25,6 +25,7 @@ __all__ = [
     "config_kept",
     "evaluation_recipe",
     "prepare_output_dir",
+    "recipe_in",
     "save_config",
     "set_earlier_run_aside",
 ]
@@ -180,6 +181,14 @@ def save_config(recipe: Recipe, config_file: str) -> None:
             f.write(recipe.dump())
 
 
+def recipe_in(recipe: Recipe, name: str) -> Recipe:
+    """A copy of a recipe that writes to the directory ``name`` in its output directory."""
+    own = recipe.copy()
+    own.output_dir = os.path.join(recipe.output_dir, name)
+    os.makedirs(own.output_dir, exist_ok=True)
+    return own
+
+
 def evaluation_recipe(recipe: Recipe) -> Recipe:
     """
     The recipe of an evaluation without training. If the output directory is that of a training,
@@ -188,8 +197,6 @@ def evaluation_recipe(recipe: Recipe) -> Recipe:
     folder = recipe.output_dir
     if not any(_has_content(os.path.join(folder, name)) for name in _MARKS_OF_A_RUN):
         return recipe
-    own = recipe.copy()
-    own.output_dir = os.path.join(folder, "evaluation")
-    os.makedirs(own.output_dir, exist_ok=True)
+    own = recipe_in(recipe, "evaluation")
     own.freeze()
     return own

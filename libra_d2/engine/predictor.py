@@ -76,8 +76,7 @@ class LibraPredictor(DefaultPredictor):
         """The input of the model for an image."""
         image = original_image if self.input_format == "BGR" else original_image[:, :, ::-1]
         if self.input_format not in ("BGR", "RGB"):
-            rgb = Image.fromarray(np.ascontiguousarray(image))
-            image = convert_PIL_to_numpy(rgb, self.input_format)
+            image = convert_PIL_to_numpy(Image.fromarray(image), self.input_format)
         height, width = image.shape[:2]
         image = self.aug.get_transform(image).apply_image(image)
         image = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))

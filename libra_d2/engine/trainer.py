@@ -54,6 +54,7 @@ from .hooks import (
     Throughput,
     TrainingEnded,
 )
+from .output_dir import recipe_in
 from .resuming import ExactResume
 from .watched_loader import WatchedLoader
 
@@ -272,10 +273,7 @@ class Trainer(DefaultTrainer):
         with finite_predictions(self.model, required=False):
             results = self.test(self.cfg, self.model)
         if self.average is not None:
-            recipe = self.recipe.copy()
-            recipe.output_dir = os.path.join(recipe.output_dir, "EMA")
-            os.makedirs(recipe.output_dir, exist_ok=True)
-            averaged = self.test(recipe.config, self.average.model)
+            averaged = self.test(recipe_in(self.recipe, "EMA").config, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
         if self.recipe.validation_loss:
             datasets = self.recipe.test_datasets
