@@ -3,7 +3,6 @@
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -43,7 +42,7 @@ class FusedBottleneck(Replacement, BottleneckBlock):
         return F.relu_(_add_convolution(result, self.conv3, out))
 
     def _can_fuse(self, x: torch.Tensor) -> bool:
-        if not is_ordinary(x) or forward_ad.unpack_dual(x).tangent is not None:
+        if not is_ordinary(x):
             return False
         if not (_has_onednn() and _type_of_results(x) in _types()):
             return False

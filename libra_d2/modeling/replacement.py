@@ -6,6 +6,7 @@ from typing import Type
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -20,9 +21,11 @@ def is_captured() -> bool:
 def is_ordinary(x: torch.Tensor) -> bool:
     """
     Whether operations on ``x`` are computed on the CPU, and neither recorded nor changed by
-    functorch's transforms or a dispatch mode.
+    functorch's transforms, forward-mode differentiation or a dispatch mode.
     """
     if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
+        return False
+    if forward_ad.unpack_dual(x).tangent is not None:
         return False
     return not (torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode())
 
