@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from libra_d2.errors import ArgumentError
 from libra_d2.modeling import REFINEMENT_REGISTRY, BalancedFeaturePyramid, NonLocalBlock
@@ -217,3 +218,25 @@ def test_max_in_windows_on_gpus():
             assert uneven.shape == (2, 3, 5, 9)
             assert uneven.grad_fn.next_functions[0][0].name() == "GatherBackward0"
             assert _max_along(x, 2, 5, 2).shape == (2, 3, 5, size[1])  # in traces
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_memory_of_training(format):
+    """Pooled levels are not kept for the gradient, which is that of the pooling, as is its own."""
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64).contiguous(memory_format=format)
+    weight, kept, results = torch.randn(2, 3, 2, 4, dtype=torch.float64), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        pooled = max_in_windows(x.requires_grad_(), 2, 4, 2)
+    assert [t.shape for t in kept] == [(2, 3, 2, 4)]
+    for y in (pooled, F.max_pool2d(x, (4, 3))):
+        (grad,) = torch.autograd.grad((y**3 * weight).sum(), x, create_graph=True)
+        assert grad.is_contiguous(memory_format=format)
+        results.append((y, grad, *torch.autograd.grad(grad.sin().sum(), x)))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+    _, tangent = torch.func.jvp(lambda t: max_in_windows(t, 2, 4, 2), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        found = forward_ad.unpack_dual(max_in_windows(dual, 2, 4, 2)).tangent
+    assert torch.equal(found, tangent)
+    assert (tangent == 1).all()

@@ -123,10 +123,10 @@ def test_folded_once(monkeypatch):
     assert "_kept" not in pickle.loads(pickle.dumps(conv)).__dict__
     conv(x).sum().backward()  # nothing that was made in inference mode
     conv(x).sum().backward()
-    assert calls[3:] == ["_fold", "_fold"]
+    assert len(calls) == 3
     assert conv.requires_grad_(False).train().training
     conv(x), conv(x)
-    assert calls[5:] == ["_fold", "_fold_norm", "_fold_statistics"]
+    assert calls[3:] == ["_fold", "_fold_norm", "_fold_statistics"]
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
@@ -153,17 +153,58 @@ def test_few_features(size, folds, monkeypatch):
     num, height, width = size
     conv, calls = make_conv(FrozenBatchNorm2d(6)), []
     FoldedConv2d.replace_in(conv)
-    fold = FoldedConv2d._fold
-    monkeypatch.setattr(FoldedConv2d, "_fold", lambda *args: (calls.append(1), fold(*args))[1])
+    call = nn.Module.__call__
+    monkeypatch.setattr(
+        FrozenBatchNorm2d, "__call__", lambda *args: (calls.append(1), call(*args))[1]
+    )
     x = torch.randn(num, 4, height, width, dtype=torch.float64)
     learned = conv(x)
-    assert len(calls) == folds
+    assert len(calls) == (not folds)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), learned, rtol=1e-12, atol=1e-12)
-    assert len(calls) == folds + 1
     conv.weight.requires_grad_(False)
     conv(x)
-    assert len(calls) == folds + 2
+    assert len(calls) == (not folds)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, AffineBatchNorm2d])
+def test_memory_of_training(norm):
+    """What is kept for the gradients is what was there, and the scale of each channel."""
+    conv = make_conv(norm(6))
+    FoldedConv2d.replace_in(conv)
+    x, kept = torch.randn(2, 4, 9, 8, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        conv(x).sum().backward()
+    known = {t.data_ptr() for t in (x, *conv.parameters(), *conv.buffers())}
+    assert {t.shape for t in kept if t.data_ptr() not in known} <= {(6,), (6, 1, 1, 1)}
+    assert {t.shape for t in kept} >= {x.shape, conv.weight.shape}
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, AffineBatchNorm2d])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_gradients_of_gradients(norm, needs_x):
+    """Those of convolution and norm, with and without a gradient of the features."""
+    plain, results = make_conv(norm(6)), []
+    folded = copy.deepcopy(plain)
+    FoldedConv2d.replace_in(folded)
+    inputs = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    for conv in (plain, folded):
+        x = inputs.clone().requires_grad_(needs_x)
+        inner = [x] * needs_x + [*conv.parameters()]
+        first = torch.autograd.grad(conv(x).square().sum(), inner, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.sin().sum() for g in first), inner)])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_padding_by_name():
+    plain = Conv2d(4, 6, 3, norm=FrozenBatchNorm2d(6), padding="same").double()
+    folded = copy.deepcopy(plain)
+    FoldedConv2d.replace_in(folded)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    for conv in (plain, folded):
+        conv(x).square().sum().backward()
+    torch.testing.assert_close(folded.weight.grad, plain.weight.grad, rtol=1e-11, atol=1e-11)
 
 
 def test_script():
@@ -203,5 +244,6 @@ def test_what_is_folded():
     module = nn.ModuleList([Conv2d(1, 1, 1, norm=nn.BatchNorm2d(1)), Conv2d(1, 1, 1)])
     module.append(Other(1, 1, 1, norm=nn.BatchNorm2d(1)))
     module.append(nn.Conv2d(1, 1, 1))
+    module.append(Conv2d(1, 1, 1, norm=nn.BatchNorm2d(1), padding_mode="reflect"))
     FoldedConv2d.replace_in(module)
-    assert [type(x) for x in module] == [FoldedConv2d, Conv2d, Other, nn.Conv2d]
+    assert [type(x) for x in module] == [FoldedConv2d, Conv2d, Other, nn.Conv2d, Conv2d]

@@ -232,17 +232,36 @@ def test_gradients(calls):
     assert conv.bias.grad is not None
 
 
-def test_autocast_around_backward(calls, gradients):
+def make_folded_conv():
+    conv = Conv2d(128, 144, 3, padding=1, norm=frozen(144))
+    FoldedConv2d.replace_in(conv)
+    WinogradConv2d.replace_in(conv)
+    return conv
+
+
+@pytest.mark.parametrize("make", [make_conv, make_folded_conv])
+def test_autocast_around_backward(make, calls, gradients):
     """What was computed in float32 has gradients of float32."""
-    conv = make_conv()
-    conv(LARGE).sum().backward()
-    expected = conv.weight.grad.clone()
-    conv.zero_grad()
-    loss = conv(LARGE).sum()
+    conv, x = make(), LARGE.clone().requires_grad_()
+    tensors = [x, *conv.parameters()]
+    expected = torch.autograd.grad(conv(x).sum(), tensors)
+    loss = conv(x).sum()
     with torch.autocast("cpu", torch.bfloat16):
-        loss.backward()
-    assert torch.equal(conv.weight.grad, expected)
+        found = torch.autograd.grad(loss, tensors)
+    assert all(map(torch.equal, found, expected))
     assert len(gradients) == 2
+
+
+def test_gradients_of_gradients(calls):
+    """Folded convolutions have them."""
+    conv, second = make_folded_conv(), []
+    for module in (conv, copy.deepcopy(conv).double()):
+        x = LARGE.to(module.weight.dtype, copy=True).requires_grad_()
+        first = torch.autograd.grad(module(x).square().mean(), module.weight, create_graph=True)
+        second.append(torch.autograd.grad(first[0].square().sum(), (x, module.weight)))
+    for found, expected in zip(*second):
+        bound = 1e-4 * expected.abs().max().item()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
 
 
 SMALL, LARGE = (

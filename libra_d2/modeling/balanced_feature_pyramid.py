@@ -56,21 +56,21 @@ def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) 
 
 class _MaxPool(torch.autograd.Function):
     """
-    ``F.max_pool2d`` without its input, of which the gradient needs the size only: with that of the
-    largest level, a training step would take 5% more memory.
+    ``F.max_pool2d`` of windows that divide the input, which it does not keep: the gradient needs
+    the positions only, and the largest level would add 5% to the memory of a training step.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, window: List[int]) -> torch.Tensor:
         result, pixel = F.max_pool2d(x, window, return_indices=True)
         ctx.save_for_backward(pixel.int())
-        ctx.window, ctx.size = window, x.shape
+        ctx.window = window
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, None]:
         (pixel,) = ctx.saved_tensors
-        return F.max_unpool2d(grad, pixel.long(), ctx.window, output_size=ctx.size), None
+        return F.max_unpool2d(_like(pixel, grad), pixel.long(), ctx.window), None
 
 
 def _max_pool(x: torch.Tensor, window: List[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions that compute the batch norm behind them with their own weights."""
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 
 from .batch_norm import AffineBatchNorm2d
-from .replacement import Replacement, has_hooks, is_captured
+from .replacement import Replacement, has_hooks, is_captured, is_ordinary
 
 __all__ = ["FoldedConv2d"]
 
@@ -26,14 +26,18 @@ class FoldedConv2d(Replacement, Conv2d):
     Parameters, gradients and checkpoint keys are those of the parent. What needs no gradient is
     folded once, and again when a tensor it was made of has changed or ``train``, ``eval`` or ``to``
     is called; only a write to the ``.data`` of a tensor between two inferences goes unnoticed. A
-    norm with a hook of its own is called.
+    norm with a hook of its own is called. On CPUs, what is learned has no derivatives in forward
+    mode.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
         if not self.can_fold() or not self._gains(x):
             return super().forward(x)
-        x = self._conv_forward(x, *self.fold())
+        if self._keeps_weights(x):
+            x = _FoldedConvolution.apply(x, self.weight, *self._scale_and_shift(), self)
+        else:
+            x = self._conv_forward(x, *self.fold())
         return x if self.activation is None else self.activation(x)
 
     def can_fold(self) -> bool:
@@ -42,16 +46,36 @@ class FoldedConv2d(Replacement, Conv2d):
 
     def fold(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Weight (C, ...) and bias (C,) of convolution and norm together."""
+        return self._keep("folded", (self.weight, *self._tensors_of_norm()), self._fold)
+
+    def _tensors_of_norm(self) -> Tuple[Optional[torch.Tensor], ...]:
         norm = self.norm
-        statistics = (norm.running_mean, norm.running_var, self.bias)
-        tensors = (self.weight, norm.weight, norm.bias, *statistics)
-        return self._keep("folded", tensors, self._fold)
+        return norm.weight, norm.bias, norm.running_mean, norm.running_var, self.bias
+
+    def _scale_and_shift(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        return self._keep("norm", self._tensors_of_norm(), self._fold_norm)
+
+    def _is_learned(self) -> bool:
+        return torch.is_grad_enabled() and self.weight.requires_grad
 
     def _gains(self, x: torch.Tensor) -> bool:
-        if is_captured() or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if is_captured() or not self._is_learned():
             return True  # folded once
         num_pixels = len(x) * x.shape[2:].numel() // (self.stride[0] * self.stride[1])
         return num_pixels * self.out_channels > self.weight.numel()
+
+    def _keeps_weights(self, x: torch.Tensor) -> bool:
+        if not self._is_learned() or isinstance(self.padding, str):
+            return False
+        return is_ordinary(x) and not torch.is_autocast_enabled("cpu")
+
+    def _conv_backward(
+        self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: List[bool]
+    ) -> Tuple[Optional[torch.Tensor], ...]:
+        """The gradients of what ``_conv_forward`` gets, as far as they are needed."""
+        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+        gradients = torch.ops.aten.convolution_backward
+        return gradients(grad, x, weight, [len(weight)], *geometry, needed)
 
     # In training, each of these is kept as far as what it is made of needs no gradient.
 
@@ -60,7 +84,7 @@ class FoldedConv2d(Replacement, Conv2d):
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The convolution's weight (C, ...) and the shift (C,)."""
         scale, shift = self._keep("norm", norm, self._fold_norm)
-        return weight * scale[:, None, None, None], shift
+        return _multiply(weight, scale), shift
 
     def _fold_norm(
         self, weight: torch.Tensor, bias: torch.Tensor, *statistics: Optional[torch.Tensor]
@@ -108,8 +132,45 @@ class FoldedConv2d(Replacement, Conv2d):
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
-        """Convolutions with a norm."""
-        return super().can_replace(module) and module.norm is not None
+        """Convolutions with a norm; :class:`Conv2d` pads with zeros whatever its mode is."""
+        is_known = super().can_replace(module) and module.padding_mode == "zeros"
+        return is_known and module.norm is not None
+
+
+def _multiply(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(O, C, H, W), (O,) -> (O, C, H, W)."""
+    return weight * scale[:, None, None, None]
+
+
+class _FoldedConvolution(torch.autograd.Function):
+    """
+    Multiplies the weights once more for the gradients, which would otherwise keep the product: as
+    much memory as the parameters take.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        conv: FoldedConv2d,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.conv = conv
+        return conv._conv_forward(x, _multiply(weight, scale), shift)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, weight, scale = ctx.saved_tensors
+        needs_x, _, needs_scale, needs_shift, _ = ctx.needs_input_grad
+        needed = [needs_x, True, needs_shift]
+        with torch.autocast("cpu", enabled=False):  # whatever calls backward()
+            folded = _multiply(weight, scale)
+            grad_x, grad_folded, grad_shift = ctx.conv._conv_backward(grad, x, folded, needed)
+            grad_scale = (grad_folded * weight).sum((1, 2, 3)) if needs_scale else None
+            return grad_x, _multiply(grad_folded, scale), grad_scale, grad_shift, None
 
 
 # Those of classes derived from them may do something else.

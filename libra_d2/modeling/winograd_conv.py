@@ -9,7 +9,7 @@ twice as fast on most processors that have it. The gradient of the weights is th
 """
 
 from functools import cache, partial
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -112,15 +112,24 @@ class _WinogradFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[:3]
         with torch.autocast("cpu", enabled=False):  # whatever calls backward()
-            return (
-                ctx.convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needs_x else None,
-                weight_gradient(x, grad) if needs_weight else None,
-                grad.sum((0, 2, 3)) if needs_bias else None,
-                None,
-            )
+            return *_gradients(grad, *ctx.saved_tensors, needed, ctx.convolve), None
+
+
+def _gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    needed: Sequence[bool],
+    convolve: Callable,
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Those of features, weights and biases, as far as they are ``needed``."""
+    return (
+        convolve(grad, weight.flip(2, 3).transpose(0, 1)) if needed[0] else None,
+        weight_gradient(x, grad) if needed[1] else None,
+        grad.sum((0, 2, 3)) if needed[2] else None,
+    )
 
 
 class WinogradConv2d(Replacement, Conv2d):
@@ -163,17 +172,20 @@ class WinogradConv2d(Replacement, Conv2d):
         return None if convolve is None else _WinogradFunction.apply(x, weight, bias, convolve)
 
     def _find_convolution(self, x: torch.Tensor, weight: torch.Tensor) -> Optional[Callable]:
-        if not is_ordinary(x) or torch.is_autocast_enabled("cpu"):
-            return None
-        has_type = x.dtype == weight.dtype == _DTYPE
-        is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
-        if not (has_type and is_large and can_gain(self) and is_available()):
+        if not self._suits(x, weight):
             return None
         # Convolutions with norms are those of bottlenecks. Between 1x1 convolutions, which are fast
         # if channels are last in memory, NNPACK's change of the format takes longer than it saves.
         if self.norm is None and min(weight.shape[:2]) >= _MIN_CHANNELS:
             return _convolve
         return _convolve_directly if torch.is_grad_enabled() and weight.requires_grad else None
+
+    def _suits(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        if not is_ordinary(x) or torch.is_autocast_enabled("cpu"):
+            return False
+        has_type = x.dtype == weight.dtype == _DTYPE
+        is_large = x.dim() == 4 and x.numel() >= max(_MIN_NUMBERS, _MIN_PIXELS * x.shape[1])
+        return has_type and is_large and can_gain(self) and is_available()
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
@@ -190,6 +202,13 @@ class WinogradConv2d(Replacement, Conv2d):
 
 class _FoldedWinogradConv2d(FoldedConv2d, WinogradConv2d):
     """A :class:`FoldedConv2d` with the gradients of :class:`WinogradConv2d`."""
+
+    def _conv_backward(
+        self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: List[bool]
+    ) -> Tuple[Optional[torch.Tensor], ...]:
+        if self._suits(x, weight):
+            return _gradients(grad, x, weight, needed, _convolve_directly)
+        return super()._conv_backward(grad, x, weight, needed)
 
 
 def can_gain(conv: nn.Conv2d, stride: Tuple[int, int] = (1, 1)) -> bool:
