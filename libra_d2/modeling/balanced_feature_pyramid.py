@@ -56,21 +56,26 @@ def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) 
 
 class _MaxPool(torch.autograd.Function):
     """
-    ``F.max_pool2d`` of windows that divide the input, which it does not keep: the gradient needs
-    the positions only, and the largest level would add 5% to the memory of a training step.
+    ``F.max_pool2d`` without its input, of which the gradient reads the size only: the largest level
+    would add 5% to the memory of a training step.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, window: List[int]) -> torch.Tensor:
         result, pixel = F.max_pool2d(x, window, return_indices=True)
         ctx.save_for_backward(pixel.int())
-        ctx.window = window
+        ctx.window, ctx.size, ctx.format = window, x.shape, _format(x)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, None]:
         (pixel,) = ctx.saved_tensors
-        return F.max_unpool2d(_like(pixel, grad), pixel.long(), ctx.window), None
+        unread = torch.empty(
+            ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format
+        )
+        geometry = (ctx.window, ctx.window, (0, 0), (1, 1), False)
+        pooling_backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return pooling_backward(grad, unread, *geometry, pixel.long()), None
 
 
 def _max_pool(x: torch.Tensor, window: List[int]) -> torch.Tensor:
@@ -117,10 +122,12 @@ def _like(feature: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     else:  # noqa: RET505 (see _is_autocast_enabled)
         if not is_ordinary(feature):
             return x
-        is_last = feature.is_contiguous(memory_format=torch.channels_last)
-        return x.contiguous(
-            memory_format=torch.channels_last if is_last else torch.contiguous_format
-        )
+        return x.contiguous(memory_format=_format(feature))
+
+
+def _format(x: torch.Tensor) -> torch.memory_format:
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 class NonLocalBlock(nn.Module):
