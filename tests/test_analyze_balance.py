@@ -18,6 +18,7 @@ from PIL import Image
 from detectron2.modeling import build_model
 
 from libra_d2 import analysis
+from libra_d2.analysis.html_page import Section, Side, write_page
 from libra_d2.analysis.judgments import judge
 from libra_d2.tools import analyze_balance
 from libra_d2.tools.analyze_balance import FIGURES
@@ -189,6 +190,17 @@ def test_two_models(synthetic, tmp_path, monkeypatch, refused):
     assert error.startswith(f"error: --weights-b: {paths['retinanet']}: ")
     assert "; --config-file-b names a config for the second model alone" in error
     assert number.__reduce__()[1] == (count,)
+
+
+def test_figure_of_the_second_model(tmp_path):
+    """One that only the second model has is in the second column."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"1")
+    second = Side("", sections={"levels": Section("Levels & more", "", str(picture))})
+    write_page(str(tmp_path / "index.html"), "", "", [Side(""), second])
+    figures = '<h2 id="levels">Levels &amp; more</h2><div class="sides"><div><h3>A</h3>'
+    figures += "<p>This model has none.</p></div><div><h3>B</h3><figure><p></p>"
+    assert figures in (tmp_path / "index.html").read_text()
 
 
 def test_second_weights(synthetic, tmp_path, monkeypatch):

@@ -339,9 +339,10 @@ def test_resized(size, lengths, limit, new):
 
 
 def test_categories(folder):
-    """Names in the order of their ids."""
-    names = [{"id": 20, "name": "cat"}, {"id": 3, "name": 7}]
-    assert read_categories(write(folder, {"categories": names})) == ["7", "cat"]
+    """Names in the order of their ids, also with a byte order mark."""
+    text = json.dumps({"categories": [{"id": 20, "name": "cat"}, {"id": 3, "name": 7}]})
+    for content in (text, f"\ufeff{text}"):
+        assert read_categories(write(folder, content)) == ["7", "cat"]
     for content in ({}, [], {"categories": [{"id": 3}]}, {"categories": 3}, "{", None):
         path = str(folder / "none.json") if content is None else write(folder, content)
         with pytest.raises(InputError, match=f"^{path}: no COCO JSON with categorie"):

@@ -92,6 +92,14 @@ def test_no_detections():
         check_detections(Constant(NOTHING), lambda image: FOUND, SAMPLE, 0)
 
 
+def test_near_detections():
+    """One that stands for two of the model, 0.08 pixels apart, does not make up for another one."""
+    boxes, found = MORE[0].clone(), tuple(x[[0, 1, 2, 3, 3]] for x in changed(0, 0, 0.04))
+    boxes[4, 3] += 0.08
+    with pytest.raises(InputError, match="has 1 detections that the model lacks"):
+        check_detections(Constant((boxes, *MORE[1:])), lambda image: found, SAMPLE, 0)
+
+
 class Detector(nn.Module):
     """A detector of one class: boxes with given logits, thresholds and non-maximum suppression."""
 

@@ -59,6 +59,9 @@ def test_pairs():
     assert row["difference"] == pytest.approx(np.mean(differences))
     half = 12.706 * abs(differences[0] - differences[1]) / 2  # Student's t of two pairs
     assert row["high"] - row["difference"] == pytest.approx(half, rel=1e-4)
+    pairs = [(RUNS[1], RUNS[2]), (RUNS[0], RUNS[1])]
+    (narrow,) = compare_runs([pairs], level=0.5)  # whose t is 1
+    assert narrow[0]["high"] - row["difference"] == pytest.approx(half / 12.706, rel=1e-4)
     assert (row["a"], row["b"]) == pytest.approx(((ap[0] + ap[1]) / 2, (ap[1] + ap[2]) / 2))
     # Of one pair, the images are drawn.
     alone = compare_metrics(RUNS[1], RUNS[3])
@@ -69,7 +72,6 @@ def test_pairs():
     (alone,) = compare_runs([[(RUNS[1], RUNS[3])]], **options)
     assert alone == compare_metrics(RUNS[1], RUNS[3], **options)
     rows = {x["image_id"]: x for x in two["images"]}
-    pairs = [(RUNS[0], RUNS[1]), (RUNS[1], RUNS[2])]
     for each in zip(*(sorted(compare_images(x), key=lambda r: r["image_id"]) for x in pairs)):
         row = rows[each[0]["image_id"]]
         for name in ("a", "b", "difference", "only_a", "only_b"):

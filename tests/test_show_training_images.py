@@ -8,7 +8,7 @@ from conftest import DEMO_CONFIG
 from PIL import Image
 from test_train_net import TINY, own_data, small_data
 
-from detectron2.data import Metadata
+from detectron2.data import DatasetCatalog, Metadata
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
@@ -71,19 +71,22 @@ def test_program(tmp_path, capsys, refused):
     assert "DATASETS.PROPOSAL_FILES_TRAIN" in refused(main, command)
 
 
-def test_images_stay(tmp_path, refused):
-    """Pictures are not written over the images that they are of."""
+def test_images_stay(tmp_path, refused, monkeypatch):
+    """Pictures are not written over the images that they are of, be it of the second dataset."""
     data, images = small_data(tmp_path / "data"), tmp_path / "training_images"
     (data / "images").rename(images)
     (images / "1.png").rename(images / "000.jpg")
     text = (data / "instances.json").read_text().replace("1.png", "000.jpg")
     (data / "instances.json").write_text(text)
-    args = ["--config-file", DEMO_CONFIG, "--train-json", data / "instances.json"]
-    args += ["--train-images", images, *TINY, "OUTPUT_DIR", tmp_path]
+    own = ["--train-json", data / "instances.json", "--train-images", images]
+    monkeypatch.setitem(DatasetCatalog.data, "test_show_empty", list)
     before = (images / "000.jpg").read_bytes()
-    error = refused(main, [str(x) for x in args])
-    assert f"{images}/000.jpg and an image of own_train, {images}/000.jpg, are the same" in error
-    assert (images / "000.jpg").read_bytes() == before
+    for options in (own, ["DATASETS.TRAIN", "('test_show_empty', 'own_train')"]):
+        args = ["--config-file", DEMO_CONFIG, *options, *TINY, "OUTPUT_DIR", tmp_path]
+        error = refused(main, [str(x) for x in args])
+        message = f"{images}/000.jpg and an image of own_train, {images}/000.jpg, are the same"
+        assert message in error
+        assert (images / "000.jpg").read_bytes() == before
 
 
 @pytest.mark.parametrize(

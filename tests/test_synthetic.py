@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pycocotools.mask as mask_utils
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_coco_json import check_images
 
 from libra_d2.data.coco_json import read_coco_json
@@ -69,6 +69,17 @@ def test_objects(tmp_path):
     found = {name: np.quantile(x, 0.75) for name, x in shares.items()}
     assert found == pytest.approx(dict(zip(CLASSES, (0.87, 0.53, 0.8, 0.42, 0.42, 0.53))), abs=0.04)
     assert np.quantile(contrasts, 0.1) > 70
+
+
+def test_hidden_objects(tmp_path, monkeypatch):
+    """Of 4000 pixels, two others hide 1000 and 1200; with a third one, less than 40% were left."""
+    sides = [(10, 90), (10, 30), (66, 90), (40, 50), *[(0, 0)] * 5]  # columns of 50 pixels
+    boxes = (tuple(4 * x for x in (a, 10, b, 60)) for a, b in sides)
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "polygon", lambda draw, _, fill: draw.rectangle(next(boxes), fill)
+    )
+    dataset = make_synthetic_dataset(str(tmp_path / "a"), num_images=1, seed=2)
+    assert [x["area"] for x in dataset["annotations"]] == [1800, 1000, 1200]
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def log_changes(json_file: str, changes: Counter) -> None:
 def read_categories(path: str) -> List[str]:
     """Names of the categories in a COCO JSON, in the order of a model's classes."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             categories = json.load(f)["categories"]
         return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
     except (OSError, ValueError, KeyError, TypeError) as e:
