@@ -34,7 +34,7 @@ class FoldedConv2d(Replacement, Conv2d):
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
         if not self.can_fold() or not self._gains(x):
             return super().forward(x)
-        if self._keeps_weights(x):
+        if self._can_fold_again(x):
             x = _FoldedConvolution.apply(x, self.weight, *self._scale_and_shift(), self)
         else:
             x = self._conv_forward(x, *self.fold())
@@ -64,7 +64,8 @@ class FoldedConv2d(Replacement, Conv2d):
         num_pixels = len(x) * x.shape[2:].numel() // (self.stride[0] * self.stride[1])
         return num_pixels * self.out_channels > self.weight.numel()
 
-    def _keeps_weights(self, x: torch.Tensor) -> bool:
+    def _can_fold_again(self, x: torch.Tensor) -> bool:
+        """Whether it can be computed by :class:`_FoldedConvolution`."""
         if not self._is_learned() or isinstance(self.padding, str):
             return False
         return is_ordinary(x) and not torch.is_autocast_enabled("cpu")
@@ -144,8 +145,8 @@ def _multiply(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 class _FoldedConvolution(torch.autograd.Function):
     """
-    Multiplies the weights once more for the gradients, which would otherwise keep the product: as
-    much memory as the parameters take.
+    Folds the weights once more for the gradients, instead of keeping the folded ones, which take as
+    much memory as the parameters.
     """
 
     @staticmethod
