@@ -164,6 +164,7 @@ def rpn_pairs(cfg, reference):
         "levels": (len(rpn.IN_FEATURES), necks(reference.model)[0].num_outs),
         "rpn batch": (rpn.BATCH_SIZE_PER_IMAGE, sampler.num),
         "rpn positives": (rpn.POSITIVE_FRACTION, sampler.pos_fraction),
+        "rpn low quality": (cfg.MODEL.LIBRA.RPN.LOW_QUALITY_IOU, train.rpn.assigner.min_pos_iou),
         "rpn cap": (cfg.MODEL.LIBRA.RPN.MAX_NEG_PER_POS, sampler.neg_pos_ub),
         "rpn border": (rpn.BOUNDARY_THRESH, train.rpn.allowed_border),
         "pre nms, test": (rpn.PRE_NMS_TOPK_TEST, test.rpn.nms_pre),
@@ -193,7 +194,9 @@ def box_head_pairs(cfg, reference):
 
 def retinanet_pairs(cfg, reference):
     ours, test = cfg.MODEL.RETINANET, reference.model.test_cfg
+    assigner = reference.model.train_cfg.assigner
     return {
+        "low quality": (cfg.MODEL.LIBRA.RETINANET.LOW_QUALITY_IOU, assigner.min_pos_iou),
         **balanced_l1_pairs(cfg, ours.BBOX_REG_LOSS_TYPE, reference.model.bbox_head.loss_bbox),
         "classes": (ours.NUM_CLASSES, reference.model.bbox_head.num_classes),
         "score": (ours.SCORE_THRESH_TEST, test.score_thr),

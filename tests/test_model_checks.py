@@ -176,7 +176,7 @@ def test_unused_names():
             ["p3", "p9"],
             "^model.head_in_features has 'p9', but the backbone has p3, p4, p5, p6, p7$",
         ),
-        ("unknown", 1, "^model.unknown: LibraRetinaNet has no such argument$"),
+        ("classes", 1, "^model.classes: LibraRetinaNet has no such argument$"),  # not that similar
         ("num_clases", 1, r"^model.num_clases: .* no such argument; did you mean num_classes\?$"),
         (
             "anchor_generator.size",
