@@ -90,7 +90,9 @@ def test_config_keys():
     backbone = build(MODEL__RESNETS__NORM="FrozenBN", **keys)
     assert backbone.bfp.refine_level == 1
     assert not isinstance(backbone.bfp.refine, NonLocalBlock)
-    assert isinstance(backbone.bottom_up.stem.conv1.norm, AffineBatchNorm2d)
+    plain = build(MODEL__RESNETS__NORM="FrozenBN", MODEL__LIBRA__BFP__ENABLED=False, **keys)
+    for bottom_up in (backbone.bottom_up, plain.bottom_up):
+        assert isinstance(bottom_up.stem.conv1.norm, AffineBatchNorm2d)
 
 
 def test_any_backbone_with_a_pyramid():

@@ -42,6 +42,7 @@ def test_is_batch_norm_with_fixed_statistics():
     torch.testing.assert_close(affine(x), frozen(x))
     assert torch.equal(affine.running_mean, frozen.running_mean)
     assert affine.state_dict().keys() == frozen.state_dict().keys()
+    assert AffineBatchNorm2d.from_frozen(frozen.to("meta")).bias.is_meta  # on its device
 
 
 def test_trained_stages_only():

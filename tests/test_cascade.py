@@ -117,9 +117,11 @@ def test_inference(average):
 def test_arguments():
     """From a config. Each predictor has its own deltas, and the loss of the config."""
     keys = {"STAGE_LOSS_WEIGHTS": (1.0, 0.5, 0.25), "RESAMPLE": True, "AVERAGE": "logits"}
-    sections = {"LIBRA__BALANCED_L1__ALPHA": 0.4}
+    # Without masks there are no heads for them.
+    sections = {"LIBRA__BALANCED_L1__ALPHA": 0.4, "LIBRA__CASCADE__MASK_HEAD_PER_STAGE": True}
     sections.update({f"LIBRA__CASCADE__{k}": v for k, v in keys.items()})
     heads = build("cascade", **sections).roi_heads
+    assert not heads.mask_on
     assert (heads.stage_loss_weights, heads.resample, heads.average) == tuple(keys.values())
     weights = [predictor.box2box_transform.weights for predictor in heads.box_predictor]
     assert weights == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
@@ -187,8 +189,9 @@ def test_mask_head_per_stage():
     for resample in (True, False):
         model.roi_heads.resample = resample
         model.zero_grad()
-        with EventStorage():
+        with EventStorage() as storage:
             losses = model(random_inputs(1, 0, size=(90, 120)))
+        assert ("stage2/roi_head/num_fg_instances" in storage.latest()) == resample
         sum(losses.values()).backward()
         assert {f"loss_mask_stage{k}" for k in range(3)} < losses.keys()
         assert all(p.grad.abs().sum() > 0 for p in model.roi_heads.mask_head.parameters())
@@ -207,7 +210,9 @@ def test_masks_of_each_stage():
     sizes = []
     for k, head in enumerate(heads.mask_head):
         head.register_forward_pre_hook(
-            lambda _, x: sizes.extend(y.gt_masks.image_size for y in x[1] if y.has("gt_masks"))
+            lambda _, x: sizes.extend(
+                (*x[0].shape[2:], *y.gt_masks.image_size) for y in x[1] if y.has("gt_masks")
+            )
         )
         torch.nn.init.zeros_(head.predictor.weight)
         torch.nn.init.constant_(head.predictor.bias, k + 1.0)
@@ -224,7 +229,7 @@ def test_masks_of_each_stage():
     heads.proposal_append_gt = False
     with EventStorage():
         _, losses = heads(None, features, [proposals], [targets])
-    assert sizes == 3 * [(128, 128)]
+    assert sizes == 3 * [(14, 14, 128, 128)]
     assert "loss_mask" not in losses
     for k in range(3):
         # Two thirds of the pixels of three boxes are 1.

@@ -256,10 +256,12 @@ def test_other_modules():
 def test_recorded():
     """Traces and scripts have the parent's operations; copies and pickles work."""
     plain, fused, x = make_stage()
+    types = [type(module) for module in fused.modules()]
     with torch.no_grad():
         expected = plain(x)
         traced = torch.jit.trace(fused, x)
         assert "mkldnn" not in str(traced.inlined_graph)
         assert torch.jit.script(fused.train()).code
+        assert [type(module) for module in fused.modules()] == types
         for found in (traced, pickle.loads(pickle.dumps(fused.eval())), copy.deepcopy(fused)):
             assert_equal(found(x), expected)

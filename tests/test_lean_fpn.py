@@ -38,7 +38,7 @@ TOP_BLOCKS = {
     "none": lambda: None,
     "pooling": LastLevelMaxPool,
     "of the backbone": lambda: LastLevelP6P7(7, 32, in_feature="res5"),
-    "of the pyramid": lambda: LastLevelP6P7(32, 32, in_feature="p5"),
+    "of the pyramid": lambda: LastLevelP6P7(32, 32, in_feature="p4"),
     "of a level that is not used": lambda: LastLevelP6P7(4, 32, in_feature="res2"),
 }
 
@@ -121,8 +121,12 @@ def test_memory_of_results(has_gradients, dtype):
 
 
 def test_features_of_others():
-    """What is no convolution may return its input, a feature map of the backbone."""
-    _, lean, _ = build()
+    """What is no convolution may return its input, a feature map of the backbone. They all stay."""
+    _, lean, image = build()
+    outputs = []
+    lean.bottom_up.register_forward_hook(lambda *args: outputs.append(args[2]))
+    lean(image)
+    assert list(outputs[0]) == ["res2", "res3", "res4", "res5"]
     lateral = torch.ones(1, 2, 4, 4)
     with torch.no_grad():
         assert lean._merge(lateral, torch.ones(1, 2, 2, 2), nn.Identity()) is not lateral

@@ -79,17 +79,17 @@ def test_no_timm(monkeypatch):
 def test_timm_backbone(tmp_path):
     """The requested levels in their order, with the stated shapes; timm's weights can be loaded."""
     timm = pytest.importorskip("timm")
-    arguments = {"in_chans": 1, "drop_path_rate": 0.5, "out_features": ["res5", "res3"]}
+    arguments = {"in_chans": 1, "drop_path_rate": 0.5, "out_features": ["res4", "res3"]}
     backbone = TimmBackbone("convnext_atto", **arguments).eval()
     image = torch.randn(1, 1, 64, 96)
     features, levels = backbone(image), backbone.net(image)
-    assert list(features) == list(backbone.output_shape()) == ["res5", "res3"]
-    assert torch.equal(features["res5"], levels[3])
+    assert list(features) == list(backbone.output_shape()) == ["res4", "res3"]
+    assert torch.equal(features["res4"], levels[2])
     assert torch.equal(features["res3"], levels[1])
     for name, shape in backbone.output_shape().items():
         assert features[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
     assert max(getattr(x, "drop_prob", 0) for x in backbone.modules()) == 0.5
-    assert backbone.size_divisibility == 32
+    assert backbone.size_divisibility == 32  # of all that is computed
     shapes = TimmBackbone("convnext_atto.d2_in1k").output_shape()
     strides = {name: shape.stride for name, shape in shapes.items()}
     assert strides == {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -105,5 +105,5 @@ def test_timm_backbone(tmp_path):
         ArgumentError, match="^name is 'convnext_atto.none': Invalid pretrained tag"
     ):
         TimmBackbone("convnext_atto.none")
-    with pytest.raises(ArgumentError, match="has the levels"):
-        TimmBackbone("convnext_atto", out_features=["res9"])
+    with pytest.raises(ArgumentError, match=r"^out_features is \['res9'\]: \w+ has the levels"):
+        TimmBackbone("convnext_atto", out_features=["res2", "res9"])

@@ -12,7 +12,7 @@ from libra_d2.modeling.reference_recipe.padding import pad_masks
 pytestmark = pytest.mark.rounding
 
 SIZES = [(96, 130), (160, 64), (150, 129)]  # padded to (160, 160) together
-ALONE = [(96, 160), (160, 64), (160, 160)]
+ALONE = [(96, 160), (160, 64)]  # the last one is the largest: all of the batch is its own
 
 
 def rpn(padding_anchors):
@@ -32,7 +32,8 @@ def retinanet(padding_anchors):
 
 
 @pytest.mark.parametrize(("build", "lowest_level"), [(rpn, 2), (retinanet, 3)])
-def test_as_if_alone_in_the_batch(build, lowest_level):
+@pytest.mark.parametrize("batch_size", [(160, 160), (192, 160)])  # some backbones need more
+def test_as_if_alone_in_the_batch(build, lowest_level, batch_size):
     """Labels and boxes are those of the image in a batch of its own; padding is labeled -1."""
     instances = []
     for height, width in SIZES:
@@ -50,9 +51,9 @@ def test_as_if_alone_in_the_batch(build, lowest_level):
         anchors = anchor_generator([torch.zeros(1, 1, *grid) for grid in grids])
         return Boxes.cat(anchors).tensor, *label_anchors(anchors, instances)
 
-    anchors, labels, boxes = label(False, (160, 160), instances)
-    _, plain_labels, _ = label(True, (160, 160), instances)
-    for i, size in enumerate(ALONE):
+    anchors, labels, boxes = label(False, batch_size, instances)
+    _, plain_labels, _ = label(True, batch_size, instances)
+    for i, size in enumerate([*ALONE, batch_size]):
         alone, (expected_labels,), (expected_boxes,) = label(True, size, [instances[i]])
         known = set(map(tuple, alone.tolist()))
         inside = torch.tensor([tuple(x) in known for x in anchors.tolist()])
@@ -61,7 +62,7 @@ def test_as_if_alone_in_the_batch(build, lowest_level):
         assert torch.equal(boxes[i][inside], expected_boxes)
         assert (labels[i][~inside] == -1).all()
         assert labels[i].dtype == plain_labels[i].dtype
-        if size == (160, 160):
+        if size == batch_size:
             assert inside.all()
         else:  # Detectron2 labels padding as background, unless it overlaps an object
             assert (plain_labels[i][~inside] >= 0).double().mean() > 0.9

@@ -89,8 +89,8 @@ class OwnSampler(torch.nn.Module):
 
 def test_sampler_interface():
     """
-    Two steps with two images, the first with objects at y = 0 and 50, and a step that fails. Ground
-    truth has Detectron2's objectness, whose probability is 1 - 1e-10.
+    Two steps with two images, in either order, one with objects at y = 0 and 50, and a step that
+    fails. Ground truth has Detectron2's objectness, whose probability is 1 - 1e-10.
     """
     PROPOSAL_SAMPLER_REGISTRY._do_register("OwnSampler", OwnSampler)
     try:
@@ -111,10 +111,11 @@ def test_sampler_interface():
         for x, logits in ((boxes, [1.0, 2.0, 3.0]), (boxes[:2], [4.0, 5.0]))
     ]
     draws = [([2, 1], [0], 2, np.array([1, 0, 2])), ([], [1, 0], 0, np.array([0, 0, 1]))]
-    sampler.draws = draws * 2
-    for _ in range(2):
+    sampler.draws = draws + draws[::-1]
+    for order in (1, -1):
         with EventStorage() as storage:
-            first, second = heads.label_and_sample_proposals(proposals, targets)
+            images = proposals[::order], targets[::order]
+            first, second = heads.label_and_sample_proposals(*images)[::order]
         assert torch.equal(first.proposal_boxes.tensor, boxes[[2, 1, 0]])
         assert torch.equal(first.gt_boxes.tensor[:2], gt_boxes[[1, 0]])
         assert first.gt_classes.tolist() == [1, 2, 4]
@@ -130,7 +131,8 @@ def test_sampler_interface():
         [0, 1, 1, 1, 1],
         *([0.25, 0.75, 0.625, 1, 1], [0, 0, 1, 0, 1], 2, 7, 0.4, [1, 2, 3, truth, truth]),
     ]
-    assert sampler.given == [given, [[0, 0], [0, 0], [0, 0], 0, 7, 0.4, [4, 5]]] * 2
+    without = [[0, 0], [0, 0], [0, 0], 0, 7, 0.4, [4, 5]]
+    assert sampler.given == [given, without, without, given]
     with EventStorage(), pytest.raises(IndexError):  # nothing is left to draw
         heads.label_and_sample_proposals(proposals, targets)
     assert heads.proposal_matcher is matcher
