@@ -69,6 +69,8 @@ def _fresh_start(pytestconfig):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
         logging.getLogger(name).setLevel(logging.NOTSET)
+    # Otherwise trainers set it up, and caplog does not see what they log.
+    logging.getLogger("libra_d2").setLevel(logging.INFO)
 
 
 def load_cfg(path):

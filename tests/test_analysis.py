@@ -212,7 +212,10 @@ def test_similarity():
     one_three, two_three = -2 / 5**0.5, -(1 / 2**0.5 + 1) / 2
     expected = [[1, one_two, one_three], [one_two, 1, two_three], [one_three, two_three, 1]]
     assert np.array(statistics["before"]["similarity"]) == approx(expected)
-    assert list(statistics) == ["before"]
+    assert list(statistics) == ["before", "repeated"]
+    assert statistics["repeated"] == [False] * 3
+    levels = [Levels([first, x, x[..., ::2], third], None) for x in seconds]
+    assert analysis.feature_statistics(levels)["repeated"] == [False, False, True, False]
 
 
 def test_figure_of_levels():

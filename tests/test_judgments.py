@@ -13,7 +13,7 @@ NUMBERS = {
         "random": {"negatives": [0.7, 0.3], "instances": 0.6},
         "balanced, paper's bins": {"negatives": [0.4, 0.6], "instances": 0.7},
     },
-    "features": {"before": {"similarity": SIMILARITY}},
+    "features": {"before": {"similarity": SIMILARITY}, "repeated": [False] * 4},
     "objective": {
         "smooth_l1_beta": 0.0,
         "L1": {"inlier_gradient": 0.5},
@@ -60,9 +60,10 @@ def test_rows():
 )
 def test_limits(place, values, row):
     for value, expected in zip(values, (PRO, LITTLE, LITTLE, CONTRA)):
-        if place.startswith("features"):
-            value = [[1, 0.6, value], [0.6, 1, 0.4], [value, 0.4, 1]]
-        assert says(**{place: value})[row] == expected
+        if place.startswith("features"):  # a fourth level repeats the third
+            value = [[1, 0.6, value, 0], [0.6, 1, 0.4, 0], [value, 0.4, 1, 1], [0, 0, 1, 1]]
+        changes = {place: value, "features__repeated": [False, False, False, True]}
+        assert says(**changes)[row] == expected
 
 
 def test_parts():

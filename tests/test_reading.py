@@ -266,7 +266,8 @@ def test_added_keys():
     config = "COCO-Detection/libra_retinanet_R_50_FPN_1x.py"
     epochs = ["train.epochs=3.0"]
     assert read_config(config, epochs).epochs == 3
-    assert read_config(config, ["+train.max_iter=5"]).epochs == 0
+    recipe = read_config(config, ["+train.max_iter=5"])
+    assert (recipe.epochs, "epochs" in recipe.config.train) == (0, False)
     assert read_config(config, [*epochs, "+train.max_iter=5"]).epochs == 3
     with pytest.raises(InputError, match="train.device is 'cuda'"):
         read_config(config, ["+train.device=cuda"])

@@ -5,6 +5,7 @@ import errno
 import functools
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -370,6 +371,11 @@ def test_end_early(whole, tmp_path, caplog):
     trainer._see_losses(trainer.model.eval(), None, [])
     assert trainer._losses.keys() == {"loss_out", "loss_weight"}  # rather than detections
     assert trainer.storage.smoothing_hints()["validation/total_loss"] is False
+    assert "validation/total_loss" not in trainer.storage.histories()  # the log has medians of it
+    losses = re.findall("Validation losses of toy: total_loss ([^,]+), loss_out", caplog.text)
+    expected = [x["validation/total_loss"] for x in lines(tmp_path) if "bbox/AP" in x]
+    assert list(map(float, losses)) == pytest.approx(expected, rel=1e-3)
+    assert caplog.text.count("Evaluating the averaged weights") == len(expected) == 3
     assert (tmp_path / "model_final_ema.pth").exists()
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 8
     *before, last, evaluated = lines(tmp_path)
@@ -720,17 +726,39 @@ def test_printed_twice():
         printer.write(), printer.write()
 
 
+def test_old_average(whole, tmp_path, caplog):
+    """The averaged weights of a training that goes on without averaging are no longer its own."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for decay in (0.75, 0.0):
+        assert "model_final_ema.pth is of the training so far" not in caplog.text
+        make(tmp_path, f"{SECTION}EMA_DECAY", decay)
+    assert "model_final_ema.pth is of the training so far" in caplog.text
+    (tmp_path / "model_final_ema.pth").unlink()
+    caplog.clear()
+    make(tmp_path, f"{SECTION}EMA_DECAY", 0.0)
+    assert "model_final_ema.pth" not in caplog.text
+
+
+def test_logging(toy_data, tmp_path, monkeypatch):
+    """A script that has not set up logging finds all messages in ``log.txt``, once."""
+    logging.getLogger("libra_d2").setLevel(logging.NOTSET)
+    for _ in range(2):
+        make(tmp_path, "MODEL.WEIGHTS", "")
+    logging.getLogger("libra_d2.engine").info("of a script")
+    (line,) = [x for x in (tmp_path / "log.txt").read_text().splitlines() if "of a script" in x]
+    assert "libra_d2.engine INFO: of a script" in line
+
+
 def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
     """
     Four processes after one: the first has its random numbers, the others their own, always the
-    same. Normalizers are of a quarter of the batch, and batch norms have the statistics of the one.
+    same. Normalizers are of a quarter of the batch.
     """
     caplog.set_level("INFO")
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
     state = torch.load(tmp_path / "model_0000005.pth")["trainer"]["hooks"]["ExactResume"]
     (process,) = state["processes"]
-    assert process["buffers"] == {}  # the model's
     drawn = []
     for rank in (0, 1, 2, 3, 3):
         trainer = make(tmp_path, seed=rank)
@@ -741,7 +769,6 @@ def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
             trainer._resume.before_train()
         drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
         assert trainer.model.loss_normalizer == process["normalizers"][""] / 4
-        assert weights(tmp_path, "model_0000005")[2] == trainer.model.backbone.running_var.item()
         expected = {"start": 5 - (rank > 1), "pending": []}  # 18 of the images were seen
         assert expected.items() <= trainer._resume.loader.state_dict().items()
     assert len(set(drawn)) == 4
@@ -880,6 +907,7 @@ def in_two_processes(args):
         model = trainer.model.module
         found[trainer.cfg.OUTPUT_DIR.split("/")[-1]] = [
             *(x.item() for x in model.state_dict().values()),
+            *(x.item() for x in trainer.average.model.backbone.buffers()),
             *(model.loss_normalizer, torch.rand(1).item()),
         ]
 
@@ -924,19 +952,19 @@ def in_two_processes(args):
 
 def test_two_processes(synthetic, toy_data, tmp_path):
     """
-    On two machines, as far as SLURM's variables say. Each resumes with its own statistics,
-    normalizer, images and random numbers. They stop after the same iteration, whichever got the
-    signal, and end early by the metrics of the main process. A single process continues in the same
-    order of images, with normalizers of the whole batch. A step adds two calls of communication to
-    those of the model.
+    On two machines, as far as SLURM's variables say. Each resumes with its own normalizer, images
+    and random numbers; evaluations use the statistics of the first. They stop after the same
+    iteration, whichever got the signal, and end early by the metrics of the main process. A single
+    process continues in the same order of images, with normalizers of the whole batch. A step adds
+    two calls of communication to those of the model.
     """
     environment = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2"}
     environment.update(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_LOCALID="0")
     ranks = [{"SLURM_PROCID": str(i), "MASTER_ADDR": "127.0.0.1", **environment} for i in range(2)]
     printed = run_processes(one_of_two, [synthetic, tmp_path], ranks, tmp_path / "log")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["whole"][0] == second["whole"][0]  # one weight
-    assert all(a != b for a, b in zip(first["whole"][1:3], second["whole"][1:3]))
+    assert first["whole"][:-2] == second["whole"][:-2]
+    assert all(a != b for a, b in zip(first["whole"][-2:], second["whole"][-2:]))
     for found in (first, second):
         assert found["whole"] == found["resumed"] == found["stopped"] == found["failed"]
         assert found["exit"] == 143

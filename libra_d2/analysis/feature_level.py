@@ -32,6 +32,12 @@ def _similarities(levels: Sequence[torch.Tensor]) -> torch.Tensor:
     return result
 
 
+def _is_repeated(levels: Sequence[torch.Tensor]) -> List[bool]:
+    """Whether each level is every second pixel of the one before it, as P6 of an R-CNN is."""
+    pairs = zip(levels, levels[1:])
+    return [False, *(torch.equal(fine[:, ::2, ::2], coarse) for fine, coarse in pairs)]
+
+
 def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
     """
     Args:
@@ -41,7 +47,8 @@ def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
         for "before" and, with a balanced feature pyramid, "after": ``energy``, the root mean square
         of each level, and ``similarity``, (L, L), the mean cosine similarity of two levels at the
         same location. ``added``: the root mean square of what the balanced feature pyramid adds to
-        each level. All are means over the images.
+        each level. All are means over the images. ``repeated``, (L,): which levels before it have
+        no features of their own.
     """
 
     def mean(values) -> List:
@@ -55,6 +62,7 @@ def feature_statistics(levels: List[Levels]) -> Dict[str, Any]:
                 "energy": mean(_rms(image) for image in seen),
                 "similarity": mean(_similarities(image) for image in seen),
             }
+    statistics["repeated"] = _is_repeated(levels[0].before)
     if "after" in statistics:
         statistics["added"] = mean(
             _rms([after - before for after, before in zip(x.after, x.before)]) for x in levels

@@ -52,7 +52,8 @@ def _instances(numbers: Dict[str, Any]) -> List[float]:
 
 
 def _similarities(numbers: Dict[str, Any]) -> List[float]:
-    similarity = np.array(numbers["features"]["before"]["similarity"])
+    own = np.flatnonzero(~np.array(numbers["features"]["repeated"]))
+    similarity = np.array(numbers["features"]["before"]["similarity"])[np.ix_(own, own)]
     fine, coarse = np.triu_indices(len(similarity), 1)
     is_adjacent = coarse - fine == 1
     values = similarity[fine, coarse]

@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectron2.engine import HookBase
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -34,9 +33,10 @@ class ExactResume(HookBase):
     processes, it sees the same images in the same order, with the same augmentation; sums round
     differently, and samples are drawn from other random numbers.
 
-    Its state holds the position in the data order, the RNG states, the batch norm statistics and
-    the moving averages of normalizers of each process, and the histories of smoothed metrics. It is
-    restored, and ``metrics.json`` cut to its length at the checkpoint, before the first iteration.
+    Its state holds the position in the data order, the RNG states and the moving averages of
+    normalizers of each process, and the histories of smoothed metrics. It is restored, and
+    ``metrics.json`` cut to its length at the checkpoint, before the first iteration. (Running
+    statistics of other processes than the main one are never used, see :func:`share_statistics`.)
 
     It must be the last hook, because its :meth:`before_train` restores the RNG states.
     """
@@ -68,14 +68,11 @@ class ExactResume(HookBase):
         }
 
     def _gather(self) -> List[Dict[str, Any]]:
-        model = self.trainer.checkpointer.model
         is_resumable = isinstance(self.loader, ResumableLoader)
         state = {
             "random": get_random_state(),
             "loader": self.loader.state_dict() if is_resumable else None,
-            # The checkpoint's model has the statistics of the main process.
-            "buffers": _get_statistics(model) if comm.get_rank() > 0 else {},
-            "normalizers": _get_normalizers(model),
+            "normalizers": _get_normalizers(self.trainer.checkpointer.model),
         }
         return comm.gather(state)
 
@@ -119,7 +116,6 @@ class ExactResume(HookBase):
         # Normalizers count the objects of a process' share of the batch.
         share = len(processes) / number
         _set_normalizers(model, {name: x * share for name, x in own["normalizers"].items()})
-        _set_statistics(model, own["buffers"])
         states = [process["loader"] for process in processes]
         if isinstance(self.loader, ResumableLoader) and None not in states:
             self.loader.load_state_dicts(states)
@@ -151,23 +147,6 @@ def _set_normalizers(model: nn.Module, normalizers: Dict[str, float]) -> None:
     for name, module in model.named_modules():
         if name in normalizers:
             module.loss_normalizer = normalizers[name]
-
-
-def _get_statistics(model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Copies on the CPU of the running statistics of batch norms that are not frozen."""
-    return {
-        f"{name}.{key}": value.cpu().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        for key, value in module.named_buffers(recurse=False)
-    }
-
-
-def _set_statistics(model: nn.Module, statistics: Dict[str, torch.Tensor]) -> None:
-    # Not by load_state_dict, which resets frozen batch norms that are not among them.
-    buffers = dict(model.named_buffers())
-    for name, value in statistics.items():
-        buffers[name].copy_(value)
 
 
 def _is_reproducible(name: str) -> bool:

@@ -34,6 +34,7 @@ from detectron2.utils.events import (
     JSONWriter,
     TensorboardXWriter,
 )
+from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import LibraCheckpointer
 from ..config import Recipe, RunIdentity, identify, make_recipe, set_length
@@ -41,6 +42,7 @@ from ..data import ResumableLoader
 from ..errors import InputError, one_line
 from ..evaluation import PredictionPictures, build_evaluator, finite_predictions
 from ..evaluation.validation_loss import validation_losses
+from ..modeling.batch_norm import share_statistics
 from ..utils.main_process import in_main_process
 from ..utils.random_state import keep_random_state, seeded
 from .accumulation import AccumulationTrainer, AMPAccumulationTrainer
@@ -122,6 +124,8 @@ class Trainer(DefaultTrainer):
         """
         TrainerBase.__init__(self)
         self.recipe = recipe = make_recipe(cfg).scaled_to(comm.get_world_size())
+        if not logger.isEnabledFor(logging.INFO):  # as in the parent
+            setup_logger(recipe.output_dir, comm.get_rank(), name="libra_d2")
         self.cfg = cfg = recipe.config
         self._identity = RunIdentity(in_main_process(identify, recipe))
         model = self.build_model(cfg)
@@ -270,21 +274,33 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _test(self) -> Mapping[str, Any]:
+        share_statistics(self.model)
         with finite_predictions(self.model, required=False):
             results = self.test(self.cfg, self.model)
         if self.average is not None:
+            logger.info("Evaluating the averaged weights")
+            share_statistics(self.average.model)
             averaged = self.test(recipe_in(self.recipe, "EMA").config, self.average.model)
             results = {**results, **{f"{name}_EMA": x for name, x in averaged.items()}}
         if self.recipe.validation_loss:
-            datasets = self.recipe.test_datasets
-            for dataset in datasets:
-                prefix = f"validation/{dataset}/" if len(datasets) > 1 else "validation/"
-                loader = self.build_validation_loader(self.cfg, dataset)
-                with self.recipe.autocast():
-                    losses = validation_losses(self.checkpointer.model, loader)
-                for name, value in losses.items():
-                    self.storage.put_scalar(f"{prefix}{name}", value, smoothing_hint=False)
+            for dataset in self.recipe.test_datasets:
+                self._log_validation_losses(dataset)
         return results
+
+    def _log_validation_losses(self, dataset: str) -> None:
+        logger.info(f"Computing the validation losses of {dataset}")
+        loader = self.build_validation_loader(self.cfg, dataset)
+        with self.recipe.autocast():
+            losses = validation_losses(self.checkpointer.model, loader)
+        if losses:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            logger.info(f"Validation losses of {dataset}: {values}")
+        is_one_of_several = len(self.recipe.test_datasets) > 1
+        prefix = f"validation/{dataset}/" if is_one_of_several else "validation/"
+        for name, value in losses.items():
+            self.storage.put_scalar(f"{prefix}{name}", value, smoothing_hint=False)
+            # Otherwise Detectron2 would print the median of all evaluations, in each line.
+            self.storage.histories().pop(f"{prefix}{name}")
 
     def _evaluate_with_tta(self) -> Mapping[str, Any]:
         if self._is_unfinished:
@@ -311,6 +327,9 @@ class Trainer(DefaultTrainer):
                     "The checkpoint does not say which run it is of: its config and data are not "
                     "compared"
                 )
+            path = os.path.join(self.recipe.output_dir, "model_final_ema.pth")
+            if self.average is None and comm.is_main_process() and os.path.isfile(path):
+                logger.warning(f"{path} is of the training so far: weights are not averaged now")
         if len(set(comm.all_gather(self.start_iter))) > 1:
             raise InputError(
                 f"{self.recipe.name_of('output_dir')}: {self.recipe.output_dir}: the processes "

@@ -67,5 +67,5 @@ def validation_losses(
             number += len(batch)
     gathered = comm.gather((sums, number))
     total = sum(n for _, n in gathered)
-    names = {name for found, _ in gathered for name in found}
+    names = dict.fromkeys(name for found, _ in gathered for name in found)
     return {name: sum(found.get(name, 0.0) for found, _ in gathered) / total for name in names}

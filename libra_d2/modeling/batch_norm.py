@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm with fixed statistics and trained scale and shift, as mmdetection fine-tunes it."""
+"""
+Batch norm with fixed statistics and trained scale and shift, as mmdetection fine-tunes it, and
+running statistics of several processes.
+"""
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
 
 from ..errors import ArgumentError
 
-__all__ = ["AffineBatchNorm2d", "train_norm_affine"]
+__all__ = ["AffineBatchNorm2d", "share_statistics", "train_norm_affine"]
 
 
 class AffineBatchNorm2d(FrozenBatchNorm2d):
@@ -67,3 +72,17 @@ def train_norm_affine(module: nn.Module) -> nn.Module:
         )
         raise ArgumentError("module", type(module).__name__, rule)
     return module
+
+
+def share_statistics(model: nn.Module) -> None:
+    """
+    Give the batch norms of all processes the running statistics of the main one, so that an
+    evaluation is that of its checkpoint. Batch norms that are not synchronized have others in each
+    process. All processes must call this.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                distributed.broadcast(buffer, 0)
