@@ -331,15 +331,18 @@ def test_initial_weights(trainings, synthetic, tmp_path, capsys):
         torch.save(state["model"] if name == "bare" else state, tmp_path / name)
     for name in (*keys, "libra://a", "torchvision://a"):
         recipe.weights = name if "://" in name else str(tmp_path / name)
-        compare_ideas.warn_of_initial_weights(recipe)
-        found = f"MODEL.WEIGHTS {recipe.weights} is a detector with" in capsys.readouterr().err
-        assert found == (name in ("ours", "mmdet", "bare", "libra://a"))
+        warning = compare_ideas.unfairness(recipe)
+        is_unfair = name in ("ours", "mmdet", "bare", "libra://a")
+        assert warning.startswith(f"MODEL.WEIGHTS {recipe.weights} is a") == is_unfair
+        assert bool(warning) == is_unfair
     opts = ["MODEL.WEIGHTS", tmp_path / "ours"]
     for i, (variants, more) in enumerate(
         [(["--variants", "all"], []), (["--variants", "baseline", "all"], []), (OTHER, PLAIN)]
     ):
         compare(synthetic, tmp_path / f"out_{i}", *variants, "--seeds", 1, opts=[*opts, *more])
-        assert ("is a detector with" in capsys.readouterr().err) == (i == 1)
+        assert ("warning: MODEL.WEIGHTS" in capsys.readouterr().err) == (i == 1)
+        text = (tmp_path / f"out_{i}/summary/results.md").read_text()
+        assert ("**Warning**: MODEL.WEIGHTS" in text.split("|")[0]) == (i == 1)
 
 
 def test_registered_datasets(trainings, synthetic, tmp_path, capsys):
@@ -376,9 +379,10 @@ def test_output_of_a_lazy_config(trainings, synthetic, tmp_path):
 
 def test_page(trainings, synthetic, tmp_path, monkeypatch):
     """
-    All variants with pairs, the reference first, by seed; not without detections, the reference or
-    Plotly, nor of too many.
+    All variants with pairs, the reference first, by seed, below a warning; not without detections,
+    the reference or Plotly, nor of too many.
     """
+    monkeypatch.setattr(compare_ideas, "unfairness", lambda recipe: "a <b>")
     options = ["--variants", "all", "baseline", "--seeds", 3, 4]
     compare(synthetic, tmp_path, *options)
     assert not (tmp_path / "summary/index.html").exists()
@@ -399,6 +403,8 @@ def test_page(trainings, synthetic, tmp_path, monkeypatch):
     assert numbers["comparisons"][0]["pairs"] == 2
     data, pictures = read_page(tmp_path / "summary/index.html")
     assert data["names"] == ["baseline", "all"]
+    page = (tmp_path / "summary/index.html").read_text(encoding="utf-8")
+    assert "<p><b>Warning: a &lt;b&gt;.</b></p>" in page.split('id="metrics-table"')[0]
     assert data["curves"][1] == {
         "iterations": [4, 8], "mean": [3.5, 10.5], "low": [0, 9], "high": [7, 12]
     }  # fmt: skip
@@ -556,6 +562,11 @@ def test_found_differences():
     limit = deviation_limit((2.5 / 3) ** 0.5, 3)
     assert f"as large as {limit:.2f} (" in text
     assert f"only a difference of {detectable_difference(limit, 2, 2):.1f} AP" in text
+    # The deviation of one pair of 0 and one of 5 AP may be four times as large as it seems.
+    for second, number in ((5.0, 1), (20.0, 2)):
+        text = found_differences({"a": runs(0.0, 0.0), "b": runs(0.0, second)}, "a")
+        assert text.count("no possible difference is found") == number
+        assert "then no possible difference is found that reliably: train more seeds. A" in text
     assert found_differences({"a": runs(1.0), "b": runs(2.0)}, "a") == ""
     assert found_differences({"a": runs(1.0, 2.0), "b": runs(2.0, 3.0)}, "a") == ""
 
@@ -587,6 +598,11 @@ def test_plot(tmp_path, monkeypatch):
         *(("o", "C1", [40], [1]), ("|", "C1", [40], [1])),
     ]
     assert [t.get_text() for t in right.get_yticklabels()] == list(points)
+    assert (left.get_legend() is not None, left.get_title()) == (True, "during training")
+    plot({"all": {1: [{"iteration": 9, "bbox/AP": 5.0}]}}, tmp_path / "a.png")
+    left, right = figures[1].axes
+    assert (left.get_legend(), left.get_title()) == (None, "no evaluation during training")
+    assert (len(left.lines), len(right.lines)) == (0, 2)
 
 
 def test_nothing_finished(trainings, synthetic, tmp_path, capsys, monkeypatch):

@@ -338,25 +338,27 @@ def say_how_many_seeds(args: argparse.Namespace, variants: List[Variant]) -> Non
     print(plan(args.find, deviation, source, max(len(variants) - 1, 1), freedom))
 
 
-def warn_of_initial_weights(recipe: Recipe) -> None:
-    """Print a warning if all variants start from a detector that has the ideas."""
+def unfairness(recipe: Recipe) -> str:
+    """What to say if all variants start from a detector that has the ideas, else ""."""
     weights = recipe.weights or ""
     has_pyramid = weights.startswith("libra://")
     if os.path.isfile(weights):
         content = read_weights(weights)
         state = next((content[k] for k in ("model", "state_dict") if k in content), content)
         has_pyramid = any("backbone.bfp." in k or k.startswith("neck.1.") for k in state)
-    if has_pyramid:
-        print(
-            f"warning: {recipe.name_of('weights')} {weights} is a detector with the ideas. All "
-            "variants start from it, which favors those that have them: start from ImageNet's "
-            "weights, or from those of a plain detector",
-            file=sys.stderr,
-        )
+    if not has_pyramid:
+        return ""
+    return (
+        f"{recipe.name_of('weights')} {weights} is a detector with the ideas. All variants start "
+        "from it, which favors those that have them: start from ImageNet's weights, or from those "
+        "of a plain detector"
+    )
 
 
-def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: str) -> str:
-    """Write the summary of the finished trainings, and return its tables."""
+def summarize(
+    args: argparse.Namespace, variants: List[Variant], dataset_name: str, warning: str = ""
+) -> str:
+    """Write the summary of the finished trainings, and return its tables, below a ``warning``."""
     summary = Path(args.output) / "summary"
     (summary / "metrics").mkdir(parents=True, exist_ok=True)
     runs, results = finished_runs(args, variants), {}
@@ -370,7 +372,8 @@ def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: s
         detections = Path("inference/coco_instances_results.json")
         results[variant] = {seed: str(x / detections) for seed, x in folders.items()}
     reference = reference_of(variants)
-    parts = [weakness(runs), table(runs), uncertainty(runs), differences(runs, reference)]
+    notes = [f"**Warning**: {warning}." if warning else "", weakness(runs)]
+    parts = [*notes, table(runs), uncertainty(runs), differences(runs, reference)]
     text = "\n\n".join(filter(None, [*parts, found_differences(runs, reference)]))
     plot(runs, summary / "curves.png")
     arguments = shlex.join(sys.argv[1:]) or "..."
@@ -385,7 +388,8 @@ def summarize(args: argparse.Namespace, variants: List[Variant], dataset_name: s
         return f'{text}\n\nFor a page about their errors, run pip install "libra_d2[report]"'
     numbers: Dict[str, Any] = {}
     if reference in runs:
-        numbers = write_page(summary / "index.html", runs, reference, results, dataset_name)
+        page = summary / "index.html"
+        numbers = write_page(page, runs, reference, results, dataset_name, notes)
     if numbers:
         with atomic_write(str(summary / "errors.json"), "w") as f:
             json.dump(numbers, f, allow_nan=False)
@@ -414,12 +418,13 @@ def run(args: argparse.Namespace) -> None:
             f"{recipe.name_of('test_datasets')} is {recipe.test_datasets}: variants are compared "
             "on one dataset; name it, or use --val-json and --val-images"
         )
-    if len(variants) > 1 and recipe.has_ideas:
-        warn_of_initial_weights(recipe)
+    warning = unfairness(recipe) if len(variants) > 1 and recipe.has_ideas else ""
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     for seed, variant in product(args.seeds, variants):
         begin(args, recipe, variant, seed)
     train_all(args, variants)
-    print(summarize(args, variants, recipe.test_datasets[0]))
+    print(summarize(args, variants, recipe.test_datasets[0], warning))
     print(Path(args.output) / "summary" / "results.md")
 
 

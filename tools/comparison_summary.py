@@ -4,7 +4,7 @@
 import os
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tabulate import tabulate
@@ -157,13 +157,19 @@ def found_differences(runs: Runs, reference: str) -> str:
         return ""
     num, limit = min(map(len, pairs.values())), deviation_limit(deviation, freedom)
     smallest, larger = (detectable_difference(x, num, len(pairs)) for x in (deviation, limit))
+    found = f"a true difference of {smallest:.1f} AP"
+    only = f"only a difference of {larger:.1f} AP is found"
+    if smallest > 100:  # which no two APs differ by
+        found = "no possible difference"
+    if larger > 100:
+        only = "no possible difference is found that reliably: train more seeds"
     return (
         f"Differences of pairs have a standard deviation of {deviation:.2f}. With {num} pairs of "
-        f"each, a true difference of {smallest:.1f} AP is found with a probability of 80%, one of "
-        f"1 AP with {power(1.0, deviation, num, len(pairs)):.0%}. This standard deviation is an "
-        f"estimate: it may well be as large as {limit:.2f} (the upper end of a one-sided 80% "
-        f"confidence interval), and then only a difference of {larger:.1f} AP is found. A "
-        "difference that cannot be told from chance may still be there."
+        f"each, {found} is found with a probability of 80%, one of 1 AP with "
+        f"{power(1.0, deviation, num, len(pairs)):.0%}. This standard deviation is an estimate: it "
+        f"may well be as large as {limit:.2f} (the upper end of a one-sided 80% confidence "
+        f"interval), and then {only}. A difference that cannot be told from chance may still be "
+        "there."
     )
 
 
@@ -222,8 +228,9 @@ def plot(runs: Runs, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    curves = {variant: curve(by_seed) for variant, by_seed in runs.items()}
     for i, (variant, by_seed) in enumerate(runs.items()):
-        color, seen = f"C{i}", curve(by_seed)
+        color, seen = f"C{i}", curves[variant]
         left.plot(seen["iterations"], seen["mean"], color=color, label=variant)
         left.fill_between(seen["iterations"], seen["low"], seen["high"], color=color, alpha=0.12)
         final = [m[-1]["bbox/AP"] for m in by_seed.values()]
@@ -231,6 +238,10 @@ def plot(runs: Runs, path: Path) -> None:
         right.plot(statistics.mean(final), i, "|", color=color, markersize=18, markeredgewidth=2)
     left.set(xlabel="iteration", ylabel="AP (%)", title="during training")
     left.legend(frameon=False, fontsize=8)
+    if all(len(x["iterations"]) < 2 for x in curves.values()):  # at the end only
+        left.clear()
+        left.set_axis_off()
+        left.set_title("no evaluation during training")
     right.set_yticks(range(len(runs)), runs)
     right.invert_yaxis()
     right.set(xlabel="AP (%)", title="at the end: each run, and the mean")
@@ -240,7 +251,12 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def write_page(
-    path: Path, runs: Runs, reference: str, results: Dict[str, Dict[int, str]], dataset_name: str
+    path: Path,
+    runs: Runs,
+    reference: str,
+    results: Dict[str, Dict[int, str]],
+    dataset_name: str,
+    notes: Sequence[str],
 ) -> Dict[str, Any]:
     """
     Write the page of :func:`write_error_page` about all variants; returns its numbers, {} if there
@@ -251,6 +267,7 @@ def write_page(
         runs, reference: see :func:`differences`.
         results: for each variant and seed, the path of the detections in COCO's format.
         dataset_name: the registered dataset that they were made on.
+        notes: what precedes the tables, in Markdown.
     """
     metadata = MetadataCatalog.get(dataset_name)
     with_pairs = [x for x in runs if x != reference and set(runs[x]) & set(runs[reference])]
@@ -278,5 +295,6 @@ def write_page(
         title=f"{reference} and other variants on {dataset_name}",
         image_root=metadata.get("image_root"),
         curves=[curve(runs[x]) for x in order],
+        notes=[x.replace("**", "") for x in notes if x],
     )
     return numbers

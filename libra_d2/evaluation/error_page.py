@@ -2,6 +2,7 @@
 """A page about the errors of one or several models: one HTML file that needs no network."""
 
 import base64
+import html
 import io
 import json
 import os
@@ -147,6 +148,7 @@ def write_error_page(
     image_root: Optional[str] = None,
     max_images: int = 200,
     curves: Sequence[Optional[Dict]] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """
     Write an HTML file with the metrics of one or several models, their differences to the first
@@ -166,6 +168,7 @@ def write_error_page(
         max_images: how many images are in the file, those where a model differs most from the first
             or where the only one has the lowest AP. With pictures, each needs about 30 kB.
         curves: of each model "iterations", and the "mean", "low" and "high" AP of its runs there.
+        notes: paragraphs above the tables, any text.
 
     Raises:
         InputError: if Plotly is not installed, or an image cannot be read.
@@ -213,6 +216,7 @@ def write_error_page(
         (_PARTS / x).read_text("utf-8") for x in ("style.css", "body.html", *_CODE)
     )
     parts = {
+        "notes": "".join(f"<p><b>{html.escape(x)}</b></p>" for x in notes),
         "data": _json(data),
         "code": "\n".join(code),
         "pictures": "".join(tags.format(i, _json(x)) for i, x in enumerate(pictures)),

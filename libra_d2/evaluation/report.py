@@ -48,7 +48,9 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
         return
     # Detectron2 logs the final evaluation one iteration too late.
     end = max((e["iteration"] + 1 for e in metrics if "total_loss" in e), default=math.inf)
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    # Legends are below the panels, which would not leave room for many names.
+    rows = math.ceil(max(len(chosen) for _, chosen in panels) / 2)
+    figure = Figure(figsize=(4.5 * len(panels), 3.6 + 0.2 * rows), layout="constrained")
     for axis, (label, chosen) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in chosen:
             points = [(min(e["iteration"] + 1, end), e[name]) for e in metrics if name in e]
@@ -58,7 +60,8 @@ def plot_learning_curves(metrics: List[Dict[str, float]], path: str) -> None:
         axis.set(xlabel="iteration", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
-        axis.legend(frameon=False, fontsize=8)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 2}
+        axis.legend(frameon=False, fontsize=8, **place)
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as f:
         figure.savefig(f, dpi=120, format="png")
