@@ -10,6 +10,7 @@ from detectron2.data import MetadataCatalog
 
 from libra_d2.config import make_recipe
 from libra_d2.engine import LibraPredictor
+from libra_d2.errors import ArgumentError
 
 LEARNED = "training data 'a' classes"
 
@@ -61,6 +62,31 @@ def test_formats(cfg, format, tmp_path):
     predictor(image[:, :, ::-1].astype(np.uint8))
     mapped = make_recipe(cfg).build_mapper(False)({"file_name": path, "image_id": 1})
     torch.testing.assert_close(seen[0]["image"], mapped["image"].float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        *((np.zeros(x, np.uint8), f"uint8 {x}") for x in ((9, 9), (9, 9, 1), (9, 9, 4), (0, 0, 3))),
+        (np.zeros((2, 9, 9, 3)), "float64 (2, 9, 9, 3)"),
+        (np.zeros((9, 9, 3), np.uint16), "uint16 (9, 9, 3)"),
+        (Image.new("RGB", (9, 9)), "Image"),
+        ("a.jpg", "str"),
+    ],
+)
+def test_bad_images(cfg, image, found):
+    """The error names shape and type; an empty batch is none."""
+    save(cfg)
+    predictor = LibraPredictor(cfg)
+    for images in (image, [np.zeros((9, 9, 3)), image]):
+        with pytest.raises(ArgumentError) as error:
+            predictor(images)
+        rule = "use a BGR array of shape (height, width, 3) and type uint8 or float32 or float64"
+        assert str(error.value).startswith(f"image is {found!r}: {rule}, or a list of them; ")
+    predictor.input_format = "L"
+    with pytest.raises(ArgumentError, match="image is 'float64 .*type uint8, or a list"):
+        predictor(np.zeros((9, 9, 3)))
+    assert predictor([]) == []
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, Iterable, List, Union
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.engine import DefaultPredictor
 
 from ..config import make_recipe
-from ..errors import InputError
+from ..errors import ArgumentError, InputError
 
 __all__ = ["LibraPredictor"]
 
@@ -54,7 +54,7 @@ class LibraPredictor(DefaultPredictor):
         self._autocast = recipe.autocast
 
     def __call__(
-        self, original_image: Union[np.ndarray, Sequence[np.ndarray]]
+        self, original_image: Union[np.ndarray, Iterable[np.ndarray]]
     ) -> Union[Dict[str, Any], List[Dict[str, Any]]]:
         """
         Detect objects, in mixed precision if ``SOLVER.AMP.ENABLED``. This replaces the parent's
@@ -62,18 +62,37 @@ class LibraPredictor(DefaultPredictor):
 
         Args:
             original_image: (H, W, 3) uint8 BGR, or a list of such images of any sizes, which are
-                a batch.
+                a batch. Models with BGR or RGB input take float32 and float64, too.
 
         Returns:
             the output of the model for the image, or a list with that of each image.
+
+        Raises:
+            ArgumentError: if an image has another shape or type.
         """
-        if isinstance(original_image, np.ndarray):
+        if isinstance(original_image, np.ndarray) or not isinstance(original_image, Iterable):
             return self([original_image])[0]
         with torch.no_grad(), self._autocast():
-            return self.model([self._input(image) for image in original_image])
+            inputs = [self._input(image) for image in original_image]
+            return self.model(inputs) if inputs else []
+
+    def _check(self, image: Any) -> None:
+        """Raise ArgumentError unless the image is what :meth:`__call__` takes."""
+        # Pillow, which converts to the other formats, takes no floating point.
+        types = ["uint8", *(["float32", "float64"] if self.input_format in ("BGR", "RGB") else [])]
+        is_array = isinstance(image, np.ndarray)
+        has_shape = is_array and image.ndim == 3 and image.shape[2] == 3 and image.size > 0
+        if has_shape and image.dtype.name in types:
+            return
+        found = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
+        rule = (
+            f"use a BGR array of shape (height, width, 3) and type {' or '.join(types)}, or a list"
+        )
+        raise ArgumentError("image", found, f"{rule} of them; libra_d2.data.read_image reads files")
 
     def _input(self, original_image: np.ndarray) -> Dict[str, Any]:
         """The input of the model for an image."""
+        self._check(original_image)
         image = original_image if self.input_format == "BGR" else original_image[:, :, ::-1]
         if self.input_format not in ("BGR", "RGB"):
             image = convert_PIL_to_numpy(Image.fromarray(image), self.input_format)
