@@ -28,6 +28,7 @@ from .config import add_libra_config, make_recipe
 from .config.reading import detectron2_configs
 from .errors import InputError
 from .utils.atomic_write import atomic_write
+from .utils.leaves import did_you_mean
 from .utils.safe_reading import read_weights, reading_weights
 
 __all__ = [
@@ -99,6 +100,17 @@ def get_checkpoint_url(config_path: str) -> str:
     return PREFIX + _without_suffix(config_path)
 
 
+# In the installed package and the checkout.
+_CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+
+def _unknown(name: str, zoos: str, *folders: Path) -> str:
+    """The message about a name that is no config; it may suggest one of those in ``folders``."""
+    suffix = ".py" if name.endswith(".py") else ".yaml"
+    known = [x.relative_to(f).as_posix() for f in folders for x in f.rglob(f"*{suffix}")]
+    return f"{name!r} is neither a file nor a config of {zoos}{did_you_mean(name, known)}"
+
+
 def get_config_file(config_path: str) -> str:
     """
     Returns the path of a config, such as "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml", in
@@ -107,14 +119,11 @@ def get_config_file(config_path: str) -> str:
     Raises:
         RuntimeError: if there is no such config.
     """
-    package = Path(__file__).parent
-    for root in (package / "configs", package.parent / "configs"):
+    for root in _CONFIGS:
         path = root / config_path
         if path.is_file():
             return str(path)
-    raise RuntimeError(
-        f"{config_path!r} is neither a file nor a config of the Libra R-CNN model zoo"
-    )
+    raise RuntimeError(_unknown(config_path, "the Libra R-CNN model zoo", *_CONFIGS))
 
 
 def find_config(name: str) -> str:
@@ -131,10 +140,12 @@ def find_config(name: str) -> str:
     except PermissionError as e:
         raise InputError(f"{name}: {e.strerror}") from e
     except RuntimeError as e:
-        path = os.path.join(detectron2_configs(), name)
+        theirs = detectron2_configs()
+        path = os.path.join(theirs, name)
         if os.path.isfile(path):
             return path
-        raise InputError(f"{e}, nor one of Detectron2's") from e
+        zoos = "the Libra R-CNN model zoo, nor one of Detectron2's"
+        raise InputError(_unknown(name, zoos, *_CONFIGS, Path(theirs))) from e
 
 
 def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:

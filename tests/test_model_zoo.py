@@ -64,9 +64,17 @@ def test_unknown_names(tmp_path):
         model_zoo.get_config("COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml", trained=True)
     with pytest.raises(RuntimeError, match="'x.yaml' is neither a file nor a config of"):
         model_zoo.get_config_file("x.yaml")
-    with pytest.raises(InputError, match="'x.yaml' is neither .* zoo, nor one of Detectron2's"):
+    with pytest.raises(InputError, match="'x.yaml' is neither .* zoo, nor one of Detectron2's$"):
         model_zoo.find_config("x.yaml")
     theirs = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    for name, similar in (
+        (RETINANET, f"{RETINANET}.yaml"),
+        (f"{RETINANET}_.py", f"{RETINANET}.py"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"model zoo; did you mean {similar}\?$"):
+            model_zoo.get_config(name)
+    with pytest.raises(InputError, match=rf"nor one of Detectron2's; did you mean {theirs}\?$"):
+        model_zoo.find_config(theirs[:-1])
     assert Path(model_zoo.find_config(theirs)).read_text().startswith("_BASE_: ")
     for unchanged in ("", str(tmp_path), "https://x/a.yaml"):
         assert model_zoo.find_config(unchanged) == unchanged
