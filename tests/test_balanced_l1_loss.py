@@ -132,6 +132,7 @@ def test_fixed_parameters():
     expected = balanced_l1_loss(x, zero, **kwargs, reduction="sum")
     for loss in (BalancedL1Loss(**kwargs), BalancedL1Loss(cfg)):
         assert torch.equal(loss(x, zero, "sum"), expected)
+    assert torch.equal(BalancedL1Loss()(x, zero), balanced_l1_loss(x, zero, **paper))
     assert torch.equal(balanced_l1_loss(x, zero), balanced_l1_loss(x, zero, **paper))
 
 

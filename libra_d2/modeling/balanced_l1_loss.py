@@ -163,6 +163,8 @@ class BalancedL1Loss(nn.Module):
         return {name.lower(): value for name, value in cfg.MODEL.LIBRA.BALANCED_L1.items()}
 
     @torch.jit.unused  # scripted models do not train
-    def forward(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor, reduction: str = "none"
+    ) -> torch.Tensor:
         """See :func:`balanced_l1_loss`."""
         return balanced_l1_loss(input, target, **self.arguments, reduction=reduction)
