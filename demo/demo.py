@@ -108,10 +108,14 @@ def find_images(inputs: List[str]) -> List[str]:
         name = os.path.expanduser(name)
         if os.path.isdir(name):
             try:
-                found = [os.path.join(name, x) for x in sorted(os.listdir(name))]
+                everything = [os.path.join(name, x) for x in sorted(os.listdir(name))]
             except OSError as e:
                 raise InputError(f"--input: {name}: {e.strerror}") from e
-            found = [x for x in found if x.lower().endswith(IMAGE_SUFFIXES)]
+            found = [x for x in everything if x.lower().endswith(IMAGE_SUFFIXES)]
+            skipped = sorted(filter(os.path.isfile, {*everything} - {*found}))
+            if skipped:
+                number, first = counted(len(skipped), "file"), os.path.basename(skipped[0])
+                logger.info(f"{name}: skipped {number} without the suffix of an image: {first}")
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
         if not found:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,9 @@ def test_one_model(files, tmp_path, capsys, iou_type):
     (tmp_path / "a.json").write_text(json.dumps(results))
     run(files, tmp_path / "new/out", "--iou-type", iou_type)
     written = [str(tmp_path / "new/out" / name) for name in ("errors.md", "index.html")]
-    assert capsys.readouterr().out.splitlines() == written
+    output = capsys.readouterr()
+    assert output.out.splitlines() == written
+    assert "no detections" not in output.err
     numbers = read(tmp_path / "new/out")
     (model,) = numbers["models"]
     assert (numbers["iou_type"], model["results"]) == (iou_type, [files["--results"]])
@@ -60,11 +63,12 @@ def test_one_model(files, tmp_path, capsys, iou_type):
     by_iou = list(METRICS[:12])
     assert lines[lines.index(by_iou) + 2] == cells(*(metrics[name] for name in by_iou))
     name = "localization errors"
-    assert cells(name, model["errors"]["localization"], metrics[name]) in lines
+    assert cells(name, round(model["errors"]["localization"]), metrics[name]) in lines
     assert cells("false negatives", "", metrics["false negatives"]) in lines
     small, own = model["ranges"]["small"], model["classes"]["red|cell"]
-    assert cells("small", *(small[k] for k in ("objects", "missed", "AP", "AR"))) in lines
-    assert cells("red/cell", *(own[k] for k in ("objects", "AP", "AP50"))) in lines
+    counts = [round(small[k]) for k in ("objects", "missed")]
+    assert cells("small", *counts, *(small[k] for k in ("AP", "AR"))) in lines
+    assert cells("red/cell", round(own["objects"]), *(own[k] for k in ("AP", "AP50"))) in lines
     seen = model["calibration"]
     assert cells(*(seen["bins"][0][k] for k in ("detections", "score", "precision"))) in lines
     error = f"{seen['expected calibration error']:.1f} % (expected calibration error)."
@@ -99,14 +103,15 @@ def test_several_runs(files, tmp_path, refused):
 def test_images_that_differ_most():
     """Ten at each end; those without objects are left out."""
     names = ("image_id", "a", "b", "difference", "only_a", "only_b")
-    rows = [dict(zip(names, (f"{i}|b", 0.0, 1.0, i - 11.0, 1, 0))) for i in range(21)]
+    rows = [dict(zip(names, (f"{i}|b", 0.0, 1.0, i - 11.0, 1.0, 0.5))) for i in range(21)]
     rows.append(dict(zip(names, (99, None, None, None, 200_000.26, 1 / 3))))
     for pairs, chance in ((1, "the choice of the images only"), (2, "means of 2 pairs of runs")):
         found = describe_comparison({"pairs": pairs, "metrics": [], "images": rows})
         assert chance in found[1]
-        assert found[2] == "A alone finds 200,021.3 objects, B alone 0.3."
-        ids = [x.split(" | ")[0].strip("| ") for x in found[3].splitlines()[2:]]
-        assert ids == [f"{i}\\|b" for i in (*range(10), *range(11, 21))]
+        assert found[2] == "A alone finds 200,021.3 objects, B alone 10.8."
+        lines = [x.strip("| ").split(" | ") for x in found[3].splitlines()[2:]]
+        assert [x[0].strip() for x in lines] == [f"{i}\\|b" for i in (*range(10), *range(11, 21))]
+        assert {(x[4].strip(), x[5].strip()) for x in lines} == {("1", "0.5")}
 
 
 def test_two_models(files, tmp_path):
@@ -168,9 +173,17 @@ def test_bad_options(files, tmp_path, refused, option, value, message):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_no_detections(files, tmp_path):
-    (tmp_path / "a.json").write_text("[]")
+def test_no_detections(files, tmp_path, capsys):
+    """A warning names the results that lack those of more than half of the images with objects."""
+    dataset = json.loads((tmp_path / "val.json").read_text())
+    images = sorted({x["image_id"] for x in dataset["annotations"] if not x["iscrowd"]})
+    results = json.loads((tmp_path / "b.json").read_text())
+    for path, num in ((tmp_path / "a.json", 0), (tmp_path / "b.json", (len(images) + 1) // 2)):
+        path.write_text(json.dumps([x for x in results if x["image_id"] in images[:num]]))
     run(files, tmp_path / "out")
+    warning = f"a.json: {len(images)} of {len(images)} images with objects have no detections: "
+    assert re.findall("no detections", (error := capsys.readouterr().err)) == ["no detections"]
+    assert warning in error
     assert read(tmp_path / "out")["models"][0]["metrics"]["AP"] == 0
 
 
@@ -179,7 +192,7 @@ def test_object_without_mask(files, tmp_path, refused):
     del next(x for x in dataset["annotations"] if not x["iscrowd"])["segmentation"]
     (tmp_path / "val.json").write_text(json.dumps(dataset))
     error = refused(run, files, tmp_path / "out", "--iou-type", "segm")
-    assert "has no 'segmentation'" in error
+    assert "has no 'segmentation', which models with masks, and --iou-type segm, need" in error
 
 
 @pytest.mark.parametrize(

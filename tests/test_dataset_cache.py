@@ -152,12 +152,14 @@ def test_ids_of_text(folder):  # noqa: F811
 def test_changed_file(folder, caplog):  # noqa: F811
     """All lists and other values are written, in whichever order they come; a warning says so."""
     content = {"annotations": dataset()["annotations"], "info": {"a": [1]}, **DATASET}
-    content["annotations"] = [*dataset()["annotations"], {**OBJECT, "id": 9}]
+    empty = {**OBJECT, "id": 8, "bbox": [5, 5, 0, 9]}
+    content["annotations"] = [*dataset()["annotations"], empty, {**OBJECT, "id": 9}]
     register(folder, content)
     found = json.loads(cached_files(folder)[".json"].read_text())
+    content["annotations"].remove(empty)
     content["annotations"][-1]["bbox"] = [50, 0, 50, 80]
     assert found == content
-    assert "clipped 1 box that reached out of the image, and dropped 0 boxes" in caplog.text
+    assert "clipped 1 box that reached out of the image, and dropped 1 box without" in caplog.text
 
 
 OBJECT = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 2, "bbox": [50, -9, 60, 99]}

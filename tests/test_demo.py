@@ -75,9 +75,13 @@ def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch, texts):
     monkeypatch.setenv("HOME", str(small))
     (images / "1.png").rename(images / "1.PNG")
     (images / "2.png").rename(images / "[2].png")
+    (images / "folder").mkdir()
+    for name in ("b.txt", "a.gif"):
+        (images / name).touch()
     run(small, "--input", "~/images/[2].png", images, f"{images}/*2*", "--output", out)
-    logged = re.findall(f"{images}/(.*): 1 object\n", capsys.readouterr().out)
-    assert logged == ["[2].png", "1.PNG"]
+    printed = capsys.readouterr().out
+    assert re.findall(f"{images}/(.*): 1 object\n", printed) == ["[2].png", "1.PNG"]
+    assert f"{images}: skipped 2 files without the suffix of an image: a.gif\n" in printed
     assert sorted(x.name for x in out.iterdir()) == ["1.PNG", "[2].png"]
     assert is_drawn(np.array(Image.open(out / "1.PNG")))
     assert texts == ["a 100%"] * 2

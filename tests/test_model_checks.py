@@ -54,7 +54,7 @@ def config(name, options=""):
 ALL = "smooth_l1, giou, diou, ciou"
 RCNN_LOSS = rf"^MODEL.{LOSS} \(roi_heads.box_predictor.box_reg_loss_type in a LazyConfig\) is "
 RETINANET_LOSS = (
-    r"^MODEL.RETINANET.BBOX_REG_LOSS_TYPE \(box_reg_loss_type in a LazyConfig\) is 'l2', but a "
+    r"^MODEL.RETINANET.BBOX_REG_LOSS_TYPE \(box_reg_loss_type in a LazyConfig\) is 'l2', but "
 )
 NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbone' does not return"
 
@@ -64,11 +64,11 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
     [
         (
             *("faster_rcnn", "ROI_HEADS.NAME=StandardROIHeads"),
-            f"{RCNN_LOSS}'balanced_l1', but a FastRCNNOutputLayers supports {ALL}: use LibraROI",
+            f"{RCNN_LOSS}'balanced_l1', but FastRCNNOutputLayers supports {ALL}: use LibraROI",
         ),
         (
             *("faster_rcnn", f"{LOSS}=l2"),
-            f"{RCNN_LOSS}'l2', but a LibraFastRCNNOutputLayers supports {ALL}, balanced_l1: use",
+            f"{RCNN_LOSS}'l2', but LibraFastRCNNOutputLayers supports {ALL}, balanced_l1: use",
         ),
         ("c4", f"{LOSS}=balanced_l1", "FastRCNNOutputLayers supports .*LibraRes5ROIHeads"),
         (
@@ -81,7 +81,7 @@ NO_LEVEL = "names '{}', which MODEL.BACKBONE.NAME 'build_libra_resnet_fpn_backbo
         ),
         (
             *("faster_rcnn", "RPN.BBOX_REG_LOSS_TYPE=balanced_l1"),
-            f"MODEL.RPN.BBOX_REG_LOSS_TYPE .*a LibraRPN supports {ALL}: balanced L1 loss is one of",
+            f"MODEL.RPN.BBOX_REG_LOSS_TYPE .*but LibraRPN supports {ALL}: balanced L1 loss is one",
         ),
         (
             *("retinanet", "BACKBONE.NAME=build_libra_resnet_fpn_backbone"),
@@ -161,7 +161,7 @@ def test_unused_names():
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("box_reg_loss_type", "l2", r"\(box_reg_loss_type in a LazyConfig\) is 'l2', but a Libra"),
+        ("box_reg_loss_type", "l2", r"\(box_reg_loss_type in a LazyConfig\) is 'l2', but Libra"),
         (
             *("backbone.in_features", ["res3", "res9"]),
             "^model: it .* there is no 'res9', which model.backbone.in_features.1 names$",

@@ -76,6 +76,7 @@ def test_groups(dataset):
         ),
         (("--group-by", "("), "--group-by: ( is no regular expression"),
         (("--group-by", "_"), "its 30 images are one group"),
+        (("--val-share", "0.99"), "0.99 leaves none of the 30 images to train on"),
         (("--val-output", "all.json"), "all.json"),
         (("--val-output", "train.json"), "train.json"),
     ],

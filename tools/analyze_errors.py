@@ -17,9 +17,12 @@ runs, those with the same seed at the same place of --results and --results-b.
 import argparse
 import json
 import os
+import sys
 from importlib.util import find_spec
-from typing import Any, Dict, List, Sequence
+from itertools import chain
+from typing import Any, Dict, List, Optional, Sequence
 
+import numpy as np
 from tabulate import tabulate
 
 from libra_d2.data.coco_json import log_changes, read_coco_json
@@ -29,7 +32,7 @@ from libra_d2.evaluation.comparison import compare_objects
 from libra_d2.evaluation.detection_errors import ERROR_TYPES
 from libra_d2.evaluation.detection_metrics import ERROR_METRICS, METRICS, DetectionMetrics
 from libra_d2.evaluation.error_page import write_error_page
-from libra_d2.evaluation.matching import IOU_TYPES, match_detections, read_results
+from libra_d2.evaluation.matching import IOU_TYPES, Matches, match_detections, read_results
 from libra_d2.evaluation.runs import compare_models
 from libra_d2.utils.atomic_write import atomic_write
 from libra_d2.utils.display import table_cell
@@ -57,6 +60,11 @@ def cell(value: Any) -> str:
     return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
+def count(value: Optional[float]) -> str:
+    """A number of things, which has a decimal only if it is the mean of several runs."""
+    return "" if value is None else f"{round(value, 1):,.10g}"
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A Markdown table."""
     return tabulate(
@@ -69,14 +77,16 @@ def describe_model(numbers: Dict[str, Any]) -> List[str]:
     metrics, counts = numbers["metrics"], numbers["errors"]
     by_iou = METRICS[: METRICS.index("AR") + 1]
     errors = [
-        (name, counts.get(kind), metrics[name])
+        (name, count(counts.get(kind)), metrics[name])
         for name, kind in zip(ERROR_METRICS, (*ERROR_TYPES, None, None))
     ]
     ranges = [
-        (name, x["objects"], x["missed"], x["AP"], x["AR"]) for name, x in numbers["ranges"].items()
+        (name, count(x["objects"]), count(x["missed"]), x["AP"], x["AR"])
+        for name, x in numbers["ranges"].items()
     ]
     classes = [
-        (table_cell(k), x["objects"], x["AP"], x["AP50"]) for k, x in numbers["classes"].items()
+        (table_cell(k), count(x["objects"]), x["AP"], x["AP50"])
+        for k, x in numbers["classes"].items()
     ]
     parts = [
         table(by_iou, [[metrics[name] for name in by_iou]]),
@@ -86,7 +96,8 @@ def describe_model(numbers: Dict[str, Any]) -> List[str]:
     ]
     if numbers["calibration"]:
         error = numbers["calibration"]["expected calibration error"]
-        rows = [list(x.values()) for x in numbers["calibration"]["bins"]]
+        bins = numbers["calibration"]["bins"]
+        rows = [(count(x["detections"]), x["score"], x["precision"]) for x in bins]
         parts.append(f"Scores and precision differ by {error:.1f} % (expected calibration error).")
         parts.append(table(["detections", "mean score", "precision"], rows))
     return parts
@@ -104,8 +115,8 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
         interval = "" if x["low"] is None else f"{x['low']:+.1f} to {x['high']:+.1f}"
         difference = "" if x["difference"] is None else f"{x['difference']:+.1f}"
         rows.append((x["metric"], x["a"], x["b"], difference, interval, x["says"]))
-    only = [sum(x[k] for x in comparison["images"]) for k in ("only_a", "only_b")]
-    only_a, only_b = (f"{round(x, 1):,.10g}" for x in only)  # means, if there are several runs
+    only = (sum(x[k] for x in comparison["images"]) for k in ("only_a", "only_b"))
+    only_a, only_b = map(count, only)
     worst = [x for x in comparison["images"] if x["difference"] is not None]
     ends = worst if len(worst) <= 2 * NUM_IMAGES else worst[:NUM_IMAGES] + worst[-NUM_IMAGES:]
     headers = ["", "A", "B", "B less A", "95% confidence interval", "which says that B"]
@@ -116,9 +127,25 @@ def describe_comparison(comparison: Dict[str, Any]) -> List[str]:
         f"A alone finds {only_a} objects, B alone {only_b}.",
         table(
             ["image id", "AP of A", "AP of B", "B less A", "only A finds", "only B finds"],
-            [[table_cell(x["image_id"]), *list(x.values())[1:]] for x in ends],
+            [
+                (table_cell(x["image_id"]), x["a"], x["b"], x["difference"])
+                + (count(x["only_a"]), count(x["only_b"]))
+                for x in ends
+            ],
         ),
     ]
+
+
+def warn_of_empty_images(path: str, m: Matches) -> None:
+    """Print a warning if results have nothing on more than half of the images with objects."""
+    images = np.unique(m.object_image[m.object_counts[0]])
+    num_empty = len(np.setdiff1d(images, m.image))
+    if num_empty > len(images) / 2:
+        print(
+            f"warning: {path}: {num_empty} of {len(images)} images with objects have no "
+            "detections: were all images evaluated?",
+            file=sys.stderr,
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -156,6 +183,8 @@ def run(args: argparse.Namespace) -> None:
         ]
         for side, found in zip(sides, results)
     ]
+    for path, model in zip(chain(*sides), chain(*models)):
+        warn_of_empty_images(path, model.matches)
     numbers: Dict[str, Any] = {"val_json": args.val_json, "iou_type": args.iou_type}
     numbers.update(compare_models([dict(enumerate(runs)) for runs in models]))
     lines = [f"# Errors of {args.iou_type} on `{args.val_json}`, in percent"]

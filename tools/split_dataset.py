@@ -46,25 +46,28 @@ def build_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose(
-    names: Dict[Any, str], share: float, pattern: Optional[str], rng: random.Random
-) -> Set[Any]:
+def group(names: Dict[Any, str], pattern: Optional[str]) -> List[List]:
     """
-    The ids of about this share of the images, whole groups at a time and at least one group.
+    The ids of images that stay together.
 
     Args:
         names: file name by image id.
-        share: in (0, 1).
         pattern: see above; names that it does not match are groups of their own.
     """
     groups: Dict[Tuple, List] = defaultdict(list)
     for image_id, name in names.items():
         match = re.search(pattern, name) if pattern else None
         groups[("group", match.group()) if match else ("image", image_id)].append(image_id)
+    return [*groups.values()]
+
+
+def choose(groups: List[List], share: float, rng: random.Random) -> Set[Any]:
+    """About this share, in (0, 1), of the images: whole groups at a time and at least one."""
     chosen: Set[Any] = set()
-    for group in rng.sample([*groups.values()], len(groups)):
-        if not chosen or len(chosen) + len(group) / 2 <= share * len(names):
-            chosen.update(group)
+    num_images = sum(map(len, groups))
+    for ids in rng.sample(groups, len(groups)):
+        if not chosen or len(chosen) + len(ids) / 2 <= share * num_images:
+            chosen.update(ids)
     return chosen
 
 
@@ -91,9 +94,15 @@ def run(args: argparse.Namespace) -> None:
     dataset, changes = read_coco_json(args.json)
     log_changes(args.json, changes)
     names = {x["id"]: x["file_name"] for x in dataset["images"]}
-    val = choose(names, args.val_share, args.group_by, random.Random(args.seed))
-    if len(val) == len(names):
+    groups = group(names, args.group_by)
+    if len(groups) == 1:
         raise InputError(f"{args.json}: its {len(names)} images are one group: nothing to split")
+    val = choose(groups, args.val_share, random.Random(args.seed))
+    if len(val) == len(names):
+        raise InputError(
+            f"--val-share {args.val_share} leaves none of the {len(names)} images to train on: use "
+            "a smaller share"
+        )
     for path, ids in zip(outputs, (names.keys() - val, val)):
         split = part(dataset, ids)
         with atomic_write(path, "w") as f:

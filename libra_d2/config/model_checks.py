@@ -82,7 +82,7 @@ def check_box_losses(model: nn.Module) -> None:
             if module.box_reg_loss_type not in losses:
                 place = f"{name}.box_reg_loss_type".lstrip(".")
                 raise InputError(
-                    f"{key} ({place} in a LazyConfig) is {module.box_reg_loss_type!r}, but a "
+                    f"{key} ({place} in a LazyConfig) is {module.box_reg_loss_type!r}, but "
                     f"{type(module).__name__} supports {', '.join(losses)}: {hint}"
                 )
 

@@ -21,7 +21,9 @@ _KINDS = {"images": "image", "annotations": "annotation", "categories": "categor
 def _check_mask(segmentation: Any, size: Tuple[int, int], mask_format: str, where: str) -> None:
     """Raise InputError unless Detectron2 can train on the mask of an object, see COCOEntries."""
     if not segmentation:
-        raise InputError(f"{where} has no 'segmentation', which a model with masks is trained on")
+        raise InputError(
+            f"{where} has no 'segmentation', which models with masks, and --iou-type segm, need"
+        )
     if isinstance(segmentation, dict):
         try:
             check_run_lengths(segmentation, height=size[1], width=size[0])
@@ -199,11 +201,10 @@ def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[D
 
 def log_changes(json_file: str, changes: Counter) -> None:
     """Log the changes that :func:`read_coco_json` has made as warnings."""
-    if changes["clipped"] or changes["dropped"]:
-        logger.warning(
-            f"{json_file}: clipped {counted(changes['clipped'], 'box')} that reached out of the "
-            f"image, and dropped {counted(changes['dropped'], 'box')} without an area in the image"
-        )
+    boxes = {"clipped": "that reached out of the image", "dropped": "without an area in the image"}
+    done = [f"{k} {counted(changes[k], 'box')} {which}" for k, which in boxes.items() if changes[k]]
+    if done:
+        logger.warning(f"{json_file}: {', and '.join(done)}")
     repaired = {k: n for k, n in changes.items() if k not in ("clipped", "dropped")}
     if repaired:
         counts = ", ".join(f"{what} of {n}" for what, n in repaired.items())
