@@ -16,6 +16,7 @@ from libra_d2.engine.output_dir import (
     config_kept,
     prepare_output_dir,
     set_earlier_run_aside,
+    title_of,
 )
 from libra_d2.errors import InputError
 from libra_d2.utils.atomic_write import UNFINISHED
@@ -33,6 +34,15 @@ sys.stdin.read()
 
 def recipe_for(folder, **overrides):
     return make_recipe(demo_cfg(OUTPUT_DIR=str(folder), **overrides))
+
+
+@pytest.mark.parametrize(
+    ("path", "title"), [("b/a.c.yaml", "a.c"), ("b/config.yaml", "b"), ("config.yaml", "here")]
+)
+def test_title(path, title, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert title_of(path) == title
 
 
 def test_one_program(tmp_path):

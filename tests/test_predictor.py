@@ -83,10 +83,26 @@ def test_bad_images(cfg, image, found):
             predictor(images)
         rule = "use a BGR array of shape (height, width, 3) and type uint8 or float32 or float64"
         assert str(error.value).startswith(f"image is {found!r}: {rule}, or a list of them; ")
-    predictor.input_format = "L"
-    with pytest.raises(ArgumentError, match="image is 'float64 .*type uint8, or a list"):
-        predictor(np.zeros((9, 9, 3)))
     assert predictor([]) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "num_model", "num_image", "message"),
+    [
+        ("BGR", 4, 4, r"float16 \(9, 9, 4\)'.* \(height, width, 4\) .*float64, or"),
+        ("L", 1, 3, r"float16 \(9, 9, 3\)'.* \(height, width, 3\) and type uint8, or"),
+    ],
+)
+def test_other_channels(cfg, format, num_model, num_image, message):
+    """Depth as a fourth one; grayscale, to which BGR is converted."""
+    cfg.INPUT.FORMAT = format
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * num_model, [1.0] * num_model
+    save(cfg)
+    predictor = LibraPredictor(cfg)
+    image = np.zeros((9, 9, num_image), np.uint8)
+    assert predictor(image)["instances"].image_size == (9, 9)
+    with pytest.raises(ArgumentError, match=message):
+        predictor(image.astype(np.float16))
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -48,6 +48,7 @@ from libra_d2.engine import (
     read_config,
     register_own_data,
     report_errors,
+    title_of,
 )
 from libra_d2.errors import InputError, one_line
 from libra_d2.evaluation import read_metrics
@@ -380,7 +381,7 @@ def summarize(
     seeds, data = ", ".join(map(str, args.seeds)), args.val_json or dataset_name
     with atomic_write(str(summary / "results.md"), "w") as f:
         f.write(
-            f"# {Path(args.config_file).stem}\n\nSeeds {seeds}: mean and standard deviation of "
+            f"# {title_of(args.config_file)}\n\nSeeds {seeds}: mean and standard deviation of "
             f"AP (%) on `{data}`.\n\n{text}\n\n![AP](curves.png)\n\n"
             f"```bash\npython tools/compare_ideas.py {arguments}\n```\n"
         )

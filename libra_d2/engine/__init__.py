@@ -3,7 +3,7 @@
 
 from .arguments import add_data_arguments, argument_parser, config_argument_parser
 from .launch import launch, report_errors
-from .output_dir import prepare_output_dir
+from .output_dir import prepare_output_dir, title_of
 from .predictor import LibraPredictor
 from .setup import prepare_proposal_files, read_config, register_own_data, setup
 from .trainer import Trainer
@@ -21,4 +21,5 @@ __all__ = [
     "register_own_data",
     "report_errors",
     "setup",
+    "title_of",
 ]

@@ -13,7 +13,7 @@ from ..errors import Interrupted
 from ..evaluation import finite_predictions, plot_learning_curves, read_metrics, write_results
 from .arguments import add_data_arguments
 from .launch import launch
-from .output_dir import evaluation_recipe, save_config
+from .output_dir import evaluation_recipe, save_config, title_of
 from .setup import setup
 from .trainer import Trainer, pictures_dir
 
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> None:
         )
         results = train(trainer, args.resume)
     if comm.is_main_process():
-        name = os.path.splitext(os.path.basename(args.config_file))[0]
-        summarize(recipe, results, name or recipe.output_dir, trainer)
+        title = title_of(args.config_file) if args.config_file else recipe.output_dir
+        summarize(recipe, results, title, trainer)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

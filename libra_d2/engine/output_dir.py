@@ -28,6 +28,7 @@ __all__ = [
     "recipe_in",
     "save_config",
     "set_earlier_run_aside",
+    "title_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,12 @@ def save_config(recipe: Recipe, config_file: str) -> None:
     if comm.is_main_process() and not _is_inside(config_file, path):
         with atomic_write(path, "w") as f:
             f.write(recipe.dump())
+
+
+def title_of(config_file: str) -> str:
+    """What to call a config: its file, or the directory if it is the ``config.yaml`` of a run."""
+    folder, name = os.path.split(os.path.abspath(config_file))
+    return os.path.basename(folder) if name == "config.yaml" else os.path.splitext(name)[0]
 
 
 def recipe_in(recipe: Recipe, name: str) -> Recipe:

@@ -70,7 +70,7 @@ class FoldedConv2d(Replacement, Conv2d):
             return False
         return is_ordinary(x) and not torch.is_autocast_enabled("cpu")
 
-    def _conv_backward(
+    def conv_gradients(
         self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: List[bool]
     ) -> Tuple[Optional[torch.Tensor], ...]:
         """The gradients of what ``_conv_forward`` gets, as far as they are needed."""
@@ -169,7 +169,7 @@ class _FoldedConvolution(torch.autograd.Function):
         needed = [needs_x, True, needs_shift]
         with torch.autocast("cpu", enabled=False):  # whatever calls backward()
             folded = _multiply(weight, scale)
-            grad_x, grad_folded, grad_shift = ctx.conv._conv_backward(grad, x, folded, needed)
+            grad_x, grad_folded, grad_shift = ctx.conv.conv_gradients(grad, x, folded, needed)
             grad_scale = (grad_folded * weight).sum((1, 2, 3)) if needs_scale else None
             return grad_x, _multiply(grad_folded, scale), grad_scale, grad_shift, None
 

@@ -203,12 +203,12 @@ class WinogradConv2d(Replacement, Conv2d):
 class _FoldedWinogradConv2d(FoldedConv2d, WinogradConv2d):
     """A :class:`FoldedConv2d` with the gradients of :class:`WinogradConv2d`."""
 
-    def _conv_backward(
+    def conv_gradients(
         self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: List[bool]
     ) -> Tuple[Optional[torch.Tensor], ...]:
         if self._suits(x, weight):
             return _gradients(grad, x, weight, needed, _convolve_directly)
-        return super()._conv_backward(grad, x, weight, needed)
+        return super().conv_gradients(grad, x, weight, needed)
 
 
 def can_gain(conv: nn.Conv2d, stride: Tuple[int, int] = (1, 1)) -> bool:
