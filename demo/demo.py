@@ -112,7 +112,8 @@ def find_images(inputs: List[str]) -> List[str]:
             except OSError as e:
                 raise InputError(f"--input: {name}: {e.strerror}") from e
             found = [x for x in everything if x.lower().endswith(IMAGE_SUFFIXES)]
-            skipped = sorted(filter(os.path.isfile, {*everything} - {*found}))
+            others = (x for x in everything if x not in found and os.path.isfile(x))
+            skipped = [x for x in others if not os.path.basename(x).startswith(".")]
             if skipped:
                 number, first = counted(len(skipped), "file"), os.path.basename(skipped[0])
                 logger.info(f"{name}: skipped {number} without the suffix of an image: {first}")

@@ -66,11 +66,10 @@ def _fresh_start(pytestconfig):
     torch.manual_seed(pytestconfig.getoption("seed"))
     setup_logger.cache_clear()  # or what a script logs would depend on the tests before
     for name in ("detectron2", "fvcore", "libra_d2"):
-        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-        logging.getLogger(name).setLevel(logging.NOTSET)
-    # Otherwise trainers set it up, and caplog does not see what they log.
-    logging.getLogger("libra_d2").setLevel(logging.INFO)
+        # Otherwise trainers set it up, and caplog does not see what they log.
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def load_cfg(path):

@@ -192,7 +192,7 @@ def test_object_without_mask(files, tmp_path, refused):
     del next(x for x in dataset["annotations"] if not x["iscrowd"])["segmentation"]
     (tmp_path / "val.json").write_text(json.dumps(dataset))
     error = refused(run, files, tmp_path / "out", "--iou-type", "segm")
-    assert "has no 'segmentation', which models with masks, and --iou-type segm, need" in error
+    assert "has no 'segmentation' (needed by models with masks and for --iou-type segm)" in error
 
 
 @pytest.mark.parametrize(

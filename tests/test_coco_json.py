@@ -133,7 +133,7 @@ def test_clipping(folder, box, expected):
 @pytest.mark.parametrize(
     ("box", "clipped", "message"),
     [
-        ([-10, 70, 30, 40], [[0, 70, 20, 10]], "clipped 1 box that reached out of the image"),
+        ([-10, 70, 30, 40], [[0, 70, 20, 10]], "clipped 1 box that extended beyond the image"),
         ([5, 5, 0, 9], [], "dropped 1 box without an area in the image"),
     ],
 )

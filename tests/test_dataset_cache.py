@@ -159,7 +159,7 @@ def test_changed_file(folder, caplog):  # noqa: F811
     content["annotations"].remove(empty)
     content["annotations"][-1]["bbox"] = [50, 0, 50, 80]
     assert found == content
-    assert "clipped 1 box that reached out of the image, and dropped 1 box without" in caplog.text
+    assert "clipped 1 box that extended beyond the image, and dropped 1 box without" in caplog.text
 
 
 OBJECT = {"image_id": 7, "category_id": 3, "iscrowd": 0, "area": 2, "bbox": [50, -9, 60, 99]}

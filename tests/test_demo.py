@@ -76,7 +76,7 @@ def test_folder_and_pattern(small, tmp_path, capsys, monkeypatch, texts):
     (images / "1.png").rename(images / "1.PNG")
     (images / "2.png").rename(images / "[2].png")
     (images / "folder").mkdir()
-    for name in ("b.txt", "a.gif"):
+    for name in ("b.txt", "a.gif", ".hidden"):
         (images / name).touch()
     run(small, "--input", "~/images/[2].png", images, f"{images}/*2*", "--output", out)
     printed = capsys.readouterr().out

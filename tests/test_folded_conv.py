@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 
@@ -197,6 +198,24 @@ def test_gradients_of_gradients(norm, needs_x):
         results.append([*first, *torch.autograd.grad(sum(g.sin().sum() for g in first), inner)])
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["weight", "norm.weight"])
+def test_forward_mode(name):
+    """Derivatives with respect to what is folded."""
+    plain, tangents = make_conv(AffineBatchNorm2d(6)), []
+    folded = copy.deepcopy(plain)
+    FoldedConv2d.replace_in(folded)
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    for conv in (plain, folded):
+        *path, last = name.split(".")
+        module, value = conv.get_submodule(".".join(path)), conv.get_parameter(name).detach()
+        del module._parameters[last]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(value.requires_grad_(), torch.ones_like(value))
+            setattr(module, last, dual)
+            tangents.append(forward_ad.unpack_dual(conv(x)).tangent)
+    torch.testing.assert_close(*tangents, rtol=1e-11, atol=1e-11)
 
 
 def test_padding_by_name():

@@ -71,3 +71,5 @@ def test_parts():
     (row,) = judge({"features": NUMBERS["features"]})
     assert row.idea == "balanced feature pyramid"
     assert judge({}) == []
+    two = {"before": {"similarity": [row[1:] for row in SIMILARITY[1:]]}}
+    assert judge({"features": {**two, "repeated": [False, False, True]}}) == []

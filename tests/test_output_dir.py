@@ -37,11 +37,12 @@ def recipe_for(folder, **overrides):
 
 
 @pytest.mark.parametrize(
-    ("path", "title"), [("b/a.c.yaml", "a.c"), ("b/config.yaml", "b"), ("config.yaml", "here")]
+    ("path", "title"), [("a.c.yaml", "a.c"), ("config.yaml", "run"), ("../config.yaml", "config")]
 )
 def test_title(path, title, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").touch()
+    monkeypatch.chdir(tmp_path / "run")
     assert title_of(path) == title
 
 

@@ -69,40 +69,43 @@ def test_formats(cfg, format, tmp_path):
     [
         *((np.zeros(x, np.uint8), f"uint8 {x}") for x in ((9, 9), (9, 9, 1), (9, 9, 4), (0, 0, 3))),
         (np.zeros((2, 9, 9, 3)), "float64 (2, 9, 9, 3)"),
-        (np.zeros((9, 9, 3), np.uint16), "uint16 (9, 9, 3)"),
+        (np.zeros((9, 9, 3), bool), "bool (9, 9, 3)"),
         (Image.new("RGB", (9, 9)), "Image"),
         ("a.jpg", "str"),
     ],
 )
 def test_bad_images(cfg, image, found):
-    """The error names shape and type; an empty batch is none."""
+    """The error names shape and type; an empty batch is not an error."""
     save(cfg)
     predictor = LibraPredictor(cfg)
     for images in (image, [np.zeros((9, 9, 3)), image]):
         with pytest.raises(ArgumentError) as error:
             predictor(images)
-        rule = "use a BGR array of shape (height, width, 3) and type uint8 or float32 or float64"
-        assert str(error.value).startswith(f"image is {found!r}: {rule}, or a list of them; ")
+        rule = "use an array of shape (height, width, 3), BGR, usually of type uint8, or a list"
+        assert str(error.value).startswith(f"image is {found!r}: {rule} of them; ")
     assert predictor([]) == []
 
 
 @pytest.mark.parametrize(
-    ("format", "num_model", "num_image", "message"),
+    ("format", "num_model", "num_image", "expected", "message"),
     [
-        ("BGR", 4, 4, r"float16 \(9, 9, 4\)'.* \(height, width, 4\) .*float64, or"),
-        ("L", 1, 3, r"float16 \(9, 9, 3\)'.* \(height, width, 3\) and type uint8, or"),
+        ("BGR", 4, 4, [10, 20, 30, 0], r"bool \(9, 9, 4\)'.* \(height, width, 4\)"),
+        ("RGB", 4, 4, [30, 20, 10, 0], r"bool \(9, 9, 4\)'.* \(height, width, 4\)"),
+        ("L", 1, 3, [22], r"bool \(9, 9, 3\)'.* \(height, width, 3\)"),
     ],
 )
-def test_other_channels(cfg, format, num_model, num_image, message):
+def test_other_channels(cfg, format, num_model, num_image, expected, message):
     """Depth as a fourth one; grayscale, to which BGR is converted."""
     cfg.INPUT.FORMAT = format
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * num_model, [1.0] * num_model
     save(cfg)
-    predictor = LibraPredictor(cfg)
-    image = np.zeros((9, 9, num_image), np.uint8)
+    predictor, seen = LibraPredictor(cfg), []
+    predictor.model.register_forward_pre_hook(lambda _, args: seen.extend(args[0]))
+    image = np.full((9, 9, num_image), [10, 20, 30, 0][:num_image], np.uint8)
     assert predictor(image)["instances"].image_size == (9, 9)
+    assert seen[0]["image"][:, 0, 0].tolist() == expected
     with pytest.raises(ArgumentError, match=message):
-        predictor(image.astype(np.float16))
+        predictor(image.astype(bool))
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -187,6 +187,7 @@ def test_sections_of_this_project(option, setting, value):
         (LAZY, "train.speed.fold=0", "train.speed.fold: .*; did you mean train.speed.fold_norm.$"),
         (LAZY, "hyper=0", "^command line: hyper: the LazyConfig has no such key; it has "),
         (LAZY, "train.hyper.x=0", "train.hyper.x: the LazyConfig has no such key$"),
+        (LAZY, "train.epochs=abc", "train.epochs is 'abc': use a number"),
         (LAZY, "train.max_itr=5", "^command line: train.max_itr: .* did you mean train.max_iter.$"),
         (LAZY, "train.max_iter=[1", r"^command line: train.max_iter=\[1: a bracket is not closed$"),
         (LAZY, "train.max_iter=1]", r"^command line: train.max_iter=1\]: .* input "),

@@ -33,6 +33,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.logger import setup_logger
 
 import libra_d2.engine.trainer
 from libra_d2.config import Recipe
@@ -730,23 +731,32 @@ def test_old_average(whole, tmp_path, caplog):
     """The averaged weights of a training that goes on without averaging are no longer its own."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     for decay in (0.75, 0.0):
-        assert "model_final_ema.pth is of the training so far" not in caplog.text
+        assert "model_final_ema.pth" not in caplog.text
         make(tmp_path, f"{SECTION}EMA_DECAY", decay)
-    assert "model_final_ema.pth is of the training so far" in caplog.text
+    assert "model_final_ema.pth stays as it is: this training goes on without MODEL" in caplog.text
     (tmp_path / "model_final_ema.pth").unlink()
     caplog.clear()
     make(tmp_path, f"{SECTION}EMA_DECAY", 0.0)
     assert "model_final_ema.pth" not in caplog.text
 
 
-def test_logging(toy_data, tmp_path, monkeypatch):
-    """A script that has not set up logging finds all messages in ``log.txt``, once."""
-    logging.getLogger("libra_d2").setLevel(logging.NOTSET)
+@pytest.mark.parametrize("has_file", [True, False])
+def test_logging(toy_data, tmp_path, has_file, capsys):
+    """Messages of a script are printed once, and are in its ``log.txt`` if it has one."""
+    for name in ("libra_d2", "detectron2"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    if has_file:
+        setup_logger(str(tmp_path))
     for _ in range(2):
-        make(tmp_path, "MODEL.WEIGHTS", "")
-    logging.getLogger("libra_d2.engine").info("of a script")
-    (line,) = [x for x in (tmp_path / "log.txt").read_text().splitlines() if "of a script" in x]
-    assert "libra_d2.engine INFO: of a script" in line
+        make(tmp_path)
+    capsys.readouterr()
+    for name in ("libra_d2", "detectron2"):
+        logging.getLogger(f"{name}.engine").info(f"from {name}")
+    assert re.findall("from .*", capsys.readouterr().out) == ["from libra_d2", "from detectron2"]
+    path = tmp_path / "log.txt"
+    assert path.exists() == has_file
+    if has_file:
+        assert re.findall("from .*", path.read_text()) == ["from libra_d2", "from detectron2"]
 
 
 def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):

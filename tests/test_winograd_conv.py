@@ -252,13 +252,14 @@ def test_autocast_around_backward(make, calls, gradients):
     assert len(gradients) == 2
 
 
-def test_gradients_of_gradients(calls):
+def test_gradients_of_gradients(calls, gradients):
     """Folded convolutions have them."""
     conv, second = make_folded_conv(), []
     for module in (conv, copy.deepcopy(conv).double()):
         x = LARGE.to(module.weight.dtype, copy=True).requires_grad_()
         first = torch.autograd.grad(module(x).square().mean(), module.weight, create_graph=True)
         second.append(torch.autograd.grad(first[0].square().sum(), (x, module.weight)))
+    assert len(gradients) == 2  # the second one on the way of the second derivative
     for found, expected in zip(*second):
         bound = 1e-4 * expected.abs().max().item()
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)

@@ -157,15 +157,15 @@ def found_differences(runs: Runs, reference: str) -> str:
         return ""
     num, limit = min(map(len, pairs.values())), deviation_limit(deviation, freedom)
     smallest, larger = (detectable_difference(x, num, len(pairs)) for x in (deviation, limit))
-    found = f"a true difference of {smallest:.1f} AP"
-    only = f"only a difference of {larger:.1f} AP is found"
+    found = f"a true difference of {smallest:.1f} AP is found"
+    only = f"only a difference of {larger:.1f} AP is found so often"
     if smallest > 100:  # which no two APs differ by
-        found = "no possible difference"
+        found = "not even a difference of 100 AP is found"
     if larger > 100:
-        only = "no possible difference is found that reliably: train more seeds"
+        only = "no difference is found so often. Train more seeds"
     return (
         f"Differences of pairs have a standard deviation of {deviation:.2f}. With {num} pairs of "
-        f"each, {found} is found with a probability of 80%, one of 1 AP with "
+        f"each, {found} with a probability of 80%, and a true difference of 1 AP with "
         f"{power(1.0, deviation, num, len(pairs)):.0%}. This standard deviation is an estimate: it "
         f"may well be as large as {limit:.2f} (the upper end of a one-sided 80% confidence "
         f"interval), and then {only}. A difference that cannot be told from chance may still be "
@@ -229,19 +229,22 @@ def plot(runs: Runs, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves = {variant: curve(by_seed) for variant, by_seed in runs.items()}
+    has_curves = any(len(x["iterations"]) > 1 for x in curves.values())
     for i, (variant, by_seed) in enumerate(runs.items()):
         color, seen = f"C{i}", curves[variant]
-        left.plot(seen["iterations"], seen["mean"], color=color, label=variant)
-        left.fill_between(seen["iterations"], seen["low"], seen["high"], color=color, alpha=0.12)
+        if has_curves:
+            x = seen["iterations"]
+            left.plot(x, seen["mean"], color=color, label=variant)
+            left.fill_between(x, seen["low"], seen["high"], color=color, alpha=0.12)
         final = [m[-1]["bbox/AP"] for m in by_seed.values()]
         right.plot(final, [i] * len(final), "o", color=color, alpha=0.7)
         right.plot(statistics.mean(final), i, "|", color=color, markersize=18, markeredgewidth=2)
-    left.set(xlabel="iteration", ylabel="AP (%)", title="during training")
-    left.legend(frameon=False, fontsize=8)
-    if all(len(x["iterations"]) < 2 for x in curves.values()):  # at the end only
-        left.clear()
-        left.set_axis_off()
+    if has_curves:
+        left.set(xlabel="iteration", ylabel="AP (%)", title="during training")
+        left.legend(frameon=False, fontsize=8)
+    else:
         left.set_title("no evaluation during training")
+        left.set_axis_off()
     right.set_yticks(range(len(runs)), runs)
     right.invert_yaxis()
     right.set(xlabel="AP (%)", title="at the end: each run, and the mean")

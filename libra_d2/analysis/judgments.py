@@ -33,7 +33,7 @@ class _Rule(NamedTuple):
     figure: str
     #: of the two values
     measured: str
-    #: [with the idea, without it], shares or similarities
+    #: [with the idea, without it], shares or similarities; empty if there are none
     values: Callable[[Dict[str, Any]], List[float]]
     #: differences of the first to the second value from which on it speaks for the idea, and up to
     #: which it speaks against it
@@ -56,6 +56,8 @@ def _similarities(numbers: Dict[str, Any]) -> List[float]:
     similarity = np.array(numbers["features"]["before"]["similarity"])[np.ix_(own, own)]
     fine, coarse = np.triu_indices(len(similarity), 1)
     is_adjacent = coarse - fine == 1
+    if is_adjacent.all():  # of two levels, or one
+        return []
     values = similarity[fine, coarse]
     return [float(values[is_adjacent].mean()), float(values[~is_adjacent].mean())]
 
@@ -109,6 +111,8 @@ def judge(numbers: Dict[str, Any]) -> List[Judgment]:
         if _NEEDS[rule.figure] not in numbers:
             continue
         values = rule.values(numbers)
+        if not values:
+            continue
         difference = values[0] - values[1]
         says = (
             "speaks for it"

@@ -126,8 +126,8 @@ def read_recipe(path: str, options: Sequence[str], name: str = "") -> Recipe:
     named = {str(option).lstrip("+").split("=")[0] for option in options}
     if recipe.device == "cuda" and recipe.name_of("device") not in named:
         recipe.device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_in_epochs = recipe.epochs > 0 and recipe.name_of("epochs") not in named
-    if recipe.name_of("max_iter") in named and is_in_epochs:
+    is_in_iterations = recipe.name_of("max_iter") in named
+    if is_in_iterations and recipe.name_of("epochs") not in named and recipe.epochs:
         recipe.epochs = 0.0
     check_values(recipe)
     return recipe

@@ -22,7 +22,7 @@ def _check_mask(segmentation: Any, size: Tuple[int, int], mask_format: str, wher
     """Raise InputError unless Detectron2 can train on the mask of an object, see COCOEntries."""
     if not segmentation:
         raise InputError(
-            f"{where} has no 'segmentation', which models with masks, and --iou-type segm, need"
+            f"{where} has no 'segmentation' (needed by models with masks and for --iou-type segm)"
         )
     if isinstance(segmentation, dict):
         try:
@@ -201,7 +201,7 @@ def read_coco_json(json_file: str, mask_format: Optional[str] = None) -> Tuple[D
 
 def log_changes(json_file: str, changes: Counter) -> None:
     """Log the changes that :func:`read_coco_json` has made as warnings."""
-    boxes = {"clipped": "that reached out of the image", "dropped": "without an area in the image"}
+    boxes = {"clipped": "that extended beyond the image", "dropped": "without an area in the image"}
     done = [f"{k} {counted(changes[k], 'box')} {which}" for k, which in boxes.items() if changes[k]]
     if done:
         logger.warning(f"{json_file}: {', and '.join(done)}")

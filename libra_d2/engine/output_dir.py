@@ -185,7 +185,9 @@ def save_config(recipe: Recipe, config_file: str) -> None:
 def title_of(config_file: str) -> str:
     """What to call a config: its file, or the directory if it is the ``config.yaml`` of a run."""
     folder, name = os.path.split(os.path.abspath(config_file))
-    return os.path.basename(folder) if name == "config.yaml" else os.path.splitext(name)[0]
+    marks = (os.path.join(folder, mark) for mark in _MARKS_OF_A_RUN)
+    is_of_run = name == "config.yaml" and any(map(os.path.exists, marks))
+    return os.path.basename(folder) if is_of_run else os.path.splitext(name)[0]
 
 
 def recipe_in(recipe: Recipe, name: str) -> Recipe:

@@ -51,10 +51,11 @@ class LibraPredictor(DefaultPredictor):
             )
         self.aug = augmentations[0]
         self.input_format = recipe.image_format
-        # Pillow converts to the other formats. Depth, for example, may be a fourth channel.
+        # Pillow converts to the other formats.
         self._is_converted = self.input_format not in ("BGR", "RGB")
-        mean = getattr(self.model, "pixel_mean", ())
-        self._num_channels = 3 if self._is_converted else len(mean) or 3
+        mean = getattr(self.model, "pixel_mean", None)
+        is_known = isinstance(mean, torch.Tensor) and mean.numel() > 1 and not self._is_converted
+        self._num_channels = mean.numel() if is_known else 3  # depth may be a fourth one
         self._autocast = recipe.autocast
 
     def __call__(
@@ -66,8 +67,8 @@ class LibraPredictor(DefaultPredictor):
 
         Args:
             original_image: (H, W, 3) uint8 BGR, or a list of such images of any sizes, which are
-                a batch. Models with BGR or RGB input take float32 and float64, too, and as many
-                channels as ``MODEL.PIXEL_MEAN`` has.
+                a batch. Models with BGR or RGB input take other numbers, too, and as many channels
+                as ``MODEL.PIXEL_MEAN`` has.
 
         Returns:
             the output of the model for the image, or a list with that of each image.
@@ -83,20 +84,25 @@ class LibraPredictor(DefaultPredictor):
 
     def _check(self, image: Any) -> None:
         """Raise ArgumentError unless the image is what :meth:`__call__` takes."""
-        types = ("uint8",) if self._is_converted else ("uint8", "float32", "float64")
         is_array, number = isinstance(image, np.ndarray), self._num_channels
         has_shape = is_array and image.ndim == 3 and image.shape[2] == number and image.size > 0
-        if has_shape and image.dtype.name in types:
+        is_number = is_array and image.dtype.kind in "uif" and not self._is_converted
+        if has_shape and (is_number or image.dtype == np.uint8):
             return
         found = f"{image.dtype} {image.shape}" if is_array else type(image).__name__
-        rule = f"use a BGR array of shape (height, width, {number}) and type {' or '.join(types)}"
+        rule = f"use an array of shape (height, width, {number}), BGR, usually of type uint8"
         more = "or a list of them; libra_d2.data.read_image reads files"
         raise ArgumentError("image", found, f"{rule}, {more}")
 
     def _input(self, original_image: np.ndarray) -> Dict[str, Any]:
         """The input of the model for an image."""
         self._check(original_image)
-        image = original_image if self.input_format == "BGR" else original_image[:, :, ::-1]
+        image = original_image
+        if self.input_format != "BGR":
+            image = image[:, :, [2, 1, 0, *range(3, self._num_channels)]]
+        if image.dtype != np.uint8 or self._num_channels != 3:
+            # Pillow knows few types, and multiplies colors by a fourth channel.
+            image = image.astype(np.float32)
         if self._is_converted:
             image = convert_PIL_to_numpy(Image.fromarray(image), self.input_format)
         height, width = image.shape[:2]

@@ -35,8 +35,8 @@ class ExactResume(HookBase):
 
     Its state holds the position in the data order, the RNG states and the moving averages of
     normalizers of each process, and the histories of smoothed metrics. It is restored, and
-    ``metrics.json`` cut to its length at the checkpoint, before the first iteration. (Running
-    statistics of other processes than the main one are never used, see :func:`share_statistics`.)
+    ``metrics.json`` cut to its length at the checkpoint, before the first iteration. (Evaluations
+    use the running statistics of the main process, see :func:`share_statistics`.)
 
     It must be the last hook, because its :meth:`before_train` restores the RNG states.
     """

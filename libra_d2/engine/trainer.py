@@ -76,6 +76,16 @@ def _results_dir(recipe: Recipe, name: str, dataset_name: str) -> str:
     return os.path.join(recipe.output_dir, name, *[dataset_name] * is_one_of_several)
 
 
+def _set_up_logging() -> None:
+    """Log as :class:`DefaultTrainer` does, or where Detectron2 logs, unless that is set up."""
+    ours, theirs = logging.getLogger("libra_d2"), logging.getLogger("detectron2")
+    if not theirs.isEnabledFor(logging.INFO):
+        setup_logger(distributed_rank=comm.get_rank())
+    if not ours.isEnabledFor(logging.INFO):
+        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.setLevel(theirs.level)
+
+
 class _Printer(CommonMetricPrinter):
     def _get_eta(self, storage: EventStorage) -> Optional[str]:
         """The parent's, which divides by zero if the same iteration is printed twice."""
@@ -124,8 +134,7 @@ class Trainer(DefaultTrainer):
         """
         TrainerBase.__init__(self)
         self.recipe = recipe = make_recipe(cfg).scaled_to(comm.get_world_size())
-        if not logger.isEnabledFor(logging.INFO):  # as in the parent
-            setup_logger(recipe.output_dir, comm.get_rank(), name="libra_d2")
+        _set_up_logging()
         self.cfg = cfg = recipe.config
         self._identity = RunIdentity(in_main_process(identify, recipe))
         model = self.build_model(cfg)
@@ -329,7 +338,8 @@ class Trainer(DefaultTrainer):
                 )
             path = os.path.join(self.recipe.output_dir, "model_final_ema.pth")
             if self.average is None and comm.is_main_process() and os.path.isfile(path):
-                logger.warning(f"{path} is of the training so far: weights are not averaged now")
+                name = self.recipe.name_of("ema_decay")
+                logger.warning(f"{path} stays as it is: this training goes on without {name}")
         if len(set(comm.all_gather(self.start_iter))) > 1:
             raise InputError(
                 f"{self.recipe.name_of('output_dir')}: {self.recipe.output_dir}: the processes "

@@ -56,8 +56,8 @@ def max_in_windows(x: torch.Tensor, height: int, width: int, num_halvings: int) 
 
 class _MaxPool(torch.autograd.Function):
     """
-    ``F.max_pool2d`` without its input, of which the gradient reads the size only: the largest level
-    would add 5% to the memory of a training step.
+    ``F.max_pool2d`` that does not keep its input. The gradient needs only its size and memory
+    format, and the largest level would add 5% to the memory of a training step.
     """
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 
 from .batch_norm import AffineBatchNorm2d
-from .replacement import Replacement, has_hooks, is_captured, is_ordinary
+from .replacement import Replacement, has_hooks, has_tangent, is_captured, is_ordinary
 
 __all__ = ["FoldedConv2d"]
 
@@ -26,15 +26,15 @@ class FoldedConv2d(Replacement, Conv2d):
     Parameters, gradients and checkpoint keys are those of the parent. What needs no gradient is
     folded once, and again when a tensor it was made of has changed or ``train``, ``eval`` or ``to``
     is called; only a write to the ``.data`` of a tensor between two inferences goes unnoticed. A
-    norm with a hook of its own is called. On CPUs, what is learned has no derivatives in forward
-    mode.
+    norm with a hook of its own is called. On CPUs, weights that are learned are folded again for
+    the gradients, so that the folded ones need not be kept.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: (N, C, H, W). Returns: what :class:`Conv2d` does, but for rounding."""
         if not self.can_fold() or not self._gains(x):
             return super().forward(x)
-        if self._can_fold_again(x):
+        if self._can_save_memory(x):
             x = _FoldedConvolution.apply(x, self.weight, *self._scale_and_shift(), self)
         else:
             x = self._conv_forward(x, *self.fold())
@@ -64,11 +64,12 @@ class FoldedConv2d(Replacement, Conv2d):
         num_pixels = len(x) * x.shape[2:].numel() // (self.stride[0] * self.stride[1])
         return num_pixels * self.out_channels > self.weight.numel()
 
-    def _can_fold_again(self, x: torch.Tensor) -> bool:
-        """Whether it can be computed by :class:`_FoldedConvolution`."""
-        if not self._is_learned() or isinstance(self.padding, str):
+    def _can_save_memory(self, x: torch.Tensor) -> bool:
+        """Whether :class:`_FoldedConvolution` can compute it, and is needed."""
+        if not self._is_learned() or isinstance(self.padding, str) or not is_ordinary(x):
             return False
-        return is_ordinary(x) and not torch.is_autocast_enabled("cpu")
+        folded = (t for t in (self.weight, *self._tensors_of_norm()) if t is not None)
+        return not torch.is_autocast_enabled("cpu") and not any(map(has_tangent, folded))
 
     def conv_gradients(
         self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needed: List[bool]

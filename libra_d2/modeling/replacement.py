@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["Replacement", "has_hooks", "is_captured", "is_ordinary"]
+__all__ = ["Replacement", "has_hooks", "has_tangent", "is_captured", "is_ordinary"]
 
 
 def is_captured() -> bool:
@@ -18,14 +18,17 @@ def is_captured() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether derivatives with respect to ``x`` are being computed in forward mode."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def is_ordinary(x: torch.Tensor) -> bool:
     """
     Whether operations on ``x`` are computed on the CPU, and neither recorded nor changed by
     functorch's transforms, forward-mode differentiation or a dispatch mode.
     """
-    if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu":
-        return False
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if is_captured() or type(x) is not torch.Tensor or x.device.type != "cpu" or has_tangent(x):
         return False
     return not (torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode())
 
