@@ -68,8 +68,8 @@ def _fresh_start(pytestconfig):
     for name in ("detectron2", "fvcore", "libra_d2"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-        # Otherwise trainers set it up, and caplog does not see what they log.
-        logging.getLogger(name).setLevel(logging.INFO)
+        # Otherwise trainers set up two of them, and caplog does not see what they log.
+        logging.getLogger(name).setLevel(logging.NOTSET if name == "fvcore" else logging.INFO)
 
 
 def load_cfg(path):

@@ -105,5 +105,5 @@ def test_changed_boxes(dataset, capsys):
     (dataset / "all.json").write_text(json.dumps(content))
     run(dataset)
     out = capsys.readouterr().out
-    assert "clipped 1 box that reached out" in out
+    assert "clipped 1 box that extended" in out
     assert sum(map(int, re.findall(r"(?:cat|dog) (\d+)", out))) == 29
