@@ -87,14 +87,15 @@ def test_bad_images(cfg, image, found):
 
 
 @pytest.mark.parametrize(
-    ("format", "num_model", "num_image", "expected", "message"),
+    ("format", "num_model", "num_image", "expected", "refused"),
     [
-        ("BGR", 4, 4, [10, 20, 30, 0], r"bool \(9, 9, 4\)'.* \(height, width, 4\)"),
-        ("RGB", 4, 4, [30, 20, 10, 0], r"bool \(9, 9, 4\)'.* \(height, width, 4\)"),
-        ("L", 1, 3, [22], r"bool \(9, 9, 3\)'.* \(height, width, 3\)"),
+        ("BGR", 4, 4, [10, 20, 30, 0], bool),
+        ("RGB", 4, 4, [30, 20, 10, 0], bool),
+        ("RGB", 3, 3, [30, 20, 10], bool),
+        ("L", 1, 3, [22], np.float32),
     ],
 )
-def test_other_channels(cfg, format, num_model, num_image, expected, message):
+def test_other_channels(cfg, format, num_model, num_image, expected, refused):
     """Depth as a fourth one; grayscale, to which BGR is converted."""
     cfg.INPUT.FORMAT = format
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * num_model, [1.0] * num_model
@@ -104,8 +105,12 @@ def test_other_channels(cfg, format, num_model, num_image, expected, message):
     image = np.full((9, 9, num_image), [10, 20, 30, 0][:num_image], np.uint8)
     assert predictor(image)["instances"].image_size == (9, 9)
     assert seen[0]["image"][:, 0, 0].tolist() == expected
-    with pytest.raises(ArgumentError, match=message):
-        predictor(image.astype(bool))
+    if format != "L":
+        predictor(image.astype(np.uint16))
+        assert seen[1]["image"][:, 0, 0].tolist() == expected
+    shape = rf"9, 9, {num_image}\)'.* \(height, width, {num_image}\)"
+    with pytest.raises(ArgumentError, match=rf"{np.dtype(refused)} \({shape}"):
+        predictor(image.astype(refused))
 
 
 @pytest.mark.parametrize("amp", [True, False])

@@ -753,6 +753,7 @@ def test_logging(toy_data, tmp_path, has_file, capsys):
     for name in ("libra_d2", "detectron2"):
         logging.getLogger(f"{name}.engine").info(f"from {name}")
     assert re.findall("from .*", capsys.readouterr().out) == ["from libra_d2", "from detectron2"]
+    assert not logging.getLogger("libra_d2").propagate
     path = tmp_path / "log.txt"
     assert path.exists() == has_file
     if has_file:

@@ -54,8 +54,9 @@ class LibraPredictor(DefaultPredictor):
         # Pillow converts to the other formats.
         self._is_converted = self.input_format not in ("BGR", "RGB")
         mean = getattr(self.model, "pixel_mean", None)
-        is_known = isinstance(mean, torch.Tensor) and mean.numel() > 1 and not self._is_converted
-        self._num_channels = mean.numel() if is_known else 3  # depth may be a fourth one
+        # Depth may be a fourth channel; a single mean is of grayscale, or of all channels.
+        has_means = isinstance(mean, torch.Tensor) and mean.numel() > 1
+        self._num_channels = mean.numel() if has_means else 3
         self._autocast = recipe.autocast
 
     def __call__(
