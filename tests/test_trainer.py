@@ -751,13 +751,19 @@ def test_logging(toy_data, tmp_path, has_file, capsys):
         make(tmp_path)
     capsys.readouterr()
     for name in ("libra_d2", "detectron2"):
-        logging.getLogger(f"{name}.engine").info(f"from {name}")
-    assert re.findall("from .*", capsys.readouterr().out) == ["from libra_d2", "from detectron2"]
+        logging.getLogger(f"{name}.engine").info(f"sent by {name}")
+    assert re.findall("sent by .*", capsys.readouterr().out) == [
+        "sent by libra_d2",
+        "sent by detectron2",
+    ]
     assert not logging.getLogger("libra_d2").propagate
     path = tmp_path / "log.txt"
     assert path.exists() == has_file
     if has_file:
-        assert re.findall("from .*", path.read_text()) == ["from libra_d2", "from detectron2"]
+        assert re.findall("sent by .*", path.read_text()) == [
+            "sent by libra_d2",
+            "sent by detectron2",
+        ]
 
 
 def test_more_processes(whole, toy_data, tmp_path, monkeypatch, caplog):
