@@ -108,15 +108,17 @@ def find_images(inputs: List[str]) -> List[str]:
         name = os.path.expanduser(name)
         if os.path.isdir(name):
             try:
-                everything = [os.path.join(name, x) for x in sorted(os.listdir(name))]
+                names = sorted(os.listdir(name))
             except OSError as e:
                 raise InputError(f"--input: {name}: {e.strerror}") from e
-            found = [x for x in everything if x.lower().endswith(IMAGE_SUFFIXES)]
-            others = (x for x in everything if x not in found and os.path.isfile(x))
-            skipped = [x for x in others if not os.path.basename(x).startswith(".")]
+            found = [os.path.join(name, x) for x in names if x.lower().endswith(IMAGE_SUFFIXES)]
+            others = [x for x in names if not x.lower().endswith(IMAGE_SUFFIXES)]
+            skipped = [x for x in others if x[0] != "." and os.path.isfile(os.path.join(name, x))]
             if skipped:
-                number, first = counted(len(skipped), "file"), os.path.basename(skipped[0])
-                logger.info(f"{name}: skipped {number} without the suffix of an image: {first}")
+                number = counted(len(skipped), "file")
+                logger.info(
+                    f"{name}: skipped {number} without the suffix of an image: {skipped[0]}"
+                )
         else:
             found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
         if not found:

@@ -104,6 +104,11 @@ def get_checkpoint_url(config_path: str) -> str:
 _CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
+def _find_file(name: str, *folders: Path) -> str:
+    """The path of a file in the first of ``folders`` that has it, "" if none has."""
+    return next((str(f / name) for f in folders if (f / name).is_file()), "")
+
+
 def _unknown(name: str, zoos: str, *folders: Path) -> str:
     """The message about a name that is no config; it may suggest one of those in ``folders``."""
     suffix = ".py" if name.endswith(".py") else ".yaml"
@@ -119,11 +124,10 @@ def get_config_file(config_path: str) -> str:
     Raises:
         RuntimeError: if there is no such config.
     """
-    for root in _CONFIGS:
-        path = root / config_path
-        if path.is_file():
-            return str(path)
-    raise RuntimeError(_unknown(config_path, "the Libra R-CNN model zoo", *_CONFIGS))
+    path = _find_file(config_path, *_CONFIGS)
+    if not path:
+        raise RuntimeError(_unknown(config_path, "the Libra R-CNN model zoo", *_CONFIGS))
+    return path
 
 
 def find_config(name: str) -> str:
@@ -135,17 +139,15 @@ def find_config(name: str) -> str:
     """
     if not name or os.path.exists(name) or "://" in name:
         return name
+    folders = (*_CONFIGS, Path(detectron2_configs()))
     try:
-        return get_config_file(name)
+        path = _find_file(name, *folders)
     except PermissionError as e:
         raise InputError(f"{name}: {e.strerror}") from e
-    except RuntimeError as e:
-        theirs = detectron2_configs()
-        path = os.path.join(theirs, name)
-        if os.path.isfile(path):
-            return path
+    if not path:
         zoos = "the Libra R-CNN model zoo, nor one of Detectron2's"
-        raise InputError(_unknown(name, zoos, *_CONFIGS, Path(theirs))) from e
+        raise InputError(_unknown(name, zoos, *folders))
+    return path
 
 
 def get_config(config_path: str, trained: bool = False) -> Union[CfgNode, DictConfig]:

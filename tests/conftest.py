@@ -66,7 +66,7 @@ def _fresh_start(pytestconfig):
     torch.manual_seed(pytestconfig.getoption("seed"))
     setup_logger.cache_clear()  # or what a script logs would depend on the tests before
     for name in ("detectron2", "fvcore", "libra_d2"):
-        logging.getLogger(name).handlers = []
+        logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
         # Otherwise trainers set up two of them, and caplog does not see what they log.
         logging.getLogger(name).setLevel(logging.NOTSET if name == "fvcore" else logging.INFO)

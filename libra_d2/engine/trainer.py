@@ -82,7 +82,7 @@ def _set_up_logging() -> None:
     if not theirs.isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank())
     if not ours.isEnabledFor(logging.INFO):
-        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.handlers, ours.propagate = [*theirs.handlers], theirs.propagate
         ours.setLevel(theirs.level)
 
 

@@ -85,7 +85,7 @@ class FoldedConv2d(Replacement, Conv2d):
         self, weight: torch.Tensor, *norm: Optional[torch.Tensor]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The convolution's weight (C, ...) and the shift (C,)."""
-        scale, shift = self._keep("norm", norm, self._fold_norm)
+        scale, shift = self._scale_and_shift()
         return _multiply(weight, scale), shift
 
     def _fold_norm(
